@@ -1,0 +1,34 @@
+# Everything here sets itself up: Python 3.11, make and a package registry are all it needs.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow faults clean
+
+demo: $(VENV)/installed
+	$(RUN) train.py --run_name demo --n_epochs 1 --regularizer L2Grad --lmbda 0.01
+	$(RUN) quant_inference.py demo.pt --trials 1 --output demo
+
+test: $(VENV)/installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -n auto
+
+test-slow: $(VENV)/installed-test
+	$(RUN) -m pytest -m slow
+
+faults: $(VENV)/installed-test
+	$(RUN) -m pytest tests/test_faults.py -m "faults or not faults" -s
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/installed-test: requirements-test.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,71 @@
+"""How far bfloat16 convolutions turn the gradients of the loss and of the penalties.
+
+Prints the cosine between the bfloat16 gradient and the float32 one, over all parameters, on batches
+of 128 training images: the median and the least over the batches. For a fresh network and, with
+--weights, for a trained one. The last line is one JSON object.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import files
+import utils
+from regularizers import make_regularizer
+from step import update_gradients
+
+PENALTIES = ("none", "L1Grad", "L2Grad")
+
+
+def gradient(net: nn.Module, penalty: str, x, y, dtype: torch.dtype) -> torch.Tensor:
+    """Return ∇R, or ∇L for "none", as one vector."""
+    criterion, vectors = nn.CrossEntropyLoss(), []
+    for regularizer in dict.fromkeys((make_regularizer(penalty, 1.0), None)):
+        update_gradients(net, criterion, regularizer, x, y, dtype)
+        vectors.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    return vectors[0] - (vectors[1] if len(vectors) > 1 else 0)
+
+
+def main() -> None:
+    """Print a table and one JSON line."""
+    parser = utils.Parser(__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, help="a .pt file of a trained network")
+    parser.add_argument("--batches", type=utils.number(int, at_least=1), default=8, help="how many")
+    utils.add_data_arguments(parser)
+    args = parser.parse_args()
+    dataset = data.load(args.dataset, args.data_dir, args.seed)
+    loader = data.Loader(
+        dataset.train_images, dataset.train_labels, args.batch_size, dataset.mean, dataset.std,
+        seed=args.seed, augment=True, shuffle=True, device=args.device,
+        memory_format=torch.channels_last,
+    )
+    batches = [batch for batch, _ in zip(loader.batches(0), range(args.batches), strict=False)]
+    result = {}
+    for state in ("fresh", "trained") if args.weights else ("fresh",):
+        torch.manual_seed(args.seed)
+        net = utils.make_net("ConvNet", dataset.num_classes, args.device)
+        if state == "trained":
+            files.load_weights(net, args.weights)
+        for penalty in PENALTIES:
+            cosines = [
+                torch.cosine_similarity(
+                    gradient(net, penalty, x, y, torch.bfloat16).double(),
+                    gradient(net, penalty, x, y, torch.float32).double(), dim=0,
+                ).item()
+                for x, y in batches
+            ]
+            name = f"{state}_{'loss' if penalty == 'none' else penalty}"
+            result[name] = round(statistics.median(cosines), 5)
+            print(f"{name:20s} median {result[name]:.5f}  least {min(cosines):.5f}", flush=True)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

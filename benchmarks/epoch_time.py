@@ -1,0 +1,83 @@
+"""Time whole epochs against nothing but their steps: what loader, logging and the loop cost.
+
+The epoch is `train.run_epoch` on random images in memory; its steps are as many steps on one fixed
+batch. They alternate; the ratio is the median over the rounds. The last line is a JSON object.
+
+    python benchmarks/epoch_time.py [--rounds 5] [--batches 40] [--regularizer none]
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data  # noqa: E402
+import fused  # noqa: E402
+import state  # noqa: E402
+import train  # noqa: E402
+import utils  # noqa: E402
+from regularizers import make_regularizer  # noqa: E402
+from step import update_gradients  # noqa: E402
+
+BATCH = 128
+
+
+def make_work(regularizer: str, batches: int, device: str) -> tuple:
+    """Return two functions: one trains an epoch, the other does as many steps."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (batches * BATCH, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (len(images),))
+    loader = data.Loader(images, labels, BATCH, (0.5,) * 3, (0.25,) * 3, augment=True, shuffle=True,
+                         device=device, memory_format=torch.channels_last)
+    net, criterion = utils.make_net("ConvNet", 10, device).train(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=True)
+    reg, dtype = make_regularizer(regularizer, 0.01), utils.resolve_precision("auto", device)
+    x, y = next(iter(loader.batches(0)))
+
+    def epoch() -> None:
+        train.run_epoch(net, criterion, reg, optimizer, loader, state.State(), dtype,
+                        lambda _: None)
+
+    def steps() -> None:
+        for _ in range(batches):
+            update_gradients(net, criterion, reg, x, y, dtype)
+            optimizer.step()
+
+    return epoch, steps
+
+
+def seconds(work) -> float:
+    """Time one call, the device's work included."""
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Alternate epochs and steps; print both and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--regularizer", default="none")
+    parser.add_argument("--device", default=utils.default_device())
+    args = parser.parse_args()
+    fused.set_compile(True)
+    epoch, steps = make_work(args.regularizer, args.batches, args.device)
+    steps()  # compiles
+    pairs = [(seconds(epoch), seconds(steps)) for _ in range(args.rounds)]
+    for in_epoch, in_steps in pairs:
+        print(f"epoch {in_epoch:.2f} s, its {args.batches} steps {in_steps:.2f} s")
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(json.dumps({"epoch_ratio": round(ratio, 3), "regularizer": args.regularizer}))
+
+
+if __name__ == "__main__":
+    main()

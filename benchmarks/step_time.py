@@ -1,0 +1,231 @@
+"""Time a training step: the plain reference against ours, alternating, on the same batch.
+
+The reference is what a user would write: PyTorch's own modules, float32, the contiguous layout,
+gradients by `create_graph=True`, penalty added to the loss. Ours is `step.update_gradients`. Each
+has a process of its own and they take turns, so that a slow moment of the machine meets both; a
+ratio is the median of the ratios within a turn. The last line is a JSON object.
+
+    python benchmarks/step_time.py [--rounds 15] [--batch_size 128] [--device cpu]
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import fused  # noqa: E402
+import models  # noqa: E402
+import utils  # noqa: E402
+from regularizers import Regularizer, make_regularizer  # noqa: E402
+from step import takes_gradients, update_gradients  # noqa: E402
+
+ROWS = {
+    "none": ("none", {}),
+    "VarianceNorm": ("VarianceNorm", {}),
+    "L1Grad": ("L1Grad", {}),
+    "L2Grad": ("L2Grad", {}),
+    "L2Grad, no activations": ("L2Grad", {"only_weight_grads": True}),
+}
+
+
+class PlainNormReLU(nn.BatchNorm2d):
+    """PyTorch's batch norm and ReLU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (N, C, H, W) to relu(batch_norm(x))."""
+        return super().forward(x).relu()
+
+
+def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, reg: Regularizer | None,
+               x: torch.Tensor, labels: torch.Tensor) -> None:
+    """Do a training step by plain autograd."""
+    logits, activations = net(x)
+    loss = nn.functional.cross_entropy(logits, labels)
+    weights, fed = utils.penalized_weights(net), {}
+    if reg and takes_gradients(reg):
+        wanted = weights + (activations if "a_grads" in reg.inputs else [])
+        grads = torch.autograd.grad(loss, wanted, create_graph=True)
+        fed = {"w_grads": grads[: len(weights)], "a_grads": grads[len(weights):]}
+    if reg:
+        loss = loss + reg(*({"weights": weights, **fed}[name] for name in reg.inputs))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Return the step of each row for side "reference", "fp32" or "ours"."""
+    torch.manual_seed(0)
+    if side == "reference":
+        models.Conv2d, models.BatchNormReLU = nn.Conv2d, PlainNormReLU
+        net, layout = models.ConvNet().to(args.device), torch.contiguous_format
+    else:
+        fused.set_compile(args.compile)
+        net, layout = utils.make_net("ConvNet", 10, args.device), torch.channels_last
+    dtype = utils.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+    x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
+    labels = torch.randint(10, (len(x),), device=x.device)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=5e-4,
+                                fused=None if side == "reference" else True)
+
+    def our_step(net, optimizer, reg, x, labels):
+        update_gradients(net, nn.CrossEntropyLoss(), reg, x, labels, dtype)
+        optimizer.step()
+
+    step = plain_step if side == "reference" else our_step
+    regs = {row: make_regularizer(name, 0.01, **options) for row, (name, options) in ROWS.items()}
+    return {row: lambda reg=reg: step(net, optimizer, reg, x, labels)
+            for row, reg in regs.items()}
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """Time one call, the device's work included."""
+    began = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def peak_megabytes(step: Callable[[], None]) -> float:
+    """Return the most that one step holds at a time beyond what is there before it, in MB."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 1e6
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """Return GFLOP/s of a matrix product or, where it is faster, of a large 3×3 convolution."""
+    n, batch = (2048, 128) if device == "cpu" else (8192, 4096)
+    a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+    x = torch.randn(batch, 256, 8, 8).to(device, dtype, memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3).to(device, dtype, memory_format=torch.channels_last)
+    works = {lambda: a @ b: n**3, lambda: nn.functional.conv2d(x, w, None, 1, 1): x.numel() * 2304}
+    return max(2e-6 * products / min(milliseconds(work) for _ in range(3))
+               for work, products in works.items())
+
+
+def gigaflop(batch_size: int) -> dict[str, float]:
+    """Count the products of a step of each row: 3 forward passes' worth, 9 of second order."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        models.ConvNet()(torch.randn(batch_size, 3, 32, 32))
+    once = counter.get_total_flops() / 1e9
+    return {row: once * (9 if "Grad" in row else 3) for row in ROWS}
+
+
+def serve(pipe, side: str, args: argparse.Namespace) -> None:
+    """Answer requests (what, row) of the parent until it sends None."""
+    steps = make_steps(side, args)
+
+    dtype = utils.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+    answers = {"rate": lambda _: product_rate(dtype, args.device),
+               "time": lambda row: milliseconds(steps[row]),
+               "memory": lambda row: peak_megabytes(steps[row])}
+    while request := pipe.recv():
+        what, row = request
+        pipe.send(answers[what](row))
+
+
+def measure(ask: Callable, sides: list[str], rounds: int) -> tuple[dict, dict]:
+    """Return the milliseconds {row: {side: [one a round]}} and the best product rate {side: }.
+
+    The sides take turns, at the steps of each row and at the matrix product.
+    """
+    for _ in range(2):  # compiles, and fills the allocator
+        for row in ROWS:
+            for side in sides:
+                ask(side, "time", row)
+    times, peaks = {row: {side: [] for side in sides} for row in ROWS}, dict.fromkeys(sides, 0.0)
+    for _ in range(rounds):
+        for row in ROWS:
+            for side in sides:
+                times[row][side].append(ask(side, "time", row))
+        peaks = {side: max(peaks[side], ask(side, "rate", "")) for side in sides}
+    return times, peaks
+
+
+def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, float]:
+    """Print the table and return the figures of the last line."""
+    def ratio(row, a="reference", b="ours", other=None):
+        pairs = zip(times[row][a], times[other or row][b], strict=True)
+        return statistics.median(p / q for p, q in pairs)
+
+    print(f"\n{'row':<24}{'side':<11}{'ms':>8}{'speedup':>9}{'of peak':>9}{'memory MB':>11}")
+    for row, sides in times.items():
+        for side, values in sides.items():
+            ms = statistics.median(values)
+            share = work[row] / ms * 1e3 / peaks[side]
+            print(f"{row:<24}{side:<11}{ms:>8.1f}{ratio(row, b=side):>9.2f}{share:>9.0%}"
+                  f"{memory[row, side]:>11.0f}")
+    return {
+        "plain_speedup": ratio("none"), "l2grad_speedup": ratio("L2Grad"),
+        "l1grad_speedup": ratio("L1Grad"), "penalty_ratio": ratio("L2Grad", "ours", other="none"),
+        "fp32_l2grad_speedup": ratio("L2Grad", b="fp32"),
+        "memory_ratio": memory["L2Grad", "ours"] / memory["L2Grad", "reference"],
+    }
+
+
+def machine(device: str) -> str:
+    """Name what this runs on."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """Run the processes, let them take turns, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--device", default=utils.default_device())
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    print(f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}, torch {torch.__version__}, "
+          f"batch {args.batch_size}, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+    sides = ["reference", "fp32", "ours"]
+    pipes, context = {}, multiprocessing.get_context("spawn")
+    for side in sides:
+        pipes[side], theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, side, args), daemon=True).start()
+
+    def ask(side: str, what: str, row: str) -> float:
+        pipes[side].send((what, row))
+        return pipes[side].recv()
+
+    times, peaks = measure(ask, sides, args.rounds)
+    print("peak:", *(f"{side} {rate:.0f} GFLOP/s;" for side, rate in peaks.items()))
+    memory = {(row, side): ask(side, "memory", row) for row in ROWS for side in sides}
+    figures = report(times, memory, gigaflop(args.batch_size), peaks)
+    for pipe in pipes.values():
+        pipe.send(None)
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Files that are whole or absent: weights, records, and one run to a name."""
+
+import fcntl
+import glob
+import json
+import os
+import pickle
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+
+class FileError(RuntimeError):
+    """A file is not what it should be, or cannot be used now; the message is one line."""
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError, naming the folder, unless a file can be made at path."""
+    folder = path.parent
+    try:
+        if not folder.is_dir():
+            raise ValueError(f"{path}: there is no folder {folder}: make it first")
+        longest = os.pathconf(folder, "PC_NAME_MAX") - 40  # room for suffixes and temporary names
+        if len(os.fsencode(path.name)) > longest:
+            raise ValueError(f"{path}: the name is longer than {longest} bytes")
+        with tempfile.TemporaryFile(dir=folder):  # which has no name to leave behind
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write in {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Tell an OSError in one line that begins with `what`, and go on."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):  # where stderr itself is what failed
+            print(f"{what}: {error}", file=sys.stderr)
+
+
+def write_file(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
+    """Call write(temporary path in the same folder), flush to disk, and rename to path.
+
+    At every moment path holds the old content or the new one, whole. With `keep`, the old one is
+    renamed to that just before: then at every moment one of the two is whole. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames in the folder last through a power cut, where the file system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def torch_save(value: Any, path: Path) -> None:
+    """Write what torch.save can pickle; a full disk is an OSError, as for any other file."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what torch makes of a failed write
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def torch_load(path: Path, device: str = "cpu") -> Any:
+    """Read what torch.save wrote: tensors and plain containers, checked against their checksums.
+
+    No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
+    in one line, for whatever is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself checks no checksum
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise FileError(f"{path} is not a file of weights: torch.save compresses nothing")
+            if damaged := archive.testzip():
+                raise FileError(f"{path} is damaged: checksum of {damaged!r}")
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise FileError(f"{path} holds more than tensors and numbers, or is damaged") from error
+    except FileError:
+        raise
+    except Exception as error:  # torch raises a dozen kinds for a file that is cut or flipped
+        raise FileError(f"{path} is damaged or not a file of weights") from error
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Write the network's state_dict, contiguous and on the CPU, as a plain .pt file."""
+    state = {key: t.detach().cpu().contiguous() for key, t in net.state_dict().items()}
+    write_file(path, lambda temporary: torch_save(state, temporary))
+
+
+def save_json(value: object, path: Path) -> None:
+    """Write value as readable JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    content = text.encode(errors="backslashreplace")  # a file name need not be Unicode
+    write_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Read a .pt file into the network; FileError, in one line, where it is not of that network."""
+    state = torch_load(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) and not t.is_complex()
+        for name, t in state.items()
+    ):
+        raise FileError(f"{path} is not a state_dict: a file of named real tensors")
+    try:
+        net.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise FileError(f"{path} is not of this {type(net).__name__}: {reason}") from error
+
+
+# --- one run to a name -----------------------------------------------------------------------
+
+SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")  # of a run's files
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Hold <out>.lock, and clear what a killed run left half-written.
+
+    Raises FileError where another run holds it, OSError where it cannot be made.
+    """
+    path = Path(f"{out}.lock")
+    file = _lock(path)
+    try:
+        for s in SUFFIXES:
+            for half in path.parent.glob(f".{glob.escape(out.name)}{s}.[0-9]*.tmp"):
+                half.unlink(missing_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _lock(path: Path) -> IO[str]:
+    """Open the file and lock it; the kernel frees the lock of a process that dies."""
+    while True:
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise FileError(
+                f"another run is writing to {path.with_suffix('')}: wait for it, or give this one "
+                "another --run_name or --save_file"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"{path}: cannot be locked, so take care to run this once: {error.strerror}",
+                  file=sys.stderr)
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        file.close()  # its owner ended and removed it between our two calls
+
+
+def set_aside(out: Path) -> None:
+    """Rename the files of an earlier run of that name, and say so: nothing is overwritten."""
+    present = [s for s in SUFFIXES if os.path.lexists(f"{out}{s}")]
+    if not present:
+        return
+    n = 1
+    while any(os.path.lexists(f"{out}_old{n}{s}") for s in SUFFIXES):
+        n += 1
+    for s in present:
+        os.replace(f"{out}{s}", f"{out}_old{n}{s}")
+    hint = "; --resume goes on with a run" if ".ckpt" in present else ""
+    print(f"{out}: the files of an earlier run are kept as {out}_old{n}{hint}", file=sys.stderr)

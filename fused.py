@@ -1,0 +1,353 @@
+"""Convolution and batch norm + ReLU that are cheap to differentiate twice.
+
+Autograd reaches the second derivative of these layers through dozens of element-wise passes. Here
+each layer is one `autograd.Function` whose backward is another one with a hand-derived backward, so
+every order is ordinary convolution kernels, one reduction and one element-wise pass. A third
+derivative raises an error.
+
+    y = conv2d(x, weight); y = batch_norm_relu(y, gamma, beta, running_mean, running_var)
+
+or, as modules with the parameters, initialisers and `state_dict` keys of PyTorch's own, `Conv2d`
+and `BatchNormReLU`. Under `torch.autocast` convolutions take its dtype; statistics stay float32.
+"""
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
+
+log = logging.getLogger(__name__)
+_compile = False
+
+
+def set_compile(enabled: bool) -> bool:
+    """Compile the element-wise functions from now on (True) or run them eagerly (False, at import).
+
+    Nothing is compiled before it is first called. Returns what it is now: False also where there
+    is neither a C++ compiler nor a GPU. One logged line says which.
+    """
+    global _compile
+    _compile = enabled and (torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++"))))
+    log.info("element-wise kernels: %s", "torch.compile" if _compile else "eager")
+    return _compile
+
+
+def _compiled(fn: Callable) -> Callable:
+    """Run the pure function fn compiled while `set_compile` says so, else as it is.
+
+    One compilation for each shape but for the batch, which stays free: the smaller batch at the
+    end of an epoch compiles nothing. What two sums share is computed twice, not stored between.
+    """
+    options = {"realize_reads_threshold": 64}
+    variant = functools.cache(
+        lambda *shape: torch.compile(fn, options=options, isolate_recompiles=True))
+
+    @functools.wraps(fn)
+    def call(*args):
+        if not _compile:
+            return fn(*args)
+        args = [t.detach() for t in args]  # requires_grad would be compiled for, yes and no
+        for t in args:
+            if t.dim() == 3:
+                torch._dynamo.maybe_mark_dynamic(t, 0)
+        x = args[0]
+        return variant(x.shape[1:], x.stride(1), x.dtype, x.device)(*args)
+
+    return call
+
+
+def _last_derivative(backward: Callable) -> Callable:
+    """Raise an error where autograd would have to differentiate this backward too."""
+    @functools.wraps(backward)
+    def call(ctx, *grads):
+        if torch.is_grad_enabled():  # once_differentiable lets some wrong third derivatives through
+            raise RuntimeError("fused layers have no third derivative: leave out create_graph=True")
+        return backward(ctx, *grads)
+
+    return call
+
+
+# --- convolution ------------------------------------------------------------------------------
+
+
+class _Conv(torch.autograd.Function):
+    """y = conv(x, w)."""
+
+    @staticmethod
+    def forward(ctx, x, w, geometry):
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return F.conv2d(x, w, None, *geometry)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        return *_ConvAdjoint.apply(gy, x, w, ctx.geometry, ctx.needs_input_grad[:2]), None
+
+
+class _ConvAdjoint(torch.autograd.Function):
+    """(gx, gw), the adjoints of y = conv(x, w) at gy; bilinear in (gy, w) and (gy, x)."""
+
+    @staticmethod
+    def forward(ctx, gy, x, w, geometry, wanted):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gy, x, w)
+        ctx.geometry = geometry
+        return _conv_adjoint(gy, x, w, geometry, wanted)
+
+    @staticmethod
+    @_last_derivative
+    def backward(ctx, ggx, ggw):
+        """Return conv(ggx, w) + conv(x, ggw) for gy, and the adjoints of gy with (ggx, ggw)."""
+        (gy, x, w), geometry, (for_gy, for_x, for_w, *_) = (
+            ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad)
+        for_x, for_w = for_x and ggw is not None, for_w and ggx is not None
+        terms = [F.conv2d(a, b, None, *geometry) for a, b in ((ggx, w), (x, ggw))
+                 if for_gy and a is not None and b is not None]
+        ggy = functools.reduce(Tensor.add_, terms) if terms else None
+        gx, _ = _conv_adjoint(gy, x, ggw, geometry, (True, False)) if for_x else (None, None)
+        _, gw = _conv_adjoint(gy, ggx, w, geometry, (False, True)) if for_w else (None, None)
+        return ggy, gx, gw, None, None
+
+
+def _conv_adjoint(gy, x, w, geometry, wanted):
+    """Return (gx, gw) of conv(x, w) at gy, None where not wanted."""
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))[:2]
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1,
+           groups: int = 1) -> Tensor:
+    """Convolve x (N, C, H, W) with weight (O, C/groups, K, K), as `F.conv2d` does.
+
+    `stride`, `padding` and `dilation` are an int or a pair. Under autocast everything is cast to
+    its dtype, but images (at most 4 channels) are convolved in float32: it costs next to nothing,
+    and rounding them would be a good part of all the rounding in the gradients.
+
+    With (ggx, ggw) the cotangents of the adjoints (gx, gw) of gy, the second backward is
+    conv(ggx, w) + conv(x, ggw) for gy, and the adjoints of gy with kernel ggw and input ggx.
+    """
+    out = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        out = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.float32 if x.shape[1] <= IMAGE_CHANNELS else out
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+    pair = nn.modules.utils._pair
+    with torch.autocast(x.device.type, enabled=False):  # the casts are made
+        y = _Conv.apply(x, weight, (pair(stride), pair(padding), pair(dilation), groups))
+    return (y if bias is None else y + bias[:, None, None]).to(out)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` through `conv2d`; PyTorch's own path where that does not apply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C, H, W) to (N, O, H', W')."""
+        if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super().forward(x)
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation,
+                      self.groups)
+
+
+# --- batch norm + ReLU: pure functions of x (N, C, S), S = H·W ---------------------------------
+#
+# `norm` (4, C) stacks μ, r = 1/√(σ² + eps), γ and β; x̂ = (x − μ)·r; h = gy where y > 0, else 0.
+# `k` holds one row a coefficient: keeping their arithmetic out of the loops over x halves the time.
+
+
+def _wide(x):
+    """Return x in float32 or, where it is, float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(t):
+    """Split t (K, C) into K views (C, 1)."""
+    return t[:, :, None].unbind()
+
+
+def _sum(x):
+    """Sum x (N, C, S) over N and S; in two stages, which vectorise in either memory format."""
+    return x.sum(2).sum(0)
+
+
+def _masked(gy, x, norm):
+    """Return x̂, the mask y > 0 and h."""
+    mean, r, gamma, beta = _rows(norm)
+    xhat = (_wide(x) - mean) * r
+    mask = xhat * gamma + beta > 0
+    return xhat, mask, torch.where(mask, _wide(gy), 0)
+
+
+@_compiled
+def _statistics(x):
+    """Return mean (C) and biased variance (C); each image about its own mean: no cancellation."""
+    x = _wide(x)
+    means = x.mean(2)
+    mean = means.mean(0)
+    within = (x - means[:, :, None]).square().mean(2).mean(0)
+    return mean, within + (means - mean).square().mean(0)
+
+
+@_compiled
+def _normalize(x, norm):
+    """Return y = relu(γ·x̂ + β) in the dtype of x."""
+    mean, r, gamma, beta = _rows(norm)
+    return ((_wide(x) - mean) * r * gamma + beta).relu().to(x.dtype)
+
+
+@_compiled
+def _adjoint_sums(gy, x, norm):
+    """Return dγ = Σ h·x̂ and dβ = Σ h."""
+    xhat, _, h = _masked(gy, x, norm)
+    return _sum(h * xhat), _sum(h)
+
+
+@_compiled
+def _adjoint(gy, x, norm, k):
+    """Return gx = k0·h + k1·x̂ + k2."""
+    k0, k1, k2 = _rows(k)
+    xhat, _, h = _masked(gy, x, norm)
+    return (k0 * h + k1 * xhat + k2).to(x.dtype)
+
+
+@_compiled
+def _second_sums(v, gy, x, norm):
+    """Return Σ v, Σ v·x̂ and Σ v·h."""
+    xhat, _, h = _masked(gy, x, norm)
+    v = _wide(v)
+    return _sum(v), _sum(v * xhat), _sum(v * h)
+
+
+@_compiled
+def _second(v, gy, x, norm, k):
+    """Return ∂gy = mask·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
+    k0, k1, k2, k3, k4, k5, k6 = _rows(k)
+    xhat, mask, h = _masked(gy, x, norm)
+    v = _wide(v)
+    ggy = torch.where(mask, k0 * v + k1 * xhat + k2, 0)
+    return ggy.to(x.dtype), (k3 * h + k4 * v + k5 * xhat + k6).to(x.dtype)
+
+
+class _NormReLU(torch.autograd.Function):
+    """y = relu(γ·(x − μ)·r + β); μ and r are functions of x if training, else constants."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, mean, r, training):
+        norm = torch.stack((mean, r, gamma, beta))
+        ctx.save_for_backward(x, gamma, norm)
+        ctx.training = training
+        return _normalize(x.flatten(2), norm).view_as(x)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, gamma, norm = ctx.saved_tensors
+        return *_NormReLUAdjoint.apply(gy, x, gamma, norm, ctx.training), None, None, None
+
+
+class _NormReLUAdjoint(torch.autograd.Function):
+    """gx = γr·(h − m(h) − x̂·m(h x̂)), dγ = Σ h x̂, dβ = Σ h; m is the mean, 0 if not training."""
+
+    @staticmethod
+    def forward(ctx, gy, x, gamma, norm, training):
+        gy, n = _laid_out(gy, x), x.numel() // x.shape[1]
+        flat = gy.flatten(2), x.flatten(2), norm
+        ggamma, gbeta = _adjoint_sums(*flat)
+        mhx, mh = (ggamma / n, gbeta / n) if training else torch.zeros_like(norm[:2])
+        gr = norm[2] * norm[1]
+        ctx.save_for_backward(gy, x, norm, mh, mhx)
+        ctx.training = training
+        gx = _adjoint(*flat, torch.stack((gr, -gr * mhx, -gr * mh)))
+        return gx.view_as(x), ggamma, gbeta
+
+    @staticmethod
+    @_last_derivative
+    def backward(ctx, v, c, d):
+        """Return the cotangents of gy, x and γ, given those of (gx, dγ, dβ): (v, c, d).
+
+        With q = −γr·(m(h x̂)·v + m(v x̂)·h) + c·h and A = m(v h) − m(v)m(h) − m(v x̂)m(h x̂):
+        ∂gy = mask·(γr·(v − m(v) − x̂·m(v x̂)) + c·x̂ + d),
+        ∂x = r·(q − m(q) − x̂·m(q x̂)) − γ·A·r²·x̂ and ∂γ = N·r·A.
+        """
+        gy, x, norm, mh, mhx = ctx.saved_tensors
+        flat = _laid_out(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
+        n = x.numel() // len(mh)
+        _, r, gamma, _ = norm
+        mv, mvx, a = (s / n for s in _second_sums(*flat))
+        if ctx.training:
+            a = a - mv * mh - mvx * mhx
+            ggamma = n * r * a
+        else:
+            ggamma = n * r * a
+            mv, mvx, a = torch.zeros_like(norm[:3])
+        gr = gamma * r
+        mq = c * mh - gr * (mhx * mv + mvx * mh)
+        mqx = c * mhx - 2 * gr * mhx * mvx
+        ch = c - gr * mvx
+        k = (gr, ch, d - gr * mv, r * ch, -r * gr * mhx, -r * (mqx + gr * a), -r * mq)
+        ggy, gx = _second(*flat, torch.stack(k))
+        return ggy.view_as(x), gx.view_as(x), ggamma, None, None
+
+
+def _laid_out(t, like):
+    """Return t in the memory format of `like`, copied only if it is in another."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last)
+    return t.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None,
+                    running_mean: Tensor | None, running_var: Tensor | None,
+                    training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+    """Return relu(γ·(x − μ)/√(σ² + eps) + β) of x (N, C, H, W) in the dtype of x.
+
+    The other tensors are (C), as in `F.batch_norm`: if `training`, μ and σ² are the batch's and
+    the running statistics, where given, move towards them by `momentum` (σ² unbiased); otherwise
+    they are the running ones. Raises ValueError where a channel has one value to train on.
+    """
+    x = _laid_out(x, x)
+    if training:
+        n = x.numel() // x.shape[1]
+        if n < 2:
+            raise ValueError(f"expected more than 1 value per channel when training, got {x.shape}")
+        with torch.no_grad():
+            mean, var = _statistics(x.flatten(2))
+            if running_mean is not None:
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
+    else:
+        mean, var = _wide(running_mean), _wide(running_var)
+    gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    return _NormReLU.apply(x, gamma, beta, mean, (var + eps).rsqrt(), training)
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` and the ReLU after it, through `batch_norm_relu`; keys of `nn.BatchNorm2d`.
+
+    `activation` is what remains of the module once its batch norm is folded away.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        """Take the arguments of `nn.BatchNorm2d`."""
+        super().__init__(*args, **kwargs)
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C, H, W) to relu(batch_norm(x)), the same shape."""
+        self._check_input_dim(x)
+        momentum = self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # the cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        buffers = self.running_mean, self.running_var
+        training = self.training or buffers == (None, None)
+        return batch_norm_relu(
+            x, self.weight, self.bias, *buffers, training, momentum or 0.0, self.eps)

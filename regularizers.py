@@ -1,0 +1,351 @@
+"""The regularizers: pure functions of weights and gradients, each with its λ inside.
+
+A regularizer names in `inputs` the lists of tensors that `forward` is fed, and the training loop
+asks for nothing else. To add one, write a class and give it a line in `REGULARIZERS`:
+
+    class MyNorm(Regularizer):
+        \"\"\"λ · Σ_l ‖W_l‖₄ (say where it comes from).\"\"\"
+
+        name, inputs = "MyNorm", ("weights",)
+
+        def forward(self, weights):
+            return self.lmbda * sum(w.norm(4) for w in weights)
+
+Notation (l counts layers, B is the batch size):
+    weights      W_l, the weight of every Conv2d and Linear in module order
+    w_grads      ∂L/∂W_l of the batch-mean loss L, same shapes
+    a_grads      ∂L/∂A_l of the activations the network returns, each of shape (B, …)
+    loss_change  the function Δ ↦ L(W + Δ) − L(W) of a list of Δ_l, of the same batch
+
+An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
+the scripts (--target_bits). What `forward` draws from torch's random stream is fresh in each batch
+and the same when the run is repeated.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Tensors = Sequence[Tensor]
+LossChange = Callable[[Tensors], Tensor]
+
+# What a regularizer can be fed: the gradients cost a second-order step, each call of loss_change
+# another plain one.
+INPUTS = ("weights", "w_grads", "a_grads", "loss_change")
+
+
+class Regularizer(nn.Module):
+    """A penalty R, λ included.
+
+    Attributes:
+        name: as it is logged.
+        inputs: which of INPUTS `forward` takes, in its order.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+
+    def __init__(self, lmbda: float) -> None:
+        """Keep λ; ValueError unless it is finite and not negative."""
+        super().__init__()
+        if not (math.isfinite(lmbda) and lmbda >= 0):
+            raise ValueError(f"lmbda is {lmbda}: it must be finite and at least 0")
+        self.lmbda = lmbda
+
+
+MAX_P = 1_000_000  # beyond it the norm is max|g| to the last bit
+
+
+class LPGrad(Regularizer):
+    """λ · ( Σ_l ‖∂L/∂W_l‖_p + Σ_l B^(−1/p) · ‖∂L/∂A_l‖_p ).
+
+    With only_weight_grads the second sum is left out.
+    P = 1 is the gradient ℓ1 regularizer of Alizadeh et al., arXiv 2002.07520; P = 2 is our own;
+    P = ∞ is max|g|, with B^(−1/P) = 1.
+    """
+
+    def __init__(self, lmbda: float, P: float, only_weight_grads: bool = False) -> None:
+        """Take the order P of the norm; ValueError unless it is an integer ≥ 1 or math.inf."""
+        super().__init__(lmbda)
+        if P != math.inf and not (1 <= P <= MAX_P and P == int(P)):
+            raise ValueError(f"L{P}Grad: P must be an integer from 1 to {MAX_P:,}, or infinite")
+        self.P = P if P == math.inf else int(P)
+        self.only_weight_grads = only_weight_grads
+        self.name = f"L{self.P}Grad"
+        self.inputs = ("w_grads",) if only_weight_grads else ("w_grads", "a_grads")
+
+    def forward(self, w_grads: Tensors, a_grads: Tensors = ()) -> Tensor:
+        """Return the penalty (scalar) of w_grads and, unless only_weight_grads, of a_grads."""
+        total = sum(_norm(g, self.P) for g in w_grads)
+        if not self.only_weight_grads:
+            total = total + sum(len(g) ** (-1 / self.P) * _norm(g, self.P) for g in a_grads)
+        return self.lmbda * total
+
+
+def _norm(g: Tensor, P: float) -> Tensor:
+    """‖g‖_p of the flattened tensor, in float32 at least.
+
+    For P > 2, |g|^P would leave the range of float32 for ordinary gradients; the norm is
+    homogeneous, so it is taken of g / max|g| (a constant factor: the derivative is the same).
+    """
+    if P <= 2:
+        return torch.linalg.vector_norm(g, P, dtype=_at_least_float32(g))
+    g = g.to(_at_least_float32(g))
+    scale = g.detach().abs().max().clamp(min=torch.finfo(g.dtype).tiny)
+    return scale * torch.linalg.vector_norm(g / scale, P)
+
+
+def _at_least_float32(g: Tensor) -> torch.dtype:
+    return torch.promote_types(g.dtype, torch.float32)
+
+
+class VarianceNorm(Regularizer):
+    """λ · Σ_l Var(W_l), or λ · √(Σ_l Var(W_l)) with std_dev; Var(W) = mean((W − mean W)²)."""
+
+    inputs = ("weights",)
+
+    def __init__(self, lmbda: float, std_dev: bool = False) -> None:
+        """std_dev takes the square root of the sum."""
+        super().__init__(lmbda)
+        self.std_dev = std_dev
+        self.name = "StdDevNorm" if std_dev else "VarianceNorm"
+
+    def forward(self, weights: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights."""
+        total = sum(w.var(correction=0) for w in weights)
+        return self.lmbda * (total.sqrt() if self.std_dev else total)
+
+
+class InverseVarianceNorm(Regularizer):
+    """λ · mean_l(1 / Var(W_l)), or λ · √(mean_l(1 / Var(W_l))) with std_dev."""
+
+    inputs = ("weights",)
+
+    def __init__(self, lmbda: float, std_dev: bool = False) -> None:
+        """std_dev takes the square root of the mean."""
+        super().__init__(lmbda)
+        self.std_dev = std_dev
+        self.name = "InverseStdDevNorm" if std_dev else "InverseVarianceNorm"
+
+    def forward(self, weights: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights."""
+        mean = sum(1 / w.var(correction=0) for w in weights) / len(weights)
+        return self.lmbda * (mean.sqrt() if self.std_dev else mean)
+
+
+class KurtosisNorm(Regularizer):
+    """λ · mean_l (Kurt(W_l) − target)², Kurt(W) = mean(((W − mean W) / √Var(W))⁴).
+
+    KURE of Shkolnik et al. 2020, arXiv 2002.07686: weights that are distributed uniformly, whose
+    kurtosis is 1.8 (Gaussian: 3), lose least when the quantization step is not quite the best one.
+    """
+
+    name, inputs = "KurtosisNorm", ("weights",)
+
+    def __init__(self, lmbda: float, target: float = 1.8) -> None:
+        """Take the kurtosis to aim at."""
+        super().__init__(lmbda)
+        self.target = target
+
+    def forward(self, weights: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights."""
+        total = sum((_kurtosis(w) - self.target) ** 2 for w in weights)
+        return self.lmbda * total / len(weights)
+
+
+def _kurtosis(w: Tensor) -> Tensor:
+    """The fourth moment of w about its mean over the square of the second."""
+    squares = (w - w.mean()).square()
+    return squares.square().mean() / squares.mean().square()
+
+
+class RangeNorm(Regularizer):
+    """λ · Σ_l max|W_l|.
+
+    The L∞ loss of Range Regularization, arXiv 2303.08253. The margin and soft-min-max
+    losses of that paper train a parameter of their own in each layer, which a penalty that is a
+    function of weights and gradients does not have: they are left out.
+    """
+
+    name, inputs = "RangeNorm", ("weights",)
+
+    def forward(self, weights: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights."""
+        return self.lmbda * sum(w.abs().amax() for w in weights)
+
+
+# --- the loss change that quantization itself makes ------------------------------------------
+
+TargetBits = Annotated[int, "bits that the weights are to survive, 2 to 16"]
+HoldStep = Annotated[bool, "differentiate with the quantization steps held constant"]
+
+
+class StepRegularizer(Regularizer):
+    """What these have in common: s_l = 2·max|W_l| / (2^b − 1), the step of b-bit quantization.
+
+    Rounding moves each weight by up to s_l/2. W_l → c·W_l before a batch norm changes neither the
+    function nor any of these penalties, because ∂L/∂W_l → (∂L/∂W_l)/c.
+    """
+
+    def __init__(
+        self, lmbda: float, target_bits: TargetBits = 4, hold_step: HoldStep = False
+    ) -> None:
+        """Take b; hold_step: no derivative through s_l. ValueError unless b is in 2…16."""
+        super().__init__(lmbda)
+        if target_bits != int(target_bits) or not 2 <= target_bits <= 16:
+            raise ValueError(f"target_bits is {target_bits}: choose 2 to 16")
+        self.target_bits, self.hold_step = int(target_bits), hold_step
+
+    def steps(self, weights: Tensors) -> list[Tensor]:
+        """Return s_l of each layer (scalars)."""
+        steps = [w.abs().amax() / (2 ** (self.target_bits - 1) - 0.5) for w in weights]
+        return [s.detach() for s in steps] if self.hold_step else steps
+
+
+class StepL1Grad(StepRegularizer):
+    """λ · Σ_l (s_l/2) · ‖∂L/∂W_l‖₁: the most that rounding can change the loss, to first order.
+
+    The bound of gradient ℓ1 regularization (arXiv 2002.07520) with the size of the
+    perturbation of each layer left in.
+    """
+
+    name, inputs = "StepL1Grad", ("weights", "w_grads")
+
+    def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights and their gradients."""
+        terms = zip(self.steps(weights), w_grads, strict=True)
+        return self.lmbda * sum(s / 2 * _norm(g, 1) for s, g in terms)
+
+
+class StepL2Grad(StepRegularizer):
+    """λ · √( Σ_l (s_l²/12) · ‖∂L/∂W_l‖₂² ): what rounding typically changes the loss by.
+
+    The root mean square of the first-order change when every weight moves independently and
+    uniformly in ±s_l/2, whose variance is s_l²/12. Our own.
+    """
+
+    name, inputs = "StepL2Grad", ("weights", "w_grads")
+
+    def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights and their gradients."""
+        terms = zip(self.steps(weights), w_grads, strict=True)
+        norms = torch.stack([s * _norm(g, 2) for s, g in terms])
+        return self.lmbda * torch.linalg.vector_norm(norms) / math.sqrt(12)
+
+
+class StepNoise(StepRegularizer):
+    """λ · ( L(W + Δ) − L(W) ), each element of Δ_l uniform in ±s_l/2, fresh in each batch.
+
+    What rounding changes the loss by, to all orders: noise of quantization's size in training, as
+    in DiffQ (Défossez et al., arXiv 2104.09987), here a penalty beside the clean loss.
+    """
+
+    name, inputs = "StepNoise", ("weights", "loss_change")
+
+    def forward(self, weights: Tensors, loss_change: LossChange) -> Tensor:
+        """Return one sample of the penalty (scalar); it can be negative."""
+        steps = zip(self.steps(weights), weights, strict=True)
+        return self.lmbda * loss_change([s * (torch.rand_like(w) - 0.5) for s, w in steps])
+
+
+# --- sums and names --------------------------------------------------------------------------
+
+
+class CombinedReg(Regularizer):
+    """R1 + R2, each with its own λ. Combine more than two by nesting."""
+
+    def __init__(self, reg1: Regularizer, reg2: Regularizer) -> None:
+        """Take the two terms."""
+        super().__init__(lmbda=1.0)
+        self.terms = nn.ModuleList([reg1, reg2])
+        self.name = f"{reg1.name}+{reg2.name}"
+        # Of the lists as far as the last that a term takes: nothing is computed that none asks for.
+        needed = set(reg1.inputs + reg2.inputs)
+        last = max((i for i, name in enumerate(INPUTS[:3]) if name in needed), default=-1)
+        self.inputs = INPUTS[: last + 1] + tuple(needed & {"loss_change"})
+
+    def forward(self, *fed: Tensors | LossChange, **named: Tensors | LossChange) -> Tensor:
+        """Return the sum of the penalties (scalar), fed (weights, w_grads, a_grads) or `inputs`.
+
+        Lists at the end that no term takes may be left out or given; names work too.
+        """
+        given = dict(zip(self.inputs, fed, strict=False), **named)
+        return sum(term(*(given[name] for name in term.inputs)) for term in self.terms)
+
+
+# What --regularizer offers. <P> stands for a number, passed to the constructor under that name.
+REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
+    "L<P>Grad": LPGrad,
+    "LinfGrad": partial(LPGrad, P=math.inf),
+    "VarianceNorm": VarianceNorm,
+    "StdDevNorm": partial(VarianceNorm, std_dev=True),
+    "InverseVarianceNorm": InverseVarianceNorm,
+    "InverseStdDevNorm": partial(InverseVarianceNorm, std_dev=True),
+    "KurtosisNorm": KurtosisNorm,
+    "RangeNorm": RangeNorm,
+    "StepL1Grad": StepL1Grad,
+    "StepL2Grad": StepL2Grad,
+    "StepNoise": StepNoise,
+}
+
+
+def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer | None:
+    """Make the regularizer of that name (upper or lower case), None for "none".
+
+    Args:
+        name: a key of REGULARIZERS, with a number for <P>, or "none".
+        lmbda: λ, the factor of the penalty.
+        options: further arguments of the constructor, such as only_weight_grads.
+
+    Raises:
+        ValueError: for an unknown name, or a λ, number or option that does not go with it.
+    """
+    if name.lower() == "none":
+        return None
+    make, numbers = _find(name)
+    for option in options.keys() - inspect.signature(make).parameters.keys():
+        raise ValueError(f"{name} has no option {option}")
+    return make(lmbda, **numbers, **options)
+
+
+def _find(name: str) -> tuple[Callable[..., Regularizer], dict[str, int]]:
+    """Return the constructor of that name and the numbers in it; ValueError for an unknown one."""
+    for template, make in REGULARIZERS.items():
+        pattern = re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", template)
+        if match := re.fullmatch(pattern, name, re.IGNORECASE):
+            return make, {key: int(digits) for key, digits in match.groupdict().items()}
+    raise ValueError(f"unknown regularizer {name!r}: choose none, {', '.join(REGULARIZERS)}")
+
+
+def taken_by(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the options that the constructor of that name takes; none takes nothing."""
+    if name.lower() == "none":
+        return {}
+    return {k: v for k, v in options.items() if k in inspect.signature(_find(name)[0]).parameters}
+
+
+class Option(NamedTuple):
+    """An annotated argument of constructors: what a script needs for a flag of that name."""
+
+    kind: type
+    help: str
+    default: object
+    takers: tuple[str, ...]  # names in REGULARIZERS
+
+
+def regularizer_options() -> dict[str, Option]:
+    """Return every annotated argument of the constructors in REGULARIZERS, by name."""
+    found: dict[str, Option] = {}
+    for name, make in REGULARIZERS.items():
+        for key, parameter in inspect.signature(make).parameters.items():
+            for text in getattr(parameter.annotation, "__metadata__", ()):
+                takers = found[key].takers if key in found else ()
+                kind = parameter.annotation.__origin__
+                found[key] = Option(kind, text, parameter.default, (*takers, name))
+    return found

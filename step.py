@@ -1,0 +1,111 @@
+"""One training step: the exact gradient of the loss plus a penalty that may contain gradients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.func import functional_call
+
+import utils
+from regularizers import Regularizer
+
+
+@dataclass
+class Pass:
+    """What a forward and a backward pass give: the loss, and what a regularizer is fed."""
+
+    loss: Tensor  # scalar, the batch mean
+    n_correct: Tensor  # scalar
+    grads: Sequence[Tensor]  # ∂loss/∂p of every parameter p
+    tensors: dict[str, list[Tensor]]  # those of the regularizer's inputs that are lists
+
+
+def first_order(
+    net: nn.Module, criterion: nn.Module, inputs: Sequence[str], x: Tensor, y: Tensor,
+    dtype: torch.dtype, create_graph: bool = False,
+) -> Pass:
+    """Differentiate the loss of images x (B, 3, H, W) with labels y (B,) once."""
+    with utils.autocast(x.device, dtype):
+        logits, activations = net(x)
+        loss = criterion(logits, y)
+    params, weights = list(net.parameters()), utils.penalized_weights(net)
+    wanted = params + (list(activations) if "a_grads" in inputs else [])
+    grads = grad(loss, wanted, create_graph=create_graph, materialize_grads=True)
+    of = dict(zip(params, grads, strict=False))
+    available = {
+        "weights": weights,
+        "w_grads": [of[w] for w in weights],
+        "a_grads": list(grads[len(params):]),
+    }
+    n_correct = (logits.detach().argmax(dim=1) == y).sum()
+    tensors = {name: ts for name, ts in available.items() if name in inputs}
+    return Pass(loss.detach(), n_correct, grads[: len(params)], tensors)
+
+
+def loss_change(
+    net: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, loss: Tensor,
+    grads: Sequence[Tensor], deltas: Sequence[Tensor],
+) -> Tensor:
+    """Return L(W + Δ) − L(W) for the Δ_l of each penalized weight, on the same images.
+
+    L(W) is `loss` and its derivative `grads`, known from the first-order pass; L(W + Δ) is one more
+    forward pass, differentiable in Δ and the parameters. In training mode that normalises by its
+    own batch statistics, and updates copies of the running ones: those belong to the clean pass.
+    """
+    name_of = {p: name for name, p in net.named_parameters()}
+    weights = utils.penalized_weights(net)
+    moved = {name_of[w]: w + delta for w, delta in zip(weights, deltas, strict=True)}
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    with utils.autocast(x.device, dtype):
+        logits, _ = functional_call(net, {**buffers, **moved}, (x,))
+        moved_loss = criterion(logits, y)
+    tangents = zip(net.parameters(), grads, strict=False)  # of value 0 and derivative g
+    here = loss + sum((g.detach() * (p - p.detach())).sum() for p, g in tangents)
+    return moved_loss - here
+
+
+def update_gradients(
+    net: nn.Module, criterion: nn.Module, regularizer: Regularizer | None, x: Tensor, y: Tensor,
+    dtype: torch.dtype = torch.float32, strength: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set the .grad of every parameter to ∇L + ∇R, exactly; return L, R and the number correct.
+
+    R is `strength` times the regularizer: a function of tensors t (weights, gradients) that are
+    functions of the parameters p, so ∇R = Σ_t ∂R/∂t · ∂t/∂p, and, through loss_change, of p itself.
+    The direction ∂R/∂t is taken on detached copies, which is cheap; one backward pass through the
+    graph of the first-order pass then carries it to the parameters.
+    """
+    inputs = regularizer.inputs if regularizer else ()
+    params = list(net.parameters())
+    done = first_order(
+        net, criterion, inputs, x, y, dtype, create_graph=takes_gradients(regularizer)
+    )
+    for p, g in zip(params, done.grads, strict=True):
+        p.grad = g.detach()
+    if regularizer is None:
+        return done.loss, torch.zeros_like(done.loss), done.n_correct
+
+    copies = {name: [t.detach().requires_grad_() for t in ts] for name, ts in done.tensors.items()}
+    change = partial(loss_change, net, criterion, x, y, dtype, done.loss, done.grads)
+    fed = {**copies, "loss_change": change}
+    penalty = strength * regularizer(*(fed[name] for name in inputs))
+    tensors, leaves = sum(done.tensors.values(), []), sum(copies.values(), [])
+    directions = grad(penalty, leaves + params, allow_unused=True)
+    pairs = [
+        (t, direction)
+        for t, direction in zip(tensors + params, directions, strict=True)
+        if t.requires_grad and direction is not None
+    ]
+    tensors, directions = zip(*pairs, strict=True)
+    for p, g in zip(params, grad(tensors, params, directions, allow_unused=True), strict=True):
+        if g is not None:
+            p.grad = p.grad + g
+    return done.loss, penalty.detach(), done.n_correct
+
+
+def takes_gradients(regularizer: Regularizer | None) -> bool:
+    """Tell whether the penalty is a function of gradients: only then a step is of second order."""
+    return regularizer is not None and not {"w_grads", "a_grads"}.isdisjoint(regularizer.inputs)

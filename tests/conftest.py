@@ -1,0 +1,51 @@
+"""What several test files use: a quiet logger, a small problem, and the scripts as commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # the nets are small: a second thread only waits
+
+
+@pytest.fixture(autouse=True)
+def _quiet_wandb(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(autouse=True)
+def _default_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def problem():
+    """Images and labels in float64 for oracles.SmoothNet."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(6, 3, 6, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(4, (6,), generator=generator)
+    return x, y
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("train.py", "--flag", …, VARIABLE="value") runs it in tmp_path, without a terminal.
+
+    Returns the finished process. A variable that is None is taken out of the environment.
+    """
+
+    def run(name: str, *arguments: object, **changes: str | None) -> subprocess.CompletedProcess:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+        return subprocess.run(
+            [sys.executable, ROOT / name, *map(str, arguments)], cwd=tmp_path, text=True,
+            capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
+            env={key: value for key, value in env.items() if value is not None},
+        )
+
+    return run

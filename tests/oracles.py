@@ -1,0 +1,103 @@
+"""The slow and obvious versions that the fast code is compared with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SmoothNet(nn.Module):
+    """Two convolutions, batch norm and Softplus: a small net whose derivatives have no kinks."""
+
+    def __init__(self, channels: int = 3, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+        self.linear = nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        a1 = F.softplus(self.norm1(self.conv1(x)))
+        a2 = F.softplus(self.conv2(a1))
+        return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
+
+
+def penalized_weights(net: nn.Module) -> list[Tensor]:
+    return [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+
+def lp_grad(w_grads: list[Tensor], a_grads: list[Tensor], lmbda: float, P: int) -> Tensor:
+    """λ · ( Σ ‖∂L/∂W‖_p + Σ B^(−1/p) ‖∂L/∂A‖_p ), element by element."""
+    total = torch.zeros((), dtype=w_grads[0].dtype)
+    for g in w_grads:
+        total = total + (g.abs() ** P).sum() ** (1 / P)
+    for g in a_grads:
+        total = total + g.shape[0] ** (-1 / P) * (g.abs() ** P).sum() ** (1 / P)
+    return lmbda * total
+
+
+def variance(w: Tensor) -> Tensor:
+    """mean((W − mean W)²)."""
+    return ((w - w.sum() / w.numel()) ** 2).sum() / w.numel()
+
+
+def variance_norm(weights: list[Tensor], lmbda: float, std_dev: bool) -> Tensor:
+    total = torch.stack([variance(w) for w in weights]).sum()
+    return lmbda * (total ** 0.5 if std_dev else total)
+
+
+def inverse_variance_norm(weights: list[Tensor], lmbda: float, std_dev: bool) -> Tensor:
+    mean = torch.stack([1 / variance(w) for w in weights]).mean()
+    return lmbda * (mean ** 0.5 if std_dev else mean)
+
+
+def kurtosis_norm(weights: list[Tensor], lmbda: float) -> Tensor:
+    """λ · mean_l (E[z⁴] − 1.8)² with z = (W − mean W) / std W."""
+    terms = []
+    for w in weights:
+        z = (w - w.mean()) / variance(w) ** 0.5
+        terms.append(((z ** 4).mean() - 1.8) ** 2)
+    return lmbda * torch.stack(terms).mean()
+
+
+def step(w: Tensor, n_bits: int) -> Tensor:
+    """s = 2 max|W| / (2^b − 1)."""
+    return 2 * w.abs().flatten().sort().values[-1] / (2 ** n_bits - 1)
+
+
+def step_l1_grad(
+    weights: list[Tensor], w_grads: list[Tensor], lmbda: float, n_bits: int
+) -> Tensor:
+    terms = [step(w, n_bits) / 2 * g.abs().sum() for w, g in zip(weights, w_grads, strict=True)]
+    return lmbda * torch.stack(terms).sum()
+
+
+def step_l2_grad(
+    weights: list[Tensor], w_grads: list[Tensor], lmbda: float, n_bits: int
+) -> Tensor:
+    terms = [step(w, n_bits) ** 2 / 12 * (g ** 2).sum()
+             for w, g in zip(weights, w_grads, strict=True)]
+    return lmbda * torch.stack(terms).sum() ** 0.5
+
+
+def backward_twice(net, criterion, penalty_of, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave ∇L + ∇R in .grad by backward with create_graph, then backward of the penalty.
+
+    penalty_of(weights, w_grads, a_grads) -> R. Returns L and R.
+    """
+    net.zero_grad()
+    logits, activations = net(x)
+    for a in activations:
+        a.retain_grad()
+    loss = criterion(logits, y)
+    loss.backward(create_graph=True)
+    weights = penalized_weights(net)
+    penalty = penalty_of(weights, [w.grad for w in weights], [a.grad for a in activations])
+    before = [p.grad.detach().clone() for p in net.parameters()]
+    net.zero_grad()
+    penalty.backward()
+    after = [torch.zeros_like(g) if p.grad is None else p.grad
+             for p, g in zip(net.parameters(), before, strict=True)]
+    net.zero_grad()  # ends the reference cycle of .grad and its graph
+    for p, first, second in zip(net.parameters(), before, after, strict=True):
+        p.grad = first + second.detach()
+    return loss.detach(), penalty.detach()

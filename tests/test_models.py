@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from models import ConvNet
+
+
+def plain_convnet(num_classes=10):
+    """ConvNet in the words of the definition, of PyTorch's modules alone."""
+    channels = [(3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1), (64, 128, 2),
+                (128, 128, 1), (128, 256, 1), (256, 256, 1)]
+    net = nn.Module()
+    for i, (c_in, c_out, stride) in enumerate(channels):
+        conv = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
+        net.add_module(f"layer{i}", nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU()))
+    net.classifier = nn.Linear(256, num_classes)
+    return net
+
+
+def test_parameters_and_shapes():
+    net = ConvNet()
+    assert sum(p.numel() for p in net.parameters()) == 1_212_778
+    logits, activations = net(torch.zeros(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    assert [tuple(a.shape[1:]) for a in activations] == [
+        (32, 32, 32), (32, 32, 32), (64, 16, 16), (64, 16, 16), (64, 16, 16), (128, 8, 8),
+        (128, 8, 8), (256, 8, 8), (256, 8, 8),
+    ]
+
+
+def test_a_seed_gives_the_network_of_plain_modules_under_the_same_keys():
+    torch.manual_seed(7)
+    ours = ConvNet().state_dict()
+    torch.manual_seed(7)
+    plain = plain_convnet().state_dict()
+    assert list(ours) == list(plain)
+    assert all(torch.equal(ours[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_are_those_of_plain_modules(training):
+    net, plain = ConvNet().double().train(training), plain_convnet().double().train(training)
+    plain.load_state_dict(net.state_dict())
+    a = x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    logits, activations = net(x)
+    for i, activation in enumerate(activations):
+        a = plain.get_submodule(f"layer{i}")(a)
+        torch.testing.assert_close(activation, a)
+    torch.testing.assert_close(logits, plain.classifier(a.mean(dim=(2, 3))))
+    torch.testing.assert_close(net.state_dict(), plain.state_dict())

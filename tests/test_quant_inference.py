@@ -1,0 +1,391 @@
+import csv
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import files
+import quant_inference as qi
+import quant_utils as qu
+import report
+from models import ConvNet
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Work in an empty folder with 48 test and 96 training images, on one thread."""
+    whole = data.synthetic()
+    small = data.Data(
+        whole.train_images[:96], whole.train_labels[:96], whole.test_images[:48],
+        whole.test_labels[:48], mean=whole.mean, std=whole.std,
+    )
+    monkeypatch.setitem(data.DATASETS, "Synthetic", lambda data_dir, seed: small)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield small
+    torch.set_num_threads(threads)
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    net = ConvNet().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data.normal_(std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.05, 0.3)
+    return net
+
+
+def main(*arguments):
+    """Run the script in this process; return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        qi.main([*map(str, arguments), "--dataset", "synthetic", "--device", "cpu"])
+    return caught.value.code
+
+
+def results(folder="."):
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+# --- from end to end -------------------------------------------------------------------------
+
+
+def test_train_then_quantize(script, tmp_path):
+    common = ["--dataset", "Synthetic", "--device", "cpu"]
+    trained = script(
+        "train.py", "--run_name", "control", "--n_epochs", 1, "--train_subset", 128, "--no-compile",
+        *common,
+    )
+    assert trained.returncode == 0, trained.stderr
+    done = script(
+        "quant_inference.py", "control.pt", "--n_epochs", 1, "--lr", 0.1, "--bits", 8, 4,
+        "--schemes", "uniform", "PWLQ", "--output", "out", *common,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--n_epochs is ignored" in done.stdout and "--lr is ignored" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    rows = results(tmp_path / "out")["rows"]
+    assert [(r["scheme"], r["bits"], r["levels"]) for r in rows] == [
+        ("none", 32, None), ("uniform", 4, 16), ("uniform", 8, 256), ("pwlq", 4, 31),
+        ("pwlq", 8, 511),
+    ]
+    record = json.loads((tmp_path / "control.json").read_text())
+    assert rows[0]["accuracy"] == pytest.approx(record["final_accuracy"], abs=0.003)
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        in_csv = list(csv.DictReader(file))
+    assert [float(r["accuracy"]) for r in in_csv] == [r["accuracy"] for r in rows]
+    assert done.stdout.index("none") < done.stdout.index("uniform") < done.stdout.index("pwlq")
+    for name in ("accuracy.png", "weights_control.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(PNG)
+
+
+def test_rows_are_what_the_quantizers_say(tiny, capsys):
+    files.save_weights(make_net(), Path("a.pt"))
+    flags = ["a.pt", "--bits", 3, "--trials", 2, "--seed", 5]
+    assert main(*flags) == 0
+    rows = results()["rows"]
+    assert [r["scheme"] for r in rows] == ["none", "uniform", "dorefa", "pwlq"]
+    for row in rows[1:]:
+        assert row["accuracy_change"] == row["accuracy"] - rows[0]["accuracy"]
+        assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
+        assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
+    net = qi.load(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), 10)
+    for row, quantizer in ((rows[1], qu.uniform), (rows[3], qu.pwlq)):
+        net_q, layers = qu.quantize_model(net, quantizer, 3)
+        assert row["squared_error"] == qu.model_error(layers)
+        images = tiny.test_images / 255
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
+        with torch.no_grad():
+            logits, _ = net_q((images - mean) / std)
+        n_correct = (logits.argmax(1) == tiny.test_labels).sum().item()
+        assert row["accuracy"] == n_correct / len(images)
+        assert row["loss"] == pytest.approx(F.cross_entropy(logits, tiny.test_labels).item(), 1e-4)
+    first = capsys.readouterr().out
+    assert main(*flags) == 0
+    assert results()["rows"] == rows and capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--per_channel"], ["--overlapping"], ["--distribution", "laplace"], ["--approximate"],
+        ["--distribution", "search"], ["--fold_bn"], ["--bias_correction"], ["--avg_in_layer"],
+        ["--act_bits", "3"], ["--act_bits", "same", "--calibration", "percentile"],
+        ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
+    ],
+    ids=" ".join,
+)
+def test_every_option_changes_the_result(tiny, monkeypatch, flags):
+    monkeypatch.setattr(qi, "draw", lambda *arguments: {})
+    files.save_weights(make_net(), Path("a.pt"))
+    common = ["a.pt", "--bits", 4, "--schemes", "pwlq"]
+    assert main(*common) == 0
+    plain = results()["rows"]
+    assert main(*common, *flags) == 0
+    changed = results()["rows"]
+    assert plain[0]["accuracy"] == changed[0]["accuracy"]
+    key = "loss" if "--act_bits" in flags else "squared_error"
+    assert plain[1][key] != changed[1][key] and math.isfinite(changed[1]["loss"])
+
+
+def test_16_bits_everywhere_are_as_good_as_none(tiny):
+    files.save_weights(make_net(), Path("a.pt"))
+    flags = ["--act_bits", 16, "--calibration", "minmax", "--fold_bn", "--per_channel"]
+    assert main("a.pt", "--bits", 16, *flags) == 0
+    full, *rows = results()["rows"]
+    assert all(row["loss"] == pytest.approx(full["loss"], abs=1e-3) for row in rows)
+    assert {row["act_bits"] for row in rows} == {16} and full["act_bits"] == 32
+
+
+def test_ready_folds_what_is_quantized_without_changing_the_outputs(tiny):
+    net, _ = qu.quantize_model(make_net(), qu.uniform, 3)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(qi.ready(net, "cpu")(x)[0], net(x)[0], rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
+    net = make_net()
+    files.save_weights(net, Path("good.pt"))
+    whole = Path("good.pt").read_bytes()
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    Path("text.pt").write_text("not a checkpoint")
+    Path("empty.pt").touch()
+    Path("folder.pt").mkdir()
+    torch.save(nn.Linear(3, 2).state_dict(), "other.pt")
+    torch.save({"weights": Evil()}, "evil.pt")
+    torch.save([1, 2], "list.pt")
+    net.layer3[0].weight.data[0, 0, 0, 0] = math.nan
+    files.save_weights(net, Path("nan.pt"))
+    broken = make_net().state_dict()
+    torch.save({**broken, "layer0.1.running_var": torch.full((32,), -1.0)}, "variance.pt")
+    torch.save({**broken, "classifier.bias": torch.zeros(10, dtype=torch.cfloat)}, "complex.pt")
+    bad = ["variance", "complex"]
+    bad += ["cut", "text", "empty", "folder", "other", "evil", "list", "nan", "missing"]
+    assert main("good.pt", *(f"{name}.pt" for name in bad), "--bits", 4) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == len(bad)
+    assert all(f"{name}.pt" in line for name, line in zip(bad, lines, strict=True))
+    assert "layer3.0.weight" in lines[bad.index("nan")]
+    assert {row["checkpoint"] for row in results()["rows"]} == {"good"}
+    assert not Path("executed").exists()
+
+
+def test_calibration_does_not_depend_on_the_batch_size(tiny):
+    files.save_weights(make_net(), Path("w.pt"))
+    tables = []
+    for batch_size in (7, 48):
+        assert main("w.pt", "--bits", 4, "--schemes", "uniform", "--act_bits", 3,
+                    "--calibration_images", 70, "--batch_size", batch_size) == 0
+        tables.append([row["accuracy"] for row in results()["rows"]])
+    assert tables[0] == tables[1]
+
+
+def test_what_cannot_be_quantized_or_is_interrupted_loses_nothing_else(tiny, capsys, monkeypatch):
+    for name in ("first", "second", "third"):
+        files.save_weights(make_net(), Path(f"{name}.pt"))
+    plain, calls = qi.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:  # the second file, quantized
+            raise ValueError("layer3.0: cannot quantize")
+        if len(calls) == 6:  # the third
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(qi, "evaluate", evaluate)
+    flags = ("--bits", 4, "--schemes", "uniform")
+    assert main("first.pt", "second.pt", "third.pt", *flags) == 130
+    captured = capsys.readouterr().err
+    assert "second.pt: layer3.0: cannot quantize" in captured and "stopped" in captured
+    assert [(row["checkpoint"], row["scheme"]) for row in results()["rows"]] == [
+        ("first", "none"), ("first", "uniform"), ("third", "none"),
+    ]
+
+
+def test_without_one_good_file_nothing_is_written(tiny, capsys):
+    assert main("missing.pt") == 1
+    assert "missing.pt" in capsys.readouterr().err and not list(Path(".").iterdir())
+
+
+def test_globs_and_names(tiny):
+    for path in ("a/net.pt", "b/net.pt", "b/[1].pt", "net.1", "net.2"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    found = qi.find(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
+    assert found == {
+        "a/net": Path("a/net.pt"), "b/net": Path("b/net.pt"), "[1]": Path("b/[1].pt"),
+        "c*": Path("c*.pt"), "net.1": Path("net.1"), "net.2": Path("net.2"),
+    }
+
+
+def test_constant_and_zero_layers_are_no_trouble(tiny):
+    net = make_net()
+    net.layer2[0].weight.data.zero_()
+    net.layer5[0].weight.data.fill_(0.01)
+    files.save_weights(net, Path("a.pt"))
+    assert main("a.pt", "--bits", 2, "--schemes", "pwlq", "--per_channel", "--bias_correction",
+                "--per_layer", "--per_layer_images", 8) == 0
+    found = results()
+    for row in found["rows"] + found["per_layer"]:
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
+
+
+# --- flags -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--bits", "1"], "2 to 16"), (["--bits", "17"], "2 to 16"), (["--bits", "4.5"], "2 to 16"),
+        (["--schemes", "ternary"], "uniform, dorefa, pwlq"), (["--act_bits", "1"], "2 to 16"),
+        (["--calibration", "mean"], "topk_median"), (["--trials", "0"], "at least 1"),
+        (["--schemes", "uniform", "--overlapping"], "--overlapping needs pwlq"),
+        (["--distribution", "search", "--approximate"], "--approximate needs --distribution"),
+        (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
+        (["--calibration", "minmax"], "--calibration needs --act_bits"),
+        (["--dataset", "MNIST"], "CIFAR10"), (["--model", "VGG"], "ConvNet"),
+        (["--output", "a.pt/out"], "--output"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(tiny, capsys, flags, told):
+    Path("a.pt").touch()
+    with pytest.raises(SystemExit) as caught:
+        qi.main(["a.pt", *flags])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1 and told in message
+
+
+def test_no_files_is_told_in_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        qi.main([])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("\n") == 1 and "FILE" in message
+
+
+# --- layer by layer --------------------------------------------------------------------------
+
+
+def test_expansion_of_the_loss_is_autograds():
+    """Against the full Hessian of a small smooth network in float64, over several batches."""
+    torch.manual_seed(1)
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.double()), []
+
+    net = Net(nn.Conv2d(3, 2, 3, stride=5), nn.Softplus(), nn.Flatten(), nn.Linear(72, 10)).double()
+    images = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8)
+    loader = data.Loader(images, torch.arange(7), 3, (0.5,) * 3, (0.2,) * 3)
+    params = dict(net.named_parameters())
+    deltas = [
+        {key: torch.randn_like(params[key]) for key in keys}
+        for keys in (("0.weight", "0.bias"), ("3.bias",), ("0.weight",))
+    ]
+
+    def loss(*values, keys):
+        x, y = (torch.cat(part) for part in zip(*loader.batches(0), strict=True))
+        logits, _ = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
+        return F.cross_entropy(logits, y)
+
+    for delta, terms in zip(deltas, qi.expand(net, loader, deltas), strict=True):
+        at = tuple(params[key].detach() for key in delta)
+        f, d = partial(loss, keys=list(delta)), tuple(delta.values())
+        g = torch.autograd.functional.jacobian(f, at)
+        hessian = torch.autograd.functional.hessian(f, at)
+        first = sum((a * b).sum() for a, b in zip(g, d, strict=True))
+        bound = sum(a.abs().sum() for a in g) * max(b.abs().max() for b in d)
+        second = sum(
+            d[i].flatten() @ block.reshape(d[i].numel(), -1) @ d[j].flatten() / 2
+            for i, row in enumerate(hessian) for j, block in enumerate(row)
+        )
+        assert terms == pytest.approx([first.item(), bound.item(), second.item()], rel=1e-6)
+
+
+def test_per_layer(tiny, capsys):
+    files.save_weights(make_net(), Path("a.pt"))
+    flags = ["--schemes", "uniform", "--bits", 9, "--per_layer", "--per_layer_images", 48]
+    assert main("a.pt", *flags) == 0
+    rows = results()["per_layer"]
+    assert [row["layer"] for row in rows] == list(qu.quantizable_layers(ConvNet()))
+    for row in rows:
+        assert abs(row["first_order"]) <= row["first_order_bound"]
+    total = sum(abs(row["loss_change"]) for row in rows)
+    missed = sum(
+        abs(row["loss_change"] - row["first_order"] - row["second_order"]) for row in rows
+    )
+    assert missed < 0.1 * total
+    assert "one layer at a time" in capsys.readouterr().out
+    assert len(Path("per_layer.csv").read_text().splitlines()) == 11
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def make_rows():
+    def row(checkpoint, scheme, bits, accuracy, std=None):
+        return dict.fromkeys(report.COLUMNS) | {
+            "checkpoint": checkpoint, "scheme": scheme, "bits": bits, "accuracy": accuracy,
+            "accuracy_change": accuracy - 0.9, "squared_error": 1.0, "accuracy_std": std,
+            "act_bits": 32,
+        }
+
+    return [
+        row(name, *rest)
+        for name in ("a/net", "b")
+        for rest in (("none", 32, 0.9), ("uniform", 4, 0.5), ("dorefa", 4, 0.4, 0.02))
+    ]
+
+
+def test_table_is_aligned():
+    lines = report.table(make_rows(), report.COLUMNS[:7]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + 2 + 6
+    assert "40.00% ± 2.00" in lines[4] and "-50.00 pp" in lines[4]
+
+
+def test_plot_says_how_many_bits_the_activations_have():
+    rows = make_rows()
+    assert report.bits_label(rows) == "bits of a weight, b"
+    changed = [row | {"act_bits": 8} for row in rows]
+    assert report.bits_label(changed) == "bits of a weight, b (activations: 8)"
+    same = [row | {"bits": b, "act_bits": b} for b in (4, 6) for row in rows]
+    assert report.bits_label(same) == "bits of weights and activations, b"
+
+
+def test_rows_plots_and_curves_are_logged(tmp_path):
+    logged, defined = [], {}
+    rows, picture = make_rows(), tmp_path / "accuracy.png"
+    report.accuracy_plot(rows, picture)
+    tracker = SimpleNamespace(
+        run=object(), define=lambda name, step: defined.update({name: step}),
+        wandb=SimpleNamespace(Table=lambda columns, cells: cells, Image=lambda path: path),
+        log=logged.append,
+    )
+    report.log(tracker, rows, [], {"accuracy": picture})
+    curve, rest = logged
+    assert curve["bits"] == 4 and curve["accuracy/a_net/uniform"] == 0.5
+    assert set(defined) == set(curve) - {"bits"} and set(defined.values()) == {"bits"}
+    assert len(rest["results"]) == len(rows) and rest["plots/accuracy"] == str(picture)

@@ -1,0 +1,43 @@
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(pattern):
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if re.match(pattern, line)]
+
+
+@pytest.mark.parametrize("command", commands("python "))
+def test_every_command_of_the_readme_parses(command):
+    _, script, *flags = shlex.split(command, comments=True)
+    importlib.import_module(script.removesuffix(".py")).make_parser().parse_args(flags)
+
+
+def test_make_knows_every_target_of_the_readme():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    wanted = {shlex.split(command, comments=True)[1] for command in commands("make ")}
+    assert wanted and wanted <= set(targets)
+
+
+def test_every_file_that_the_readme_names_exists_and_none_is_left_out():
+    named = set(re.findall(r"`(\w+\.py)`", README))
+    assert named == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_the_regularizer_of_the_readme_works(monkeypatch):
+    import torch
+
+    import regularizers
+
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyNorm" in b]
+    monkeypatch.setattr(regularizers, "REGULARIZERS", dict(regularizers.REGULARIZERS))
+    exec(block, vars(regularizers).copy())
+    made = regularizers.make_regularizer("mynorm", 2.0)
+    assert made([torch.ones(16)]).item() == pytest.approx(4.0)

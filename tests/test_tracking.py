@@ -1,0 +1,110 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tracking
+from models import ConvNet
+
+FAST = ("--dataset", "Synthetic", "--train_subset", 32, "--batch_size", 16, "--precision", "fp32",
+        "--no-compile", "--n_epochs", 1)
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_keys_are_found_where_wandb_looks(no_key, monkeypatch, tmp_path):
+    assert not tracking.has_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40)
+    assert tracking.has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not tracking.has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert tracking.has_key()
+
+
+def logged_rows(folder):
+    """Return the rows logged by the offline run in folder, read by wandb's own inspector."""
+    [log] = folder.glob("wandb/offline-run-*/*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    printed = subprocess.run([wandb, "leet", "inspect", "--json", log], text=True, check=True,
+                             capture_output=True, timeout=60).stdout
+    records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return [set(record["history"]["item"]) for record in records if "history" in record]
+
+
+def test_a_run_without_key_terminal_or_mode_is_recorded_offline(script, no_key, tmp_path):
+    done = script("train.py", *FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3,
+                  "--n_epochs", 2, WANDB_MODE=None)  # epochs of two batches
+    assert done.returncode == 0, done.stderr
+    assert "wandb leet" in done.stdout and "wandb sync" in done.stdout
+    rows = logged_rows(tmp_path)
+    epoch, _ = [row for row in rows if "train_loss" in row]
+    assert {"train_loss", "test_loss", "train_accuracy", "test_accuracy", "train_L2Grad",
+            "test_L2Grad", "lr", "epoch_seconds", "epoch"} <= epoch
+    [watched] = [row for row in rows if "parameters/classifier.bias._type" in row]
+    names = [name for name, _ in ConvNet().named_parameters()]
+    assert {f"{kind}/{n}._type" for kind in ("parameters", "gradients") for n in names} <= watched
+
+
+def test_online_without_a_key_goes_on_offline(script, no_key):
+    done = script("train.py", *FAST, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert "Weights & Biases, online:" in done.stderr and "saved" in done.stdout
+
+
+def test_disabled_writes_nothing(script, tmp_path):
+    done = script("train.py", *FAST, WANDB_MODE="disabled")
+    assert done.returncode == 0 and not (tmp_path / "wandb").exists()
+
+
+class Broken:
+    """A wandb run, and wandb, whose every call raises or hangs."""
+
+    disabled = offline = False
+    id = "x"
+
+    def __init__(self, call):
+        self.log = self.finish = self.teardown = call
+
+
+def fail():
+    raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize("call", [lambda *_: fail(), lambda *_: time.sleep(60)])
+def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tracking, "LOG_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
+    tracker = object.__new__(tracking.Tracker)
+    tracker.run = tracker.wandb = Broken(call)
+    tracker.complete, tracker.folder = True, tmp_path / "run-1-x"
+    tracker.folder.mkdir()
+    began = time.monotonic()
+    for epoch in range(9):
+        tracker.log({"epoch": epoch})
+    assert capsys.readouterr().err.count("Weights & Biases: ") == 1
+    assert f"wandb sync {tracker.folder}" in tracker.finish() and time.monotonic() - began < 5
+
+
+def test_the_environment_is_described():
+    described = tracking.describe_environment()
+    assert described["versions"]["torch"] == torch.__version__.split("+")[0]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                          cwd=Path(tracking.__file__).parent)
+    assert described["git_commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+    assert described["machine"]["threads"] == torch.get_num_threads()
+    json.dumps(described)
+
+
+def test_no_git_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert tracking.describe_environment()["git_commit"] is None

@@ -1,0 +1,546 @@
+import json
+import math
+
+import oracles
+import pytest
+import torch
+from torch import nn
+
+import combined_protocol
+import step
+import train
+import utils
+from data import DataError, Loader, synthetic
+from regularizers import (
+    CombinedReg,
+    InverseVarianceNorm,
+    KurtosisNorm,
+    LPGrad,
+    RangeNorm,
+    Regularizer,
+    StepL1Grad,
+    StepL2Grad,
+    StepNoise,
+    VarianceNorm,
+)
+from state import NotFiniteError
+from step import update_gradients
+from train import Phase, fit
+
+CASES = {
+    "L1Grad": LPGrad(0.3, 1),
+    "L2Grad": LPGrad(0.3, 2),
+    "L2Grad weights": LPGrad(0.3, 2, only_weight_grads=True),
+    "L5Grad": LPGrad(0.3, 5),
+    "VarianceNorm": VarianceNorm(0.7),
+    "StdDevNorm": VarianceNorm(0.7, std_dev=True),
+    "InverseVarianceNorm": InverseVarianceNorm(0.01),
+    "InverseStdDevNorm": InverseVarianceNorm(0.01, std_dev=True),
+    "LinfGrad": LPGrad(0.3, math.inf),
+    "KurtosisNorm": KurtosisNorm(0.5),
+    "RangeNorm": RangeNorm(0.5),
+    "StepL1Grad": StepL1Grad(0.5),
+    "StepL2Grad": StepL2Grad(0.5, target_bits=2),
+    "StepL2Grad and noise": CombinedReg(StepL2Grad(2.0), StepNoise(0.0)),
+    "combined": CombinedReg(VarianceNorm(1.25), LPGrad(0.05, 2, only_weight_grads=True)),
+    "nested": CombinedReg(CombinedReg(LPGrad(0.1, 1), VarianceNorm(1.0)), LPGrad(0.2, 2)),
+}
+NOISES = {
+    "StepNoise": StepNoise(0.7, target_bits=2),
+    "with VarianceNorm": CombinedReg(VarianceNorm(1.0), StepNoise(0.7)),
+    "with StepL1Grad": CombinedReg(StepL1Grad(0.5), StepNoise(0.7)),
+}
+CE = nn.CrossEntropyLoss()
+
+
+def penalty_of(regularizer):
+    """The regularizer as a function of everything it might be fed."""
+    def call(weights, w_grads, a_grads):
+        given = {"weights": weights, "w_grads": w_grads, "a_grads": a_grads,
+                 "loss_change": lambda deltas: torch.zeros((), dtype=weights[0].dtype)}
+        return regularizer(*(given[name] for name in regularizer.inputs))
+    return call
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_plain_double_backprop(name, problem):
+    torch.manual_seed(0)
+    net, plain = oracles.SmoothNet().double(), oracles.SmoothNet().double()
+    plain.load_state_dict(net.state_dict())
+    loss, penalty, n_correct = update_gradients(net, CE, CASES[name], *problem)
+    expected = oracles.backward_twice(plain, CE, penalty_of(CASES[name]), *problem)
+    torch.testing.assert_close((loss, penalty), expected, rtol=1e-12, atol=0)
+    assert penalty > 0 and 0 <= n_correct <= len(problem[0])
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["StepNoise", "held"])
+def test_noise_costs_the_loss_change_at_other_weights(name, problem):
+    """Gradients of L + λ(L(W + Δ) − L(W)) against two passes of plain autograd."""
+    torch.manual_seed(0)
+    net, plain = oracles.SmoothNet().double(), oracles.SmoothNet().double()
+    plain.load_state_dict(net.state_dict())
+    x, y = problem
+    torch.manual_seed(5)
+    loss, penalty, _ = update_gradients(net, CE, StepNoise(0.7, 3, name == "held"), x, y)
+
+    torch.manual_seed(5)
+    weights = oracles.penalized_weights(plain)
+    steps = [oracles.step(w.detach() if name == "held" else w, 3) for w in weights]
+    moved = [w + s * (torch.rand_like(w) - 0.5) for w, s in zip(weights, steps, strict=True)]
+    clean = CE(plain(x)[0], y)
+    running = plain.norm1.running_mean.clone()
+    names = ("conv1.weight", "conv2.weight", "linear.weight")
+    noisy = CE(torch.func.functional_call(plain, dict(zip(names, moved, strict=True)), (x,))[0], y)
+    (clean + 0.7 * (noisy - clean)).backward()
+    torch.testing.assert_close((loss, penalty), (clean.detach(), 0.7 * (noisy - clean).detach()))
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert torch.equal(net.norm1.running_mean, running)
+    assert net.norm1.num_batches_tracked == 1
+
+
+def test_evaluated_noise_is_the_loss_change_without_a_trace_and_the_same_every_time():
+    dataset = synthetic("", 0)
+    loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 40,
+                    mean=dataset.mean, std=dataset.std)
+    torch.manual_seed(0)
+    net = oracles.SmoothNet(num_classes=10)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    values = train.evaluate(net, CE, loader, regularizer=StepNoise(2.0))
+    torch.rand(3)
+    assert train.evaluate(net, CE, loader, regularizer=StepNoise(2.0)) == values
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for w in oracles.penalized_weights(net):
+            w += oracles.step(w, 4) * (torch.rand_like(w) - 0.5)
+    moved = train.evaluate(net, CE, loader)
+    assert values["StepNoise"] == pytest.approx(2 * (moved["loss"] - values["loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CASES, *NOISES])
+def test_penalty_gradient_by_central_differences(name, problem):
+    torch.manual_seed(1)
+    net, regularizer = oracles.SmoothNet().double(), {**CASES, **NOISES}[name]
+    update_gradients(net, CE, None, *problem)
+    alone = [p.grad.clone() for p in net.parameters()]
+    torch.manual_seed(7)
+    update_gradients(net, CE, regularizer, *problem)
+    ours = [p.grad - g for p, g in zip(net.parameters(), alone, strict=True)]
+    directions = [torch.randn_like(p) for p in net.parameters()]
+    slope = sum((g * d).sum() for g, d in zip(ours, directions, strict=True)).item()
+
+    def penalty_at(t):
+        with torch.no_grad():
+            for p, d in zip(net.parameters(), directions, strict=True):
+                p.add_(t * d)
+        torch.manual_seed(7)  # the same noise
+        value = update_gradients(net, CE, regularizer, *problem)[1].item()
+        with torch.no_grad():
+            for p, d in zip(net.parameters(), directions, strict=True):
+                p.sub_(t * d)
+        return value
+
+    h = 1e-6
+    measured = (penalty_at(h) - penalty_at(-h)) / (2 * h)
+    assert slope == pytest.approx(measured, rel=1e-5)
+
+
+def test_a_regularizer_of_weights_makes_no_second_order_graph(problem, monkeypatch):
+    graphs = []
+    plain_grad = torch.autograd.grad
+    monkeypatch.setattr(
+        step, "grad",
+        lambda *a, **k: graphs.append(k.get("create_graph", False)) or plain_grad(*a, **k),
+    )
+    update_gradients(oracles.SmoothNet().double(), CE, VarianceNorm(1.0), *problem)
+    assert not any(graphs)
+
+
+def test_autocast_keeps_float32_where_it_matters():
+    torch.manual_seed(0)
+    net = utils.make_net("ConvNet", 10, "cpu")
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    loss, penalty, _ = update_gradients(net, CE, LPGrad(0.01, 2), x, y, torch.bfloat16)
+    assert loss.dtype == penalty.dtype == torch.float32
+    assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+    with utils.autocast(x.device, torch.bfloat16):
+        logits, activations = net(x)
+    assert logits.dtype == torch.float32 and activations[0].dtype == torch.bfloat16
+
+
+def test_strength_is_a_factor_of_the_penalty(problem):
+    torch.manual_seed(0)
+    net = oracles.SmoothNet().double()
+    _, expected, _ = update_gradients(net, CE, LPGrad(0.06, 2), *problem)
+    gradient = net.conv1.weight.grad.clone()
+    _, penalty, _ = update_gradients(net, CE, LPGrad(0.3, 2), *problem, strength=0.2)
+    torch.testing.assert_close((penalty, net.conv1.weight.grad), (expected, gradient))
+
+
+class Plain(nn.Module):
+    """PyTorch's modules alone: under autocast its logits are bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        a = self.conv(x).relu()
+        return self.linear(a.mean(dim=(2, 3))), [a]
+
+
+def test_the_loss_of_a_net_of_plain_modules_is_float32_under_autocast(problem):
+    torch.manual_seed(0)
+    x, y = problem
+    net = Plain()
+    loss, penalty, _ = update_gradients(net, CE, LPGrad(0.1, 2), x.float(), y, torch.bfloat16)
+    exact, exact_penalty, _ = update_gradients(net, CE, LPGrad(0.1, 2), x.float(), y)
+    assert loss.dtype == penalty.dtype == torch.float32
+    torch.testing.assert_close((loss, penalty), (exact, exact_penalty), rtol=0.02, atol=0)
+
+
+# --- fit -------------------------------------------------------------------------------------
+
+
+class CountingReg(Regularizer):
+    """Zero, and a note of every call in training mode."""
+
+    name, inputs = "CountingReg", ("weights",)
+
+    def __init__(self):
+        super().__init__(1.0)
+        self.calls = 0
+
+    def forward(self, weights):
+        self.calls += torch.is_grad_enabled()
+        return 0 * weights[0].sum()
+
+
+def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
+    dataset = synthetic("", 0)
+    torch.manual_seed(3)
+    net = net or oracles.SmoothNet(num_classes=10)
+    common = {"mean": dataset.mean, "std": dataset.std}
+    loaders = [
+        Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
+               augment=True, seed=3, **common),
+        Loader(dataset.test_images[:40], dataset.test_labels[:40], 32, **common),
+    ]
+    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4)
+    scheduler = utils.make_scheduler("exponential", optimizer, 0.5, "default", n_epochs)
+    history = fit(net, CE, optimizer, scheduler, *loaders, phases, n_epochs, **kwargs)
+    return net, history
+
+
+def test_fit_is_the_plain_loop(monkeypatch):
+    """Three epochs of fit against the loop that a textbook would print, same batches."""
+    regularizer = LPGrad(0.1, 2)
+    net, history = small_fit([Phase(0), Phase(1, regularizer)], 3)
+    dataset = synthetic("", 0)
+    torch.manual_seed(3)
+    plain = oracles.SmoothNet(num_classes=10)
+    loader = Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
+                    augment=True, seed=3, mean=dataset.mean, std=dataset.std)
+    momentum = [torch.zeros_like(p) for p in plain.parameters()]
+    penalties = []
+    for epoch in range(3):
+        for x, y in loader.batches(epoch):
+            active = penalty_of(regularizer) if epoch >= 1 else lambda w, g, a: 0 * g[0].sum()
+            _, penalty = oracles.backward_twice(plain, CE, active, x, y)
+            penalties.append((epoch, len(x), penalty.item()))
+            with torch.no_grad():
+                for p, m in zip(plain.parameters(), momentum, strict=True):
+                    m.mul_(0.9).add_(p.grad + 5e-4 * p)
+                    p.sub_(0.05 * 0.5**epoch * m)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+    mean = sum(n * r for e, n, r in penalties if e == 2) / 70
+    assert history[2]["train_L2Grad"] == pytest.approx(mean, rel=1e-4)
+    assert [entry["lr"] for entry in history] == pytest.approx([0.05, 0.025, 0.0125])
+
+
+def test_phases_switch_at_their_epochs():
+    first, second = CountingReg(), CountingReg()
+    _, history = small_fit([Phase(1, first), Phase(3, second), Phase(4)], 6)
+    assert (first.calls, second.calls) == (2 * 3, 1 * 3)  # three batches an epoch
+    logged = [entry["epoch"] for entry in history if "train_CountingReg" in entry]
+    assert logged == [1, 2, 3]
+
+
+def test_history_holds_what_is_promised():
+    _, history = small_fit([Phase(0, LPGrad(0.01, 1))], 1)
+    assert set(history[0]) == {
+        "epoch", "lr", "train_loss", "train_accuracy", "train_L1Grad", "test_loss",
+        "test_accuracy", "test_L1Grad", "images_per_second", "epoch_seconds",
+    }
+    _, history = small_fit([Phase(0, LPGrad(0.01, 1))], 1, test_penalty=False)
+    assert "test_L1Grad" not in history[0]
+
+
+def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
+    regularizer = LPGrad(0.2, 2)
+    net, _ = small_fit([Phase(0)], 1)
+    dataset = synthetic("", 0)
+    loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 32,
+                    mean=dataset.mean, std=dataset.std)
+    values = train.evaluate(net, CE, loader, regularizer=regularizer)
+    net.eval()
+    total = 0.0
+    for x, y in loader.batches(0):
+        _, penalty = oracles.backward_twice(net, CE, penalty_of(regularizer), x, y)
+        total += len(x) * penalty.item()
+    assert values["L2Grad"] == pytest.approx(total / 40, rel=1e-5)
+
+
+def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
+    strengths = []
+    plain = train.update_gradients
+    monkeypatch.setattr(train, "update_gradients", lambda *a: strengths.append(a[-1]) or plain(*a))
+    ones = type("Ones", (Regularizer,), {
+        "name": "Ones", "inputs": ("weights",), "forward": lambda self, w: 1 + 0 * w[0].sum()})
+    _, history = small_fit([Phase(1, ones(1.0), warmup=1.5)], 4)
+    expected = [1, 1, 1, *(i / 3 / 1.5 for i in range(5)), 1, 1, 1, 1]  # three batches an epoch
+    assert strengths == pytest.approx(expected)
+    assert history[1]["train_Ones"] == pytest.approx((32 / 4.5 + 6 * 2 / 4.5) / 70)
+    assert [history[i]["test_Ones"] for i in (1, 2, 3)] == pytest.approx([1 / 1.5, 1, 1])
+
+
+def test_noise_repeats_whatever_the_global_streams_do():
+    """Also when the run is entered in the middle, with another global stream."""
+    first, history = small_fit([Phase(0, StepNoise(1.0))], 2)
+    torch.rand(1000)
+    second, again = small_fit([Phase(0, StepNoise(1.0))], 2, after_batch=lambda _: torch.rand(3))
+    assert history[1]["train_StepNoise"] == again[1]["train_StepNoise"] != 0
+    assert all(torch.equal(a, b) for a, b in
+               zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_weights_before_a_phase_are_saved(tmp_path):
+    at_start = {}
+    path = tmp_path / "before.pt"
+
+    def after_epoch(state):
+        if state.epoch == 2:
+            at_start.update({k: v.clone() for k, v in net.state_dict().items()})
+
+    torch.manual_seed(3)
+    net = oracles.SmoothNet(num_classes=10)
+    small_fit([Phase(2, VarianceNorm(1.0), save_as=path)], 4, net=net, after_epoch=after_epoch)
+    torch.testing.assert_close(torch.load(path, weights_only=True), at_start, rtol=0, atol=0)
+
+
+def test_bitwise_repeatable_whatever_the_global_streams_do():
+    first, _ = small_fit([Phase(0, LPGrad(0.1, 1))], 2)
+    torch.rand(1000)
+    second, _ = small_fit([Phase(0, LPGrad(0.1, 1))], 2)
+    assert all(torch.equal(a, b) for a, b in
+               zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+class NaNReg(Regularizer):
+    """NaN from the nth call on."""
+
+    name, inputs = "NaNReg", ("weights",)
+
+    def __init__(self, n):
+        super().__init__(1.0)
+        self.n = n
+
+    def forward(self, weights):
+        self.n -= 1
+        return weights[0].sum() * (math.nan if self.n < 0 else 0.0)
+
+
+def test_what_is_not_finite_stops_the_run_and_is_named():
+    torch.manual_seed(3)
+    net, batches = oracles.SmoothNet(num_classes=10), []
+    with pytest.raises(NotFiniteError, match=r"epoch 1, batch 1: the penalty NaNReg is nan"):
+        small_fit([Phase(1, NaNReg(1))], 3, net=net, after_batch=lambda s: batches.append(s.batch))
+    assert batches == [1, 2, 3, 1]  # at that batch, and before it moved the weights
+    assert all(p.isfinite().all() for p in net.parameters())
+    with pytest.raises(NotFiniteError, match=r"epoch \d, batch \d: the (loss|gradient of \S+) is"):
+        small_fit([], 3, lr=1e30)
+
+
+# --- the scripts -----------------------------------------------------------------------------
+
+FAST = ("--dataset", "Synthetic", "--train_subset", 64, "--batch_size", 32, "--precision", "fp32",
+        "--no-compile")
+
+
+def test_train_from_flags_to_saved_weights(script, tmp_path):
+    flags = ("--run_name", "r", "--n_epochs", 2, "--regularizer", "l2grad", "--lmbda", 0.001,
+             "--first_regularized_epoch", 1, "--save_preregularized_model", "--lr", 0.01, *FAST)
+    done = script("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    weights = torch.load(tmp_path / "r.pt", weights_only=True)
+    before = torch.load(tmp_path / "r_preregul.pt", weights_only=True)
+    utils.make_net("ConvNet", 10, "cpu").load_state_dict(weights)
+    assert not torch.equal(weights["classifier.weight"], before["classifier.weight"])
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["settings"]["seed"] == 242 and record["settings"]["regularizer"] == "L2Grad"
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert [("train_L2Grad" in entry) for entry in record["history"]] == [False, True]
+    assert record["final_accuracy"] == record["history"][-1]["test_accuracy"]  # both in float32
+    assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 2
+
+    again = script("train.py", *flags, "--save_file", "again.pt")
+    assert again.returncode == 0, again.stderr
+    repeated = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert all(torch.equal(weights[key], repeated[key]) for key in weights)
+
+
+def test_combined_protocol_from_flags_to_saved_weights(script, tmp_path):
+    done = script("combined_protocol.py", "--n_epochs", 3, "--first_variance_epoch", 1,
+                  "--first_gradient_epoch", 2, "--lr", 0.01, "--run_name", "c", *FAST)
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "c.json").read_text())["history"]
+    penalties = [[key for key in entry if key.startswith("train_") and "Norm" in key]
+                 for entry in history]
+    assert penalties == [[], ["train_VarianceNorm"], ["train_VarianceNorm+L2Grad"]]
+    assert (tmp_path / "c.pt").exists()
+
+
+def test_options_reach_those_that_take_them(monkeypatch):
+    started = {}
+    monkeypatch.setattr(
+        train, "start", lambda parser, args, phases: started.update(vars(args), phases=phases)
+    )
+    options = ["--target_bits", "3"]
+    train.main(["--regularizer", "stepl2grad", *options, "--hold_step", "--track", "L2grad"])
+    made = started["phases"][0].regularizer
+    assert (made.name, made.target_bits, made.hold_step) == ("StepL2Grad", 3, True)
+    assert started["track"] == ["L2Grad"]
+    train.main(["--track", "StepNoise", *options])  # of what is tracked only
+    combined_protocol.main(["--phases", "0:none", "1:L1Grad@weights=1+StepL1Grad=2", *options])
+    terms = started["phases"][1].regularizer.terms
+    assert terms[0].only_weight_grads and terms[1].target_bits == 3
+
+
+def test_begin_where_another_run_is(script, tmp_path):
+    """Two epochs, then one of another regularizer: the same bits as one run in two phases."""
+    common = ("--lr", 0.01, "--holdout", 32, *FAST)
+    tracked = ("--track", "VarianceNorm", "StepNoise", "L2Grad")
+    stem = script("train.py", "--run_name", "stem", "--n_epochs", 2, *common)
+    assert stem.returncode == 0 and "held-out accuracy" in stem.stdout, stem.stderr
+    late = ("--regularizer", "StepNoise", "--lmbda", 2, "--n_epochs", 3, "--lmbda_warmup", 0.8,
+            "--first_regularized_epoch", 2)
+    branch = script("train.py", "--run_name", "branch", "--init_from", "stem.ckpt", *late, *common)
+    whole = script("train.py", "--run_name", "whole", *late, *common, *tracked)
+    assert branch.returncode == whole.returncode == 0, branch.stderr + whole.stderr
+    first = torch.load(tmp_path / "branch.pt", weights_only=True)
+    second = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    history = json.loads((tmp_path / "whole.json").read_text())["history"]
+    names = {"track_VarianceNorm", "track_StepNoise", "track_L2Grad"}
+    assert all(entry.keys() >= names for entry in history)
+    weights = [w for w in second.values() if w.dim() in (2, 4)]
+    expected = oracles.variance_norm(weights, 1, False).item()
+    assert history[2]["track_VarianceNorm"] == pytest.approx(expected)
+    assert json.loads((tmp_path / "branch.json").read_text())["history"][0]["epoch"] == 0
+
+    other = script("train.py", "--run_name", "other", "--init_from", "stem.ckpt", *late, *FAST)
+    assert other.returncode == 1 and "--holdout, --lr" in other.stderr.splitlines()[-1]
+    assert "Traceback" not in other.stderr
+
+    for flags, said in ((("--n_epochs", 2), "nothing to train"),
+                        ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1")):
+        vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *flags, *common)
+        assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
+
+
+def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):
+    args = train.make_parser().parse_args(["--dataset", "Synthetic", "--holdout", "100"])
+    whole, held = synthetic("", args.seed), utils.load_dataset(args)
+    assert torch.equal(held.test_images, whole.train_images[-100:])
+    assert torch.equal(held.train_images, whole.train_images[:-100])
+    args.holdout = 2000
+    with pytest.raises(DataError, match="--holdout 2000"):
+        utils.load_dataset(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "Foo"], "ConvNet"),
+        (["--dataset", "MNIST"], "CIFAR10, Synthetic"),
+        (["--criterion", "L1"], "CE"),
+        (["--scheduler", "cosine"], "exponential, multistep"),
+        (["--milestones", "never"], "default, halfway, fixed"),
+        (["--regularizer", "Foo"], "VarianceNorm"),
+        (["--regularizer", "L0Grad"], "L0Grad"),
+        (["--regularizer", "L99999999999999999999Grad"], "1,000,000"),
+        (["--save_file", "folder/"], "'folder/'"),
+        (["--run_name", ".pt"], "''"),
+        (["--run_name", "two\nlines"], "two"),
+        (["--run_name", "x" * 300], "longer than"),
+        (["--lmbda", "-1"], "'-1'"),
+        (["--lambda", "inf"], "'inf'"),
+        (["--lr", "0"], "'0'"),
+        (["--lr", "nan"], "'nan'"),
+        (["--batch_size", "0"], "'0'"),
+        (["--n_epochs", "0"], "'0'"),
+        (["--n_epochs", "1.5"], "'1.5'"),
+        (["--seed", "-3"], "'-3'"),
+        (["--seed", str(2**64)], str(2**64)),
+        (["--device", "abacus"], "abacus"),
+        (["--first_regularized_epoch", "-1"], "'-1'"),
+        (["--first_regularized_epoch", "25", "--regularizer", "L1Grad"], "epoch 25"),
+        (["--regularizer", "VarianceNorm", "--no_activation_gradients"], "VarianceNorm"),
+        (["--save_preregularized_model"], "--save_preregularized_model"),
+        (["--save_file", "no/such/folder/x"], "no/such/folder"),
+        (["--train_subset", "0"], "'0'"),
+        (["--holdout", "0"], "'0'"),
+        (["--lmbda_warmup", "-1"], "'-1'"),
+        (["--lmbda_warmup", "nan"], "'nan'"),
+        (["--track", "none"], "'none'"),
+        (["--track", "L2Grad", "L0Grad"], "'L0Grad'"),
+        (["--target_bits", "3"], "--target_bits"),
+        (["--regularizer", "L2Grad", "--target_bits", "3"], "L2Grad"),
+        (["--regularizer", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
+        (["--track", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
+        (["--regularizer", "VarianceNorm", "--hold_step"], "--hold_step"),
+        (["--init_from", "no.ckpt"], "no.ckpt"),
+    ],
+)
+def test_bad_flags_of_train(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(train.main, flags, said, capsys)
+
+
+def assert_refused(main, flags, said, capsys):
+    """Exit code 2, one line that names the value, and nothing written or fetched."""
+    from pathlib import Path
+
+    with pytest.raises(SystemExit) as refused:
+        main(flags)
+    captured = capsys.readouterr()
+    assert refused.value.code == 2 and captured.out == "" and not list(Path.cwd().iterdir())
+    assert captured.err.count("\n") == 1 and said in captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n_epochs", "80"], "epoch 90"),
+        (["--phases", "0:Foo=1"], "Foo"),
+        (["--phases", "0:L2Grad"], "L2Grad"),
+        (["--phases", "0:L2Grad=x"], "L2Grad=x"),
+        (["--phases", "0:L2Grad=-1"], "-1"),
+        (["--phases", "0:L2Grad@biases=1"], "@biases"),
+        (["--phases", "0:VarianceNorm@weights=1"], "VarianceNorm"),
+        (["--phases", "x:none"], "x:none"),
+        (["--phases", "0:none+L2Grad=1"], "none"),
+        (["--phases", "5:none", "5:L1Grad=1"], "[5, 5]"),
+        (["--phases", "0:none", "--P", "1"], "--P"),
+        (["--P", "0"], "'0'"),
+        (["--target_bits", "3"], "--target_bits"),
+        (["--phases", "0:StepNoise=1", "--target_bits", "1"], "target_bits is 1"),
+        (["--gradient_lmbda", "nan"], "nan"),
+    ],
+)
+def test_bad_flags_of_combined_protocol(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(combined_protocol.main, flags, said, capsys)

@@ -1,0 +1,60 @@
+import argparse
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import utils
+from models import MODELS
+
+
+@pytest.mark.parametrize(("name", "n", "expected"), [
+    ("default", 10, [5, 8]), ("default", 60, [30, 50]), ("halfway", 25, [12]),
+    ("fixed", 110, [25, 50]), ("default", 1, []), ("halfway", 1, []),
+])
+def test_multistep_multiplies_the_rate_at_the_milestones(name, n, expected):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
+    scheduler = utils.make_scheduler("multistep", optimizer, 0.1, name, n)
+    rates = []
+    for _ in range(n):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    wanted = [0.1 ** sum(epoch >= m for m in expected) for epoch in range(n)]
+    assert rates == pytest.approx(wanted)
+
+
+def test_values_in_any_case_come_back_as_they_are_spelt():
+    parse = utils.one_of(["CIFAR10", "Synthetic"])
+    assert parse("cifar10") == "CIFAR10" and parse("SYNTHETIC") == "Synthetic"
+    with pytest.raises(argparse.ArgumentTypeError, match="choose CIFAR10, Synthetic"):
+        parse("cifar")
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
+        assert utils.resolve_precision("auto", "cpu") == dtype
+    assert utils.resolve_precision("fp32", "cpu") == torch.float32
+    assert utils.resolve_precision("bf16", "cpu") == torch.bfloat16
+
+
+def test_seed_everything_seeds_every_stream():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    utils.seed_everything(3)
+    first = draw()
+    utils.seed_everything(3)
+    assert draw() == first
+
+
+def test_penalized_weights_are_those_of_convolutions_and_linear_layers_in_order():
+    net = MODELS["ConvNet"]()
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert [names[id(w)] for w in utils.penalized_weights(net)] == [
+        *(f"layer{i}.0.weight" for i in range(9)), "classifier.weight",
+    ]

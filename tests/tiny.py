@@ -1,0 +1,119 @@
+"""The scripts, with a tiny network and data set: `python tiny.py train.py --flag …` runs one.
+
+Without arguments, it forks a run for each job that comes as a line of JSON, because a fork starts
+in milliseconds where Python and torch take seconds. It answers with the pid, then the exit code.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import oracles
+import torch
+from tqdm import tqdm
+
+import combined_protocol
+import data
+import files
+import models
+import tracking
+import train
+
+SCRIPTS = {"train.py": train.main, "combined_protocol.py": combined_protocol.main}
+
+
+class Tiny(oracles.SmoothNet):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes=num_classes)
+
+
+whole = data.synthetic()
+TINY = data.Data(whole.train_images[:160, :, :8, :8].clone(), whole.train_labels[:160],
+                 whole.test_images[:64, :, :8, :8].clone(), whole.test_labels[:64])
+models.MODELS["Tiny"] = Tiny
+data.DATASETS["Tiny"] = lambda data_dir, seed: TINY
+FLAGS = ["--model", "Tiny", "--dataset", "Tiny", "--batch_size", "32", "--precision", "fp32",
+         "--no-compile", "--device", "cpu", "--lr", "0.01", "--run_name", "r"]
+
+
+def break_write(number: int, how: str) -> None:
+    """Break the number-th call that writes: it fails as on a full disk, or the process dies."""
+    n_calls = 0
+
+    def breaking(call, kind=OSError):
+        def broken(*arguments, **options):
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls == number:
+                os.write(2, b"the write breaks\n")
+            if n_calls == number and how == "fail":
+                raise kind(28, "No space left on device")
+            if n_calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+        return broken
+
+    os.replace, os.fsync = breaking(os.replace), breaking(os.fsync)
+    torch.save = breaking(torch.save, RuntimeError)  # what torch raises then
+    files.Path.write_bytes = breaking(files.Path.write_bytes)
+
+
+def run(script: str, argv: list[str]) -> int:
+    """Return the exit code that the interpreter would end with."""
+    try:
+        SCRIPTS[script](argv)
+    except SystemExit as end:
+        return end.code or 0
+    except KeyboardInterrupt:  # before the script takes the signals over
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def child(job: dict) -> int:
+    """Run the job in this process."""
+    os.chdir(job["cwd"])
+    log = os.open("log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = [job["script"], *job["argv"]]
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed keeps it
+    if job.get("break"):
+        break_write(*job["break"])
+    return run(job["script"], job["argv"])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1:]:
+        tracking.INIT_SECONDS = tracking.LOG_SECONDS = tracking.FINISH_SECONDS = 3.0
+        sys.argv = sys.argv[1:]
+        SCRIPTS[sys.argv[0]](sys.argv[1:])
+        return
+    answers = os.dup(1)
+    with tempfile.TemporaryDirectory() as folder:  # what is imported late is then there already
+        child({"script": "train.py", "argv": [*FLAGS, "--n_epochs", "1"], "cwd": folder})
+        os.chdir("/")
+    os.dup2(answers, 1)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            code = child(json.loads(line))
+            sys.stdout.flush()
+            os._exit(code)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
