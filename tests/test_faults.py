@@ -47,11 +47,15 @@ class Launcher:
             text=True, env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1",
                             "CUDA_VISIBLE_DEVICES": ""},  # whose threads do not survive a fork
         )
+        self.running = False
 
     def start(self, script, argv, cwd, broken=None):
+        if self.running:
+            self.wait()  # for the run of a test that failed before its end
         job = {"script": script, "argv": argv, "cwd": str(cwd), "break": broken}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
+        self.running = True
         return int(self.process.stdout.readline())
 
     def wait(self):
@@ -59,6 +63,7 @@ class Launcher:
         watch.start()
         answer = self.process.stdout.readline()
         watch.cancel()
+        self.running = False
         return int(answer)
 
     def run(self, script, argv, cwd, broken=None):
@@ -226,10 +231,10 @@ def test_a_full_disk_is_told_and_resumed_from(small_disk, launcher, whole):
 def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
     script, argv = RUNS[0]
     (tmp_path / "gone").mkdir()
-    launcher.start(script, [*argv, "--save_file", "gone/r", "--n_epochs", "8"], tmp_path)
+    launcher.start(script, [*argv, "--save_file", "gone/r", "--n_epochs", "30"], tmp_path)
     while not (tmp_path / "gone" / "r.ckpt").exists():
         time.sleep(0.01)
-    shutil.rmtree(tmp_path / "gone")
+    os.rename(tmp_path / "gone", tmp_path / "elsewhere")  # at once, whatever is being written
     assert launcher.wait() == 1
     lines = said(tmp_path).splitlines()
     assert "Traceback" not in said(tmp_path)
