@@ -34,6 +34,7 @@ def set_compile(enabled: bool) -> bool:
     """
     global _compile
     _compile = enabled and (torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++"))))
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime …"
     log.info("element-wise kernels: %s", "torch.compile" if _compile else "eager")
     return _compile
 

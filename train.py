@@ -229,6 +229,7 @@ def run(
 ) -> None:
     """Train as the flags and phases say; write <out>.pt and <out>.json, and log the run."""
     began = time.perf_counter()
+    utils.keep_freed_memory()
     utils.seed_everything(args.seed)
     own = resumable(args, out) if args.resume else None
     checkpoint = own or inherited(args)

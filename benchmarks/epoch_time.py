@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--regularizer", default="none")
     parser.add_argument("--device", default=utils.default_device())
     args = parser.parse_args()
+    utils.keep_freed_memory()
     fused.set_compile(True)
     epoch, steps = make_work(args.regularizer, args.batches, args.device)
     steps()  # compiles

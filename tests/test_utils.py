@@ -1,5 +1,7 @@
 import argparse
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +42,22 @@ def test_precision_follows_the_hardware(monkeypatch):
         assert utils.resolve_precision("auto", "cpu") == dtype
     assert utils.resolve_precision("fp32", "cpu") == torch.float32
     assert utils.resolve_precision("bf16", "cpu") == torch.bfloat16
+
+
+def test_freed_memory_is_kept_and_reused():
+    code = """if True:
+        import resource, torch, utils
+        if utils.keep_freed_memory():
+            def faults():
+                return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(3):
+                torch.ones(2**23)
+            before = faults()
+            for _ in range(20):
+                torch.ones(2**23)
+            assert faults() - before < 2**15, faults() - before  # else 20 times 2**13 pages
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_seed_everything_seeds_every_stream():
