@@ -10,7 +10,7 @@ python=${PYTHON:-python}
 run() { # NAME FLAGS…
     name=${1}_${precision}_$seed
     [ -f "$out/$name.done" ] && return
-    "$python" train.py --run_name "$name" --save_file "$out/$name" --resume --seed "$seed" --lr 0.1 \
+    "$python" train.py --run_name "$name" --save_file "$out/$name" --resume --seed "$seed" --lr 0.1 --gamma 0.7 \
         --precision "$precision" "${@:2}" 2>&1 | tee -a "$out/$name.log"
     touch "$out/$name.done"
 }
