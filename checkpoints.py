@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+import distributed
 from files import FileError, told, torch_load, torch_save, write_file
 
 FORMAT = 1  # of a checkpoint; to be raised when older ones can no longer be read
@@ -261,7 +262,8 @@ class Checkpointer:
         self.stop, self.saved_at = stop, time.monotonic()
 
     def after_batch(self) -> None:
-        """Save if the minutes are over; save and raise Stopped if a signal came."""
+        """Save if the minutes are over; save and raise Stopped if a signal came to any process."""
+        self.stop.signal = distributed.largest(self.stop.signal or 0) or None
         if self.stop.signal or time.monotonic() - self.saved_at > 60 * self.minutes:
             self.save()
         self.stop.check()

@@ -411,10 +411,19 @@ class Loader:
         """Return the number of batches in an epoch, the last smaller one included."""
         return -(-self.n_images // self.batch_size)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the epoch's (x, y) from batch `start` on: float32 (b, 3, H, W), int64 (b,)."""
+    def size(self, number: int) -> int:
+        """Return the number of images in batch `number`, of all ranks."""
+        return min(self.batch_size, self.n_images - number * self.batch_size)
+
+    def batches(
+        self, epoch: int, start: int = 0, step: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the epoch's (x, y) from batch `start` on: float32 (b, 3, H, W), int64 (b,).
+
+        With a `step`, only every step-th batch.
+        """
         draws = [draw.to(self.labels.device) for draw in self._draw(epoch)]
-        for number in range(start, len(self)):
+        for number in range(start, len(self), step):
             if self.cache is None:
                 yield self._batch(draws, number)
             else:
@@ -432,8 +441,7 @@ class Loader:
 
     def _batch(self, draws: list[Tensor], number: int) -> tuple[Tensor, Tensor]:
         """Make this rank's share of batch `number`."""
-        first = number * self.batch_size
-        size = min(self.batch_size, self.n_images - first)
+        first, size = number * self.batch_size, self.size(number)
         begin = first + size * self.rank // self.world_size
         end = first + size * (self.rank + 1) // self.world_size
         order, rows, columns, flips = (draw[begin:end] for draw in draws)

@@ -16,13 +16,17 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+import distributed
+
 
 class FileError(RuntimeError):
     """A file is not what it should be, or cannot be used now; the message is one line."""
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, naming the folder, unless a file can be made at path."""
+    """Raise ValueError, naming the folder, unless a file can be made at path by rank 0."""
+    if distributed.rank():
+        return
     folder = path.parent
     try:
         if not folder.is_dir():
@@ -50,8 +54,11 @@ def write_file(path: Path, write: Callable[[Path], None], keep: Path | None = No
     """Call write(temporary path in the same folder), flush to disk, and rename to path.
 
     At every moment path holds the old content or the new one, whole. With `keep`, the old one is
-    renamed to that just before: then at every moment one of the two is whole. Raises OSError.
+    renamed to that just before: then at every moment one of the two is whole. Of several processes
+    rank 0 writes, and the others do nothing. Raises OSError.
     """
+    if distributed.rank():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -144,8 +151,12 @@ SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")  # of a r
 def only_run(out: Path) -> Iterator[None]:
     """Hold <out>.lock, and clear what a killed run left half-written.
 
-    Raises FileError where another run holds it, OSError where it cannot be made.
+    Of several processes rank 0 does. Raises FileError where another run holds it, OSError where it
+    cannot be made.
     """
+    if distributed.rank():
+        yield
+        return
     path = Path(f"{out}.lock")
     file = _lock(path)
     try:

@@ -3,7 +3,8 @@
 Autograd reaches the second derivative of these layers through dozens of element-wise passes. Here
 each layer is one `autograd.Function` whose backward is another one with a hand-derived backward, so
 every order is ordinary convolution kernels, one reduction and one element-wise pass. A third
-derivative raises an error.
+derivative raises an error. Where a batch is shared out to several processes (`distributed`), batch
+norm takes its statistics over all of it, in every order: its sums are sums over the ranks too.
 
     y = conv2d(x, weight); y = batch_norm_relu(y, gamma, beta, running_mean, running_var)
 
@@ -19,6 +20,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import distributed
 
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
@@ -237,33 +240,39 @@ def _second(v, gy, x, norm, k):
 
 
 class _NormReLU(torch.autograd.Function):
-    """y = relu(γ·(x − μ)·r + β); μ and r are functions of x if training, else constants."""
+    """y = relu(γ·(x − μ)·r + β); μ and r are functions of x, of n values, or constants if n is 0.
+
+    Where n is more than x has, the others have the rest of it, and sums go over all.
+    """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, mean, r, training):
+    def forward(ctx, x, gamma, beta, mean, r, n):
         norm = torch.stack((mean, r, gamma, beta))
         ctx.save_for_backward(x, gamma, norm)
-        ctx.training = training
+        ctx.n = n
         return _normalize(x.flatten(2), norm).view_as(x)
 
     @staticmethod
     def backward(ctx, gy):
         x, gamma, norm = ctx.saved_tensors
-        return *_NormReLUAdjoint.apply(gy, x, gamma, norm, ctx.training), None, None, None
+        return *_NormReLUAdjoint.apply(gy, x, gamma, norm, ctx.n), None, None, None
 
 
 class _NormReLUAdjoint(torch.autograd.Function):
-    """gx = γr·(h − m(h) − x̂·m(h x̂)), dγ = Σ h x̂, dβ = Σ h; m is the mean, 0 if not training."""
+    """gx = γr·(h − m(h) − x̂·m(h x̂)), dγ = Σ h x̂, dβ = Σ h; m is the mean, 0 if n is.
+
+    dγ and dβ are of this x alone.
+    """
 
     @staticmethod
-    def forward(ctx, gy, x, gamma, norm, training):
-        gy, n = _laid_out(gy, x), x.numel() // x.shape[1]
+    def forward(ctx, gy, x, gamma, norm, n):
+        gy = _laid_out(gy, x)
         flat = gy.flatten(2), x.flatten(2), norm
         ggamma, gbeta = _adjoint_sums(*flat)
-        mhx, mh = (ggamma / n, gbeta / n) if training else torch.zeros_like(norm[:2])
+        mhx, mh = _means((ggamma, gbeta), x, n) if n else torch.zeros_like(norm[:2])
         gr = norm[2] * norm[1]
         ctx.save_for_backward(gy, x, norm, mh, mhx)
-        ctx.training = training
+        ctx.n = n
         gx = _adjoint(*flat, torch.stack((gr, -gr * mhx, -gr * mh)))
         return gx.view_as(x), ggamma, gbeta
 
@@ -272,20 +281,21 @@ class _NormReLUAdjoint(torch.autograd.Function):
     def backward(ctx, v, c, d):
         """Return the cotangents of gy, x and γ, given those of (gx, dγ, dβ): (v, c, d).
 
+        c and d are the same on all ranks, as directions of summed gradients are.
         With q = −γr·(m(h x̂)·v + m(v x̂)·h) + c·h and A = m(v h) − m(v)m(h) − m(v x̂)m(h x̂):
         ∂gy = mask·(γr·(v − m(v) − x̂·m(v x̂)) + c·x̂ + d),
         ∂x = r·(q − m(q) − x̂·m(q x̂)) − γ·A·r²·x̂ and ∂γ = N·r·A.
         """
         gy, x, norm, mh, mhx = ctx.saved_tensors
         flat = _laid_out(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
-        n = x.numel() // len(mh)
         _, r, gamma, _ = norm
-        mv, mvx, a = (s / n for s in _second_sums(*flat))
-        if ctx.training:
-            a = a - mv * mh - mvx * mhx
-            ggamma = n * r * a
+        sums, n_here = _second_sums(*flat), x.numel() // len(mh)
+        if ctx.n:
+            mv, mvx, mvh = _means(sums, x, ctx.n)
+            a = mvh - mv * mh - mvx * mhx
+            ggamma = n_here * r * a
         else:
-            ggamma = n * r * a
+            ggamma = r * sums[2]
             mv, mvx, a = torch.zeros_like(norm[:3])
         gr = gamma * r
         mq = c * mh - gr * (mhx * mv + mvx * mh)
@@ -294,6 +304,41 @@ class _NormReLUAdjoint(torch.autograd.Function):
         k = (gr, ch, d - gr * mv, r * ch, -r * gr * mhx, -r * (mqx + gr * a), -r * mq)
         ggy, gx = _second(*flat, torch.stack(k))
         return ggy.view_as(x), gx.view_as(x), ggamma, None, None
+
+
+def _means(sums, x, n):
+    """Divide sums (C) over x by n, after adding those of the ranks that have the rest of n."""
+    sums = torch.stack(sums)
+    return ((sums if n == x.numel() // x.shape[1] else distributed.batch_sum(sums)) / n).unbind()
+
+
+def _combined(mean, var, n):
+    """Return mean and biased variance of all ranks' x from each one's and its n, without loss."""
+    rows = distributed.gather(torch.cat((mean, var, mean.new_full((1,), n))))  # (ranks, 2C + 1)
+    (means, variances), share = rows[:, :-1].unflatten(1, (2, -1)).unbind(1), rows[:, -1:]
+    share = share / share.sum()
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0)
+
+
+def set_sync(net: nn.Module, enabled: bool) -> None:
+    """Have batch norms take their statistics over all processes, or over each one's own share.
+
+    Raises SetupError, with its name, for one that can not.
+    """
+    for name, m in net.named_modules():
+        if isinstance(m, BatchNormReLU):
+            m.sync = enabled
+        elif enabled and isinstance(m, nn.modules.batchnorm._BatchNorm):
+            raise distributed.SetupError(
+                f"--sync_bn: {name} is a {type(m).__name__}, and only fused.BatchNormReLU takes "
+                "statistics over several processes: use that, or --no-sync_bn")
+
+
+def own_statistics(net: nn.Module) -> list[Tensor]:
+    """Return the running statistics that each process makes of its own share of the batches."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [b for m in norms if not getattr(m, "sync", False) for b in m.buffers()]
 
 
 def _laid_out(t, like):
@@ -305,20 +350,25 @@ def _laid_out(t, like):
 
 def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None,
                     running_mean: Tensor | None, running_var: Tensor | None,
-                    training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+                    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+                    sync: bool = True) -> Tensor:
     """Return relu(γ·(x − μ)/√(σ² + eps) + β) of x (N, C, H, W) in the dtype of x.
 
     The other tensors are (C), as in `F.batch_norm`: if `training`, μ and σ² are the batch's and
     the running statistics, where given, move towards them by `momentum` (σ² unbiased); otherwise
-    they are the running ones. Raises ValueError where a channel has one value to train on.
+    they are the running ones. Where the batch is shared out to several processes, `sync` takes the
+    statistics over all of it. Raises ValueError where a channel has one value to train on.
     """
-    x = _laid_out(x, x)
+    x, n = _laid_out(x, x), 0
     if training:
-        n = x.numel() // x.shape[1]
+        n_here = x.numel() // x.shape[1]
+        n = n_here // len(x) * distributed.whole_size(len(x)) if sync else n_here
         if n < 2:
             raise ValueError(f"expected more than 1 value per channel when training, got {x.shape}")
         with torch.no_grad():
             mean, var = _statistics(x.flatten(2))
+            if n > n_here:
+                mean, var = _combined(mean, var, n_here)
             if running_mean is not None:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
@@ -326,19 +376,20 @@ def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None,
         mean, var = _wide(running_mean), _wide(running_var)
     gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    return _NormReLU.apply(x, gamma, beta, mean, (var + eps).rsqrt(), training)
+    return _NormReLU.apply(x, gamma, beta, mean, (var + eps).rsqrt(), n)
 
 
 class BatchNormReLU(nn.BatchNorm2d):
     """`nn.BatchNorm2d` and the ReLU after it, through `batch_norm_relu`; keys of `nn.BatchNorm2d`.
 
-    `activation` is what remains of the module once its batch norm is folded away.
+    `activation` is what remains of the module once its batch norm is folded away; `sync` is whether
+    statistics are those of all processes' shares of a batch.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         """Take the arguments of `nn.BatchNorm2d`."""
         super().__init__(*args, **kwargs)
-        self.activation = nn.ReLU()
+        self.activation, self.sync = nn.ReLU(), True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, C, H, W) to relu(batch_norm(x)), the same shape."""
@@ -351,4 +402,4 @@ class BatchNormReLU(nn.BatchNorm2d):
         buffers = self.running_mean, self.running_var
         training = self.training or buffers == (None, None)
         return batch_norm_relu(
-            x, self.weight, self.bias, *buffers, training, momentum or 0.0, self.eps)
+            x, self.weight, self.bias, *buffers, training, momentum or 0.0, self.eps, self.sync)

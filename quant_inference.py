@@ -19,6 +19,7 @@ from torch.autograd import grad
 from tqdm import tqdm
 
 import data
+import distributed
 import files
 import quant_utils as qu
 import report
@@ -63,13 +64,16 @@ def ready(net: nn.Module, device: str, act_bits: int = 0, ranges: dict | None = 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, loader: data.Loader) -> tuple[float, float]:
-    """Return accuracy and mean cross entropy over the loader's images, in float32."""
-    n_correct = loss = torch.zeros((), dtype=torch.float64, device=loader.labels.device)
-    for x, y in loader.batches(0):
+    """Return accuracy and mean cross entropy over the loader's images, in float32.
+
+    Each of several processes takes every so many-th batch.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=loader.labels.device)
+    for x, y in loader.batches(0, distributed.rank(), distributed.world_size()):
         logits, _ = net(x)
-        n_correct = n_correct + (logits.argmax(dim=1) == y).sum()
-        loss = loss + F.cross_entropy(logits, y, reduction="sum").double()
-    return n_correct.item() / loader.n_images, loss.item() / loader.n_images
+        n_correct = (logits.argmax(dim=1) == y).sum()
+        totals += torch.stack([n_correct, F.cross_entropy(logits, y, reduction="sum")])
+    return tuple((distributed.total(totals) / loader.n_images).tolist())
 
 
 # --- the sweep -------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def expand(
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
     g = {key: torch.zeros_like(p) for key, p in params.items()}
     curvatures = [0.0] * len(deltas)
-    for x, y in loader.batches(0):
+    for x, y in loader.batches(0, distributed.rank(), distributed.world_size()):
         loss = F.cross_entropy(net(x)[0], y, reduction="sum") / loader.n_images
         grads = grad(loss, list(params.values()), create_graph=True)
         of = dict(zip(params, grads, strict=True))
@@ -210,6 +214,9 @@ def expand(
             )
         for key in g:
             g[key] += of[key].detach()
+    g = {key: distributed.total(part) for key, part in g.items()}
+    curvatures = distributed.total(
+        torch.tensor(curvatures, dtype=torch.float64, device=loader.labels.device)).tolist()
     first = [sum((g[key] * d).sum().item() for key, d in delta.items()) for delta in deltas]
     bounds = [
         sum(g[key].abs().sum().item() for key in delta)
@@ -375,6 +382,19 @@ def load(path: Path, args: argparse.Namespace, num_classes: int) -> nn.Module:
     return folded if args.fold_bn else net
 
 
+def load_all(
+    found: dict[str, Path], args: argparse.Namespace, num_classes: int
+) -> dict[str, nn.Module]:
+    """Load the files, by name, and tell which cannot be."""
+    nets = {}
+    for name, path in found.items():
+        try:
+            nets[name] = load(path, args, num_classes)
+        except files.FileError as error:
+            print(f"quant_inference.py: error: {error}", file=sys.stderr)
+    return nets
+
+
 def run(args: argparse.Namespace, folder: Path) -> bool:
     """Evaluate every file and report; return whether all could be evaluated.
 
@@ -382,12 +402,8 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     """
     dataset = utils.load_dataset(args)
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
-    test_loader, nets = make_loader(dataset, args), {}
-    for name, path in (found := find(args.checkpoints)).items():
-        try:
-            nets[name] = load(path, args, dataset.num_classes)
-        except files.FileError as error:
-            print(f"quant_inference.py: error: {error}", file=sys.stderr)
+    test_loader, found = make_loader(dataset, args), find(args.checkpoints)
+    nets = distributed.from_main(lambda: load_all(found, args, dataset.num_classes))
     if not nets:
         return False
     first, net = next(iter(nets.items()))
@@ -396,7 +412,8 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     if args.per_layer:
         n_passes += len(list(cases(args))) * len(qu.quantizable_layers(net))
     rows, layer_rows, failed, interrupted = [], [], set(), False
-    with tqdm(total=len(nets) * n_passes, unit="pass", disable=None, leave=False) as bar:
+    disable = None if distributed.rank() == 0 else True
+    with tqdm(total=len(nets) * n_passes, unit="pass", disable=disable, leave=False) as bar:
         try:
             for name, net in nets.items():
                 bar.set_description(name)
@@ -406,9 +423,12 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
                         layer_rows += per_layer(name, net, args, dataset, test_loader, bar.update)
                 except ValueError as error:
                     failed.add(name)
-                    print(f"quant_inference.py: error: {found[name]}: {error}", file=sys.stderr)
+                    if distributed.rank() == 0:
+                        print(f"quant_inference.py: error: {found[name]}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             interrupted = True
+    if distributed.rank():
+        return not failed
     nets = {name: net for name, net in nets.items() if name not in failed}
     rows = [row for row in rows if row["checkpoint"] in nets]
     if not rows:
@@ -488,11 +508,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(f"--output: {error}")
     try:
-        complete = run(args, folder)
-    except (data.DataError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        with distributed.processes(args.device):
+            complete = run(args, folder)
+    except distributed.SetupError as error:
+        parser.error(str(error))
+    except (data.DataError, OSError, distributed.LostError) as error:
+        parser.stop(1, f"error: {error}")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped\n")
+        parser.stop(130, "stopped", common=True)
     sys.exit(0 if complete else 1)
 
 

@@ -14,7 +14,9 @@ asks for nothing else. To add one, write a class and give it a line in `REGULARI
 Notation (l counts layers, B is the batch size):
     weights      W_l, the weight of every Conv2d and Linear in module order
     w_grads      ∂L/∂W_l of the batch-mean loss L, same shapes
-    a_grads      ∂L/∂A_l of the activations the network returns, each of shape (B, …)
+    a_grads      ∂L/∂A_l of the activations the network returns, each of shape (B, …); of several
+                 processes each has its share of the images, and `distributed.gather` collects
+                 what it makes of them, as in LPGrad; all else is the same in each process
     loss_change  the function Δ ↦ L(W + Δ) − L(W) of a list of Δ_l, of the same batch
 
 An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
@@ -31,6 +33,8 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import distributed
 
 Tensors = Sequence[Tensor]
 LossChange = Callable[[Tensors], Tensor]
@@ -84,8 +88,15 @@ class LPGrad(Regularizer):
         """Return the penalty (scalar) of w_grads and, unless only_weight_grads, of a_grads."""
         total = sum(_norm(g, self.P) for g in w_grads)
         if not self.only_weight_grads:
-            total = total + sum(len(g) ** (-1 / self.P) * _norm(g, self.P) for g in a_grads)
+            total = total + sum(self._of_batch(g) for g in a_grads)
         return self.lmbda * total
+
+    def _of_batch(self, g: Tensor) -> Tensor:
+        """B^(−1/p) · ‖g‖_p over the whole batch: the norm of the processes' norms."""
+        norm = _norm(g, self.P)
+        if distributed.is_sharded():
+            norm = _norm(distributed.gather(norm), self.P)
+        return distributed.whole_size(len(g)) ** (-1 / self.P) * norm
 
 
 def _norm(g: Tensor, P: float) -> Tensor:

@@ -17,6 +17,8 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
+import distributed
+
 PACKAGES = ("torch", "torchvision", "numpy", "wandb")
 INIT_SECONDS, LOG_SECONDS, FINISH_SECONDS = 30.0, 30.0, 60.0  # that the logger may take
 
@@ -29,12 +31,14 @@ class Tracker:
     ) -> None:
         """Start the run: WANDB_MODE where set, else online with a key and offline without one.
 
-        A run_id that was used before continues that run.
+        A run_id that was used before continues that run. Of several processes rank 0 logs.
         """
         import wandb  # takes a second to import: only where a run starts
 
         self.wandb, self.run = wandb, None
         wanted = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        if distributed.rank():
+            wanted = "disabled"
         for mode in dict.fromkeys((wanted, "offline", "disabled")):
             if mode == "online" and not has_key():  # wandb would ask for one
                 say("Weights & Biases, online: no key here; `wandb login` stores one")
@@ -78,6 +82,8 @@ class Tracker:
 
     def log_histograms(self, net: nn.Module, epoch: float) -> None:
         """Log every parameter and its gradient under the names that wandb.watch uses."""
+        if self.run is None or self.run.disabled:
+            return
         histogram = self.wandb.Histogram
         values: dict[str, Any] = {"epoch": epoch}
         for name, p in net.named_parameters():
@@ -152,6 +158,7 @@ def describe_environment() -> dict[str, Any]:
             "platform": platform.platform(),
             "processor": _processor(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "processes": distributed.world_size(),
             "threads": torch.get_num_threads(),
             "accelerator": (
                 torch.cuda.get_device_name() if torch.cuda.is_available() else None

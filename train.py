@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import data
+import distributed
 import files
 import fused
 import utils
@@ -60,13 +61,16 @@ def run_epoch(
     began, shown = time.perf_counter() - state.epoch_seconds, 0.0
     with tqdm(
         total=len(loader), initial=state.batch, desc=f"epoch {state.epoch}", unit="batch",
-        disable=None, leave=False,
+        disable=None if distributed.rank() == 0 else True, leave=False,
     ) as bar:
         for x, y in loader.batches(state.epoch, state.batch):
             torch.manual_seed(hash((loader.seed, state.epoch, state.batch)))
             factor = strength(state.epoch + state.batch / len(loader))
-            values = update_gradients(net, criterion, regularizer, x, y, dtype, factor)
-            state.rows.append(measure(net, len(x), *values))
+            n = loader.size(state.batch)  # of all processes
+            with distributed.sharded(n):
+                values = update_gradients(net, criterion, regularizer, x, y, dtype, factor)
+            distributed.average(fused.own_statistics(net))
+            state.rows.append(measure(net, n, *values))
             if x.device.type == "cpu" and not state.rows[-1].isfinite().all():
                 summarize(net, regularizer, state)  # raises, before the weights are spoilt
             optimizer.step()
@@ -87,15 +91,15 @@ def evaluate(
     """Return the loss and accuracy over the loader in evaluation mode, and the mean penalty.
 
     A penalty of gradients costs a first-order pass a batch; no graph of second order is made. What
-    a regularizer draws from torch's stream is the same every time.
+    a regularizer draws from torch's stream is a pure function of the batch. Each of several
+    processes takes every so many-th batch.
     """
     net.eval()
-    torch.manual_seed(0)
     inputs = regularizer.inputs if regularizer else ()
-    totals: dict[str, Tensor | float] = {"loss": 0.0, "accuracy": 0.0}
-    if regularizer:
-        totals[regularizer.name] = 0.0
-    for x, y in loader.batches(0):
+    totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
+    first, step = distributed.rank(), distributed.world_size()
+    for number, (x, y) in enumerate(loader.batches(0, first, step)):
+        torch.manual_seed(first + number * step)
         if takes_gradients(regularizer):
             done = first_order(net, criterion, inputs, x, y, dtype)
             loss, n_correct, fed = done.loss, done.n_correct, done.tensors
@@ -104,13 +108,15 @@ def evaluate(
                 logits, _ = net(x)
                 loss, n_correct = criterion(logits, y), (logits.argmax(dim=1) == y).sum()
             fed = {"weights": utils.penalized_weights(net)}
-        totals["loss"] += len(x) * loss
-        totals["accuracy"] += n_correct
+        penalty = torch.zeros_like(loss)
         if regularizer:
             fed["loss_change"] = partial(loss_change, net, criterion, x, y, dtype, loss, ())
             with torch.no_grad():
-                totals[regularizer.name] += len(x) * regularizer(*(fed[name] for name in inputs))
-    return {key: float(total) / loader.n_images for key, total in totals.items()}
+                penalty = regularizer(*(fed[name] for name in inputs))
+        totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty])
+    means = (distributed.total(totals) / loader.n_images).tolist()
+    names = ["loss", "accuracy", *([regularizer.name] if regularizer else [])]
+    return dict(zip(names, means, strict=False))
 
 
 def active(phases: Sequence[Phase], epoch: int) -> Phase:
@@ -194,8 +200,12 @@ def make_loaders(dataset: data.Data, args: argparse.Namespace) -> Sequence[data.
     }
     train_loader = data.Loader(
         dataset.train_images, dataset.train_labels, seed=args.seed, augment=True, shuffle=True,
-        **common,
+        rank=distributed.rank(), world_size=distributed.world_size(), **common,
     )
+    if (smallest := train_loader.size(len(train_loader) - 1)) < distributed.world_size():
+        raise distributed.SetupError(
+            f"a batch of {smallest} images, the last of an epoch, for {distributed.world_size()} "
+            "processes: choose another --batch_size or --train_subset")
     n = args.batch_size
     return (
         train_loader,
@@ -231,10 +241,7 @@ def run(
     began = time.perf_counter()
     utils.keep_freed_memory()
     utils.seed_everything(args.seed)
-    own = resumable(args, out) if args.resume else None
-    checkpoint = own or inherited(args)
-    if not args.resume:
-        files.set_aside(out)
+    is_own, checkpoint = distributed.from_main(lambda: earlier(args, out))
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
     dtype = utils.resolve_precision(args.precision, args.device)
@@ -242,9 +249,11 @@ def run(
     criterion = utils.make_criterion(args.criterion)
     training = Training.begin(args, dataset.num_classes)
     net, run_id = training.net, new_run_id()
+    if distributed.world_size() > 1:
+        fused.set_sync(net, args.sync_bn)
     if checkpoint:
         training.restore(checkpoint, args.n_epochs, len(train_loader))
-        if own is None:
+        if not is_own:
             check_branch(training.state.epoch, phases, args)
         run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
 
@@ -252,6 +261,9 @@ def run(
             f"{'compiled' if compiled else 'eager'} kernels on {args.device}")
     if args.holdout:
         plan += f"; tested on {args.holdout} training images, held out"
+    if (n := distributed.world_size()) > 1:
+        whose = "the whole batch" if args.sync_bn else "each one's share"
+        plan += f"; {n} processes, batch-norm statistics of {whose}"
     settings = {**vars(args), "plan": plan}
     record = {"settings": settings, **describe_environment()}
     tracker = Tracker(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
@@ -306,6 +318,15 @@ def run(
         print(tracker.finish(), flush=True)
 
 
+def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] | None]:
+    """Return the checkpoint to go on from, if any, and whether it is of this very run."""
+    own = resumable(args, out) if args.resume else None
+    checkpoint = own or inherited(args)
+    if not args.resume:
+        files.set_aside(out)
+    return own is not None, checkpoint
+
+
 def check_branch(n_done: int, phases: Sequence[Phase], args: argparse.Namespace) -> None:
     """Raise FileError where the checkpoint of --init_from lies beyond what is still to be done."""
     where = f"{args.init_from} has {n_done} epochs done"
@@ -345,18 +366,21 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
         files.check_writable(Path(f"{out}.pt"))
     except ValueError as error:
         parser.error(str(error))
+    args.resume = args.resume or distributed.restarted()
     try:
-        with StopRequest() as stop, files.only_run(out):
+        with StopRequest() as stop, distributed.processes(args.device), files.only_run(out):
             run(args, phases, out, stop)
         return
+    except distributed.SetupError as error:
+        parser.error(str(error))
     except (data.DataError, files.FileError, NotFiniteError) as error:
-        parser.stop(1, f"error: {error}")
-    except OSError as error:
-        code, said = 1, f"error: {error}"
+        parser.stop(1, f"error: {error}", common=isinstance(error, NotFiniteError))
+    except (OSError, distributed.LostError) as error:
+        code, said, common = 1, f"error: {error}", False
     except (Stopped, KeyboardInterrupt) as stopped:
-        code, said = getattr(stopped, "code", 130), "stopped"
+        code, said, common = getattr(stopped, "code", 130), "stopped", True
     hint = f"; --resume goes on from {out}.ckpt" if os.path.lexists(f"{out}.ckpt") else ""
-    parser.stop(code, said + hint)
+    parser.stop(code, said + hint, common)
 
 
 def make_parser() -> utils.Parser:

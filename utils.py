@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import data
+import distributed
 from models import MODELS
 from regularizers import Regularizer, make_regularizer, regularizer_options, taken_by
 
@@ -35,12 +36,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and exit with 2."""
-        self.stop(2, f"error: {' '.join(message.split())}")
+        """Print the message and exit with 2; all processes find the same error, one tells it."""
+        self.stop(2, f"error: {' '.join(message.split())}", common=True)
 
-    def stop(self, code: int, message: str) -> NoReturn:
-        """Print the message and exit with the code."""
-        self.exit(code, f"{self.prog}: {message}\n")
+    def stop(self, code: int, message: str, common: bool = False) -> NoReturn:
+        """Print the message and exit with the code; what is common to all ranks, rank 0 tells."""
+        rank = distributed.rank()
+        told = f"{self.prog}: {f'rank {rank}: ' if rank else ''}{message}\n"
+        self.exit(code, None if common and rank else told)
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -171,6 +174,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile the element-wise kernels where a compiler is present",
     )
     group.add_argument(
+        "--sync_bn", action=argparse.BooleanOptionalAction, default=True,
+        help="under torchrun, take batch-norm statistics over all processes",
+    )
+    group.add_argument(
         "--no_test_penalty", action="store_true",
         help="do not measure the penalty on the test set after each epoch",
     )
@@ -253,7 +260,8 @@ def parse_device(text: str) -> str:
 
 def load_dataset(args: argparse.Namespace) -> data.Data:
     """Return the data set that the flags say; DataError where that cannot be had."""
-    dataset = data.load(args.dataset, args.data_dir, args.seed)
+    with distributed.one_first():  # it may have to fetch them
+        dataset = data.load(args.dataset, args.data_dir, args.seed)
     for flag, change in (("holdout", data.holdout), ("train_subset", data.subset)):
         if n := getattr(args, flag, None):
             try:
