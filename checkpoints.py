@@ -263,10 +263,11 @@ class Checkpointer:
 
     def after_batch(self) -> None:
         """Save if the minutes are over; save and raise Stopped if a signal came to any process."""
-        self.stop.signal = distributed.largest(self.stop.signal or 0) or None
-        if self.stop.signal or time.monotonic() - self.saved_at > 60 * self.minutes:
+        number = distributed.largest(self.stop.signal or 0)  # one that comes now waits a batch
+        if number or time.monotonic() - self.saved_at > 60 * self.minutes:
             self.save()
-        self.stop.check()
+        if number:
+            raise Stopped(128 + number)
 
     def after_epoch(self, n_done: int, is_last: bool) -> None:
         """Save if n_done epochs are a multiple of `every` or all; then as after a batch."""

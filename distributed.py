@@ -25,7 +25,7 @@ TIMEOUT = timedelta(minutes=10)  # how long to wait for a rank: another may be f
 BUCKET_BYTES = 2**20  # of gradients summed in one message, while the backward pass goes on
 
 _batch_size: int | None = None  # of the batch that is shared out just now
-_control: dist.ProcessGroup | None = None  # for what is not on the device
+_control: dist.ProcessGroup | None = None  # for what is not on a GPU; None: the one there is
 
 
 class SetupError(ValueError):
@@ -66,8 +66,11 @@ def processes(device: str) -> Iterator[None]:
             raise SetupError(f"--device {device}, process {local} of this machine, {n_gpus} GPUs: "
                              "processes need one each, with --device cuda, or --device cpu")
         torch.cuda.set_device(local)
-    _surely(dist.init_process_group, "nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    _control = _surely(dist.new_group, backend="gloo", timeout=TIMEOUT)
+    store, number, n = _surely(next, dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"attempt {_n_restarts()}", store)  # else of dead ones
+    _surely(dist.init_process_group, "nccl" if on_gpu else "gloo", store=store, rank=number,
+            world_size=n, timeout=TIMEOUT)
+    _control = _surely(dist.new_group, backend="gloo", timeout=TIMEOUT) if on_gpu else None
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
@@ -91,7 +94,11 @@ def rank() -> int:
 
 def restarted() -> bool:
     """Tell whether torchrun started the run again after a process had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _n_restarts() > 0
+
+
+def _n_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def from_main(call: Callable[[], Any]) -> Any:

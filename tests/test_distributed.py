@@ -1,35 +1,28 @@
 """Processes on loopback: what N of them compute is what one computes."""
 
+import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from functools import partial
 
+import numpy as np
+import pytest
+import tiny
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from tqdm import tqdm
 
+import checkpoints
 import data
 import distributed
-import fused
 import train
 from regularizers import CombinedReg, make_regularizer
-
-
-class Net(nn.Module):
-    """A small net of fused layers, and a batch norm between without them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = fused.Conv2d(3, 5, 3, padding=1, bias=False)
-        self.norm1 = fused.BatchNormReLU(5)
-        self.conv2 = fused.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.norm2 = fused.BatchNormReLU(6)
-        self.linear = nn.Linear(6, 4)
-
-    def forward(self, x):
-        a1 = self.norm1(self.conv1(x))
-        a2 = self.norm2(self.conv2(a1))
-        return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
 
 
 def combined():
@@ -73,7 +66,7 @@ class Doubles:
 def trained(name, sync=True):
     """Train two epochs in float64, the last batch of each smaller; return all that results."""
     torch.manual_seed(0)
-    net, criterion, regularizer = Net().double(), nn.CrossEntropyLoss(), REGULARIZERS[name]()
+    net, criterion = tiny.TinyFused().double(), nn.CrossEntropyLoss()
     for m in net.modules():
         m.sync = sync
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
@@ -81,56 +74,214 @@ def trained(name, sync=True):
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     train_loader = Doubles(seed=1, augment=True, shuffle=True, **ranks)
     history = train.fit(net, criterion, optimizer, scheduler, train_loader, Doubles(cache=True),
-                        [train.Phase(0, regularizer, warmup=0.5)], 2, dtype=torch.float64)
+                        [train.Phase(0, REGULARIZERS[name](), warmup=0.5)], 2,
+                        dtype=torch.float64)
     numbers = [[value for key, value in entry.items() if "second" not in key] for entry in history]
     return {"numbers": torch.tensor(numbers, dtype=torch.float64), **net.state_dict()}
 
 
-def as_rank(rank, n, port, work, answers):
-    """Be that rank of n."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with distributed.processes("cpu"):
-        answers.put((rank, work()))
-        answers.close()
-        answers.join_thread()
-        distributed.largest(0)  # nobody leaves before all have answered
+class Ranks:
+    """Forks of this process that run work() as ranks of one run."""
+
+    def __init__(self, n, work):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("fork")
+        self.answers = context.Queue()
+        self.processes = [
+            context.Process(target=self._be, args=(rank, n, port, work), daemon=True)
+            for rank in range(n)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def _be(self, rank, n, port, work):
+        torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks
+        self.answers.put((rank, work()))
+
+    def wait(self, n_killed=0):
+        """Return by rank what work() returned on those that were not killed."""
+        found = dict(self.answers.get(timeout=100) for _ in self.processes[n_killed:])
+        for process in self.processes:
+            process.join(60)
+            assert process.exitcode in (0, -signal.SIGKILL)
+        return found
 
 
 def on(n, work):
     """Return what work() returns on each of n ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("fork")
-    answers = context.Queue()
-    processes = [context.Process(target=as_rank, args=(rank, n, port, work, answers), daemon=True)
-                 for rank in range(n)]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    found = Ranks(n, work).wait()
     return [found[rank] for rank in range(n)]
 
 
-def as_numpy(results):
-    """Return results without tensors, which would be shared memory in a queue."""
-    return {name: {key: t.numpy() for key, t in result.items()} for name, result in results.items()}
+def all_trained(names, sync=True):
+    """Return work for Ranks: the results of these regularizers, as arrays by name and key."""
+    def work():
+        with distributed.processes("cpu"):  # tensors in a queue would be shared memory
+            return {name: {key: t.numpy() for key, t in trained(name, sync).items()}
+                    for name in names}
+    return work
+
+
+def assert_same(found, expected, where):
+    for name, result in expected.items():
+        for key, value in result.items():
+            np.testing.assert_allclose(
+                found[name][key], value, rtol=1e-9, atol=1e-10, err_msg=f"{where} {name} {key}")
 
 
 def test_n_processes_train_what_one_does():
-    def work():
-        return as_numpy({name: trained(name) for name in REGULARIZERS})
+    (whole,) = on(1, all_trained(REGULARIZERS))
+    for n, names in ((2, REGULARIZERS), (4, ["none", "combined", "L3Grad", "LinfGrad"])):
+        for rank, found in enumerate(on(n, all_trained(names))):
+            assert_same(found, {name: whole[name] for name in names}, (n, rank))
 
-    (expected,) = on(1, work)
-    for n in (2, 4):
-        for rank, found in enumerate(on(n, work)):
-            for name, result in expected.items():
-                for key, value in result.items():
-                    torch.testing.assert_close(
-                        torch.from_numpy(found[name][key]), torch.from_numpy(value), rtol=1e-9,
-                        atol=1e-10, msg=lambda text, at=(n, rank, name, key): f"{at}: {text}",
-                    )
+
+def test_with_statistics_of_their_own_the_ranks_still_agree():
+    (alone,) = on(1, all_trained(["L2Grad"]))
+    first, second = on(2, all_trained(["L2Grad"], sync=False))
+    assert_same(first, second, "ranks")
+    assert np.abs(first["L2Grad"]["conv1.weight"] - alone["L2Grad"]["conv1.weight"]).max() > 1e-4
+
+
+# --- the scripts -----------------------------------------------------------------------------
+
+FLAGS = [*tiny.FLAGS, "--model", "TinyFused", "--n_epochs", "3", "--regularizer", "L2Grad",
+         "--lr", "0.001"]
+
+
+def command(folder, script, *argv):
+    """Return work for Ranks: run the script in the folder, its output in log<rank>, its code."""
+    def work():
+        os.chdir(folder)
+        log = os.open(f"log{os.environ['RANK']}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        code = tiny.run(script, list(argv))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return code
+    return work
+
+
+def logs(folder, n=2):
+    return [(folder / f"log{rank}").read_text() for rank in range(n)]
+
+
+def weights(folder):
+    return torch.load(folder / "r.pt", weights_only=True)
+
+
+def started(folder, *flags):
+    """Start a long run on two ranks and wait for its first checkpoint."""
+    ranks = Ranks(2, command(folder, "train.py", *FLAGS, *flags))
+    while not (folder / "r.ckpt").exists():
+        assert all(process.is_alive() for process in ranks.processes), logs(folder)
+        time.sleep(0.02)
+    return ranks
+
+
+def test_rank_0_alone_writes_and_prints(tmp_path):
+    assert on(2, command(tmp_path, "train.py", *FLAGS)) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "log0", "log1", "r.pt", "r.json", "r.ckpt", "r.ckpt.previous"}
+    printed, silent = logs(tmp_path)
+    assert "2 processes" in printed and silent == ""
+    assert json.loads((tmp_path / "r.json").read_text())["machine"]["processes"] == 2
+
+
+@pytest.mark.parametrize("n", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_stopped_run_is_resumed_by_another_number_of_processes(n, tmp_path):
+    (tmp_path / "whole").mkdir()
+    assert on(1, command(tmp_path / "whole", "train.py", *FLAGS, "--n_epochs", "20")) == [0]
+    ranks = started(tmp_path, "--n_epochs", "20")
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)  # one is told, all stop after the same batch
+    assert ranks.wait() == {0: 143, 1: 143}
+    assert "--resume" in logs(tmp_path)[0] and ": stopped" not in logs(tmp_path)[1]
+    again = command(tmp_path, "train.py", *FLAGS, "--n_epochs", "20", "--resume")
+    assert on(n, again) == [0] * n
+    expected = weights(tmp_path / "whole")
+    for key, value in weights(tmp_path).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
+    ranks = started(tmp_path, "--n_epochs", "1000000")
+    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+    assert ranks.wait(n_killed=1) == {1 - victim: 1}
+    log = logs(tmp_path)[1 - victim]
+    assert "Traceback" not in log and log.splitlines()[-1].count("error:") == 1
+    assert "another process of this run is gone" in log and "--resume goes on" in log
+    checkpoints.load_checkpoint(tmp_path / "r.ckpt")
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--train_subset", "33"], "a batch of 1 images"),
+    (["--model", "Tiny"], "norm1 is a BatchNorm2d"),
+    (["--n_epochs", "0"], "--n_epochs"),
+])
+def test_what_cannot_be_shared_out_is_told_once(flags, said, tmp_path):
+    assert on(2, command(tmp_path, "train.py", *FLAGS, *flags)) == [2, 2]
+    told, silent = logs(tmp_path)
+    assert "error:" in told.splitlines()[-1] and said in told and "Traceback" not in told
+    assert silent == ""
+
+
+def test_plain_batch_norms_train_without_sync(tmp_path):
+    assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", "Tiny", "--no-sync_bn")) == [0, 0]
+
+
+def test_what_rank_0_cannot_read_ends_all_quietly(tmp_path):
+    (tmp_path / "r.ckpt").write_bytes(b"nonsense")
+    assert on(2, command(tmp_path, "train.py", *FLAGS, "--resume")) == [1, 1]
+    told, silent = logs(tmp_path)
+    assert told.count("error:") == 1 and silent == ""
+
+
+def test_quantization_is_the_same_on_two_processes(tmp_path):
+    assert on(1, command(tmp_path, "train.py", *FLAGS)) == [0]
+    found = {}
+    for n in (1, 2):
+        done = on(n, command(
+            tmp_path, "quant_inference.py", "r.pt", "--model", "TinyFused", "--dataset", "Tiny",
+            "--batch_size", "10", "--per_layer", "--bits", "3", "8", "--act_bits", "8",
+            "--calibration_images", "64", "--per_layer_images", "64", "--output", str(n),
+        ))
+        assert done == [0] * n, logs(tmp_path, n)
+        found[n] = json.loads((tmp_path / str(n) / "results.json").read_text())
+    assert logs(tmp_path)[1] == ""
+    for table in ("rows", "per_layer"):
+        for one, two in zip(found[1][table], found[2][table], strict=True):
+            assert one.keys() == two.keys()
+            for key, value in one.items():
+                assert two[key] == (
+                    pytest.approx(value, rel=1e-5, abs=1e-7) if type(value) is float else value)
+
+
+def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
+    """Through torchrun: a rank is killed, all are started again, the result has the same bits."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "--max_restarts", "1", tiny.__file__, "train.py", *FLAGS, "--n_epochs", "20"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    while not (tmp_path / "r.ckpt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    (tmp_path / "whole").mkdir()
+    whole = command(tmp_path / "whole", "train.py", *FLAGS, "--n_epochs", "20")
+    assert on(2, whole) == [0, 0]
+    expected = weights(tmp_path / "whole")
+    assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path).items())

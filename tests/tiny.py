@@ -17,16 +17,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import oracles
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import combined_protocol
 import data
 import files
+import fused
 import models
+import quant_inference
 import tracking
 import train
 
-SCRIPTS = {"train.py": train.main, "combined_protocol.py": combined_protocol.main}
+SCRIPTS = {"train.py": train.main, "combined_protocol.py": combined_protocol.main,
+           "quant_inference.py": quant_inference.main}
 
 
 class Tiny(oracles.SmoothNet):
@@ -34,10 +38,27 @@ class Tiny(oracles.SmoothNet):
         super().__init__(num_classes=num_classes)
 
 
+class TinyFused(nn.Module):
+    """The same of fused layers, whose batch norms synchronise."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = fused.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.norm1 = fused.BatchNormReLU(5)
+        self.conv2 = fused.Conv2d(5, 6, 3, stride=2, padding=1)
+        self.norm2 = fused.BatchNormReLU(6)
+        self.linear = nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        a1 = self.norm1(self.conv1(x))
+        a2 = self.norm2(self.conv2(a1))
+        return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
+
+
 whole = data.synthetic()
 TINY = data.Data(whole.train_images[:160, :, :8, :8].clone(), whole.train_labels[:160],
                  whole.test_images[:64, :, :8, :8].clone(), whole.test_labels[:64])
-models.MODELS["Tiny"] = Tiny
+models.MODELS |= {"Tiny": Tiny, "TinyFused": TinyFused}
 data.DATASETS["Tiny"] = lambda data_dir, seed: TINY
 FLAGS = ["--model", "Tiny", "--dataset", "Tiny", "--batch_size", "32", "--precision", "fp32",
          "--no-compile", "--device", "cpu", "--lr", "0.01", "--run_name", "r"]
