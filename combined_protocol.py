@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train in the phases that the flags say."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.run_name = args.run_name or f"{args.model}_{args.dataset}_combined"
+    args.run_name = args.run_name or train.default_name(args, "combined")
     flags = ("first_variance_epoch", "variance_lmbda", "first_gradient_epoch", "gradient_lmbda",
              "P", "activation_gradients")
     changed = [f"--{name}" for name in flags if getattr(args, name) != parser.get_default(name)]

@@ -128,8 +128,13 @@ def say(what: object) -> None:
 
 
 def new_run_id() -> str:
-    """Return a name for a Weights & Biases run that no other run has."""
-    return uuid.uuid4().hex[:12]
+    """Return a name for a Weights & Biases run that no other has; in a sweep, the one it gave."""
+    return sweep_run_id() or uuid.uuid4().hex[:12]
+
+
+def sweep_run_id() -> str:
+    """Return the name that a sweep's agent gave this run, "" outside a sweep."""
+    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
 
 
 def has_key() -> bool:

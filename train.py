@@ -23,7 +23,7 @@ from checkpoints import Checkpointer, Stopped, StopRequest, inherited, resumable
 from regularizers import REGULARIZERS, Regularizer, make_regularizer, taken_by
 from state import NotFiniteError, State, Training, measure, summarize
 from step import first_order, loss_change, takes_gradients, update_gradients
-from tracking import Tracker, describe_environment, new_run_id
+from tracking import Tracker, describe_environment, new_run_id, sweep_run_id
 
 
 @dataclass(frozen=True)
@@ -383,6 +383,11 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
     parser.stop(code, said + hint, common)
 
 
+def default_name(args: argparse.Namespace, what: str) -> str:
+    """Return the name of a run that was given none: in a sweep, one of its own."""
+    return "_".join(filter(None, (args.model, args.dataset, what, sweep_run_id())))
+
+
 def make_parser() -> utils.Parser:
     """Make the parser of train.py."""
     parser = utils.Parser(__doc__)
@@ -420,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --regularizer: {error}")
     utils.check_options(parser, args, [args.regularizer])
     args.regularizer = regularizer.name if regularizer else "none"
-    args.run_name = args.run_name or f"{args.model}_{args.dataset}_{args.regularizer}"
+    args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)]
     start(parser, args, phases if phases[0].start == 0 else [Phase(0), *phases])
 

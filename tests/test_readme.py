@@ -20,6 +20,29 @@ def test_every_command_of_the_readme_parses(command):
     importlib.import_module(script.removesuffix(".py")).make_parser().parse_args(flags)
 
 
+@pytest.mark.parametrize("command", commands("torchrun "))
+def test_every_command_for_many_processes_parses(command):
+    words = shlex.split(command)
+    first = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    module = importlib.import_module(words[first].removesuffix(".py"))
+    module.make_parser().parse_args(words[first + 1:])
+
+
+def test_every_flag_of_the_sweep_parses():
+    yaml = pytest.importorskip("yaml")  # comes with wandb
+    sweep = yaml.safe_load((ROOT / "sweep.yaml").read_text())
+    parser = importlib.import_module(sweep["program"].removesuffix(".py")).make_parser()
+    longest = max(len(of.get("values", [0])) for of in sweep["parameters"].values())
+    for i in range(longest):
+        flags = []
+        for name, of in sweep["parameters"].items():
+            values = of.get("values", [of.get("value")])
+            value = values[i % len(values)]
+            flags += [f"--{name}"] if value is True else [f"--{name}={value}"]
+        args = vars(parser.parse_args(flags))
+        assert sweep["parameters"].keys() <= args.keys()
+
+
 def test_make_knows_every_target_of_the_readme():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     wanted = {shlex.split(command, comments=True)[1] for command in commands("make ")}

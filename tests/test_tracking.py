@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tracking
+import train
 from models import ConvNet
 
 FAST = ("--dataset", "Synthetic", "--train_subset", 32, "--batch_size", 16, "--precision", "fp32",
@@ -108,3 +109,12 @@ def test_the_environment_is_described():
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert tracking.describe_environment()["git_commit"] is None
+
+
+def test_a_run_of_a_sweep_has_the_name_the_sweep_gave(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert tracking.new_run_id() != "abc123"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert tracking.new_run_id() == "abc123"
+    args = train.make_parser().parse_args([])
+    assert train.default_name(args, "L2Grad") == "ConvNet_CIFAR10_L2Grad_abc123"
