@@ -328,7 +328,7 @@ def add_activation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
     """End with one line where a flag would be without effect."""
-    for flag, needed, there in (
+    utils.check_effect(parser, args, (
         ("approximate", "pwlq among --schemes", "pwlq" in args.schemes),
         ("overlapping", "pwlq among --schemes", "pwlq" in args.schemes),
         ("distribution", "pwlq among --schemes", "pwlq" in args.schemes),
@@ -337,9 +337,7 @@ def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
         ("calibration", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
-    ):
-        if getattr(args, flag) != parser.get_default(flag) and not there:
-            parser.error(f"--{flag} needs {needed}")
+    ))
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
 
 

@@ -349,6 +349,12 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
         parser.error(f"{name!r} is not the name of a file")
     phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
     first = next((p for p in phases if p.regularizer), None)
+    utils.check_effect(parser, args, (
+        ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
+        ("watch_freq", "--watch", args.watch),
+        ("override", "--resume or --init_from", args.resume or args.init_from),
+        ("lmbda_warmup", "a regularizer", first),
+    ))
     for p in phases:
         if p.start >= args.n_epochs:
             parser.error(f"a phase starts at epoch {p.start}: the run has epochs 0 to "
@@ -424,6 +430,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
     utils.check_options(parser, args, [args.regularizer])
+    given = args.regularizer.lower() != "none"
+    utils.check_effect(parser, args, [
+        (flag, "a --regularizer", given)
+        for flag in ("lmbda", "first_regularized_epoch", "no_activation_gradients")
+    ])
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)]

@@ -226,6 +226,18 @@ def check_options(parser: Parser, args: argparse.Namespace, names: Iterable[str]
             parser.error(f"--{option}: {', '.join(names)} does not take it")
 
 
+def check_effect(
+    parser: Parser, args: argparse.Namespace, needs: Iterable[tuple[str, str, object]]
+) -> None:
+    """End the program where a flag is given that would be without effect.
+
+    `needs` are (flag, what it needs in words, whether that is there).
+    """
+    for flag, needed, there in needs:
+        if getattr(args, flag) != parser.get_default(flag) and not there:
+            parser.error(f"--{flag} needs {needed}")
+
+
 def tracked(args: argparse.Namespace) -> list[Regularizer]:
     """Make the regularizers that --track names; ValueError for an option with a bad value."""
     options = given_options(args)
