@@ -19,6 +19,7 @@ import torch
 import distributed
 from files import FileError, told, torch_load, torch_save, write_file
 
+ASK_EVERY = 8  # batches between questions of the processes to each other
 FORMAT = 1  # of a checkpoint; to be raised when older ones can no longer be read
 
 
@@ -87,8 +88,8 @@ def set_random_states(states: dict[str, Any]) -> None:
         random.setstate(states["python"])
         np.random.set_state((kind, keys.numpy().astype(np.uint32), position, *rest))
         torch.set_rng_state(states["torch"])
-        if states["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(states["cuda"])
+        for i, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)  # there may have been more
     except Exception as error:  # each library raises its own kinds
         raise FileError(f"random: {str(error).splitlines()[0]}") from error
 
@@ -138,6 +139,9 @@ HARMLESS = {
 }
 
 
+OLDER = {"sync_bn": True}  # settings that older checkpoints do not have, and what they did
+
+
 def resumable(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
     """Return the checkpoint to go on from, None where there is none; FileError if it differs."""
     checkpoint = load_checkpoint(Path(f"{out}.ckpt"), repair=True)
@@ -175,7 +179,7 @@ def compare(
 ) -> None:
     """Say which of the settings differ from the checkpoint's; FileError where that matters."""
     check(checkpoint, {"settings": {str: object}, "run_id": str, "seconds": float}, path)
-    now, then = vars(args), checkpoint["settings"]
+    now, then = vars(args), {**OLDER, **checkpoint["settings"]}
     values = sum(([v] if not isinstance(v, list) else v for v in then.values()), [])
     check(values, [int | float | str | None], f"{path}: settings")
     if not (checkpoint["run_id"].isalnum() and math.isfinite(checkpoint["seconds"])):
@@ -259,11 +263,17 @@ class Checkpointer:
     ) -> None:
         """Start the clock."""
         self.path, self.snapshot, self.every, self.minutes = path, snapshot, every, minutes
-        self.stop, self.saved_at = stop, time.monotonic()
+        self.stop, self.saved_at, self.n_calls = stop, time.monotonic(), 0
 
     def after_batch(self) -> None:
-        """Save if the minutes are over; save and raise Stopped if a signal came to any process."""
-        number = distributed.largest(self.stop.signal or 0)  # one that comes now waits a batch
+        """Save if the minutes are over; save and raise Stopped if a signal came.
+
+        Several processes ask each other now and then, to stop after the same batch.
+        """
+        self.n_calls += 1
+        number = self.stop.signal or 0  # one that comes from now on waits
+        if distributed.world_size() > 1:
+            number = distributed.largest(number) if self.n_calls % ASK_EVERY == 0 else 0
         if number or time.monotonic() - self.saved_at > 60 * self.minutes:
             self.save()
         if number:

@@ -11,6 +11,8 @@ one process everything is: then these functions change nothing.
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TIMEOUT = timedelta(minutes=10)  # how long to wait for a rank: another may be fetching the data
+GRACE = 180.0  # seconds in which rank 0 may tell an error and close its log; others wait for it
 BUCKET_BYTES = 2**20  # of gradients summed in one message, while the backward pass goes on
 
 _batch_size: int | None = None  # of the batch that is shared out just now
@@ -56,18 +59,20 @@ def processes(device: str) -> Iterator[None]:
     can have for its own, and LostError where the others cannot be found.
     """
     global _control
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _started_as("WORLD_SIZE", 1) == 1:
         yield
         return
+    if missing := {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} - os.environ.keys():
+        raise SetupError(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use torchrun")
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
-        local, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if torch.device(device).index is not None or local >= n_gpus:
-            raise SetupError(f"--device {device}, process {local} of this machine, {n_gpus} GPUs: "
-                             "processes need one each, with --device cuda, or --device cpu")
-        torch.cuda.set_device(local)
+        n_here, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if torch.device(device).index is not None or n_here > n_gpus:
+            raise SetupError(f"--device {device}: {n_here} processes on a machine of {n_gpus} GPUs; "
+                             "each needs one, with --device cuda, or say --device cpu")
+        torch.cuda.set_device(_started_as("LOCAL_RANK", 0))
     store, number, n = _surely(next, dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(f"attempt {_n_restarts()}", store)  # else of dead ones
+    store = dist.PrefixStore(_surely(_meet, store, number, n), store)
     _surely(dist.init_process_group, "nccl" if on_gpu else "gloo", store=store, rank=number,
             world_size=n, timeout=TIMEOUT)
     _control = _surely(dist.new_group, backend="gloo", timeout=TIMEOUT) if on_gpu else None
@@ -77,6 +82,36 @@ def processes(device: str) -> Iterator[None]:
     finally:
         _control = None
         dist.destroy_process_group()
+
+
+def _started_as(name: str, alone: int) -> int:
+    """Return the number that torchrun put into the environment."""
+    return int(os.environ.get(name, alone))
+
+
+def _meet(store: dist.Store, number: int, n: int) -> str:
+    """Return a word that all processes of this start have in common, and no earlier one had.
+
+    torchrun's store outlives a restart, with the addresses of the dead in it, and its count of
+    restarts differs between nodes. So each process greets with a word of its own, which may take
+    the place of a dead one's, and rank 0 answers what it finds until it has heard from all.
+    """
+    mine = uuid.uuid4().hex
+    store.set(f"hello/{number}", mine)
+    if number:
+        word = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{word}/{number}", "")
+        return word
+    silent, ends = set(range(1, n)), time.monotonic() + TIMEOUT.total_seconds()
+    while silent:
+        if time.monotonic() > ends:
+            raise RuntimeError(f"no word from ranks {sorted(silent)}")
+        for other in list(silent):
+            store.set(f"answer/{store.get(f'hello/{other}').decode()}", mine)
+            if store.check([f"heard/{mine}/{other}"]):
+                silent.remove(other)
+        time.sleep(0.02)
+    return mine
 
 
 def world_size() -> int:
@@ -89,20 +124,24 @@ def rank() -> int:
 
     Before `processes` and after, it is what torchrun says.
     """
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    return _started_as("RANK", 0) if _started_as("WORLD_SIZE", 1) > 1 else 0
 
 
 def restarted() -> bool:
-    """Tell whether torchrun started the run again after a process had died."""
-    return _n_restarts() > 0
+    """Tell whether torchrun started the run again after a process had died, on any node."""
+    return largest(_started_as("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def _n_restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def leave_it_to_main() -> None:
+    """Wait, on ranks other than 0: when that has told what is wrong and ended, torchrun ends us."""
+    if rank():
+        time.sleep(GRACE)
 
 
 def from_main(call: Callable[[], Any]) -> Any:
-    """Return on every rank what call() returns on rank 0; what it raises there ends the others."""
+    """Return on every rank what call() returns on rank 0; what it raises there ends all."""
     if world_size() == 1:
         return call()
     outcome, error = [None, False], None
@@ -115,6 +154,7 @@ def from_main(call: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if not outcome[1]:
+        leave_it_to_main()
         raise SystemExit(1)
     return outcome[0]
 
@@ -131,15 +171,19 @@ def largest(n: int) -> int:
 @contextmanager
 def one_first() -> Iterator[None]:
     """Let one process of each node go first: it may have to make what the others then find."""
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     several = world_size() > 1
-    if several and not is_first:
+    if several and not is_first_here():
         _surely(dist.barrier, group=_control)
     try:
         yield
     finally:
-        if several and is_first:
+        if several and is_first_here():
             _surely(dist.barrier, group=_control)
+
+
+def is_first_here() -> bool:
+    """Tell whether this is the first process of its node."""
+    return _started_as("LOCAL_RANK", 0) == 0
 
 
 # --- sums ------------------------------------------------------------------------------------

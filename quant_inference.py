@@ -396,7 +396,7 @@ def load_all(
 def run(args: argparse.Namespace, folder: Path) -> bool:
     """Evaluate every file and report; return whether all could be evaluated.
 
-    KeyboardInterrupt: what was measured until then is reported first.
+    KeyboardInterrupt or a process that is lost: what was measured until then is reported first.
     """
     dataset = utils.load_dataset(args)
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
@@ -409,7 +409,7 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     n_passes = 1 + sum(n_trials(scheme, args) for scheme, _ in cases(args))
     if args.per_layer:
         n_passes += len(list(cases(args))) * len(qu.quantizable_layers(net))
-    rows, layer_rows, failed, interrupted = [], [], set(), False
+    rows, layer_rows, failed, interrupted = [], [], set(), None
     disable = None if distributed.rank() == 0 else True
     with tqdm(total=len(nets) * n_passes, unit="pass", disable=disable, leave=False) as bar:
         try:
@@ -423,15 +423,17 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
                     failed.add(name)
                     if distributed.rank() == 0:
                         print(f"quant_inference.py: error: {found[name]}: {error}", file=sys.stderr)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, distributed.LostError) as error:
+            interrupted = error
     if distributed.rank():
+        if interrupted:
+            raise interrupted
         return not failed
     nets = {name: net for name, net in nets.items() if name not in failed}
     rows = [row for row in rows if row["checkpoint"] in nets]
     if not rows:
         if interrupted:
-            raise KeyboardInterrupt
+            raise interrupted
         return False
     show(rows, layer_rows, args)
     drawn = save(rows, layer_rows, nets, settings, args, folder)
@@ -441,7 +443,7 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     report.log(tracker, rows, layer_rows, drawn)
     print(tracker.finish())
     if interrupted:
-        raise KeyboardInterrupt
+        raise interrupted
     return len(nets) == len(found)
 
 
@@ -511,7 +513,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except distributed.SetupError as error:
         parser.error(str(error))
     except (data.DataError, OSError, distributed.LostError) as error:
-        parser.stop(1, f"error: {error}")
+        common = isinstance(error, data.DataError) and not distributed.is_first_here()
+        parser.stop(1, f"error: {error}", common)
     except KeyboardInterrupt:
         parser.stop(130, "stopped", common=True)
     sys.exit(0 if complete else 1)

@@ -25,6 +25,8 @@ from state import NotFiniteError, State, Training, measure, summarize
 from step import first_order, loss_change, takes_gradients, update_gradients
 from tracking import Tracker, describe_environment, new_run_id, sweep_run_id
 
+LOOK_EVERY = 20  # batches, in a run of several processes
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -76,7 +78,10 @@ def run_epoch(
             optimizer.step()
             state.batch += 1
             state.epoch_seconds = time.perf_counter() - began
-            if state.epoch_seconds - shown > 0.5:  # to look is to wait for the device
+            due = state.epoch_seconds - shown > 0.5
+            if distributed.world_size() > 1:  # all look at the same batch: it may raise
+                due = state.batch % LOOK_EVERY == 0
+            if due:  # to look is to wait for the device
                 shown = state.epoch_seconds
                 bar.set_postfix(summarize(net, regularizer, state), refresh=False)
             bar.update()
@@ -257,6 +262,9 @@ def run(
             check_branch(training.state.epoch, phases, args)
         run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
 
+    if not args.resume:
+        distributed.from_main(lambda: files.set_aside(out))
+
     plan = (f"{describe(phases)}; {str(dtype).removeprefix('torch.')} convolutions and "
             f"{'compiled' if compiled else 'eager'} kernels on {args.device}")
     if args.holdout:
@@ -321,10 +329,7 @@ def run(
 def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] | None]:
     """Return the checkpoint to go on from, if any, and whether it is of this very run."""
     own = resumable(args, out) if args.resume else None
-    checkpoint = own or inherited(args)
-    if not args.resume:
-        files.set_aside(out)
-    return own is not None, checkpoint
+    return own is not None, own or inherited(args)
 
 
 def check_branch(n_done: int, phases: Sequence[Phase], args: argparse.Namespace) -> None:
@@ -372,15 +377,18 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
         files.check_writable(Path(f"{out}.pt"))
     except ValueError as error:
         parser.error(str(error))
-    args.resume = args.resume or distributed.restarted()
     try:
         with StopRequest() as stop, distributed.processes(args.device), files.only_run(out):
+            args.resume = distributed.restarted() or args.resume
             run(args, phases, out, stop)
         return
     except distributed.SetupError as error:
         parser.error(str(error))
-    except (data.DataError, files.FileError, NotFiniteError) as error:
-        parser.stop(1, f"error: {error}", common=isinstance(error, NotFiniteError))
+    except (files.FileError, NotFiniteError) as error:
+        distributed.leave_it_to_main()
+        parser.stop(1, f"error: {error}", common=True)
+    except data.DataError as error:
+        parser.stop(1, f"error: {error}", common=not distributed.is_first_here())
     except (OSError, distributed.LostError) as error:
         code, said, common = 1, f"error: {error}", False
     except (Stopped, KeyboardInterrupt) as stopped:

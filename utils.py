@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2; all processes find the same error, one tells it."""
+        distributed.leave_it_to_main()
         self.stop(2, f"error: {' '.join(message.split())}", common=True)
 
     def stop(self, code: int, message: str, common: bool = False) -> NoReturn:

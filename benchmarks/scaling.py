@@ -71,7 +71,8 @@ def serve(pipe, rank: int, n: int, port: int) -> None:
     """
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                   "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
     utils.keep_freed_memory()
     meter = Meter()
     fast = utils.resolve_precision("auto", "cpu")

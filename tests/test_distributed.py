@@ -99,7 +99,9 @@ class Ranks:
     def _be(self, rank, n, port, work):
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                       "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+        distributed.GRACE = 0.0  # there is no torchrun to end who waits
         tqdm.set_lock(threading.RLock())  # its own is shared by all forks
         self.answers.put((rank, work()))
 
@@ -227,7 +229,9 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
     (["--n_epochs", "0"], "--n_epochs"),
 ])
 def test_what_cannot_be_shared_out_is_told_once(flags, said, tmp_path):
+    (tmp_path / "r.pt").write_text("of an earlier run")
     assert on(2, command(tmp_path, "train.py", *FLAGS, *flags)) == [2, 2]
+    assert (tmp_path / "r.pt").exists()  # nothing is set aside for a run that cannot be
     told, silent = logs(tmp_path)
     assert "error:" in told.splitlines()[-1] and said in told and "Traceback" not in told
     assert silent == ""
@@ -235,6 +239,25 @@ def test_what_cannot_be_shared_out_is_told_once(flags, said, tmp_path):
 
 def test_plain_batch_norms_train_without_sync(tmp_path):
     assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", "Tiny", "--no-sync_bn")) == [0, 0]
+
+
+def test_a_number_that_is_not_finite_is_told_once(tmp_path):
+    assert on(2, command(tmp_path, "train.py", *FLAGS, "--lr", "1e18")) == [1, 1]
+    told, silent = logs(tmp_path)
+    assert told.splitlines()[-1].count(": error: epoch") and silent == ""
+
+
+def test_a_rank_left_in_the_environment_means_nothing_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert distributed.rank() == 0
+
+
+def test_without_torchrun_there_are_no_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(distributed.SetupError, match="LOCAL_RANK, LOCAL_WORLD_SIZE"):
+        with distributed.processes("cpu"):
+            pass
 
 
 def test_what_rank_0_cannot_read_ends_all_quietly(tmp_path):
