@@ -68,8 +68,8 @@ def processes(device: str) -> Iterator[None]:
     if on_gpu:
         n_here, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if torch.device(device).index is not None or n_here > n_gpus:
-            raise SetupError(f"--device {device}: {n_here} processes on a machine of {n_gpus} GPU(s)"
-                             "; each needs one, with --device cuda; or use --device cpu")
+            raise SetupError(f"--device {device}, {n_here} processes and {n_gpus} GPUs here: each "
+                             "process needs one, with --device cuda; or use --device cpu")
         torch.cuda.set_device(_started_as("LOCAL_RANK", 0))
     store, number, n = _surely(next, dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(_surely(_meet, store, number, n), store)

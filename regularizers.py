@@ -88,15 +88,14 @@ class LPGrad(Regularizer):
         """Return the penalty (scalar) of w_grads and, unless only_weight_grads, of a_grads."""
         total = sum(_norm(g, self.P) for g in w_grads)
         if not self.only_weight_grads:
-            total = total + sum(self._of_batch(g) for g in a_grads)
+            norms = [_norm(g, self.P) for g in a_grads]
+            if distributed.is_sharded():  # the norm of the whole is that of the shares' norms
+                columns = distributed.gather(torch.stack(norms)).unbind(dim=1)
+                norms = [_norm(column, self.P) for column in columns]
+            sizes = [distributed.whole_size(len(g)) for g in a_grads]
+            total = total + sum(
+                size ** (-1 / self.P) * norm for size, norm in zip(sizes, norms, strict=True))
         return self.lmbda * total
-
-    def _of_batch(self, g: Tensor) -> Tensor:
-        """B^(−1/p) · ‖g‖_p over the whole batch: the norm of the processes' norms."""
-        norm = _norm(g, self.P)
-        if distributed.is_sharded():
-            norm = _norm(distributed.gather(norm), self.P)
-        return distributed.whole_size(len(g)) ** (-1 / self.P) * norm
 
 
 def _norm(g: Tensor, P: float) -> Tensor:
