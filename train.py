@@ -219,13 +219,21 @@ def make_loaders(dataset: data.Data, args: argparse.Namespace) -> Sequence[data.
     )
 
 
-def describe(phases: Sequence[Phase]) -> str:
-    """Return the phases as text, such as "no regularizer; from epoch 5: L2Grad"."""
+def describe(
+    args: argparse.Namespace, phases: Sequence[Phase], dtype: torch.dtype, compiled: bool
+) -> str:
+    """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad; …"."""
     names = [p.regularizer.name if p.regularizer else "no regularizer" for p in phases]
-    return "; ".join(
-        f"from epoch {p.start}: {name}" if p.start else name
-        for p, name in zip(phases, names, strict=True)
-    )
+    parts = [f"from epoch {p.start}: {name}" if p.start else name
+             for p, name in zip(phases, names, strict=True)]
+    parts.append(f"{str(dtype).removeprefix('torch.')} convolutions and "
+                 f"{'compiled' if compiled else 'eager'} kernels on {args.device}")
+    if args.holdout:
+        parts.append(f"tested on {args.holdout} training images, held out")
+    if (n := distributed.world_size()) > 1:
+        whose = "the whole batch" if args.sync_bn else "each one's share"
+        parts.append(f"{n} processes, batch-norm statistics of {whose}")
+    return "; ".join(parts)
 
 
 def summary_line(entry: dict[str, Any], penalty: str | None) -> str:
@@ -261,17 +269,10 @@ def run(
         if not is_own:
             check_branch(training.state.epoch, phases, args)
         run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
-
     if not args.resume:
         distributed.from_main(lambda: files.set_aside(out))
 
-    plan = (f"{describe(phases)}; {str(dtype).removeprefix('torch.')} convolutions and "
-            f"{'compiled' if compiled else 'eager'} kernels on {args.device}")
-    if args.holdout:
-        plan += f"; tested on {args.holdout} training images, held out"
-    if (n := distributed.world_size()) > 1:
-        whose = "the whole batch" if args.sync_bn else "each one's share"
-        plan += f"; {n} processes, batch-norm statistics of {whose}"
+    plan = describe(args, phases, dtype, compiled)
     settings = {**vars(args), "plan": plan}
     record = {"settings": settings, **describe_environment()}
     tracker = Tracker(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
