@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -287,6 +289,17 @@ def test_quantization_is_the_same_on_two_processes(tmp_path):
                     pytest.approx(value, rel=1e-5, abs=1e-7) if type(value) is float else value)
 
 
+def children(pid):
+    """Return the pids of the process's children."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError):  # it may have ended
+            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if int(parent) == pid:
+                found.append(int(process.name))
+    return found
+
+
 def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
     """Through torchrun: a rank is killed, all are started again, the result has the same bits."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -298,9 +311,7 @@ def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
     while not (tmp_path / "r.ckpt").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     (tmp_path / "whole").mkdir()
