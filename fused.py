@@ -15,7 +15,7 @@ and `BatchNormReLU`. Under `torch.autocast` convolutions take its dtype; statist
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -335,10 +335,11 @@ def set_sync(net: nn.Module, enabled: bool) -> None:
                 "statistics over several processes: use that, or --no-sync_bn")
 
 
-def own_statistics(net: nn.Module) -> list[Tensor]:
-    """Return the running statistics that each process makes of its own share of the batches."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return [b for m in norms if not getattr(m, "sync", False) for b in m.buffers()]
+def own_statistics(net: nn.Module) -> Iterator[Tensor]:
+    """Yield the running statistics that each process makes of its own share of the batches."""
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not getattr(m, "sync", False):
+            yield from m.buffers()
 
 
 def _laid_out(t, like):

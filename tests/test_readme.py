@@ -14,15 +14,9 @@ def commands(pattern):
     return [line for block in blocks for line in block.splitlines() if re.match(pattern, line)]
 
 
-@pytest.mark.parametrize("command", commands("python "))
+@pytest.mark.parametrize("command", commands("python |torchrun "))
 def test_every_command_of_the_readme_parses(command):
-    _, script, *flags = shlex.split(command, comments=True)
-    importlib.import_module(script.removesuffix(".py")).make_parser().parse_args(flags)
-
-
-@pytest.mark.parametrize("command", commands("torchrun "))
-def test_every_command_for_many_processes_parses(command):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     first = next(i for i, word in enumerate(words) if word.endswith(".py"))
     module = importlib.import_module(words[first].removesuffix(".py"))
     module.make_parser().parse_args(words[first + 1:])
