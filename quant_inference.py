@@ -63,14 +63,17 @@ def ready(net: nn.Module, device: str, act_bits: int = 0, ranges: dict | None = 
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader: data.Loader) -> tuple[float, float]:
-    """Return accuracy and mean cross entropy over the loader's images, in float32.
+def evaluate(
+    net: nn.Module, loader: data.Loader, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Return accuracy and mean cross entropy over the loader's images, with convolutions in dtype.
 
     Each of several processes takes every so many-th batch.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=loader.labels.device)
     for x, y in loader.batches(0, distributed.rank(), distributed.world_size()):
-        logits, _ = net(x)
+        with utils.autocast(x.device, dtype):
+            logits, _ = net(x)
         n_correct = (logits.argmax(dim=1) == y).sum()
         totals += torch.stack([n_correct, F.cross_entropy(logits, y, reduction="sum")])
     return tuple((distributed.total(totals) / loader.n_images).tolist())
@@ -115,7 +118,8 @@ def sweep(
     test_loader: data.Loader, tick: Callable[[], Any],
 ) -> Iterator[Row]:
     """Yield the rows of one checkpoint: first as it is, then every case. `tick` after each."""
-    accuracy, loss = evaluate(ready(net, args.device), test_loader)
+    dtype = utils.resolve_precision(args.precision, args.device)
+    accuracy, loss = evaluate(ready(net, args.device), test_loader, dtype)
     tick()
     yield {
         "checkpoint": name, "scheme": UNQUANTIZED, "bits": 32, "levels": None,
@@ -135,9 +139,8 @@ def sweep(
                 biases=not args.fold_bn, correct=args.bias_correction,
             )
             error = qu.model_error(layers, args.avg_in_layer)
-            found.append(
-                (*evaluate(ready(net_q, args.device, act_bits, ranges), test_loader), error)
-            )
+            net_q = ready(net_q, args.device, act_bits, ranges)
+            found.append((*evaluate(net_q, test_loader, dtype), error))
             tick()
         accuracies, losses, errors = zip(*found, strict=True)
         mean = statistics.fmean(accuracies)
@@ -282,6 +285,10 @@ def make_parser() -> utils.Parser:
         "--per_layer_images", type=utils.number(int, at_least=1), default=512, metavar="N",
         help="training images for that expansion",
     )
+    utils.add_choice(
+        group, "--precision", utils.PRECISIONS, "fp32",
+        "of the convolutions that measure accuracy; bf16 is several times faster on new hardware",
+    )
     add_pwlq_arguments(parser)
     add_activation_arguments(parser)
     utils.add_data_arguments(parser)
@@ -328,7 +335,10 @@ def add_activation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
     """End with one line where a flag would be without effect."""
+    in_full = args.precision == "fp32"  # another precision would round beside what is measured
     utils.check_effect(parser, args, (
+        ("act_bits", "--precision fp32", in_full),
+        ("per_layer", "--precision fp32", in_full),
         ("approximate", "pwlq among --schemes", "pwlq" in args.schemes),
         ("overlapping", "pwlq among --schemes", "pwlq" in args.schemes),
         ("distribution", "pwlq among --schemes", "pwlq" in args.schemes),

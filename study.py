@@ -74,7 +74,7 @@ TRAINING = (
 )
 QUANTIZATIONS = {  # flags of quant_inference.py
     "tuning": "--bits 4 --schemes uniform",
-    "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1",
+    "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16",
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
 }
 TUNING_SEED = 0

@@ -141,6 +141,18 @@ def test_every_option_changes_the_result(tiny, monkeypatch, flags):
     assert plain[1][key] != changed[1][key] and math.isfinite(changed[1]["loss"])
 
 
+def test_bfloat16_convolutions_only_blur_the_loss(tiny):
+    files.save_weights(make_net(), Path("a.pt"))
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        flags = ["--bits", 4, "--schemes", "uniform", "--precision", precision]
+        assert main("a.pt", *flags) == 0
+        rows[precision] = results()["rows"]
+    for full, half in zip(rows["fp32"], rows["bf16"], strict=True):
+        assert half["squared_error"] == full["squared_error"]
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.01) and half["loss"] != full["loss"]
+
+
 def test_16_bits_everywhere_are_as_good_as_none(tiny):
     files.save_weights(make_net(), Path("a.pt"))
     flags = ["--act_bits", 16, "--calibration", "minmax", "--fold_bn", "--per_channel"]
@@ -267,6 +279,8 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         (["--distribution", "search", "--approximate"], "--approximate needs --distribution"),
         (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
         (["--calibration", "minmax"], "--calibration needs --act_bits"),
+        (["--precision", "bf16", "--act_bits", "8"], "--act_bits needs --precision fp32"),
+        (["--precision", "bf16", "--per_layer"], "--per_layer needs --precision fp32"),
         (["--dataset", "MNIST"], "CIFAR10"), (["--model", "VGG"], "ConvNet"),
         (["--output", "a.pt/out"], "--output"),
     ],
