@@ -7,8 +7,10 @@ the test set is looked at only afterwards. What is done is skipped; what was kil
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import study_tables
@@ -113,6 +116,11 @@ class Job:
     def line(self) -> str:
         """The command as one can paste it."""
         return "python " + shlex.join(self.command)
+
+    @property
+    def title(self) -> str:
+        """What the progress bar calls it."""
+        return self.target.parent.name + "/" + self.target.stem
 
 
 def pending(jobs: Iterable[Job]) -> list[Job]:
@@ -233,36 +241,41 @@ def held_out(path: Path) -> tuple[float, float]:
 # --- running ---------------------------------------------------------------------------------
 
 
-def run(job: Job, out: Path) -> bool:
-    """Run the job, its output in <target>.log; note its time; return whether its target is there.
+class Running:
+    """A job that was started: its output goes to <target>.log."""
 
-    When this program is stopped or killed, so is the job, which then writes a checkpoint.
-    """
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    whole = not job.target.with_suffix(".ckpt").exists()  # nothing is left of an earlier attempt
-    began = time.perf_counter()
-    with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
-        print(f"$ {job.line}", file=log, flush=True)
-        script = Path(__file__).with_name(job.command[0])
-        process = subprocess.Popen(
-            [sys.executable, script, *job.command[1:]], stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, preexec_fn=stop_with_parent,
-        )
-        try:
-            process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    done = process.returncode == 0 and job.target.exists()
-    if done and whole:
-        study_tables.note(out, job.kind, time.perf_counter() - began, job.line)
-    if done and job.needs:  # nothing goes on from its checkpoint, as from a trunk's
-        for suffix in (".ckpt", ".ckpt.previous"):
-            job.target.with_suffix(suffix).unlink(missing_ok=True)
-        for plot in job.target.parent.glob("*.png"):  # of one network: the study draws its own
-            plot.unlink()
-    return done
+    def __init__(self, job: Job, threads: int) -> None:
+        """Start the job with so many threads; when this program is killed, it is stopped."""
+        self.job = job
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        self.whole = not job.target.with_suffix(".ckpt").exists()  # nothing of an earlier attempt
+        self.began = time.perf_counter()
+        with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
+            print(f"$ {job.line}", file=log, flush=True)
+            script = Path(__file__).with_name(job.command[0])
+            self.process = subprocess.Popen(
+                [sys.executable, script, *job.command[1:]], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, preexec_fn=stop_with_parent,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job is over."""
+        return self.process.poll() is not None
+
+    def finish(self, out: Path) -> bool:
+        """Note the time of a job that is over, clear up, and return whether its target is there."""
+        job, seconds = self.job, time.perf_counter() - self.began
+        done = self.process.returncode == 0 and job.target.exists()
+        if done and self.whole:
+            study_tables.note(out, job.kind, seconds, job.line)
+        if done and job.needs:  # nothing goes on from its checkpoint, as from a trunk's
+            for suffix in (".ckpt", ".ckpt.previous"):
+                job.target.with_suffix(suffix).unlink(missing_ok=True)
+            for plot in job.target.parent.glob("*.png"):  # the study draws its own
+                plot.unlink()
+        return done
 
 
 def stop_with_parent() -> None:
@@ -272,34 +285,70 @@ def stop_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def attempt(jobs: Iterable[Job], grid: Grid, bar: tqdm) -> None:
-    """Run what is pending; where a job fails, say so and leave out what needs it."""
-    for job in pending(jobs):
-        if any(needed.target in grid.failed for needed in job.needs):
-            grid.failed.add(job.target)
-        else:
-            bar.set_description(job.target.parent.name + "/" + job.target.stem)
-            if run(job, grid.out):
-                tqdm.write(f"done: {job.line}")
-            else:
+def next_job(
+    grid: Grid, names: Sequence[str], seeds: Sequence[int], running: Iterable[Job]
+) -> Job | None:
+    """Return the first job that can be started now; where a job failed, leave out what needs it."""
+    started = {job.target for job in running}
+    for name in names:
+        jobs = list(grid.tuning(name).values())
+        with contextlib.suppress(LookupError):  # λ is not chosen yet, or cannot be
+            jobs += grid.final(name, seeds, grid.chosen(name))
+        for job in pending(jobs):
+            if any(needed.target in grid.failed for needed in job.needs):
                 grid.failed.add(job.target)
-                tqdm.write(f"FAILED: {job.line}\n  see {job.target.with_suffix('.log')}")
-        bar.update(job.seconds)
+            elif job.target not in started | grid.failed:
+                if all(needed.target.exists() for needed in job.needs):
+                    return job
+    return None
 
 
-def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Run every variant: the choice of its λ, then all seeds; after each, renew the tables."""
+def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -> None:
+    """Run every variant: the choice of its λ, then all seeds; renew the tables as results come."""
     jobs = [job for name in names for job in grid.planned(name, seeds)[0]]
     total = sum(job.seconds for job in pending(jobs))
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
+    threads = max(1, torch.get_num_threads() // at_once)
+    running: list[Running] = []
     with tqdm(total=total, bar_format=form, disable=None) as bar:
-        for name in names:
-            attempt(grid.tuning(name).values(), grid, bar)
-            try:
-                attempt(grid.final(name, seeds, grid.chosen(name)), grid, bar)
-            except LookupError as error:
-                tqdm.write(str(error))
+        try:
+            while True:
+                while len(running) < at_once:
+                    job = next_job(grid, names, seeds, [each.job for each in running])
+                    if job is None:
+                        break
+                    running.append(Running(job, threads))
+                    bar.set_description(", ".join(each.job.title for each in running))
+                if not running:
+                    break
+                while not any(each.ended for each in running):
+                    time.sleep(0.05)
+                for each in [each for each in running if each.ended]:
+                    running.remove(each)
+                    settle(each, grid, bar)
+        finally:
+            for each in running:
+                each.process.terminate()
+            for each in running:
+                each.process.wait()
+    for name in names:
+        try:
+            grid.chosen(name)
+        except LookupError as error:
+            tqdm.write(str(error))
+    study_tables.write(grid.out, finished(grid))
+
+
+def settle(over: Running, grid: Grid, bar: tqdm) -> None:
+    """Tell how a job that is over went, and renew the tables."""
+    if over.finish(grid.out):
+        tqdm.write(f"done: {over.job.line}")
+        if over.job.target.name == "results.json":
             study_tables.write(grid.out, finished(grid))
+    else:
+        grid.failed.add(over.job.target)
+        tqdm.write(f"FAILED: {over.job.line}\n  see {over.job.target.with_suffix('.log')}")
+    bar.update(over.job.seconds)
 
 
 def finished(grid: Grid) -> Iterator[study_tables.Result]:
@@ -320,7 +369,7 @@ def finished(grid: Grid) -> Iterator[study_tables.Result]:
                 yield study_tables.Result(name, lmbda, seed, record, paths, lines, grid.first)
 
 
-def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:
+def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -> None:
     """Print what would run, and how long that would take."""
     seen: dict[Path, Job] = {}
     for name in names:
@@ -331,9 +380,9 @@ def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:
         print(f"{name}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
         for job in todo:
             print(f"  {duration(job.seconds)}  {job.line}")
-    total = duration(sum(job.seconds for job in seen.values()))
+    total = duration(sum(job.seconds for job in seen.values()) / at_once)
     how = f"{grid.epoch_seconds or EPOCH_SECONDS:.0f} s an epoch of the control"
-    print(f"in all {len(seen)} jobs, about {total}, with {how}")
+    print(f"in all {len(seen)} jobs, about {total}, with {how}, {at_once} at once")
 
 
 def duration(seconds: float) -> str:
@@ -353,6 +402,8 @@ def make_parser() -> utils.Parser:
     add("--tables", action="store_true", help="only renew tables and plots from what there is")
     add("--only", type=names, nargs="+", default=list(VARIANTS), metavar="NAME", help="variants")
     add("--seeds", type=utils.number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
+    add("--jobs", type=utils.number(int, at_least=1), default=1, help="at once; they share the "
+        "cores, and the times of one tell little while others run")
     add("--out", default="results/study", help="folder of everything that is written")
     add("--n_epochs", type=utils.number(int, at_least=6), default=12, help="of which a third is "
         "regularized, the last")
@@ -369,12 +420,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     grid = Grid(args)
     if args.plan:
-        return plan(grid, args.only, args.seeds)
+        return plan(grid, args.only, args.seeds, args.jobs)
     if args.tables:
         return study_tables.write(grid.out, finished(grid))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run_all(grid, args.only, args.seeds)
+        run_all(grid, args.only, args.seeds, args.jobs)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(1 if grid.failed else 0)

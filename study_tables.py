@@ -211,7 +211,9 @@ def document(results: Sequence[Result], rows: Sequence[dict[str, Any]]) -> str:
     for scheme in dict.fromkeys(s[0] for s in settings if s != FULL):
         columns = [FULL, *(s for s in settings if s[0] == scheme)]
         text += [f"## {scheme}", accuracy_table(rows, columns)]
-    text += ["## Commands", "In this order, from the root of the repository."]
+    threads = sorted({json.loads(r.record.read_text())["machine"]["threads"] for r in results})
+    text += ["## Commands", "In this order, from the root of the repository; for the same bits, on "
+             f"such a machine and with OMP_NUM_THREADS={' or '.join(map(str, threads))}."]
     for result in results:
         text += [f"{result.variant}, seed {result.seed}:",
                  "```sh\n" + "\n".join(result.lines) + "\n```"]

@@ -150,7 +150,7 @@ def test_bfloat16_convolutions_only_blur_the_loss(tiny):
         rows[precision] = results()["rows"]
     for full, half in zip(rows["fp32"], rows["bf16"], strict=True):
         assert half["squared_error"] == full["squared_error"]
-        assert half["loss"] == pytest.approx(full["loss"], rel=0.01) and half["loss"] != full["loss"]
+        assert half["loss"] != full["loss"] == pytest.approx(half["loss"], rel=0.01)
 
 
 def test_16_bits_everywhere_are_as_good_as_none(tiny):

@@ -34,11 +34,18 @@ resumed = args.resume and Path(args.save_file + ".ckpt").exists()
 Path(args.save_file + ".ckpt").write_text("checkpoint")
 def stop(*_): Path("stopped").touch(); sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
+meet, end = os.environ.get("MEET", "").split(), time.monotonic() + 60
+Path(args.save_file + ".here").touch()
+while args.save_file in meet and not all(Path(name + ".here").exists() for name in meet):
+    time.sleep(0.01)
+    if time.monotonic() > end: sys.exit("alone")
 if args.save_file == os.environ.get("SLOW") and not resumed: time.sleep(60)
 settings = {**vars(args), "resumed": resumed}
+machine = {"threads": int(os.environ["OMP_NUM_THREADS"])}
 history = [{"epoch_seconds": 1 + args.lmbda} for _ in range(args.n_epochs)]
 Path(args.save_file + ".pt").write_text(json.dumps(settings))
-Path(args.save_file + ".json").write_text(json.dumps({"settings": settings, "history": history}))
+record = {"settings": settings, "machine": machine, "history": history}
+Path(args.save_file + ".json").write_text(json.dumps(record))
 """
 FAKE_QUANTIZATION = """
 import argparse, json
@@ -156,7 +163,10 @@ def test_the_plan_runs_nothing(scripts, capsys):
     assert said.count("--run_name study_seed4_trunk ") == 1
     training = (8 + 4 + 3 * 4 * 3.3) + (8 + 4 + 4 * 3.3)  # epochs of the control
     seconds = 90 * training + 4 * 20 + 2 * (120 + 60)
-    assert f"about {study.duration(seconds)}" in said
+    assert f"about {study.duration(seconds)}, with 90 s an epoch of the control, 1 at once" in said
+    study.main(["--out", "out", "--plan", "--only", "L2Grad", "control", "--seeds", "4",
+                "--epoch_seconds", "90", "--jobs", "3"])
+    assert f"about {study.duration(seconds / 3)}" in capsys.readouterr().out
     assert "python train.py --run_name study_seed4_l2grad_0.01 " in said
 
 
@@ -186,6 +196,17 @@ def test_a_run_chooses_lambda_tests_once_and_is_not_repeated(scripts):
     assert {(row["variant"], row["seed"]) for row in rows} == {
         ("control", "0"), ("control", "1"), ("l2grad", "0"), ("l2grad", "1"), ("l2grad", "2"),
     }
+
+
+def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
+    monkeypatch.setenv("MEET", "out/seed0/l2grad_0.03 out/seed1/l2grad_0.03")
+    monkeypatch.setattr(study.torch, "get_num_threads", lambda: 8)
+    assert main("--only", "control", "l2grad", "--seeds", "0", "1", "--jobs", "3") == 0
+    seeds = [f"out/seed{s}/{x}" for s in (0, 1) for x in ("trunk", "control", "l2grad_0.03")]
+    tuning = [f"out/tuning/{x}" for x in ("trunk", "control", "l2grad_0.01", "l2grad_0.03",
+                                          "l2grad_0.1")]
+    assert sorted(scripts()) == sorted(tuning + seeds)  # each once
+    assert "with OMP_NUM_THREADS=2." in Path("out/tables.md").read_text(encoding="utf-8")
 
 
 def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
