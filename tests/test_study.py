@@ -78,6 +78,8 @@ def scripts(tmp_path, monkeypatch):
                        ("quant_inference.py", FAKE_QUANTIZATION)):
         (tmp_path / "scripts" / name).write_text(text)
     monkeypatch.setattr(study, "__file__", str(tmp_path / "scripts" / "study.py"))
+    l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
+    monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)
     before = signal.getsignal(signal.SIGTERM)
     yield lambda: Path("calls").read_text().split() if Path("calls").exists() else []
     signal.signal(signal.SIGTERM, before)
