@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import study_plots
 import study_tables
 import utils
 
@@ -338,7 +339,7 @@ def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int
             grid.chosen(name)
         except LookupError as error:
             tqdm.write(str(error))
-    study_tables.write(grid.out, finished(grid))
+    renew(grid)
 
 
 def settle(over: Running, grid: Grid, bar: tqdm) -> None:
@@ -346,11 +347,18 @@ def settle(over: Running, grid: Grid, bar: tqdm) -> None:
     if over.finish(grid.out):
         tqdm.write(f"done: {over.job.line}")
         if over.job.target.name == "results.json":
-            study_tables.write(grid.out, finished(grid))
+            renew(grid)
     else:
         grid.failed.add(over.job.target)
         tqdm.write(f"FAILED: {over.job.line}\n  see {over.job.target.with_suffix('.log')}")
     bar.update(over.job.seconds)
+
+
+def renew(grid: Grid) -> None:
+    """Write tables and plots of what there is."""
+    if results := list(finished(grid)):
+        study_tables.write(grid.out, results)
+        study_plots.draw(grid.out, results)
 
 
 def finished(grid: Grid) -> Iterator[study_tables.Result]:
@@ -424,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plan:
         return plan(grid, args.only, args.seeds, args.jobs)
     if args.tables:
-        return study_tables.write(grid.out, finished(grid))
+        return renew(grid)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         run_all(grid, args.only, args.seeds, args.jobs)

@@ -42,7 +42,8 @@ while args.save_file in meet and not all(Path(name + ".here").exists() for name 
 if args.save_file == os.environ.get("SLOW") and not resumed: time.sleep(60)
 settings = {**vars(args), "resumed": resumed}
 machine = {"threads": int(os.environ["OMP_NUM_THREADS"])}
-history = [{"epoch_seconds": 1 + args.lmbda} for _ in range(args.n_epochs)]
+history = [{"epoch": i, "epoch_seconds": 1 + args.lmbda, "track_L2Grad": (i + 1) * args.seed,
+            "track_StepNoise": -args.lmbda} for i in range(args.n_epochs)]
 Path(args.save_file + ".pt").write_text(json.dumps(settings))
 record = {"settings": settings, "machine": machine, "history": history}
 Path(args.save_file + ".json").write_text(json.dumps(record))
@@ -311,7 +312,11 @@ def test_tables_of_means_deviations_and_commands(scripts):
                ("l2grad", "uniform", "4")]
     assert float(entry["mean"]) == pytest.approx(0.9025 - 0.76 / 16)
     assert float(entry["std"]) == pytest.approx(0.01)
-    for plot in ("overview.png", "accuracy.png"):
+    # six epochs times the mean of the seeds
+    assert "| l2grad | 6 | -0.03 | 0 |" in page and "| control | 6 | 0 | 0 |" in page
+    tracked = list(csv.DictReader(open("out/tracked.csv", encoding="utf-8")))
+    assert len(tracked) == 2 * 3 * 6 * 2
+    for plot in ("overview.png", "accuracy.png", "tracked.png"):
         assert Path("out", plot).stat().st_size > 10_000
     Path("out/tables.md").unlink()
     study.main(["--out", "out", "--n_epochs", "6", "--tables"])
