@@ -39,7 +39,12 @@ def parse_term(text: str, **options: Any) -> Regularizer:
         value = float(lmbda)
     except ValueError as error:
         raise ValueError(f"{text!r} is not NAME=λ with a number for λ") from error
-    options = taken_by(name, options) | ({"only_weight_grads": True} if only else {})
+    options = taken_by(name, options)
+    if only:
+        without = taken_by(name, {"only_weight_grads": True})
+        if not without:
+            raise ValueError(f"{name}@weights: only L<P>Grad has gradients of activations")
+        options |= without
     regularizer = make_regularizer(name, value, **options)
     if regularizer is None:
         raise ValueError("none stands alone")

@@ -43,7 +43,16 @@ def test_any_list_of_phases(monkeypatch):
     assert started[2].regularizer.name == "InverseStdDevNorm+L3Grad+L1Grad"
 
 
-@pytest.mark.parametrize("text", ["", "0", "0:", ":none", "0:=1", "0:L1Grad=", "0:L1Grad=1+"])
-def test_what_is_no_phase(text):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        *((text, "is not EPOCH:none or EPOCH:NAME") for text in ("", "0", "0:", ":none")),
+        ("0:=1", "unknown regularizer ''"), ("0:L1Grad=", "is not NAME=λ"),
+        ("0:L1Grad=1+", "is not NAME=λ"), ("0:none=1", "none stands alone"),
+        ("0:L1Grad@biases=1", "@biases is not @weights"),
+        ("0:VarianceNorm@weights=1", "VarianceNorm@weights: only L<P>Grad"),
+    ],
+)
+def test_what_is_no_phase(text, told):
+    with pytest.raises(ValueError, match=told):
         parse_phase(text)
