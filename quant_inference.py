@@ -486,8 +486,10 @@ def draw(
     rows: Sequence[Row], nets: dict[str, nn.Module], args: argparse.Namespace, folder: Path
 ) -> dict[str, Path]:
     """Draw the plots into the folder and return their paths by title."""
-    drawn = {"accuracy": folder / "accuracy.png"}
-    report.accuracy_plot(rows, drawn["accuracy"])
+    drawn = {}
+    if any(row["scheme"] != UNQUANTIZED for row in rows):  # it was not interrupted before
+        drawn["accuracy"] = folder / "accuracy.png"
+        report.accuracy_plot(rows, drawn["accuracy"])
     n_bits = 4 if 4 in args.bits else min(args.bits)
     quantizers = {scheme: make_quantizer(scheme, args) for scheme in args.schemes}
     for name, net in nets.items():

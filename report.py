@@ -138,7 +138,7 @@ def bits_label(rows: Sequence[Row]) -> str:
 def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
     """Draw accuracy against bits: a panel a scheme, a line a checkpoint, dashed without quantizing.
 
-    `rows` are those of results.json. An error bar is one standard deviation over the trials.
+    `rows` are those of results.json. An error bar is one `accuracy_std`: over trials, or seeds.
     """
     full = {row["checkpoint"]: row["accuracy"] for row in rows if row["scheme"] == UNQUANTIZED}
     schemes = list(dict.fromkeys(row["scheme"] for row in rows if row["scheme"] != UNQUANTIZED))

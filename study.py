@@ -7,25 +7,24 @@ the test set is looked at only afterwards. What is done is skipped; what was kil
 """
 
 import argparse
-import contextlib
-import ctypes
 import json
-import os
+import re
 import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+import files
+import study_jobs
 import study_plots
 import study_tables
 import utils
+from study_jobs import Job, pending
 
 # --- the grid --------------------------------------------------------------------------------
 
@@ -42,7 +41,8 @@ class Variant:
 
 SECOND_ORDER = 3.3
 # In the order in which they run: the questions that matter most come first. The three λ of a
-# gradient penalty make it about 0.3, 1 and 3 in the control, so that all choose from equal ranges.
+# gradient penalty make it about 0.3, 1 and 3 of what --track logs of the control, so that all
+# choose from equal ranges. (That is in evaluation mode; in training it is a quarter of it.)
 VARIANTS = {
     "control": Variant("--regularizer none"),
     "l2grad": Variant("--regularizer L2Grad", (0.02, 0.06, 0.2), SECOND_ORDER),
@@ -83,12 +83,12 @@ QUANTIZATIONS = {  # flags of quant_inference.py
     "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16",
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
 }
+FINAL = ("weights", "folded")  # those on the test set
 TUNING_SEED = 0
-HOLDOUT = 5000  # training images that λ is chosen on
 MAX_LOSS = 0.01  # of full-precision accuracy, there
 
 EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is measured
-QUANTIZATION_SECONDS = {"tuning": 20.0, "weights": 120.0, "folded": 60.0}
+QUANTIZATION_SECONDS = {"tuning": 20.0, "weights": 40.0, "folded": 60.0}
 
 
 def choose(candidates: Mapping[float, tuple[float, float]], control: float) -> float:
@@ -97,43 +97,16 @@ def choose(candidates: Mapping[float, tuple[float, float]], control: float) -> f
     The best 4-bit accuracy among those that lose less than MAX_LOSS of the control's full-precision
     accuracy; the best full-precision accuracy where all lose more. Of equal ones the smallest λ.
     """
-    kept = {lmbda: a for lmbda, a in candidates.items() if a[0] > control - MAX_LOSS}
+    kept = {lmbda: a for lmbda, a in candidates.items() if control - a[0] < MAX_LOSS - 1e-9}
     column = 1 if kept else 0
     return max(kept or candidates, key=lambda lmbda: (candidates[lmbda][column], -lmbda))
 
 
-# --- jobs ------------------------------------------------------------------------------------
+class NotChosen(Exception):
+    """A variant's λ is not known yet, or cannot be; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command and the file that is there when it is done."""
-
-    kind: str  # jobs of one kind take about as long
-    target: Path
-    command: tuple[str, ...]  # a script of this project and its flags
-    seconds: float  # estimated
-    needs: tuple["Job", ...] = ()
-
-    @property
-    def line(self) -> str:
-        """The command as one can paste it."""
-        return "python " + shlex.join(self.command)
-
-    @property
-    def title(self) -> str:
-        """What the progress bar calls it."""
-        return self.target.parent.name + "/" + self.target.stem
-
-
-def pending(jobs: Iterable[Job]) -> list[Job]:
-    """Return what is to be run, in order: nothing that is done, nor what only that needed."""
-    found: dict[Path, Job] = {}
-    for job in jobs:
-        if not job.target.exists():
-            found |= {needed.target: needed for needed in pending(job.needs)}
-            found[job.target] = job
-    return list(found.values())
+# --- the jobs --------------------------------------------------------------------------------
 
 
 class Grid:
@@ -146,9 +119,10 @@ class Grid:
         self.holdout = args.holdout
         self.data_flags = shlex.split(args.data_flags)
         self.training = [*shlex.split(TRAINING + " " + args.train_flags), *self.data_flags]
-        self.measured = study_tables.job_seconds(self.out)
-        self.epoch_seconds = args.epoch_seconds or self.measured.get("trunk", 0) / self.first
-        self.failed: set[Path] = set()
+        self.measured = {} if args.epoch_seconds else study_jobs.job_seconds(self.out)
+        trunk = self.measured.get("trunk", 0) / self.first
+        self.epoch_seconds = args.epoch_seconds or trunk or EPOCH_SECONDS
+        self.failed: set[Path] = set()  # targets, since this program was started
 
     def trunk(self, seed: int, tuning: bool) -> Job:
         """Return the training that all variants of a seed have in common."""
@@ -175,21 +149,24 @@ class Grid:
         """Return the job of a training that costs that many epochs of the control."""
         folder = self.out / ("tuning" if tuning else f"seed{seed}")
         held = ["--holdout", str(self.holdout)] if tuning else []
-        command = (
-            script, "--run_name", f"study_{folder.name}_{stem}", "--save_file",
-            str(folder / stem), "--resume", "--seed", str(seed), *flags, *held, *self.training,
+        command = (  # of a flag that is given twice the last one counts
+            script, *self.training, "--run_name", f"study_{folder.name}_{stem}", "--save_file",
+            str(folder / stem), "--resume", "--seed", str(seed), *flags, *held,
         )
-        seconds = self.measured.get(kind, cost * (self.epoch_seconds or EPOCH_SECONDS))
-        return Job(kind, folder / f"{stem}.pt", command, seconds, needs)
+        targets = (folder / f"{stem}.pt",)
+        if not needs:  # others go on from its checkpoint
+            targets += (folder / f"{stem}.ckpt",)
+        seconds = self.measured.get(kind, cost * self.epoch_seconds)
+        return Job(kind, targets, command, seconds, needs)
 
     def quantized(self, trained: Job, how: str) -> Job:
         """Return the quantization of what was trained, in one of the QUANTIZATIONS."""
         folder = Path(f"{self._stem(trained)}_{how}")
         held = ["--holdout", str(self.holdout)] if how == "tuning" else []
-        flags = [*QUANTIZATIONS[how].split(), *held, *self.data_flags]
+        flags = [*self.data_flags, *QUANTIZATIONS[how].split(), *held]
         command = ("quant_inference.py", str(trained.target), *flags, "--output", str(folder))
         seconds = self.measured.get(f"quantize {how}", QUANTIZATION_SECONDS[how])
-        return Job(f"quantize {how}", folder / "results.json", command, seconds, (trained,))
+        return Job(f"quantize {how}", (folder / "results.json",), command, seconds, (trained,))
 
     @staticmethod
     def _stem(trained: Job) -> str:
@@ -207,179 +184,139 @@ class Grid:
             for key, (of, lmbda) in tried.items()
         }
 
-    def chosen(self, name: str) -> float | None:
-        """Return the variant's λ; LookupError before all that the choice rests on has been run."""
+    def choice(self, name: str) -> study_tables.Choice | None:
+        """Return what λ was chosen from, and which: made once, then kept in tuning/<name>.json.
+
+        None where there is nothing to choose. Raises NotChosen before all that it rests on has
+        been run, and where that failed. A failed candidate is left out.
+        """
         jobs = self.tuning(name)
         if not jobs:
             return None
-        if not all(job.target.exists() or job.target in self.failed for job in jobs.values()):
-            raise LookupError(f"{name}: λ is not chosen yet")
-        found = {key: held_out(job.target) for key, job in jobs.items() if job.target.exists()}
-        control = found.pop(None, None)
-        if not control or not found:
-            raise LookupError(f"{name}: no λ to choose from: the control or all candidates failed")
-        return choose(found, control[0])
+        path = self.out / "tuning" / f"{VARIANTS[name].tuned_as or name}_choice.json"
+        with suppress(FileNotFoundError):
+            kept = study_tables.Choice.load(path)
+            if list(kept.candidates) == [lmbda for lmbda in jobs if lmbda is not None]:
+                return kept
+        if not all(job.done or job.lost(self.failed) for job in jobs.values()):
+            raise NotChosen(f"{name}: λ is not chosen yet")
+        found = {key: held_out(job.target) if job.done else None for key, job in jobs.items()}
+        control = found.pop(None)
+        whole = {lmbda: accuracies for lmbda, accuracies in found.items() if accuracies}
+        if not control or not whole:
+            raise NotChosen(f"{name}: no λ to choose from: the control or all candidates failed")
+        made = study_tables.Choice(control, found, choose(whole, control[0]))
+        made.save(path)
+        return made
+
+    def chosen(self, name: str) -> float | None:
+        """Return the variant's λ, None where there is none to choose; may raise NotChosen."""
+        choice = self.choice(name)
+        return choice.lmbda if choice else None
 
     def final(self, name: str, seeds: Iterable[int], lmbda: float | None) -> list[Job]:
         """Return the quantizations of the variant on the test set: what the tables are made of."""
         branches = [self.branch(name, seed, lmbda) for seed in seeds]
-        return [self.quantized(branch, how) for branch in branches for how in ("weights", "folded")]
+        return [self.quantized(branch, how) for branch in branches for how in FINAL]
 
     def planned(self, name: str, seeds: Iterable[int]) -> tuple[list[Job], bool]:
         """Return the variant's jobs, and whether its λ is known; else its first one stands in."""
-        tuning = list(self.tuning(name).values())
         try:
-            lmbda, known = self.chosen(name), True
-        except LookupError:
-            lmbda, known = VARIANTS[VARIANTS[name].tuned_as or name].lmbdas[0], False
-        return tuning + self.final(name, seeds, lmbda), known
+            return self.final(name, seeds, self.chosen(name)), True
+        except NotChosen:
+            lmbda = VARIANTS[VARIANTS[name].tuned_as or name].lmbdas[0]
+            return [*self.tuning(name).values(), *self.final(name, seeds, lmbda)], False
+
+    def next_job(
+        self, names: Sequence[str], seeds: Sequence[int], started: Set[Path]
+    ) -> Job | None:
+        """Return the first job that can be started now: those that λ rests on, then the final."""
+        for name in names:
+            try:
+                jobs = self.final(name, seeds, self.chosen(name))
+            except NotChosen:
+                jobs = self.tuning(name).values()
+            if job := study_jobs.startable(jobs, started):
+                return job
+        return None
 
 
 def held_out(path: Path) -> tuple[float, float]:
     """Return the full-precision and the 4-bit uniform accuracy of a tuning result."""
-    rows = json.loads(path.read_text())["rows"]
-    return tuple(row["accuracy"] for row in rows if row["bits"] in (32, 4))
+    accuracy = {row["bits"]: row["accuracy"] for row in json.loads(path.read_text())["rows"]}
+    return accuracy[32], accuracy[4]
 
 
-# --- running ---------------------------------------------------------------------------------
+# --- what is done with them ------------------------------------------------------------------
 
 
-class Running:
-    """A job that was started: its output goes to <target>.log."""
-
-    def __init__(self, job: Job, threads: int) -> None:
-        """Start the job with so many threads; when this program is killed, it is stopped."""
-        self.job = job
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        self.whole = not job.target.with_suffix(".ckpt").exists()  # nothing of an earlier attempt
-        self.began = time.perf_counter()
-        with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
-            print(f"$ {job.line}", file=log, flush=True)
-            script = Path(__file__).with_name(job.command[0])
-            self.process = subprocess.Popen(
-                [sys.executable, script, *job.command[1:]], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, preexec_fn=stop_with_parent,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            )
-
-    @property
-    def ended(self) -> bool:
-        """Whether the job is over."""
-        return self.process.poll() is not None
-
-    def finish(self, out: Path) -> bool:
-        """Note the time of a job that is over, clear up, and return whether its target is there."""
-        job, seconds = self.job, time.perf_counter() - self.began
-        done = self.process.returncode == 0 and job.target.exists()
-        if done and self.whole:
-            study_tables.note(out, job.kind, seconds, job.line)
-        if done and job.needs:  # nothing goes on from its checkpoint, as from a trunk's
-            for suffix in (".ckpt", ".ckpt.previous"):
-                job.target.with_suffix(suffix).unlink(missing_ok=True)
-            for plot in job.target.parent.glob("*.png"):  # the study draws its own
-                plot.unlink()
-        return done
-
-
-def stop_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when the one that started it dies; Linux only."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def next_job(
-    grid: Grid, names: Sequence[str], seeds: Sequence[int], running: Iterable[Job]
-) -> Job | None:
-    """Return the first job that can be started now; where a job failed, leave out what needs it."""
-    started = {job.target for job in running}
-    for name in names:
-        jobs = list(grid.tuning(name).values())
-        with contextlib.suppress(LookupError):  # λ is not chosen yet, or cannot be
-            jobs += grid.final(name, seeds, grid.chosen(name))
-        for job in pending(jobs):
-            if any(needed.target in grid.failed for needed in job.needs):
-                grid.failed.add(job.target)
-            elif job.target not in started | grid.failed:
-                if all(needed.target.exists() for needed in job.needs):
-                    return job
-    return None
-
-
-def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -> None:
-    """Run every variant: the choice of its λ, then all seeds; renew the tables as results come."""
+def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -> bool:
+    """Run every variant, renew the tables as results come, and return whether all succeeded."""
     jobs = [job for name in names for job in grid.planned(name, seeds)[0]]
     total = sum(job.seconds for job in pending(jobs))
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
-    threads = max(1, torch.get_num_threads() // at_once)
-    running: list[Running] = []
     with tqdm(total=total, bar_format=form, disable=None) as bar:
-        try:
-            while True:
-                while len(running) < at_once:
-                    job = next_job(grid, names, seeds, [each.job for each in running])
-                    if job is None:
-                        break
-                    running.append(Running(job, threads))
-                    bar.set_description(", ".join(each.job.title for each in running))
-                if not running:
-                    break
-                while not any(each.ended for each in running):
-                    time.sleep(0.05)
-                for each in [each for each in running if each.ended]:
-                    running.remove(each)
-                    settle(each, grid, bar)
-        finally:
-            for each in running:
-                each.process.terminate()
-            for each in running:
-                each.process.wait()
+        study_jobs.run(
+            lambda started: grid.next_job(names, seeds, started), at_once, grid.out, grid.failed,
+            bar, lambda job: renew(grid) if job.kind.split()[-1] in FINAL else None,
+        )
+    renew(grid)
+    complete = not grid.failed
     for name in names:
         try:
-            grid.chosen(name)
-        except LookupError as error:
+            left = pending(grid.final(name, seeds, grid.chosen(name)))
+        except NotChosen as error:
             tqdm.write(str(error))
-    renew(grid)
+            complete = False
+            continue
+        for job in left:
+            tqdm.write(f"not run, for it needs what failed: {job.title}")
+    return complete
 
 
-def settle(over: Running, grid: Grid, bar: tqdm) -> None:
-    """Tell how a job that is over went, and renew the tables."""
-    if over.finish(grid.out):
-        tqdm.write(f"done: {over.job.line}")
-        if over.job.target.name == "results.json":
-            renew(grid)
-    else:
-        grid.failed.add(over.job.target)
-        tqdm.write(f"FAILED: {over.job.line}\n  see {over.job.target.with_suffix('.log')}")
-    bar.update(over.job.seconds)
-
-
-def renew(grid: Grid) -> None:
-    """Write tables and plots of what there is."""
-    if results := list(finished(grid)):
-        study_tables.write(grid.out, results)
-        study_plots.draw(grid.out, results)
+def renew(grid: Grid) -> bool:
+    """Write tables and plots of what there is; return whether there is anything."""
+    results, choices = list(finished(grid)), {}
+    for name in VARIANTS:
+        with suppress(NotChosen):
+            if choice := grid.choice(name):
+                choices[name] = choice
+    if results:
+        with files.told("tables and plots were not renewed"):
+            study_tables.write(grid.out, results, choices)
+            study_plots.draw(grid.out, results)
+    return bool(results)
 
 
 def finished(grid: Grid) -> Iterator[study_tables.Result]:
     """Yield every final result there is, of all variants and seeds."""
-    seeds = sorted(int(p.name.removeprefix("seed")) for p in grid.out.glob("seed[0-9]*"))
+    folders = [re.fullmatch("seed([0-9]+)", path.name) for path in grid.out.glob("seed*")]
+    seeds = sorted(int(match[1]) for match in folders if match)
     for name in VARIANTS:
         try:
             lmbda = grid.chosen(name)
-        except LookupError:
+        except NotChosen:
             continue
         for seed in seeds:
             branch = grid.branch(name, seed, lmbda)
-            jobs = [grid.quantized(branch, how) for how in ("weights", "folded")]
-            if all(job.target.exists() for job in jobs):
-                paths = {how: j.target for how, j in zip(("weights", "folded"), jobs, strict=True)}
-                lines = [job.line for job in (*branch.needs, branch, *jobs)]
-                record = branch.target.with_suffix(".json")
-                yield study_tables.Result(name, lmbda, seed, record, paths, lines, grid.first)
+            jobs = {how: grid.quantized(branch, how) for how in FINAL}
+            if all(job.done for job in jobs.values()):
+                yield study_tables.Result(
+                    name, lmbda, seed, branch.target.with_suffix(".json"),
+                    {how: job.target for how, job in jobs.items()},
+                    [f"mkdir -p {branch.target.parent}", *map(as_it_ran, (*branch.needs, branch)),
+                     *(job.line for job in jobs.values())],
+                    grid.first,
+                )
 
 
-def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -> None:
+def as_it_ran(trained: Job) -> str:
+    """Return the command of a training with its number of threads: sums in that order."""
+    record = json.loads(trained.target.with_suffix(".json").read_text())
+    return f"OMP_NUM_THREADS={record['machine']['threads']} {trained.line}"
+
+
+def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Print what would run, and how long that would take."""
     seen: dict[Path, Job] = {}
     for name in names:
@@ -390,9 +327,9 @@ def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -
         print(f"{name}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
         for job in todo:
             print(f"  {duration(job.seconds)}  {job.line}")
-    total = duration(sum(job.seconds for job in seen.values()) / at_once)
-    how = f"{grid.epoch_seconds or EPOCH_SECONDS:.0f} s an epoch of the control"
-    print(f"in all {len(seen)} jobs, about {total}, with {how}, {at_once} at once")
+    total = duration(sum(job.seconds for job in seen.values()))
+    how = f"{grid.epoch_seconds:.0f} s an epoch of the control, on all cores"
+    print(f"in all {len(seen)} jobs, about {total}, with {how}")
 
 
 def duration(seconds: float) -> str:
@@ -402,43 +339,97 @@ def duration(seconds: float) -> str:
 
 # --- the script ------------------------------------------------------------------------------
 
+# What a study is: the same for all of a folder. Each with its default.
+SETTINGS = {"n_epochs": 12, "holdout": 5000, "train_flags": "", "data_flags": ""}
+
 
 def make_parser() -> utils.Parser:
     """Make the parser of study.py."""
     parser = utils.Parser("Run the study: variants × seeds, as tables and plots; see VARIANTS.")
     add = parser.add_argument
-    names = utils.one_of(VARIANTS)
-    add("--plan", action="store_true", help="print what would run and how long it takes; run none")
-    add("--tables", action="store_true", help="only renew tables and plots from what there is")
-    add("--only", type=names, nargs="+", default=list(VARIANTS), metavar="NAME", help="variants")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--plan", action="store_true", help="print what would run and how long it "
+                      "takes; run none")
+    mode.add_argument("--tables", action="store_true", help="only renew tables and plots from what "
+                      "there is")
+    add("--only", type=utils.one_of(VARIANTS), nargs="+", default=list(VARIANTS), metavar="NAME",
+        help="variants")
     add("--seeds", type=utils.number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
     add("--jobs", type=utils.number(int, at_least=1), default=1, help="at once; they share the "
         "cores, and the times of one tell little while others run")
     add("--out", default="results/study", help="folder of everything that is written")
-    add("--n_epochs", type=utils.number(int, at_least=6), default=12, help="of which a third is "
-        "regularized, the last")
-    add("--holdout", type=utils.number(int, at_least=1), default=HOLDOUT, help="images for λ")
-    add("--epoch_seconds", type=utils.number(float, above=0), help="of the control, for estimates; "
-        "None: as measured")
-    add("--train_flags", default="", help="further flags of every training, in quotes")
-    add("--data_flags", default="", help="of every training and quantization, such as --device")
+    add("--epoch_seconds", type=utils.number(float, above=0), help="of the control on all cores, "
+        "for --plan; None: as measured")
+    group = parser.add_argument_group("what the study is: set by the first run in --out")
+    add = group.add_argument
+    add("--n_epochs", type=utils.number(int, at_least=6), help="of which a third is regularized, "
+        "the last")
+    add("--holdout", type=utils.number(int, at_least=1), help="images for λ")
+    add("--train_flags", type=flags, help="of every training, as in --train_flags='--lr 0.05'")
+    add("--data_flags", type=flags, help="of every training and quantization, as in "
+        "--data_flags='--device cuda'")
     return parser
+
+
+def flags(text: str) -> str:
+    """Return text that a shell could split: an argparse type."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return text
+
+
+def settle(parser: utils.Parser, args: argparse.Namespace) -> dict[str, object]:
+    """Fill in what the study in --out is, or the defaults of a new one, and return that.
+
+    Ends with one line where a flag contradicts it: runs of other lengths are another study.
+    """
+    path, code = Path(args.out) / "study.json", {"TRAINING": TRAINING}
+    try:
+        kept = json.loads(path.read_text())
+    except FileNotFoundError:
+        kept = SETTINGS | code
+    except (OSError, json.JSONDecodeError) as error:
+        parser.error(f"--out: {path}: {error}")
+    for name in SETTINGS:
+        given = getattr(args, name)
+        if given is not None and given != kept[name] and path.exists():
+            parser.error(f"--{name} {given}: the study in {args.out} has {kept[name]!r}: choose "
+                         "another --out")
+        setattr(args, name, kept[name] if given is None else given)
+    if kept["TRAINING"] != TRAINING:
+        parser.error(f"the study in {args.out} has other TRAINING flags: choose another --out")
+    return {name: getattr(args, name) for name in SETTINGS} | code
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run or tabulate; exit with 1 if a job failed."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    utils.check_effect(parser, args, (
+        *((flag, "something to run", not args.tables) for flag in ("only", "seeds", "jobs")),
+        ("epoch_seconds", "--plan", args.plan),
+    ))
+    settings = settle(parser, args)
     grid = Grid(args)
     if args.plan:
-        return plan(grid, args.only, args.seeds, args.jobs)
+        return plan(grid, args.only, args.seeds)
     if args.tables:
-        return renew(grid)
+        if not renew(grid):
+            parser.stop(1, f"error: there are no results in {grid.out} yet")
+        return None
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run_all(grid, args.only, args.seeds, args.jobs)
+        grid.out.mkdir(parents=True, exist_ok=True)
+        with files.only_run(grid.out / "study"):
+            files.save_json(settings, grid.out / "study.json")
+            complete = run_all(grid, args.only, args.seeds, args.jobs)
+    except (files.FileError, OSError) as error:
+        parser.stop(1, f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(1 if grid.failed else 0)
+        parser.stop(130, "stopped")
+    sys.exit(0 if complete else 1)
 
 
 if __name__ == "__main__":

@@ -65,15 +65,17 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         of = values.setdefault((row["name"], row["variant"]), {})
         of.setdefault(row["epoch"] + 1, []).append(row["value"])
     names = list(dict.fromkeys(name for name, _ in values))
+    shown = [variant for variant in SHOWN if any(of == variant for _, of in values)]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     with rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 2.4 * columns, 0.7 + 2 * lines))
         grid = figure.subplots(lines, columns, squeeze=False)
+        legend = {}
         for axes in grid.flat[len(names):]:
             axes.remove()
         for axes, name in zip(grid.flat, names, strict=False):
-            for i, variant in enumerate(SHOWN):
+            for i, variant in enumerate(shown):
                 if of := values.get((name, variant)):
                     means = [statistics.fmean(of[epoch]) for epoch in of]
                     axes.plot(list(of), means, label=variant, **look(i))
@@ -82,8 +84,8 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if all(row["value"] > 0 for row in tracked if row["name"] == name):
                 axes.set_yscale("log")
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+            legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
+        figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

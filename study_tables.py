@@ -7,8 +7,8 @@ Networks whose activations are quantized have their batch norms folded.
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,36 +41,37 @@ class Result:
     first: int  # regularized epoch
 
 
-# --- times of jobs ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Choice:
+    """How the λ of a variant was chosen: (full-precision, 4-bit uniform) held-out accuracies."""
 
+    control: tuple[float, float]
+    candidates: dict[float, tuple[float, float] | None]  # by λ; None: the training failed
+    lmbda: float
 
-def note(out: Path, kind: str, seconds: float, line: str) -> None:
-    """Add a job that was run at one go to <out>/jobs.jsonl."""
-    with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
-        print(json.dumps({"kind": kind, "seconds": round(seconds, 1), "command": line}), file=file)
+    @classmethod
+    def load(cls, path: Path) -> "Choice":
+        """Read what `save` wrote; raises FileNotFoundError."""
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        candidates = {float(lmbda): of for lmbda, of in kept["candidates"].items()}
+        return cls(kept["control"], candidates, kept["lmbda"])
 
-
-def job_seconds(out: Path) -> dict[str, float]:
-    """Return the median time of the jobs of each kind that <out>/jobs.jsonl knows."""
-    found: dict[str, list[float]] = {}
-    path = out / "jobs.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        job = json.loads(line)
-        found.setdefault(job["kind"], []).append(job["seconds"])
-    return {kind: statistics.median(seconds) for kind, seconds in found.items()}
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        files.save_json(asdict(self), path)
 
 
 # --- numbers ---------------------------------------------------------------------------------
 
 
 def rows_of(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each setting of one variant and seed."""
+    """Return a row for each setting of one variant and seed; full precision as in float32."""
     history = json.loads(result.record.read_text())["history"]
-    seconds = statistics.median(entry["epoch_seconds"] for entry in history[result.first:])
+    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
     rows = []
     for how, path in result.quantized.items():
         for row in json.loads(path.read_text())["rows"]:
-            if row["scheme"] == UNQUANTIZED and how != "weights":
+            if row["scheme"] == UNQUANTIZED and how != "folded":
                 continue
             rows.append({
                 "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
@@ -191,71 +192,103 @@ def accuracy_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) 
 
 def difference_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> str:
     """Return the table of paired differences in percentage points with their 95 % intervals."""
-    lines: dict[tuple[str, str], dict[Setting, str]] = {}
+    lines: dict[tuple[str, str, int], dict[Setting, str]] = {}
     for d in differences(rows):
         half = 100 * (d["high"] - d["low"]) / 2
         text = f"{100 * d['mean']:+.2f} ± {half:.2f}"
-        lines.setdefault((d["variant"], d["minus"]), {})[setting(d)] = text
+        lines.setdefault((d["variant"], d["minus"], d["n"]), {})[setting(d)] = text
     return markdown(
-        ["", *map(label, settings)],
-        ([f"{a} − {b}", *(cells.get(of, "–") for of in settings)]
-         for (a, b), cells in lines.items()),
+        ["", "seeds", *map(label, settings)],
+        ([f"{a} − {b}", str(n), *(cells.get(of, "–") for of in settings)]
+         for (a, b, n), cells in lines.items()),
     )
 
 
 def tracked_table(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
     """Return the table of what was tracked, at the end, and of the squared error at 4 bits."""
-    last = max(row["epoch"] for row in tracked)
+    last: dict[str, int] = {}
+    for row in tracked:
+        last[row["variant"]] = max(row["epoch"], last.get(row["variant"], 0))
     values: dict[tuple[str, str], list[float]] = {}
     for row in tracked:
-        if row["epoch"] == last:
+        if row["epoch"] == last[row["variant"]]:
             values.setdefault((row["variant"], row["name"]), []).append(row["value"])
     for row in rows:
         if setting(row) == ("uniform", 4, 32):
             values.setdefault((row["variant"], "squared error"), []).append(row["squared_error"])
     names = list(dict.fromkeys(name for _, name in values))
-    lines = []
-    for variant in dict.fromkeys(variant for variant, _ in values):
-        means = [statistics.fmean(values[variant, name]) for name in names]
-        lines.append([variant, *(f"{m:.0f}" if m >= 100 else f"{m:.3g}" for m in means)])
-    return markdown(["", *names], lines)
+
+    def cell(variant: str, name: str) -> str:
+        if (variant, name) not in values:
+            return "–"
+        mean = statistics.fmean(values[variant, name])
+        return f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}"
+
+    variants = dict.fromkeys(variant for variant, _ in values)
+    return markdown(
+        ["", *names], ([variant, *(cell(variant, name) for name in names)] for variant in variants)
+    )
+
+
+def choice_table(choices: Mapping[str, Choice]) -> str:
+    """Return the table of every λ that was tried, and which was taken."""
+    def cells(of: Sequence[float] | None) -> list[str]:
+        return [f"{100 * accuracy:.2f}" for accuracy in of] if of else ["failed", "–"]
+
+    lines = [[variant, f"{lmbda:g}", *cells(of), "taken" if lmbda == choice.lmbda else ""]
+             for variant, choice in choices.items() for lmbda, of in choice.candidates.items()]
+    control = next(iter(choices.values())).control
+    return markdown(["", "λ", "full precision", "uniform 4", ""],
+                    [["control", "", *cells(control), ""], *lines])
 
 
 def document(
-    results: Sequence[Result], rows: Sequence[dict[str, Any]], tracked: Sequence[dict[str, Any]]
+    results: Sequence[Result], rows: Sequence[dict[str, Any]], tracked: Sequence[dict[str, Any]],
+    choices: Mapping[str, Choice],
 ) -> str:
     """Return all tables as one markdown page, with the commands of every row."""
     settings = sorted(set(map(setting, rows)), key=lambda s: (s[0], s[2] != 32, -s[1]))
     text = ["# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
             accuracy_table(rows, MAIN),
             "A b-bit PWLQ has 2^(b+1) − 1 levels. (W,A): weights and activations, batch norms "
-            "folded. Epoch time: of a regularized epoch, relative to the control's.",
+            "folded. Full precision and (W,A) are measured in float32, weights alone with bfloat16 "
+            "convolutions. Epoch time: the mean of the regularized epochs, relative to the "
+            "control's; where several jobs ran at once, all of them were slower.",
             "## Paired differences, percentage points, 95 % confidence interval",
-            difference_table(rows, MAIN)]
+            difference_table(rows, MAIN),
+            "Student's t over seeds, each difference for itself: of twenty intervals around a true "
+            "zero, one is expected to miss it."]
     for scheme in dict.fromkeys(s[0] for s in settings if s != FULL):
         columns = [FULL, *(s for s in settings if s[0] == scheme)]
         text += [f"## {scheme}", accuracy_table(rows, columns)]
     if tracked:
         text += ["## What the regularizers did", tracked_table(tracked, rows),
-                 "With λ = 1, on one batch of 128 training images after the last epoch, mean over "
-                 "seeds; the squared error is that of uniform quantization at 4 bits."]
-    threads = sorted({json.loads(r.record.read_text())["machine"]["threads"] for r in results})
-    text += ["## Commands", "In this order, from the root of the repository; for the same bits, on "
-             f"such a machine and with OMP_NUM_THREADS={' or '.join(map(str, threads))}."]
+                 "With λ = 1 and in evaluation mode, on one batch of training images after the "
+                 "last epoch, mean over seeds: one batch is noisy, and in training, where batch "
+                 "norm takes the batch's statistics, gradients are smaller. The squared error is "
+                 "that of uniform quantization at 4 bits."]
+    if choices:
+        text += ["## The choice of λ", choice_table(choices),
+                 "Held-out accuracy in %, of one seed: at 4 bits seeds differ by more than these "
+                 "candidates do. The commands are the first lines of the logs in tuning/."]
+    text += ["## Commands", "In this order, from the root of the repository."]
     for result in results:
         text += [f"{result.variant}, seed {result.seed}:",
                  "```sh\n" + "\n".join(result.lines) + "\n```"]
     return "\n\n".join(text) + "\n"
 
 
-def write(out: Path, results: Sequence[Result]) -> None:
+def write(out: Path, results: Sequence[Result], choices: Mapping[str, Choice]) -> None:
     """Write tables.md and the CSV files into `out`; there is at least one result."""
     rows = [row for result in results for row in rows_of(result)]
     tracked = [row for result in results for row in tracked_rows(result)]
-    page = document(results, rows, tracked)
+    page = document(results, rows, tracked, choices)
     tables = {"results": rows, "summary": summary(rows), "differences": differences(rows),
               "tracked": tracked}
     for name, of in tables.items():
+        path = out / f"{name}.csv"
         if of:
-            save_csv(of, list(of[0]), out / f"{name}.csv")
+            save_csv(of, list(of[0]), path)
+        else:
+            path.unlink(missing_ok=True)
     files.write_file(out / "tables.md", lambda path: path.write_text(page, encoding="utf-8"))

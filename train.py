@@ -163,7 +163,7 @@ def fit(
         if phase.save_as and phase.start == state.epoch and state.batch == 0:
             files.save_weights(net, phase.save_as)
         lr = optimizer.param_groups[0]["lr"]
-        began = time.perf_counter()
+        began = time.perf_counter() - state.epoch_seconds
         train = run_epoch(
             net, criterion, phase.regularizer, optimizer, train_loader, state, dtype, after_batch,
             phase.strength,
@@ -432,17 +432,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train with at most two phases: without a regularizer, then with it."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    options = {"only_weight_grads": True} if args.no_activation_gradients else {}
+    given = utils.given_options(args) | {"only_weight_grads": args.no_activation_gradients}
     try:
-        options |= taken_by(args.regularizer, utils.given_options(args))
+        options = taken_by(args.regularizer, given)
         regularizer = make_regularizer(args.regularizer, args.lmbda, **options)
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
     utils.check_options(parser, args, [args.regularizer])
-    given = args.regularizer.lower() != "none"
     utils.check_effect(parser, args, [
-        (flag, "a --regularizer", given)
-        for flag in ("lmbda", "first_regularized_epoch", "no_activation_gradients")
+        ("lmbda", "a --regularizer", regularizer),
+        ("first_regularized_epoch", "a --regularizer", regularizer),
+        ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in options),
     ])
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)

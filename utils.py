@@ -64,8 +64,11 @@ def number(
     kind: type, *, at_least: float = -math.inf, above: float = -math.inf, below: float = 2**63
 ) -> Callable[[str], float]:
     """Return an argparse type for a number of that kind within bounds; give one lower bound."""
-    bound = f"above {above:g}" if above > -math.inf else f"of at least {at_least:g}"
     noun = {int: "a whole number", float: "a finite number"}[kind]
+    if above > -math.inf:
+        noun += f" above {above:g}"
+    elif at_least > -math.inf:
+        noun += f" of at least {at_least:g}"
 
     def parse(text: str) -> float:
         try:
@@ -75,7 +78,7 @@ def number(
         if value >= below:
             raise argparse.ArgumentTypeError(f"{text!r} is not below {below:g}")
         if not (value >= at_least and value > above):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {bound}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
         return value
 
     return parse
@@ -193,7 +196,8 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--track", type=regularizer_name, nargs="+", default=[], metavar="NAME",
-        help="also log the value of these, with λ = 1, after each epoch on a fixed batch",
+        help="also log the value of these, with λ = 1, after each epoch, of one fixed batch in "
+        "evaluation mode",
     )
     for name, option in regularizer_options().items():
         kind = {"action": "store_true", "default": None}

@@ -238,6 +238,22 @@ def test_what_cannot_be_quantized_or_is_interrupted_loses_nothing_else(tiny, cap
     ]
 
 
+def test_interrupted_before_anything_is_quantized(tiny, capsys, monkeypatch):
+    files.save_weights(make_net(), Path("a.pt"))
+    plain, calls = qi.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(qi, "evaluate", evaluate)
+    assert main("a.pt", "--bits", 4) == 130
+    assert [row["scheme"] for row in results()["rows"]] == ["none"]
+    assert "stopped" in capsys.readouterr().err and not Path("accuracy.png").exists()
+
+
 def test_without_one_good_file_nothing_is_written(tiny, capsys):
     assert main("missing.pt") == 1
     assert "missing.pt" in capsys.readouterr().err and not list(Path(".").iterdir())
