@@ -139,6 +139,10 @@ def sweep(
                 biases=not args.fold_bn, correct=args.bias_correction,
             )
             error = qu.model_error(layers, args.avg_in_layer)
+            if args.bn_images:
+                net_q = net_q.to(args.device, memory_format=torch.channels_last)
+                images = make_loader(dataset, args, args.bn_images)
+                qu.recalibrate_batch_norm(net_q, (x for x, _ in images.batches(0)))
             net_q = ready(net_q, args.device, act_bits, ranges)
             found.append((*evaluate(net_q, test_loader, dtype), error))
             tick()
@@ -274,6 +278,10 @@ def make_parser() -> utils.Parser:
         help="correct each output channel's mean and standard deviation after quantizing",
     )
     group.add_argument(
+        "--bn_images", type=utils.number(int, at_least=2), metavar="N",
+        help="after quantizing, estimate batch-norm statistics again, on N training images",
+    )
+    group.add_argument(
         "--avg_in_layer", action="store_true",
         help="squared error: divide each layer's sum by its number of weights",
     )
@@ -339,6 +347,7 @@ def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
     utils.check_effect(parser, args, (
         ("act_bits", "--precision fp32", in_full),
         ("per_layer", "--precision fp32", in_full),
+        ("bn_images", "batch norms: leave out --fold_bn", not args.fold_bn),
         ("approximate", "pwlq among --schemes", "pwlq" in args.schemes),
         ("overlapping", "pwlq among --schemes", "pwlq" in args.schemes),
         ("distribution", "pwlq among --schemes", "pwlq" in args.schemes),

@@ -361,6 +361,30 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return folded.train(conv.training)
 
 
+@torch.no_grad()
+def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by those of these images, in place.
+
+    `batches` are images (B, 3, H, W). Mean and variance are the means over batches of the batch's
+    own, each layer seeing what the quantized ones before it give: quantization shifts both, and
+    statistics of the unquantized network no longer fit. Source: Sun et al., NeurIPS 2019 (hybrid
+    8-bit floating point). Raises ValueError where no batch norm keeps statistics.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    if not norms:
+        raise ValueError(f"{type(net).__name__} has no batch-norm statistics to estimate again")
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches, not a moving one
+        norm.train()
+    for images in batches:
+        net(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
 # --- activations -----------------------------------------------------------------------------
 
 POOLINGS = nn.AvgPool2d | nn.AdaptiveAvgPool2d

@@ -117,6 +117,7 @@ TITLES = {  # bits alone would flatter PWLQ
     "uniform": "uniform, to nearest (2ᵇ levels)",
     "dorefa": "DoReFa, stochastic (2ᵇ levels)",
     "pwlq": "PWLQ (2ᵇ⁺¹ − 1 levels)",
+    "recalibrated": "uniform, new batch-norm statistics",
 }
 
 

@@ -125,6 +125,7 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         ["--distribution", "search"], ["--fold_bn"], ["--bias_correction"], ["--avg_in_layer"],
         ["--act_bits", "3"], ["--act_bits", "same", "--calibration", "percentile"],
         ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
+        ["--bn_images", "64"],
     ],
     ids=" ".join,
 )
@@ -137,7 +138,7 @@ def test_every_option_changes_the_result(tiny, monkeypatch, flags):
     assert main(*common, *flags) == 0
     changed = results()["rows"]
     assert plain[0]["accuracy"] == changed[0]["accuracy"]
-    key = "loss" if "--act_bits" in flags else "squared_error"
+    key = "loss" if flags[0] in ("--act_bits", "--bn_images") else "squared_error"
     assert plain[1][key] != changed[1][key] and math.isfinite(changed[1]["loss"])
 
 
@@ -296,6 +297,7 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
         (["--calibration", "minmax"], "--calibration needs --act_bits"),
         (["--precision", "bf16", "--act_bits", "8"], "--act_bits needs --precision fp32"),
+        (["--bn_images", "64", "--fold_bn"], "--bn_images needs batch norms"),
         (["--precision", "bf16", "--per_layer"], "--per_layer needs --precision fp32"),
         (["--dataset", "MNIST"], "CIFAR10"), (["--model", "VGG"], "ConvNet"),
         (["--output", "a.pt/out"], "--output"),

@@ -1,3 +1,4 @@
+import copy
 import math
 from functools import partial
 
@@ -12,6 +13,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import nn
 
 import quant_utils as qu
+from fused import BatchNormReLU
 from models import ConvNet
 
 SCIPY = {"norm": stats.norm, "laplace": stats.laplace(scale=1 / math.sqrt(2))}
@@ -474,3 +476,27 @@ def test_activations_of_a_network_are_quantized(net):
             if n_bits == 2:
                 assert len(seen["pool"].unique()) == 4
     torch.testing.assert_close(logits, reference, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormReLU])
+def test_recalibrated_statistics_are_those_of_the_images(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 2, 3), norm(2)).eval()
+    batches = [torch.randn(8, 3, 9, 9) for _ in range(3)]
+    qu.recalibrate_batch_norm(net, iter(batches))
+    with torch.no_grad():
+        for conv, bn in ((0, 1), (2, 3)):
+            seen = []
+            for x in batches:
+                for module in net[:conv]:
+                    if isinstance(module, norm):  # as it was then: with the batch's statistics
+                        module = copy.deepcopy(module).train()
+                    x = module(x)
+                seen.append(net[conv](x))
+            means = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+            variances = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+            torch.testing.assert_close(net[bn].running_mean, means, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(net[bn].running_var, variances, rtol=1e-4, atol=1e-5)
+    assert not any(module.training for module in net) and net[1].momentum == 0.1
+    with pytest.raises(ValueError, match="Linear has no batch-norm statistics"):
+        qu.recalibrate_batch_norm(nn.Linear(2, 2), batches)

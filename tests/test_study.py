@@ -150,7 +150,7 @@ def test_seeds_share_nothing_and_variants_share_their_trunk():
     jobs = pending(grid().final("l2grad", [0, 1], 0.1) + grid().final("l1grad", [0, 1], 0.1))
     trunks = [str(job.target) for job in jobs if job.kind == "trunk"]
     assert trunks == ["out/seed0/trunk.pt", "out/seed1/trunk.pt"]
-    assert len(jobs) == 2 + 2 * 2 * 3  # of each variant and seed a training and two quantizations
+    assert len(jobs) == 2 + 2 * 2 * 4  # of each variant and seed a training, three quantizations
 
 
 @pytest.mark.parametrize("name", study.VARIANTS)
@@ -162,7 +162,7 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
     tuned = study.VARIANTS[study.VARIANTS[name].tuned_as or name]
     lmbda = tuned.lmbdas[0] if tuned.lmbdas else None
     jobs = pending([*grid().tuning(name).values(), *grid().final(name, [1], lmbda)])
-    assert {job.kind for job in jobs} >= {"trunk", name, "quantize weights", "quantize folded"}
+    assert {job.kind for job in jobs} >= {"trunk", name, *(f"quantize {x}" for x in study.FINAL)}
     for job in jobs:
         script, *flags = job.command
         if script == "quant_inference.py":
@@ -190,7 +190,7 @@ def test_the_plan_runs_nothing(scripts, capsys):
     assert said.count("--run_name study_tuning_trunk ") == 1
     assert said.count("--run_name study_seed4_trunk ") == 1
     training = (8 + 4 + 3 * 4 * 3.3) + (8 + 4 + 4 * 3.3)  # epochs of the control
-    seconds = 90 * training + 4 * 20 + 2 * (40 + 60)
+    seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60)
     assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in said
     assert "--run_name study_seed4_l2grad_0.01 " in said
 
@@ -269,7 +269,7 @@ def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
     with open("out/jobs.jsonl", "a") as file:
         file.write('{"kind": "tru')  # killed while it wrote
     known = study_jobs.job_seconds(Path("out"))
-    assert set(known) == {"trunk", "control", "quantize weights", "quantize folded"}
+    assert set(known) == {"trunk", "control", *(f"quantize {how}" for how in study.FINAL)}
     assert grid().trunk(7, tuning=False).seconds == known["trunk"] < 60
     assert grid("--epoch_seconds", "100").trunk(7, tuning=False).seconds == 400
 
@@ -376,7 +376,7 @@ def test_tables_of_means_deviations_and_commands(scripts):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     lines = page.splitlines()
     assert lines[2] == ("|  | λ | seeds | full precision | uniform 4 | uniform 3 | uniform 2 | "
-                        "pwlq 3 | uniform (4,4) | epoch time |")
+                        "pwlq 3 | uniform (4,4) | recalibrated 4 | recalibrated 3 | epoch time |")
     # full precision 90, 91 and 92 %; at 2 bits a quarter of 1 less
     control = next(line for line in lines if line.startswith("| control "))
     cells = [cell.strip() for cell in control.strip("|").split("|")]
