@@ -52,6 +52,14 @@ VARIANTS = {
     "stepl2grad": Variant("--regularizer StepL2Grad", (4.0, 12.0, 40.0), SECOND_ORDER),
     "stepl1grad": Variant("--regularizer StepL1Grad", (0.01, 0.03, 0.1), SECOND_ORDER),
     "rangenorm": Variant("--regularizer RangeNorm", (0.01, 0.03, 0.1)),
+    # Where batch norms keep their statistics, gradients are those of the network as it is used.
+    "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
+    "l2grad_frozen": Variant(
+        "--regularizer L2Grad --freeze_bn_from {first}", (0.01, 0.03, 0.1), SECOND_ORDER
+    ),
+    "stepl2grad_frozen": Variant(
+        "--regularizer StepL2Grad --freeze_bn_from {first}", (2.0, 6.0, 20.0), SECOND_ORDER
+    ),
     "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.003, 0.03, 0.3)),
     "combined": Variant(
         "--phases 0:none {first}:VarianceNorm=1.25 {late}:VarianceNorm=1.25+L2Grad@weights=0.05",

@@ -53,13 +53,18 @@ def run_epoch(
     net: nn.Module, criterion: nn.Module, regularizer: Regularizer | None,
     optimizer: torch.optim.Optimizer, loader: data.Loader, state: State, dtype: torch.dtype,
     after_batch: Callable[[State], None], strength: Callable[[float], float] = lambda epochs: 1.0,
+    freeze_bn: bool = False,
 ) -> dict[str, float]:
     """Train on the rest of the epoch; return its mean loss, penalty and accuracy.
 
     `strength` maps the epochs done, in fractions, to the penalty's factor. What a regularizer draws
-    from torch's stream is a pure function of (seed, epoch, batch).
+    from torch's stream is a pure function of (seed, epoch, batch). With `freeze_bn` batch norms
+    use their running statistics, and keep them.
     """
     net.train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(not freeze_bn)
     began, shown = time.perf_counter() - state.epoch_seconds, 0.0
     with tqdm(
         total=len(loader), initial=state.batch, desc=f"epoch {state.epoch}", unit="batch",
@@ -133,7 +138,8 @@ def fit(
     net: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler, train_loader: data.Loader,
     test_loader: data.Loader, phases: Sequence[Phase], n_epochs: int, *,
-    dtype: torch.dtype = torch.float32, test_penalty: bool = True, state: State | None = None,
+    dtype: torch.dtype = torch.float32, test_penalty: bool = True,
+    freeze_bn_from: int | None = None, state: State | None = None,
     after_batch: Callable[[State], None] = lambda state: None,
     after_epoch: Callable[[State], None] = lambda state: None,
 ) -> list[dict[str, Any]]:
@@ -150,6 +156,7 @@ def fit(
         n_epochs: the whole run's length.
         dtype: of the convolutions; weights, statistics, losses and norms stay float32.
         test_penalty: whether to measure the penalty on the test set too.
+        freeze_bn_from: the epoch from which on batch norms keep their running statistics.
         state: where to go on; None is the beginning.
         after_batch: called with the state after every batch.
         after_epoch: called with the state after every epoch, its history entry included.
@@ -166,7 +173,7 @@ def fit(
         began = time.perf_counter() - state.epoch_seconds
         train = run_epoch(
             net, criterion, phase.regularizer, optimizer, train_loader, state, dtype, after_batch,
-            phase.strength,
+            phase.strength, freeze_bn_from is not None and state.epoch >= freeze_bn_from,
         )
         images_per_second = train_loader.n_images / state.epoch_seconds
         test = evaluate(
@@ -310,7 +317,8 @@ def run(
             history = fit(
                 net, criterion, training.optimizer, training.scheduler, train_loader, test_loader,
                 phases, args.n_epochs, dtype=dtype, test_penalty=not args.no_test_penalty,
-                state=training.state, after_batch=after_batch, after_epoch=after_epoch,
+                freeze_bn_from=args.freeze_bn_from, state=training.state,
+                after_batch=after_batch, after_epoch=after_epoch,
             )
         final = evaluate(net, criterion, test_loader)  # in float32, whatever the training used
         final = {f"final_{key}": value for key, value in final.items()}
@@ -341,6 +349,8 @@ def check_branch(n_done: int, phases: Sequence[Phase], args: argparse.Namespace)
     for p in phases:
         if p.regularizer and p.start < n_done:
             raise files.FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
+    if args.freeze_bn_from and args.freeze_bn_from < n_done:
+        raise files.FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
 
 
 def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
@@ -365,6 +375,9 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
         if p.start >= args.n_epochs:
             parser.error(f"a phase starts at epoch {p.start}: the run has epochs 0 to "
                          f"{args.n_epochs - 1} (--n_epochs {args.n_epochs})")
+    if args.freeze_bn_from and args.freeze_bn_from >= args.n_epochs:
+        parser.error(f"--freeze_bn_from {args.freeze_bn_from}: the run has epochs 0 to "
+                     f"{args.n_epochs - 1} (--n_epochs {args.n_epochs})")
     if args.save_preregularized_model:
         if first is None:
             parser.error("--save_preregularized_model: no phase has a regularizer")

@@ -182,6 +182,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="under torchrun, take batch-norm statistics over all processes",
     )
     group.add_argument(
+        "--freeze_bn_from", type=number(int, at_least=1), metavar="N",
+        help="from epoch N on batch norms use and keep their running statistics, as the quantized "
+        "network does: gradients are then those of the network that is quantized",
+    )
+    group.add_argument(
         "--no_test_penalty", action="store_true",
         help="do not measure the penalty on the test set after each epoch",
     )

@@ -179,7 +179,7 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
             assert all(p.start >= 8 for p in phases if p.regularizer)
         in_tuning = job.target.is_relative_to("out/tuning")
         assert args.holdout == (5000 if in_tuning else None)
-    assert [p.regularizer is None for p in phases][-1] == (name == "control")
+    assert [p.regularizer is None for p in phases][-1] == (name in ("control", "control_frozen"))
 
 
 def test_the_plan_runs_nothing(scripts, capsys):

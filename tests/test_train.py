@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -11,6 +12,7 @@ import step
 import train
 import utils
 from data import DataError, Loader, synthetic
+from models import ConvNet
 from regularizers import (
     CombinedReg,
     InverseVarianceNorm,
@@ -23,7 +25,7 @@ from regularizers import (
     StepNoise,
     VarianceNorm,
 )
-from state import NotFiniteError
+from state import NotFiniteError, State
 from step import update_gradients
 from train import Phase, fit
 
@@ -269,6 +271,35 @@ def test_phases_switch_at_their_epochs():
     assert logged == [1, 2, 3]
 
 
+def test_frozen_batch_norms_are_those_of_evaluation():
+    """An epoch at learning rate 0 against plain double backprop in evaluation mode."""
+    seen, regularizer = [], LPGrad(0.1, 2)
+    torch.manual_seed(3)
+    net = ConvNet()
+    small_fit([Phase(0), Phase(1, regularizer)], 2, net, freeze_bn_from=1,
+              after_epoch=lambda state: seen.append(copy.deepcopy(net.state_dict())))
+    statistics = [key for key in seen[0] if "running_" in key or "num_batches" in key]
+    assert statistics and all(torch.equal(seen[0][key], seen[1][key]) for key in statistics)
+    dataset = synthetic("", 0)
+    loader = Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
+                    augment=True, seed=3, mean=dataset.mean, std=dataset.std)
+    values = {}
+    for freeze in (True, False):
+        values[freeze] = train.run_epoch(
+            net, CE, regularizer, torch.optim.SGD(net.parameters(), 0.0), loader, State(),
+            torch.float32, lambda state: None, freeze_bn=freeze,
+        )
+        if freeze:
+            plain = copy.deepcopy(net).eval()
+    loss = penalty = 0.0
+    for x, y in loader.batches(0):
+        of_batch = oracles.backward_twice(plain, CE, penalty_of(regularizer), x, y)
+        loss, penalty = (a + len(x) * b.item() / 70
+                         for a, b in zip((loss, penalty), of_batch, strict=True))
+    assert (values[True]["loss"], values[True]["L2Grad"]) == pytest.approx((loss, penalty), 1e-4)
+    assert values[False]["L2Grad"] != pytest.approx(penalty, rel=0.01)
+
+
 def test_history_holds_what_is_promised():
     _, history = small_fit([Phase(0, LPGrad(0.01, 1))], 1)
     assert set(history[0]) == {
@@ -497,6 +528,8 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
         (["--first_regularized_epoch", "25", "--regularizer", "L1Grad"], "epoch 25"),
         (["--regularizer", "VarianceNorm", "--no_activation_gradients"], "needs --regularizer"),
         (["--target_bits", "3.5"], "'3.5' is not a whole number"),
+        (["--freeze_bn_from", "25"], "epochs 0 to 24"),
+        (["--freeze_bn_from", "0"], "at least 1"),
         (["--save_preregularized_model"], "--save_preregularized_model"),
         (["--save_file", "no/such/folder/x"], "no/such/folder"),
         (["--train_subset", "0"], "'0'"),
