@@ -131,6 +131,7 @@ def sweep(
         images = make_loader(dataset, args, args.calibration_images, CALIBRATION_BATCH)
         batches = (x for x, _ in images.batches(0))
         ranges = qu.calibrate(ready(net, args.device), batches, args.calibration)
+    bn_loader = make_loader(dataset, args, args.bn_images) if args.bn_images else None
     for scheme, n_bits in cases(args):
         found, act_bits = [], activation_bits(n_bits, args)
         for trial in range(n_trials(scheme, args)):
@@ -139,10 +140,9 @@ def sweep(
                 biases=not args.fold_bn, correct=args.bias_correction,
             )
             error = qu.model_error(layers, args.avg_in_layer)
-            if args.bn_images:
+            if bn_loader:
                 net_q = net_q.to(args.device, memory_format=torch.channels_last)
-                images = make_loader(dataset, args, args.bn_images)
-                qu.recalibrate_batch_norm(net_q, (x for x, _ in images.batches(0)))
+                qu.recalibrate_batch_norm(net_q, (x for x, _ in bn_loader.batches(0)))
             net_q = ready(net_q, args.device, act_bits, ranges)
             found.append((*evaluate(net_q, test_loader, dtype), error))
             tick()

@@ -94,7 +94,7 @@ QUANTIZATIONS = {  # flags of quant_inference.py
 }
 FINAL = ("weights", "recalibrated", "folded")  # those on the test set
 TUNING_SEED = 0
-MAX_LOSS = 0.01  # of full-precision accuracy, there
+MAX_LOSS = 0.01  # of full-precision accuracy, on held-out images
 
 EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is measured
 QUANTIZATION_SECONDS = {"tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0}
@@ -194,7 +194,7 @@ class Grid:
         }
 
     def choice(self, name: str) -> study_tables.Choice | None:
-        """Return what λ was chosen from, and which: made once, then kept in tuning/<name>.json.
+        """Return what λ was chosen from, and which: made once, kept in tuning/<name>_choice.json.
 
         None where there is nothing to choose. Raises NotChosen before all that it rests on has
         been run, and where that failed. A failed candidate is left out.

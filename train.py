@@ -371,13 +371,11 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
         ("override", "--resume or --init_from", args.resume or args.init_from),
         ("lmbda_warmup", "a regularizer", first),
     ))
-    for p in phases:
-        if p.start >= args.n_epochs:
-            parser.error(f"a phase starts at epoch {p.start}: the run has epochs 0 to "
-                         f"{args.n_epochs - 1} (--n_epochs {args.n_epochs})")
-    if args.freeze_bn_from and args.freeze_bn_from >= args.n_epochs:
-        parser.error(f"--freeze_bn_from {args.freeze_bn_from}: the run has epochs 0 to "
-                     f"{args.n_epochs - 1} (--n_epochs {args.n_epochs})")
+    starts = [("a phase starts at epoch", p.start) for p in phases]
+    for what, epoch in [*starts, ("--freeze_bn_from", args.freeze_bn_from or 0)]:
+        if epoch >= args.n_epochs:
+            parser.error(f"{what} {epoch}: the run has epochs 0 to {args.n_epochs - 1} "
+                         f"(--n_epochs {args.n_epochs})")
     if args.save_preregularized_model:
         if first is None:
             parser.error("--save_preregularized_model: no phase has a regularizer")
