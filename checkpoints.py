@@ -169,7 +169,9 @@ def inherited(args: argparse.Namespace) -> dict[str, Any] | None:
     checkpoint = load_checkpoint(Path(args.init_from))
     if checkpoint is None:
         raise FileError(f"--init_from {args.init_from}: there is no such checkpoint")
-    schedule = {"n_epochs", "milestones"} if args.scheduler == "multistep" else set()
+    schedule = {"milestones"} if args.scheduler == "multistep" else set()
+    if schedule and not args.milestones[0].isdecimal():  # else they are epochs, whatever the length
+        schedule |= {"n_epochs"}
     compare(args, checkpoint, args.init_from, INHERITED | schedule)
     return {**checkpoint, "run_id": None}
 

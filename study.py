@@ -43,31 +43,34 @@ SECOND_ORDER = 3.3
 # In the order in which they run: the questions that matter most come first. The three λ of a
 # gradient penalty make it about 0.3, 1 and 3 of what --track logs of the control, so that all
 # choose from equal ranges. (That is in evaluation mode; in training it is a quarter of it.)
+# _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
 VARIANTS = {
     "control": Variant("--regularizer none"),
+    "rangenorm": Variant("--regularizer RangeNorm", (0.01, 0.03, 0.1)),
+    "stepnoise_frozen": Variant(
+        "--regularizer StepNoise --freeze_bn_from {first}", (0.3, 1.0, 3.0), 2.1
+    ),
     "l2grad": Variant("--regularizer L2Grad", (0.02, 0.06, 0.2), SECOND_ORDER),
     "l1grad": Variant("--regularizer L1Grad", (1e-4, 3e-4, 1e-3), SECOND_ORDER),
-    "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "variancenorm": Variant("--regularizer VarianceNorm", (1.25, 5.0, 20.0)),
-    "stepl2grad": Variant("--regularizer StepL2Grad", (4.0, 12.0, 40.0), SECOND_ORDER),
-    "stepl1grad": Variant("--regularizer StepL1Grad", (0.01, 0.03, 0.1), SECOND_ORDER),
-    "rangenorm": Variant("--regularizer RangeNorm", (0.01, 0.03, 0.1)),
-    # Where batch norms keep their statistics, gradients are those of the network as it is used.
     "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
-    "l2grad_frozen": Variant(
-        "--regularizer L2Grad --freeze_bn_from {first}", (0.01, 0.03, 0.1), SECOND_ORDER
-    ),
-    "stepl2grad_frozen": Variant(
-        "--regularizer StepL2Grad --freeze_bn_from {first}", (2.0, 6.0, 20.0), SECOND_ORDER
-    ),
-    "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.003, 0.03, 0.3)),
+    "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
+    "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.01, 0.1, 1.0)),
     "combined": Variant(
         "--phases 0:none {first}:VarianceNorm=1.25 {late}:VarianceNorm=1.25+L2Grad@weights=0.05",
         cost=(1 + SECOND_ORDER) / 2,
     ),
+    "stepl2grad": Variant("--regularizer StepL2Grad", (4.0, 12.0, 40.0), SECOND_ORDER),
+    "stepl1grad": Variant("--regularizer StepL1Grad", (0.01, 0.03, 0.1), SECOND_ORDER),
+    "l2grad_frozen": Variant(
+        "--regularizer L2Grad --freeze_bn_from {first}", (0.01, 0.03, 0.1), SECOND_ORDER
+    ),
     "stddevnorm": Variant("--regularizer StdDevNorm", (1.0, 4.0, 16.0)),
     "inversevariancenorm": Variant("--regularizer InverseVarianceNorm", (3e-5, 3e-4, 3e-3)),
     "inversestddevnorm": Variant("--regularizer InverseStdDevNorm", (0.003, 0.03, 0.3)),
+    "stepl2grad_frozen": Variant(
+        "--regularizer StepL2Grad --freeze_bn_from {first}", (2.0, 6.0, 20.0), SECOND_ORDER
+    ),
     "stepl2grad_held": Variant(
         "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl2grad"
     ),
@@ -82,8 +85,9 @@ VARIANTS = {
     ),
     "linfgrad": Variant("--regularizer LinfGrad", (0.1, 0.3, 1.0), SECOND_ORDER),
 }
+# The learning rate is 0.1 before regularization, a tenth of that with it, a hundredth at the end.
 TRAINING = (
-    "--lr 0.1 --scheduler exponential --gamma 0.75 --no_test_penalty "
+    "--lr 0.1 --scheduler multistep --gamma 0.1 --milestones {first},{last} --no_test_penalty "
     "--track L1Grad L2Grad VarianceNorm KurtosisNorm RangeNorm StepL1Grad StepL2Grad StepNoise"
 )
 QUANTIZATIONS = {  # flags of quant_inference.py
@@ -125,9 +129,15 @@ class Grid:
         """Take the folder, the length of the runs, and further flags for the scripts."""
         self.out, self.n_epochs = Path(args.out), args.n_epochs
         self.first = args.n_epochs - args.n_epochs // 3
+        self.epochs = {  # names of epochs in flags: the first regularized one, and later ones
+            "first": self.first,
+            "late": self.first + (args.n_epochs - self.first) // 2,
+            "last": self.first + (args.n_epochs - self.first) * 2 // 3,
+        }
         self.holdout = args.holdout
         self.data_flags = shlex.split(args.data_flags)
-        self.training = [*shlex.split(TRAINING + " " + args.train_flags), *self.data_flags]
+        training = args.TRAINING.format(**self.epochs) + " " + args.train_flags
+        self.training = [*shlex.split(training), *self.data_flags]
         self.measured = {} if args.epoch_seconds else study_jobs.job_seconds(self.out)
         trunk = self.measured.get("trunk", 0) / self.first
         self.epoch_seconds = args.epoch_seconds or trunk or EPOCH_SECONDS
@@ -141,8 +151,7 @@ class Grid:
     def branch(self, name: str, seed: int, lmbda: float | None, tuning: bool = False) -> Job:
         """Return the last third of a variant's run; λ is None where there is none to choose."""
         variant, trunk = VARIANTS[name], self.trunk(seed, tuning)
-        late = self.first + (self.n_epochs - self.first) // 2
-        flags = variant.flags.format(first=self.first, late=late).split()
+        flags = variant.flags.format(**self.epochs).split()
         script = "combined_protocol.py" if "--phases" in flags else "train.py"
         if lmbda is not None:
             flags += ["--lmbda", f"{lmbda:g}", "--first_regularized_epoch", str(self.first)]
@@ -348,8 +357,10 @@ def duration(seconds: float) -> str:
 
 # --- the script ------------------------------------------------------------------------------
 
-# What a study is: the same for all of a folder. Each with its default.
-SETTINGS = {"n_epochs": 12, "holdout": 5000, "train_flags": "", "data_flags": ""}
+# What a study is: the same for all of a folder. Each with its default; TRAINING is no flag.
+SETTINGS = {
+    "n_epochs": 9, "holdout": 5000, "train_flags": "", "data_flags": "", "TRAINING": TRAINING,
+}
 
 
 def make_parser() -> utils.Parser:
@@ -394,22 +405,20 @@ def settle(parser: utils.Parser, args: argparse.Namespace) -> dict[str, object]:
 
     Ends with one line where a flag contradicts it: runs of other lengths are another study.
     """
-    path, code = Path(args.out) / "study.json", {"TRAINING": TRAINING}
+    path = Path(args.out) / "study.json"
     try:
         kept = json.loads(path.read_text())
     except FileNotFoundError:
-        kept = SETTINGS | code
+        kept = SETTINGS
     except (OSError, json.JSONDecodeError) as error:
         parser.error(f"--out: {path}: {error}")
     for name in SETTINGS:
-        given = getattr(args, name)
+        given = getattr(args, name, None)
         if given is not None and given != kept[name] and path.exists():
             parser.error(f"--{name} {given}: the study in {args.out} has {kept[name]!r}: choose "
                          "another --out")
         setattr(args, name, kept[name] if given is None else given)
-    if kept["TRAINING"] != TRAINING:
-        parser.error(f"the study in {args.out} has other TRAINING flags: choose another --out")
-    return {name: getattr(args, name) for name in SETTINGS} | code
+    return {name: getattr(args, name) for name in SETTINGS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from report import STYLE, accuracy_plot, look
 from study_tables import MAIN, Result, by_seed, label, rows_of, summary, tracked_rows
 
 SHOWN = (  # in the figures of curves, which have seven colours
-    "control", "l2grad", "l1grad", "stepnoise", "variancenorm", "stepl2grad", "combined",
+    "control", "rangenorm", "stepnoise_frozen", "l2grad", "l1grad", "variancenorm", "kurtosisnorm",
 )
 
 

@@ -157,9 +157,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--gamma", type=number(float, above=0), default=0.99,
         help="factor of the learning rate, each epoch (exponential) or milestone (multistep)",
     )
-    add_choice(
-        group, "--milestones", MILESTONES, "default",
-        "of multistep: after 1/2 and 5/6 of the run, after 1/2, or at epochs 25 and 50",
+    group.add_argument(
+        "--milestones", type=milestones, default="default",
+        metavar="{" + ",".join(MILESTONES) + ",EPOCH[,EPOCH…]}",
+        help="of multistep: after 1/2 and 5/6 of the run, after 1/2, at epochs 25 and 50, or at "
+        "those given, as in 6,8",
     )
     group.add_argument("--momentum", type=number(float, at_least=0), default=0.9, help="of SGD")
     group.add_argument(
@@ -316,11 +318,31 @@ SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
 }
 
 
+def milestones(text: str) -> str:
+    """Return a name in MILESTONES, or epochs as in "6,8": an argparse type."""
+    epochs = text.split(",")
+    if all(epoch.isdecimal() for epoch in epochs):
+        if (at := list(map(int, epochs))) == sorted(set(at)) and at[0] > 0:
+            return ",".join(map(str, at))
+        raise argparse.ArgumentTypeError(f"{text!r}: give epochs from 1 on, each after the last")
+    try:
+        return one_of(MILESTONES)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or epochs as in 6,8") from error
+
+
+def milestone_epochs(text: str, n_epochs: int) -> list[int]:
+    """Return the epochs that such text stands for in a run of n_epochs."""
+    if text in MILESTONES:
+        return MILESTONES[text](n_epochs)
+    return list(map(int, text.split(",")))
+
+
 def make_scheduler(
     name: str, optimizer: torch.optim.Optimizer, gamma: float, milestones: str, n_epochs: int
 ) -> lr_scheduler.LRScheduler:
     """Make the schedule of that name in SCHEDULERS; it steps once an epoch."""
-    return SCHEDULERS[name](optimizer, gamma, MILESTONES[milestones](n_epochs))
+    return SCHEDULERS[name](optimizer, gamma, milestone_epochs(milestones, n_epochs))
 
 
 def penalized_weights(net: nn.Module) -> list[nn.Parameter]:

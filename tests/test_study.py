@@ -174,9 +174,10 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
         else:
             {"train.py": train, "combined_protocol.py": combined_protocol}[script].main(flags)
             args, phases = started[-1]
-            assert args.n_epochs == (8 if job.kind == "trunk" else 12)
+            assert args.n_epochs == (6 if job.kind == "trunk" else 9)
+            assert args.milestones == "6,8"
             assert bool(args.init_from) == (job.kind != "trunk")
-            assert all(p.start >= 8 for p in phases if p.regularizer)
+            assert all(p.start >= 6 for p in phases if p.regularizer)
         in_tuning = job.target.is_relative_to("out/tuning")
         assert args.holdout == (5000 if in_tuning else None)
     assert [p.regularizer is None for p in phases][-1] == (name in ("control", "control_frozen"))
@@ -189,7 +190,7 @@ def test_the_plan_runs_nothing(scripts, capsys):
     assert not Path("out").exists() and not scripts()
     assert said.count("--run_name study_tuning_trunk ") == 1
     assert said.count("--run_name study_seed4_trunk ") == 1
-    training = (8 + 4 + 3 * 4 * 3.3) + (8 + 4 + 4 * 3.3)  # epochs of the control
+    training = (6 + 3 + 3 * 3 * 3.3) + (6 + 3 + 3 * 3.3)  # epochs of the control
     seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60)
     assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in said
     assert "--run_name study_seed4_l2grad_0.01 " in said
@@ -227,8 +228,8 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     with study.files.only_run(Path("out/study")):
         assert main("--only", "control", "--seeds", "1") == 1
     assert "out/study" in capsys.readouterr().err and not Path("out/seed1").exists()
-    monkeypatch.setattr(study, "TRAINING", "--lr 0.3")
-    assert main("--only", "control", "--seeds", "0") == 2
+    monkeypatch.setitem(study.SETTINGS, "TRAINING", "--lr 0.3")  # of new studies
+    assert "--lr 0.1 " in grid().branch("control", 0, None).line
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -283,8 +284,8 @@ def test_a_candidate_that_fails_is_left_out_and_told(
     flags = ["--only", "l2grad", "--seeds", "0", "1"]
     assert main(*flags, "--jobs", at_once) == 1
     said = capsys.readouterr().out
-    assert f"FAILED: python train.py {study.TRAINING} --run_name study_tuning_l2grad_{failing}" \
-        in said
+    training = study.TRAINING.format(first=4, last=5)
+    assert f"FAILED: python train.py {training} --run_name study_tuning_l2grad_{failing}" in said
     assert f"not run, for it needs what failed: seed1/l2grad_{taken}" in said
     assert "not finite" in Path(f"out/tuning/l2grad_{failing}.log").read_text()
     tables = Path("out/tables.md").read_text(encoding="utf-8")

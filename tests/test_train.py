@@ -452,7 +452,8 @@ def test_options_reach_those_that_take_them(monkeypatch):
 
 def test_begin_where_another_run_is(script, tmp_path):
     """Two epochs, then one of another regularizer: the same bits as one run in two phases."""
-    common = ("--lr", 0.01, "--holdout", 32, *FAST)
+    common = ("--lr", 0.01, "--scheduler", "multistep", "--gamma", 0.5, "--milestones", "1,2",
+              "--holdout", 32, *FAST)
     tracked = ("--track", "VarianceNorm", "StepNoise", "L2Grad")
     stem = script("train.py", "--run_name", "stem", "--n_epochs", 2, *common)
     assert stem.returncode == 0 and "held-out accuracy" in stem.stdout, stem.stderr
@@ -477,8 +478,9 @@ def test_begin_where_another_run_is(script, tmp_path):
     assert "Traceback" not in other.stderr
 
     for flags, said in ((("--n_epochs", 2), "nothing to train"),
-                        ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1")):
-        vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *flags, *common)
+                        ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1"),
+                        ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)")):
+        vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *common, *flags)
         assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
 
 

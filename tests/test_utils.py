@@ -15,6 +15,7 @@ from models import MODELS
 @pytest.mark.parametrize(("name", "n", "expected"), [
     ("default", 10, [5, 8]), ("default", 60, [30, 50]), ("halfway", 25, [12]),
     ("fixed", 110, [25, 50]), ("default", 1, []), ("halfway", 1, []),
+    ("6", 9, [6]), ("2,6,8", 9, [2, 6, 8]), ("6,8", 7, [6]),
 ])
 def test_multistep_multiplies_the_rate_at_the_milestones(name, n, expected):
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
@@ -26,6 +27,13 @@ def test_multistep_multiplies_the_rate_at_the_milestones(name, n, expected):
         scheduler.step()
     wanted = [0.1 ** sum(epoch >= m for m in expected) for epoch in range(n)]
     assert rates == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("text", ["6,", "8,6", "6,6", "0,6", "-1", "6, 8", "late", "", "6;8"])
+def test_milestones_are_a_name_or_rising_epochs(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="epochs"):
+        utils.milestones(text)
+    assert utils.milestones("06,8") == "6,8" and utils.milestones("HALFWAY") == "halfway"
 
 
 def test_values_in_any_case_come_back_as_they_are_spelt():
