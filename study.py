@@ -46,7 +46,7 @@ SECOND_ORDER = 3.3
 # _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
 VARIANTS = {
     "control": Variant("--regularizer none"),
-    "rangenorm": Variant("--regularizer RangeNorm", (0.01, 0.03, 0.1)),
+    "rangenorm": Variant("--regularizer RangeNorm", (0.03, 0.1, 0.3, 1.0)),
     "stepnoise_frozen": Variant(
         "--regularizer StepNoise --freeze_bn_from {first}", (0.3, 1.0, 3.0), 2.1
     ),
