@@ -294,38 +294,35 @@ def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int
 
 def renew(grid: Grid) -> bool:
     """Write tables and plots of what there is; return whether there is anything."""
-    results, choices = list(finished(grid)), {}
-    for name in VARIANTS:
+    results, choices = [], {}
+    for name, variant in VARIANTS.items():
         with suppress(NotChosen):
-            if choice := grid.choice(name):
+            choice = grid.choice(name)
+            if choice and not variant.tuned_as:
                 choices[name] = choice
+            results += finished(grid, name, choice.lmbda if choice else None)
     if results:
         with files.told("tables and plots were not renewed"):
-            study_tables.write(grid.out, results, choices)
-            study_plots.draw(grid.out, results)
+            rows, tracked = study_tables.read(results)
+            study_tables.write(grid.out, results, rows, tracked, choices)
+            study_plots.draw(grid.out, rows, tracked, choices, grid.first)
     return bool(results)
 
 
-def finished(grid: Grid) -> Iterator[study_tables.Result]:
-    """Yield every final result there is, of all variants and seeds."""
+def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_tables.Result]:
+    """Yield every final result there is of a variant, of all seeds."""
     folders = [re.fullmatch("seed([0-9]+)", path.name) for path in grid.out.glob("seed*")]
-    seeds = sorted(int(match[1]) for match in folders if match)
-    for name in VARIANTS:
-        try:
-            lmbda = grid.chosen(name)
-        except NotChosen:
-            continue
-        for seed in seeds:
-            branch = grid.branch(name, seed, lmbda)
-            jobs = {how: grid.quantized(branch, how) for how in FINAL}
-            if all(job.done for job in jobs.values()):
-                yield study_tables.Result(
-                    name, lmbda, seed, branch.target.with_suffix(".json"),
-                    {how: job.target for how, job in jobs.items()},
-                    [f"mkdir -p {branch.target.parent}", *map(as_it_ran, (*branch.needs, branch)),
-                     *(job.line for job in jobs.values())],
-                    grid.first,
-                )
+    for seed in sorted(int(match[1]) for match in folders if match):
+        branch = grid.branch(name, seed, lmbda)
+        jobs = {how: grid.quantized(branch, how) for how in FINAL}
+        if all(job.done for job in jobs.values()):
+            yield study_tables.Result(
+                name, lmbda, seed, branch.target.with_suffix(".json"),
+                {how: job.target for how, job in jobs.items()},
+                [f"mkdir -p {branch.target.parent}", *map(as_it_ran, (*branch.needs, branch)),
+                 *(job.line for job in jobs.values())],
+                grid.first,
+            )
 
 
 def as_it_ran(trained: Job) -> str:
@@ -385,14 +382,15 @@ def make_parser() -> utils.Parser:
     add("--n_epochs", type=utils.number(int, at_least=6), help="of which a third is regularized, "
         "the last")
     add("--holdout", type=utils.number(int, at_least=1), help="images for λ")
-    add("--train_flags", type=flags, help="of every training, as in --train_flags='--lr 0.05'")
-    add("--data_flags", type=flags, help="of every training and quantization, as in "
+    add("--train_flags", type=shell_words, help="of every training, as in "
+        "--train_flags='--lr 0.05'")
+    add("--data_flags", type=shell_words, help="of every training and quantization, as in "
         "--data_flags='--device cuda'")
     return parser
 
 
-def flags(text: str) -> str:
-    """Return text that a shell could split: an argparse type."""
+def shell_words(text: str) -> str:
+    """Return text that a shell could split into flags: an argparse type."""
     try:
         shlex.split(text)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """The figures of the study: every variant beside the control."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import files
-from report import STYLE, accuracy_plot, look
-from study_tables import MAIN, Result, by_seed, label, rows_of, summary, tracked_rows
+from report import COLOURS, STYLE, accuracy_plot, look
+from study_tables import MAIN, Choice, by_seed, label, summary
 
 SHOWN = (  # in the figures of curves, which have seven colours
     "control", "rangenorm", "stepnoise_frozen", "l2grad", "l1grad", "variancenorm", "kurtosisnorm",
@@ -89,12 +89,43 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def draw(out: Path, results: Sequence[Result]) -> None:
-    """Draw overview.png, accuracy.png and tracked.png into `out`; there is at least one result."""
-    rows = [row for result in results for row in rows_of(result)]
+def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
+    """Draw 4-bit against full-precision accuracy on held-out images: a line a variant, over its λ.
+
+    The dot in the middle of a marker is the λ that was taken; the star is the control.
+    """
+    control = next(iter(choices.values())).control
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4))
+        axes = figure.subplots()
+        for i, (variant, choice) in enumerate(choices.items()):
+            found = {lmbda: of for lmbda, of in sorted(choice.candidates.items()) if of}
+            full, quantized = zip(*found.values(), strict=True)
+            style = {"linestyle": "-" if i < len(COLOURS) else "--", **look(i)}
+            axes.plot([100 * a for a in full], [100 * a for a in quantized], label=variant, **style)
+            for lmbda, of in found.items():
+                x, y = (100 * a for a in of)
+                axes.annotate(f"{lmbda:g}", (x, y), xytext=(4, 3), textcoords="offset points",
+                              fontsize=7, color=style["color"])
+                if lmbda == choice.lmbda:
+                    axes.plot(x, y, ".", color="white", markersize=3)
+        axes.plot(*(100 * a for a in control), "*", color="#666666", markersize=11, label="control",
+                  linestyle="none")
+        axes.set(xlabel="held-out accuracy in full precision, %",
+                 ylabel="held-out accuracy, uniform 4 bits, %")
+        figure.legend(loc="outside right center")
+        files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw(
+    out: Path, rows: Sequence[dict[str, Any]], tracked: Sequence[dict[str, Any]],
+    choices: Mapping[str, Choice], first: int,
+) -> None:
+    """Draw overview, accuracy, tracked and choice.png into `out`; there is at least one row."""
     overview_plot(rows, out / "overview.png")
     if curves := curve_rows(rows):
         accuracy_plot(curves, out / "accuracy.png")
-    shown = [r for result in results if result.variant in SHOWN for r in tracked_rows(result)]
-    if shown:
-        tracked_plot(shown, results[0].first, out / "tracked.png")
+    if shown := [row for row in tracked if row["variant"] in SHOWN]:
+        tracked_plot(shown, first, out / "tracked.png")
+    if choices:
+        choice_plot(choices, out / "choice.png")

@@ -99,6 +99,12 @@ def tracked_rows(result: Result) -> list[dict[str, Any]]:
     ]
 
 
+def read(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows and the tracked rows of all results."""
+    rows = [row for result in results for row in rows_of(result)]
+    return rows, [row for result in results for row in tracked_rows(result)]
+
+
 def setting(row: dict[str, Any]) -> Setting:
     """Return the setting of a row."""
     return row["scheme"], row["bits"], row["act_bits"]
@@ -286,10 +292,11 @@ def document(
     return "\n\n".join(text) + "\n"
 
 
-def write(out: Path, results: Sequence[Result], choices: Mapping[str, Choice]) -> None:
+def write(
+    out: Path, results: Sequence[Result], rows: Sequence[dict[str, Any]],
+    tracked: Sequence[dict[str, Any]], choices: Mapping[str, Choice],
+) -> None:
     """Write tables.md and the CSV files into `out`; there is at least one result."""
-    rows = [row for result in results for row in rows_of(result)]
-    tracked = [row for result in results for row in tracked_rows(result)]
     page = document(results, rows, tracked, choices)
     tables = {"results": rows, "summary": summary(rows), "differences": differences(rows),
               "tracked": tracked}

@@ -85,7 +85,7 @@ def scripts(tmp_path, monkeypatch):
                        ("quant_inference.py", FAKE_QUANTIZATION)):
         (tmp_path / "scripts" / name).write_text(text)
     monkeypatch.setattr(study_jobs, "__file__", str(tmp_path / "scripts" / "study_jobs.py"))
-    monkeypatch.setattr(study.study_plots, "draw", lambda out, results: None)  # it takes a second
+    monkeypatch.setattr(study.study_plots, "draw", lambda *of: None)  # it takes a second
     l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)
     before = signal.getsignal(signal.SIGTERM)
@@ -400,8 +400,11 @@ def test_tables_of_means_deviations_and_commands(scripts):
     assert "| l2grad | 6 | -0.03 | 0 |" in page and "| control | 6 | 0 | 0 |" in page
     tracked = list(csv.DictReader(open("out/tracked.csv", encoding="utf-8")))
     assert len(tracked) == 2 * 3 * 6 * 2
-    draw(Path("out"), list(study.finished(grid())))
-    for plot in ("overview.png", "accuracy.png", "tracked.png"):
+    of = grid()
+    results = [r for name in ("control", "l2grad") for r in study.finished(
+        of, name, of.chosen(name))]
+    draw(Path("out"), *study_tables.read(results), {"l2grad": of.choice("l2grad")}, of.first)
+    for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png"):
         assert Path("out", plot).stat().st_size > 10_000
     Path("out/tables.md").unlink()
     study.main(["--out", "out", "--n_epochs", "6", "--tables"])
