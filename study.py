@@ -22,6 +22,7 @@ from tqdm import tqdm
 import files
 import study_jobs
 import study_plots
+import study_results
 import study_tables
 import utils
 from study_jobs import Job, pending
@@ -202,7 +203,7 @@ class Grid:
             for key, (of, lmbda) in tried.items()
         }
 
-    def choice(self, name: str) -> study_tables.Choice | None:
+    def choice(self, name: str) -> study_results.Choice | None:
         """Return what λ was chosen from, and which: made once, kept in tuning/<name>_choice.json.
 
         None where there is nothing to choose. Raises NotChosen before all that it rests on has
@@ -213,7 +214,7 @@ class Grid:
             return None
         path = self.out / "tuning" / f"{VARIANTS[name].tuned_as or name}_choice.json"
         with suppress(FileNotFoundError):
-            kept = study_tables.Choice.load(path)
+            kept = study_results.Choice.load(path)
             if list(kept.candidates) == [lmbda for lmbda in jobs if lmbda is not None]:
                 return kept
         if not all(job.done or job.lost(self.failed) for job in jobs.values()):
@@ -223,7 +224,7 @@ class Grid:
         whole = {lmbda: accuracies for lmbda, accuracies in found.items() if accuracies}
         if not control or not whole:
             raise NotChosen(f"{name}: no λ to choose from: the control or all candidates failed")
-        made = study_tables.Choice(control, found, choose(whole, control[0]))
+        made = study_results.Choice(control, found, choose(whole, control[0]))
         made.save(path)
         return made
 
@@ -303,20 +304,20 @@ def renew(grid: Grid) -> bool:
             results += finished(grid, name, choice.lmbda if choice else None)
     if results:
         with files.told("tables and plots were not renewed"):
-            rows, tracked = study_tables.read(results)
+            rows, tracked = study_results.read(results)
             study_tables.write(grid.out, results, rows, tracked, choices)
             study_plots.draw(grid.out, rows, tracked, choices, grid.first)
     return bool(results)
 
 
-def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_tables.Result]:
+def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_results.Result]:
     """Yield every final result there is of a variant, of all seeds."""
     folders = [re.fullmatch("seed([0-9]+)", path.name) for path in grid.out.glob("seed*")]
     for seed in sorted(int(match[1]) for match in folders if match):
         branch = grid.branch(name, seed, lmbda)
         jobs = {how: grid.quantized(branch, how) for how in FINAL}
         if all(job.done for job in jobs.values()):
-            yield study_tables.Result(
+            yield study_results.Result(
                 name, lmbda, seed, branch.target.with_suffix(".json"),
                 {how: job.target for how, job in jobs.items()},
                 [f"mkdir -p {branch.target.parent}", *map(as_it_ran, (*branch.needs, branch)),

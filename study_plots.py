@@ -11,7 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 import files
 from report import COLOURS, STYLE, accuracy_plot, look
-from study_tables import MAIN, Choice, by_seed, label, summary
+from study_results import MAIN, Choice, by_seed, summary
+from study_tables import label
 
 SHOWN = (  # in the figures of curves, which have seven colours
     "control", "rangenorm", "stepnoise_frozen", "l2grad", "l1grad", "variancenorm", "kurtosisnorm",

@@ -1,113 +1,25 @@
-"""The tables of the study: means and standard deviations over seeds, paired differences.
+"""The tables of the study, as one markdown page and as CSV files."""
 
-A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
-Networks whose activations are quantized have their batch norms folded; RECALIBRATED are those whose
-batch-norm statistics were estimated again after uniform quantization.
-"""
-
-import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import files
-from report import UNQUANTIZED, save_csv
-
-Setting = tuple[str, int, int]
-FULL: Setting = (UNQUANTIZED, 32, 32)
-RECALIBRATED = "recalibrated"
-MAIN: list[Setting] = [
-    FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32), ("uniform", 4, 4),
-    (RECALIBRATED, 4, 32), (RECALIBRATED, 3, 32),
-]
-PAIRS = (  # beside every variant minus the control
-    ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
-    ("l2grad_frozen", "control_frozen"), ("stepl2grad_frozen", "control_frozen"),
-    ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
-    ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
+from report import save_csv
+from study_results import (
+    FULL,
+    MAIN,
+    Choice,
+    Ends,
+    Result,
+    Setting,
+    at_the_end,
+    differences,
+    rank_correlation,
+    setting,
+    summary,
 )
-# Student's t, 97.5 %, for 1, 2, … degrees of freedom; the last one stands for more, too wide.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where the final results of one variant and seed are, and how to have them again."""
-
-    variant: str
-    lmbda: float | None
-    seed: int
-    record: Path  # of the training
-    quantized: dict[str, Path]  # "weights" and "folded": the results.json of each
-    lines: list[str]  # the commands
-    first: int  # regularized epoch
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How the λ of a variant was chosen: (full-precision, 4-bit uniform) held-out accuracies."""
-
-    control: tuple[float, float]
-    candidates: dict[float, tuple[float, float] | None]  # by λ; None: the training failed
-    lmbda: float
-
-    @classmethod
-    def load(cls, path: Path) -> "Choice":
-        """Read what `save` wrote; raises FileNotFoundError."""
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        candidates = {float(lmbda): of for lmbda, of in kept["candidates"].items()}
-        return cls(kept["control"], candidates, kept["lmbda"])
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        files.save_json(asdict(self), path)
-
-
-# --- numbers ---------------------------------------------------------------------------------
-
-
-def rows_of(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each setting of one variant and seed; full precision as in float32."""
-    history = json.loads(result.record.read_text())["history"]
-    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
-    rows = []
-    for how, path in result.quantized.items():
-        schemes = {"uniform": RECALIBRATED} if how == RECALIBRATED else {}
-        for row in json.loads(path.read_text())["rows"]:
-            if row["scheme"] == UNQUANTIZED and how != "folded":
-                continue
-            rows.append({
-                "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
-                "scheme": schemes.get(row["scheme"], row["scheme"]),
-                **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                **{key: row[key] for key in ("accuracy", "accuracy_change", "squared_error")},
-                "epoch_seconds": seconds,
-            })
-    return rows
-
-
-def tracked_rows(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each value that --track logged of one variant and seed."""
-    return [
-        {"variant": result.variant, "seed": result.seed, "epoch": entry["epoch"],
-         "name": key.removeprefix("track_"), "value": value}
-        for entry in json.loads(result.record.read_text())["history"]
-        for key, value in entry.items() if key.startswith("track_")
-    ]
-
-
-def read(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows and the tracked rows of all results."""
-    rows = [row for result in results for row in rows_of(result)]
-    return rows, [row for result in results for row in tracked_rows(result)]
-
-
-def setting(row: dict[str, Any]) -> Setting:
-    """Return the setting of a row."""
-    return row["scheme"], row["bits"], row["act_bits"]
 
 
 def label(of: Setting) -> str:
@@ -116,61 +28,6 @@ def label(of: Setting) -> str:
     if of == FULL:
         return "full precision"
     return f"{scheme} {bits}" if act_bits == 32 else f"{scheme} ({bits},{act_bits})"
-
-
-def by_seed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, Setting], dict[int, float]]:
-    """Return the accuracies of each variant and setting, by seed."""
-    found: dict[tuple[str, Setting], dict[int, float]] = {}
-    for row in rows:
-        found.setdefault((row["variant"], setting(row)), {})[row["seed"]] = row["accuracy"]
-    return found
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean and standard deviation over seeds of each variant and setting."""
-    lmbda = {row["variant"]: row["lmbda"] for row in rows}
-    return [
-        {
-            "variant": variant, "lmbda": lmbda[variant], "scheme": of[0], "bits": of[1],
-            "act_bits": of[2], "n": len(accuracies), "mean": statistics.fmean(accuracies.values()),
-            "std": statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
-        }
-        for (variant, of), accuracies in by_seed(rows).items()
-    ]
-
-
-def difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, float, float] | None:
-    """Return, of a − b over the seeds that both have: n, the mean, and half its 95 % interval.
-
-    Paired, because variants of one seed grow out of the same network; Student's t. None below two.
-    """
-    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    n = len(differences)
-    if n < 2:
-        return None
-    t = T975[min(n - 1, len(T975)) - 1]
-    return n, statistics.fmean(differences), t * statistics.stdev(differences) / math.sqrt(n)
-
-
-def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every paired difference: of PAIRS, and of each variant from the control."""
-    accuracies = by_seed(rows)
-    variants = dict.fromkeys(row["variant"] for row in rows)
-    pairs = [*PAIRS, *((v, "control") for v in variants if v != "control")]
-    found = []
-    for a, b in pairs:
-        for of in dict.fromkeys(map(setting, rows)):
-            known = difference(accuracies.get((a, of), {}), accuracies.get((b, of), {}))
-            if known:
-                n, mean, half = known
-                found.append({
-                    "variant": a, "minus": b, "scheme": of[0], "bits": of[1], "act_bits": of[2],
-                    "n": n, "mean": mean, "low": mean - half, "high": mean + half,
-                })
-    return found
-
-
-# --- text ------------------------------------------------------------------------------------
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -217,19 +74,12 @@ def difference_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]
     )
 
 
-def tracked_table(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table of what was tracked, at the end, and of the squared error at 4 bits."""
-    last: dict[str, int] = {}
-    for row in tracked:
-        last[row["variant"]] = max(row["epoch"], last.get(row["variant"], 0))
+def tracked_table(ends: Ends) -> str:
+    """Return the table of what was tracked, at the end: means over seeds."""
     values: dict[tuple[str, str], list[float]] = {}
-    for row in tracked:
-        if row["epoch"] == last[row["variant"]]:
-            values.setdefault((row["variant"], row["name"]), []).append(row["value"])
-    for row in rows:
-        if setting(row) == ("uniform", 4, 32):
-            values.setdefault((row["variant"], "squared error"), []).append(row["squared_error"])
-    names = list(dict.fromkeys(name for _, name in values))
+    for name, of in ends.items():
+        for (variant, _), value in of.items():
+            values.setdefault((variant, name), []).append(value)
 
     def cell(variant: str, name: str) -> str:
         if (variant, name) not in values:
@@ -237,9 +87,26 @@ def tracked_table(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, An
         mean = statistics.fmean(values[variant, name])
         return f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}"
 
-    variants = dict.fromkeys(variant for variant, _ in values)
+    variants = dict.fromkeys(variant for of in ends.values() for variant, _ in of)
     return markdown(
-        ["", *names], ([variant, *(cell(variant, name) for name in names)] for variant in variants)
+        ["", *ends], ([variant, *(cell(variant, name) for name in ends)] for variant in variants)
+    )
+
+
+def prediction_table(
+    ends: Ends, rows: Sequence[dict[str, Any]], settings: Sequence[Setting]
+) -> str:
+    """Return the rank correlations of each name's values with what quantization loses."""
+    lost = {(r["variant"], r["seed"], setting(r)): -r["accuracy_change"] for r in rows}
+
+    def cell(of: Mapping[tuple[str, int], float], which: Setting) -> str:
+        pairs = [(v, lost[*key, which]) for key, v in of.items() if (*key, which) in lost]
+        rho = rank_correlation(*zip(*pairs, strict=True)) if len(pairs) > 2 else None
+        return "–" if rho is None else f"{rho:+.2f}"
+
+    return markdown(
+        ["", *map(label, settings)],
+        ([name, *(cell(of, which) for which in settings)] for name, of in ends.items()),
     )
 
 
@@ -276,11 +143,17 @@ def document(
         columns = [FULL, *(s for s in settings if s[0] == scheme)]
         text += [f"## {scheme}", accuracy_table(rows, columns)]
     if tracked:
-        text += ["## What the regularizers did", tracked_table(tracked, rows),
+        ends = at_the_end(tracked, rows)
+        text += ["## What the regularizers did", tracked_table(ends),
                  "With λ = 1 and in evaluation mode, on one batch of training images after the "
                  "last epoch, mean over seeds: one batch is noisy, and in training, where batch "
                  "norm takes the batch's statistics, gradients are smaller. The squared error is "
-                 "that of uniform quantization at 4 bits."]
+                 "that of uniform quantization at 4 bits.",
+                 "## What goes with the loss", prediction_table(ends, rows, MAIN[1:]),
+                 "Spearman's rank correlation, over all networks of all variants and seeds, of "
+                 "these values with the points of accuracy that quantization loses: 1 where the "
+                 "network with the larger value always loses more. It is no more than that: the "
+                 "variants were made to differ in these values."]
     if choices:
         text += ["## The choice of λ", choice_table(choices),
                  "Held-out accuracy in %, of one seed: at 4 bits seeds differ by more than these "

@@ -15,6 +15,7 @@ import combined_protocol
 import quant_inference
 import study
 import study_jobs
+import study_results
 import study_tables
 import train
 from study import Grid, choose, make_parser
@@ -363,12 +364,12 @@ def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
 def test_paired_differences_are_those_of_scipy():
     a = {0: 0.81, 1: 0.84, 2: 0.80, 5: 0.79}
     b = {0: 0.80, 1: 0.80, 2: 0.81, 4: 0.10, 5: 0.77}
-    n, mean, half = study_tables.difference(a, b)
+    n, mean, half = study_results.difference(a, b)
     expected = scipy.stats.ttest_rel([a[s] for s in (0, 1, 2, 5)], [b[s] for s in (0, 1, 2, 5)])
     interval = expected.confidence_interval(0.95)
     assert n == 4 and (mean - half, mean + half) == pytest.approx(interval, abs=1e-5)
-    assert study_tables.difference({0: 1.0}, {0: 1.0, 1: 1.0}) is None
-    for degrees, t in enumerate(study_tables.T975, start=1):
+    assert study_results.difference({0: 1.0}, {0: 1.0, 1: 1.0}) is None
+    for degrees, t in enumerate(study_results.T975, start=1):
         assert t == pytest.approx(scipy.stats.t.ppf(0.975, degrees), abs=6e-4)
 
 
@@ -403,7 +404,7 @@ def test_tables_of_means_deviations_and_commands(scripts):
     of = grid()
     results = [r for name in ("control", "l2grad") for r in study.finished(
         of, name, of.chosen(name))]
-    draw(Path("out"), *study_tables.read(results), {"l2grad": of.choice("l2grad")}, of.first)
+    draw(Path("out"), *study_results.read(results), {"l2grad": of.choice("l2grad")}, of.first)
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png"):
         assert Path("out", plot).stat().st_size > 10_000
     Path("out/tables.md").unlink()
@@ -419,9 +420,25 @@ def test_what_was_not_tracked_or_ended_earlier_is_no_trouble():
             ("mynorm", 5, "L2Grad", 0.12345), ("mynorm", 5, "MyNorm", -7.0),
         )
     ]
-    lines = study_tables.tracked_table(tracked, []).splitlines()
+    lines = study_tables.tracked_table(study_results.at_the_end(tracked, [])).splitlines()
     assert lines[0] == "|  | L2Grad | MyNorm |"
     assert lines[2:] == ["| control | 1234 | – |", "| mynorm | 0.123 | -7 |"]
+
+
+def test_rank_correlations_are_those_of_scipy():
+    x, y = [3.0, 1.0, 2.0, 2.0, 9.0], [0.1, 0.3, 0.2, 0.1, -5.0]
+    assert study_results.rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+    assert study_results.rank_correlation(x, [1.0] * 5) is None
+    rows = [
+        {"variant": variant, "seed": seed, "scheme": "uniform", "bits": 4, "act_bits": 32,
+         "accuracy_change": -lost, "squared_error": lost}
+        for variant, seed, lost in (("control", 0, 0.3), ("control", 1, 0.2), ("a", 0, 0.1))
+    ]
+    tracked = [{"variant": row["variant"], "seed": row["seed"], "epoch": 5, "name": "L2Grad",
+                "value": -row["squared_error"]} for row in rows]
+    ends = study_results.at_the_end(tracked, rows)
+    found = study_tables.prediction_table(ends, rows, [("uniform", 4, 32), ("uniform", 3, 32)])
+    assert found.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
 
 
 @pytest.mark.slow
