@@ -27,9 +27,12 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     accuracies = by_seed(rows)
     with rc_context(STYLE):
-        figure = Figure(figsize=(2 + 1.8 * len(MAIN), 1.2 + 0.24 * len(variants)))
-        panels = figure.subplots(1, len(MAIN), sharey=True)
-        for axes, of in zip(panels, MAIN, strict=True):
+        lines = -(-len(MAIN) // 4)
+        figure = Figure(figsize=(9.6, lines * (0.9 + 0.2 * len(variants))))
+        panels = figure.subplots(lines, 4, sharey=True)
+        for axes in panels.flat[len(MAIN):]:
+            axes.remove()
+        for axes, of in zip(panels.flat, MAIN, strict=False):
             for y, variant in enumerate(variants):
                 points = [100 * a for a in accuracies.get((variant, of), {}).values()]
                 if not points:
@@ -42,8 +45,8 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 if variant == "control":
                     axes.axvline(mean, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
             axes.set(title=label(of), xlabel="test accuracy, %")
-        panels[0].set_yticks(range(len(variants)), variants)
-        panels[0].invert_yaxis()
+        panels.flat[0].set_yticks(range(len(variants)), variants)
+        panels.flat[0].invert_yaxis()
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
