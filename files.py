@@ -42,12 +42,23 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """Tell an OSError in one line that begins with `what`, and go on."""
+    """Tell an OSError or FileError in one line that begins with `what`, and go on."""
+    try:
+        yield
+    except (OSError, FileError) as error:
+        with suppress(OSError):  # where stderr itself is what failed
+            print(f"{what}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """Within it, whatever reading a bad or missing file leads to is a FileError that names it."""
     try:
         yield
     except OSError as error:
-        with suppress(OSError):  # where stderr itself is what failed
-            print(f"{what}: {error}", file=sys.stderr)
+        raise FileError(f"{path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is not what was saved there: {error!r}") from error
 
 
 def write_file(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
@@ -148,17 +159,19 @@ SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")  # of a r
 
 
 @contextmanager
-def only_run(out: Path) -> Iterator[None]:
+def only_run(
+    out: Path, instead: str = "another --run_name or --save_file"
+) -> Iterator[None]:
     """Hold <out>.lock, and clear what a killed run left half-written.
 
-    Of several processes rank 0 does. Raises FileError where another run holds it, OSError where it
-    cannot be made.
+    Of several processes rank 0 does. Raises FileError where another run holds it, with `instead` as
+    what to give this one, and OSError where it cannot be made.
     """
     if distributed.rank():
         yield
         return
     path = Path(f"{out}.lock")
-    file = _lock(path)
+    file = _lock(path, instead)
     try:
         for s in SUFFIXES:
             for half in path.parent.glob(f".{glob.escape(out.name)}{s}.[0-9]*.tmp"):
@@ -170,7 +183,7 @@ def only_run(out: Path) -> Iterator[None]:
         file.close()
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock(path: Path, instead: str) -> IO[str]:
     """Open the file and lock it; the kernel frees the lock of a process that dies."""
     while True:
         file = open(path, "w")
@@ -180,7 +193,7 @@ def _lock(path: Path) -> IO[str]:
             file.close()
             raise FileError(
                 f"another run is writing to {path.with_suffix('')}: wait for it, or give this one "
-                "another --run_name or --save_file"
+                + instead
             ) from error
         except OSError as error:  # some network file systems have no locks
             print(f"{path}: cannot be locked, so take care to run this once: {error.strerror}",

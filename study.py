@@ -13,17 +13,18 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 import files
+import quant_inference
 import study_jobs
 import study_plots
 import study_results
 import study_tables
+import train
 import utils
 from study_jobs import Job, pending
 
@@ -41,10 +42,9 @@ class Variant:
 
 
 SECOND_ORDER = 3.3
-# In the order in which they run: the questions that matter most come first. The two λ of a gradient
-# penalty make it about a half and 1.5 of what --track logs of the control, so that all choose from
-# equal ranges. (That is in evaluation mode; in training it is a quarter of it.) Larger ones cost
-# more than MAX_LOSS allows.
+# In the order in which they run: the questions that matter most come first. λ·R of the two λ of a
+# gradient penalty is about 0.5 and 1.5 where regularization begins, in evaluation mode, so that all
+# of them choose from equal strengths. Larger ones cost more accuracy than MAX_LOSS allows.
 # _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
 VARIANTS = {
     "control": Variant("--regularizer none"),
@@ -204,8 +204,16 @@ class Grid:
             for key, (of, lmbda) in tried.items()
         }
 
-    def choice(self, name: str) -> study_results.Choice | None:
-        """Return what λ was chosen from, and which: made once, kept in tuning/<name>_choice.json.
+    def kept_choice(self, name: str) -> study_results.Choice | None:
+        """Return the choice of the variant's λ that was made last, or None; raises FileError."""
+        path = self._choice_path(name)
+        return study_results.Choice.load(path) if path.exists() else None
+
+    def _choice_path(self, name: str) -> Path:
+        return self.out / "tuning" / f"{VARIANTS[name].tuned_as or name}_choice.json"
+
+    def choice(self, name: str, keep: bool = False) -> study_results.Choice | None:
+        """Return what λ was chosen from, and which; `keep` saves it, and it is not made again.
 
         None where there is nothing to choose. Raises NotChosen before all that it rests on has
         been run, and where that failed. A failed candidate is left out.
@@ -213,11 +221,9 @@ class Grid:
         jobs = self.tuning(name)
         if not jobs:
             return None
-        path = self.out / "tuning" / f"{VARIANTS[name].tuned_as or name}_choice.json"
-        with suppress(FileNotFoundError):
-            kept = study_results.Choice.load(path)
-            if list(kept.candidates) == [lmbda for lmbda in jobs if lmbda is not None]:
-                return kept
+        kept = self.kept_choice(name)
+        if kept and list(kept.candidates) == [lmbda for lmbda in jobs if lmbda is not None]:
+            return kept
         if not all(job.done or job.lost(self.failed) for job in jobs.values()):
             raise NotChosen(f"{name}: λ is not chosen yet")
         found = {key: held_out(job.target) if job.done else None for key, job in jobs.items()}
@@ -226,12 +232,13 @@ class Grid:
         if not control or not whole:
             raise NotChosen(f"{name}: no λ to choose from: the control or all candidates failed")
         made = study_results.Choice(control, found, choose(whole, control[0]))
-        made.save(path)
+        if keep:
+            made.save(self._choice_path(name))
         return made
 
-    def chosen(self, name: str) -> float | None:
+    def chosen(self, name: str, keep: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; may raise NotChosen."""
-        choice = self.choice(name)
+        choice = self.choice(name, keep)
         return choice.lmbda if choice else None
 
     def final(self, name: str, seeds: Iterable[int], lmbda: float | None) -> list[Job]:
@@ -253,7 +260,7 @@ class Grid:
         """Return the first job that can be started now: those that λ rests on, then the final."""
         for name in names:
             try:
-                jobs = self.final(name, seeds, self.chosen(name))
+                jobs = self.final(name, seeds, self.chosen(name, keep=True))
             except NotChosen:
                 jobs = self.tuning(name).values()
             if job := study_jobs.startable(jobs, started):
@@ -262,9 +269,11 @@ class Grid:
 
 
 def held_out(path: Path) -> tuple[float, float]:
-    """Return the full-precision and the 4-bit uniform accuracy of a tuning result."""
-    accuracy = {row["bits"]: row["accuracy"] for row in json.loads(path.read_text())["rows"]}
-    return accuracy[32], accuracy[4]
+    """Return the full-precision and the 4-bit uniform accuracy of a result; raises FileError."""
+    with files.well_formed(path):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        accuracy = {row["bits"]: row["accuracy"] for row in rows}
+        return accuracy[32], accuracy[4]
 
 
 # --- what is done with them ------------------------------------------------------------------
@@ -274,11 +283,17 @@ def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int
     """Run every variant, renew the tables as results come, and return whether all succeeded."""
     jobs = [job for name in names for job in grid.planned(name, seeds)[0]]
     total = sum(job.seconds for job in pending(jobs))
+
+    def renew_after(job: Job) -> None:
+        if job.kind.split()[-1] in FINAL:
+            with files.told("tables and plots were not renewed"):
+                renew(grid)
+
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=total, bar_format=form, disable=None) as bar:
         study_jobs.run(
             lambda started: grid.next_job(names, seeds, started), at_once, grid.out, grid.failed,
-            bar, lambda job: renew(grid) if job.kind.split()[-1] in FINAL else None,
+            bar, renew_after,
         )
     renew(grid)
     complete = not grid.failed
@@ -295,25 +310,27 @@ def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int
 
 
 def renew(grid: Grid) -> bool:
-    """Write tables and plots of what there is; return whether there is anything."""
+    """Write tables and plots of what there is; return whether there is anything.
+
+    Of each variant with the λ that was chosen last. Raises FileError and OSError.
+    """
     results, choices = [], {}
     for name, variant in VARIANTS.items():
-        with suppress(NotChosen):
-            choice = grid.choice(name)
-            if choice and not variant.tuned_as:
-                choices[name] = choice
+        choice = grid.kept_choice(name) if grid.tuning(name) else None
+        if choice and not variant.tuned_as:
+            choices[name] = choice
+        if choice or not grid.tuning(name):
             results += finished(grid, name, choice.lmbda if choice else None)
     if results:
-        with files.told("tables and plots were not renewed"):
-            rows, tracked = study_results.read(results)
-            study_tables.write(grid.out, results, rows, tracked, choices)
-            study_plots.draw(grid.out, rows, tracked, choices, grid.first)
+        rows, tracked = study_results.read(results)
+        study_tables.write(grid.out, results, rows, tracked, choices)
+        study_plots.draw(grid.out, rows, tracked, choices, grid.first)
     return bool(results)
 
 
 def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_results.Result]:
     """Yield every final result there is of a variant, of all seeds."""
-    folders = [re.fullmatch("seed([0-9]+)", path.name) for path in grid.out.glob("seed*")]
+    folders = [re.fullmatch("seed(0|[1-9][0-9]*)", path.name) for path in grid.out.glob("seed*")]
     for seed in sorted(int(match[1]) for match in folders if match):
         branch = grid.branch(name, seed, lmbda)
         jobs = {how: grid.quantized(branch, how) for how in FINAL}
@@ -328,9 +345,14 @@ def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_resul
 
 
 def as_it_ran(trained: Job) -> str:
-    """Return the command of a training with its number of threads: sums in that order."""
-    record = json.loads(trained.target.with_suffix(".json").read_text())
-    return f"OMP_NUM_THREADS={record['machine']['threads']} {trained.line}"
+    """Return the command of a training with its number of threads: sums in that order.
+
+    Raises FileError.
+    """
+    path = trained.target.with_suffix(".json")
+    with files.well_formed(path):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return f"OMP_NUM_THREADS={record['machine']['threads']} {trained.line}"
 
 
 def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:
@@ -359,6 +381,13 @@ def duration(seconds: float) -> str:
 # What a study is: the same for all of a folder. Each with its default; TRAINING is no flag.
 SETTINGS = {
     "n_epochs": 9, "holdout": 5000, "train_flags": "", "data_flags": "", "TRAINING": TRAINING,
+}
+# Flags that --data_flags may give, and those that --train_flags may not, for the study gives them.
+OF_DATA = {"dataset", "data_dir", "device", "model"}
+OF_THE_STUDY = {
+    "run_name", "save_file", "resume", "init_from", "override", "seed", "n_epochs", "holdout",
+    "regularizer", "lmbda", "first_regularized_epoch", "no_activation_gradients", "freeze_bn_from",
+    "save_preregularized_model",
 }
 
 
@@ -405,20 +434,57 @@ def settle(parser: utils.Parser, args: argparse.Namespace) -> dict[str, object]:
 
     Ends with one line where a flag contradicts it: runs of other lengths are another study.
     """
-    path = Path(args.out) / "study.json"
-    try:
-        kept = json.loads(path.read_text())
-    except FileNotFoundError:
-        kept = SETTINGS
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--out: {path}: {error}")
-    for name in SETTINGS:
+    kept = kept_settings(Path(args.out) / "study.json")
+    for name, default in SETTINGS.items():
         given = getattr(args, name, None)
-        if given is not None and given != kept[name] and path.exists():
+        if kept and given is not None and given != kept[name]:
             parser.error(f"--{name} {given}: the study in {args.out} has {kept[name]!r}: choose "
                          "another --out")
-        setattr(args, name, kept[name] if given is None else given)
+        setattr(args, name, kept[name] if kept else default if given is None else given)
+    if args.TRAINING != TRAINING:
+        print(f"{args.out} goes on with the flags that it was begun with: {args.TRAINING}")
+    check_flags(parser, args)
     return {name: getattr(args, name) for name in SETTINGS}
+
+
+def kept_settings(path: Path) -> dict[str, object] | None:
+    """Return what a study.json holds, None where there is none; ends with one line if it is bad."""
+    checker = make_parser()
+    checker.prog += f": {path}"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        checker.error(str(error))
+    if not isinstance(kept, dict) or kept.keys() != SETTINGS.keys():
+        checker.error(f"these are not the settings of a study: {', '.join(SETTINGS)}")
+    flags = [f"--{name}={value}" for name, value in kept.items() if name != "TRAINING"]
+    parsed = {**kept, **vars(checker.parse_args(flags))}
+    for name, default in SETTINGS.items():
+        if parsed[name] != kept[name] or type(kept[name]) is not type(default):
+            checker.error(f"{name} cannot be {kept[name]!r}")
+    return kept
+
+
+def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
+    """End the program where --train_flags or --data_flags hold what they should not."""
+    data_flags, train_flags = shlex.split(args.data_flags), shlex.split(args.train_flags)
+    of_training, of_quantization = train.make_parser(), quant_inference.make_parser()
+    of_quantization.parse_args(["weights.pt", *data_flags])  # they end it where there is no such
+    changed = {
+        "data": changes(of_training, data_flags) - OF_DATA,
+        "train": changes(of_training, train_flags) & (OF_THE_STUDY | OF_DATA),
+    }
+    for kind, names in changed.items():
+        if names:
+            parser.error(f"--{kind}_flags: --{sorted(names)[0]} is not for it to say")
+
+
+def changes(parser: utils.Parser, words: Sequence[str]) -> set[str]:
+    """Return the names of the flags to which the words give another value than the default."""
+    args = vars(parser.parse_args(words))
+    return {name for name, value in args.items() if value != parser.get_default(name)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -431,16 +497,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     ))
     settings = settle(parser, args)
     grid = Grid(args)
-    if args.plan:
-        return plan(grid, args.only, args.seeds)
-    if args.tables:
-        if not renew(grid):
-            parser.stop(1, f"error: there are no results in {grid.out} yet")
-        return None
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        if args.plan:
+            return plan(grid, args.only, args.seeds)
+        if args.tables:
+            if not renew(grid):
+                parser.stop(1, f"error: there are no results in {grid.out} yet")
+            return None
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         grid.out.mkdir(parents=True, exist_ok=True)
-        with files.only_run(grid.out / "study"):
+        with files.only_run(grid.out / "study", instead="another --out"):
             files.save_json(settings, grid.out / "study.json")
             complete = run_all(grid, args.only, args.seeds, args.jobs)
     except (files.FileError, OSError) as error:

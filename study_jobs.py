@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,9 +194,7 @@ def job_seconds(out: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     path = out / "jobs.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+        with suppress(ValueError, LookupError, TypeError):
             job = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found.setdefault(job["kind"], []).append(job["seconds"] / job["at_once"])
+            found.setdefault(job["kind"], []).append(job["seconds"] / job["at_once"])
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}

@@ -1,7 +1,7 @@
 """The figures of the study: every variant beside the control."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from study_tables import label
 SHOWN = (  # in the figures of curves, which have seven colours
     "control", "rangenorm", "stepnoise_frozen", "l2grad", "l1grad", "variancenorm", "kurtosisnorm",
 )
+
+
+def look_of(variant: str, variants: Iterable[str]) -> dict[str, str]:
+    """Return how a variant is drawn in figures of these: the same in all, SHOWN ones first."""
+    variants = dict.fromkeys(variants)
+    order = [*(v for v in SHOWN if v in variants), *(v for v in variants if v not in SHOWN)]
+    i = order.index(variant)
+    return {**look(i), "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
 def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -54,8 +62,9 @@ def curve_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the means over seeds of the SHOWN variants as rows that accuracy_plot takes."""
     return [
         {**s, "checkpoint": s["variant"], "accuracy": s["mean"], "accuracy_std": s["std"]}
+        for variant in SHOWN
         for s in sorted(summary(rows), key=lambda s: s["bits"])
-        if s["variant"] in SHOWN and s["act_bits"] == 32
+        if s["variant"] == variant and s["act_bits"] == 32
     ]
 
 
@@ -79,10 +88,10 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         for axes in grid.flat[len(names):]:
             axes.remove()
         for axes, name in zip(grid.flat, names, strict=False):
-            for i, variant in enumerate(shown):
+            for variant in shown:
                 if of := values.get((name, variant)):
                     means = [statistics.fmean(of[epoch]) for epoch in of]
-                    axes.plot(list(of), means, label=variant, **look(i))
+                    axes.plot(list(of), means, label=variant, **look_of(variant, shown))
             axes.axvline(first + 0.5, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -93,19 +102,20 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
+def choice_plot(choices: Mapping[str, Choice], variants: Sequence[str], path: Path) -> None:
     """Draw 4-bit against full-precision accuracy on held-out images: a line a variant, over its λ.
 
-    The dot in the middle of a marker is the λ that was taken; the star is the control.
+    A white dot in a marker is on the λ that was taken; the star is the control. `variants` are
+    those of the other figures.
     """
     control = next(iter(choices.values())).control
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4))
         axes = figure.subplots()
-        for i, (variant, choice) in enumerate(choices.items()):
+        for variant, choice in choices.items():
             found = {lmbda: of for lmbda, of in sorted(choice.candidates.items()) if of}
             full, quantized = zip(*found.values(), strict=True)
-            style = {"linestyle": "-" if i < len(COLOURS) else "--", **look(i)}
+            style = look_of(variant, [*variants, *choices])
             axes.plot([100 * a for a in full], [100 * a for a in quantized], label=variant, **style)
             for lmbda, of in found.items():
                 x, y = (100 * a for a in of)
@@ -132,4 +142,5 @@ def draw(
     if shown := [row for row in tracked if row["variant"] in SHOWN]:
         tracked_plot(shown, first, out / "tracked.png")
     if choices:
-        choice_plot(choices, out / "choice.png")
+        variants = list(dict.fromkeys(row["variant"] for row in rows))
+        choice_plot(choices, variants, out / "choice.png")

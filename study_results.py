@@ -41,7 +41,7 @@ class Result:
     lmbda: float | None
     seed: int
     record: Path  # of the training
-    quantized: dict[str, Path]  # "weights" and "folded": the results.json of each
+    quantized: dict[str, Path]  # the results.json of each of study.FINAL
     lines: list[str]  # the commands
     first: int  # regularized epoch
 
@@ -56,10 +56,13 @@ class Choice:
 
     @classmethod
     def load(cls, path: Path) -> "Choice":
-        """Read what `save` wrote; raises FileNotFoundError."""
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        candidates = {float(lmbda): of for lmbda, of in kept["candidates"].items()}
-        return cls(kept["control"], candidates, kept["lmbda"])
+        """Read what `save` wrote; raises FileError."""
+        with files.well_formed(path):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            candidates = {
+                float(lmbda): of and tuple(of) for lmbda, of in kept["candidates"].items()
+            }
+            return cls(tuple(kept["control"]), candidates, kept["lmbda"])
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -67,37 +70,43 @@ class Choice:
 
 
 def rows_of(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each setting of one variant and seed; full precision as in float32."""
-    history = json.loads(result.record.read_text())["history"]
-    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
+    """Return a row for each setting of one variant and seed; full precision as in float32.
+
+    Raises FileError.
+    """
+    with files.well_formed(result.record):
+        history = json.loads(result.record.read_text(encoding="utf-8"))["history"]
+        seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
     rows = []
     for how, path in result.quantized.items():
         schemes = {"uniform": RECALIBRATED} if how == RECALIBRATED else {}
-        for row in json.loads(path.read_text())["rows"]:
-            if row["scheme"] == UNQUANTIZED and how != "folded":
-                continue
-            rows.append({
-                "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
-                "scheme": schemes.get(row["scheme"], row["scheme"]),
-                **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                **{key: row[key] for key in ("accuracy", "accuracy_change", "squared_error")},
-                "epoch_seconds": seconds,
-            })
+        with files.well_formed(path):
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+                if row["scheme"] == UNQUANTIZED and how != "folded":
+                    continue
+                rows.append({
+                    "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
+                    "scheme": schemes.get(row["scheme"], row["scheme"]),
+                    **{key: row[key] for key in ("bits", "act_bits", "levels")},
+                    **{key: row[key] for key in ("accuracy", "accuracy_change", "squared_error")},
+                    "epoch_seconds": seconds,
+                })
     return rows
 
 
 def tracked_rows(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each value that --track logged of one variant and seed."""
-    return [
-        {"variant": result.variant, "seed": result.seed, "epoch": entry["epoch"],
-         "name": key.removeprefix("track_"), "value": value}
-        for entry in json.loads(result.record.read_text())["history"]
-        for key, value in entry.items() if key.startswith("track_")
-    ]
+    """Return a row for each value that --track logged of one variant and seed; or FileError."""
+    with files.well_formed(result.record):
+        return [
+            {"variant": result.variant, "seed": result.seed, "epoch": entry["epoch"],
+             "name": key.removeprefix("track_"), "value": value}
+            for entry in json.loads(result.record.read_text(encoding="utf-8"))["history"]
+            for key, value in entry.items() if key.startswith("track_")
+        ]
 
 
 def read(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows and the tracked rows of all results."""
+    """Return the rows and the tracked rows of all results; raises FileError."""
     rows = [row for result in results for row in rows_of(result)]
     return rows, [row for result in results for row in tracked_rows(result)]
 

@@ -133,8 +133,9 @@ def document(
             "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm "
             "statistics estimated again on 4,000 training images. (W,A): weights and activations, "
             "batch norms folded. Full precision and (W,A) are measured in float32, weights alone "
-            "with bfloat16 convolutions. Epoch time: the mean of the regularized epochs, relative "
-            "to the control's; where several jobs ran at once, all of them were slower.",
+            "with bfloat16 convolutions; of dorefa, which is stochastic, one rounding. Epoch time: "
+            "of a regularized epoch, the median over seeds, relative to the control's; where "
+            "several jobs ran at once, all of them were slower.",
             "## Paired differences, percentage points, 95 % confidence interval",
             difference_table(rows, MAIN),
             "Student's t over seeds, each difference for itself: of twenty intervals around a true "
@@ -147,17 +148,20 @@ def document(
         text += ["## What the regularizers did", tracked_table(ends),
                  "With λ = 1 and in evaluation mode, on one batch of training images after the "
                  "last epoch, mean over seeds: one batch is noisy, and in training, where batch "
-                 "norm takes the batch's statistics, gradients are smaller. The squared error is "
-                 "that of uniform quantization at 4 bits.",
-                 "## What goes with the loss", prediction_table(ends, rows, MAIN[1:]),
-                 "Spearman's rank correlation, over all networks of all variants and seeds, of "
-                 "these values with the points of accuracy that quantization loses: 1 where the "
-                 "network with the larger value always loses more. It is no more than that: the "
+                 "norm takes the batch's statistics unless they are frozen, gradients are smaller. "
+                 "The squared error is that of uniform quantization at 4 bits.",
+                 "## What goes with the accuracy that quantization loses",
+                 prediction_table(ends, rows, [of for of in MAIN[1:] if of[1] > 2]),
+                 f"Spearman's rank correlation over {len(results)} networks, of "
+                 f"{len({of.variant for of in results})} variants, of these values with the points "
+                 "of accuracy that are lost: 1 where the network with the larger value always "
+                 "loses more. It is no more than that: seeds of a variant are much alike, and the "
                  "variants were made to differ in these values."]
     if choices:
         text += ["## The choice of λ", choice_table(choices),
-                 "Held-out accuracy in %, of one seed: at 4 bits seeds differ by more than these "
-                 "candidates do. The commands are the first lines of the logs in tuning/."]
+                 "Held-out accuracy in %, of one seed: candidates that differ by less than seeds "
+                 "do are not told apart, and a variant with more of them has more chances. "
+                 "The commands are the first lines of the logs in tuning/."]
     text += ["## Commands", "In this order, from the root of the repository."]
     for result in results:
         text += [f"{result.variant}, seed {result.seed}:",

@@ -156,9 +156,13 @@ def test_seeds_share_nothing_and_variants_share_their_trunk():
 
 @pytest.mark.parametrize("name", study.VARIANTS)
 def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tuning", "seed1"):
+        Path("out", folder).mkdir(parents=True)
+        Path("out", folder, "trunk.ckpt").touch()
     started = []
     monkeypatch.setattr(
-        train, "start", lambda parser, args, phases: started.append((args, phases))
+        train, "run", lambda args, phases, out, stop: started.append((args, phases))
     )
     tuned = study.VARIANTS[study.VARIANTS[name].tuned_as or name]
     lmbda = tuned.lmbdas[0] if tuned.lmbdas else None
@@ -228,9 +232,86 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     assert "--n_epochs 6 " in Path("out/tables.md").read_text(encoding="utf-8")
     with study.files.only_run(Path("out/study")):
         assert main("--only", "control", "--seeds", "1") == 1
-    assert "out/study" in capsys.readouterr().err and not Path("out/seed1").exists()
-    monkeypatch.setitem(study.SETTINGS, "TRAINING", "--lr 0.3")  # of new studies
-    assert "--lr 0.1 " in grid().branch("control", 0, None).line
+    said = capsys.readouterr().err
+    assert "out/study" in said and "another --out" in said and not Path("out/seed1").exists()
+    for old in (study.TRAINING, "--lr 0.3"):
+        settings = json.loads(Path("out/study.json").read_text())
+        Path("out/study.json").write_text(json.dumps({**settings, "TRAINING": old}))
+        assert old.format(first=4, last=5) in grid().branch("control", 0, None).line
+        assert ("goes on with" in capsys.readouterr().out) == (old != study.TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"n_epochs": 2}, "'2'"), ({"n_epochs": "9"}, "n_epochs"), ({"n_epochs": 9.5}, "'9.5'"),
+        ({"holdout": "many"}, "'many'"), ({"holdout": None}, "'None'"), ({"more": 1}, "TRAINING"),
+        ({"TRAINING": 3}, "TRAINING"), ({"train_flags": "it's"}, "No closing"),
+        ({"data_flags": None}, "data_flags"), (None, "TRAINING"), ("not JSON", "Expecting value"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--plan"], ["--tables"]])
+def test_a_study_that_is_none(changed, told, mode, scripts, capsys):
+    Path("out").mkdir()
+    content = json.dumps({**study.SETTINGS, **changed} if isinstance(changed, dict) else changed)
+    Path("out/study.json").write_text("not JSON" if changed == "not JSON" else content)
+    with pytest.raises(SystemExit) as refused:
+        study.main(["--out", "out", *mode])
+    said = capsys.readouterr().err
+    assert refused.value.code == 2 and said.count("\n") == 1
+    assert "out/study.json: error: " in said and told in said and not scripts()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--train_flags=--bogus 1", "--bogus"), ("--train_flags=--lr much", "'much'"),
+        ("--train_flags=--seed 7", "--train_flags: --seed"),
+        ("--train_flags=--regularizer L2Grad", "--regularizer"),
+        ("--train_flags=--model ConvNet --dataset Synthetic", "--dataset"),
+        ("--data_flags=--holdout 9", "--data_flags: --holdout"), ("--data_flags=--lr 1", "--lr"),
+    ],
+)
+def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, told, scripts, capsys):
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and told in said and not Path("out").exists() and not scripts()
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("seed0/trunk.json", None), ("seed0/control.json", "{}"), ("seed0/control.json", "[]"),
+        ("seed0/control_weights/results.json", ""), ("tuning/l2grad_choice.json", '{"control": '),
+        ("seed0/control_folded/results.json", '{"rows": [{"scheme": "uniform"}]}'),
+    ],
+)
+def test_a_result_that_cannot_be_read_is_told_in_a_line(path, content, scripts, capsys):
+    assert main("--only", "control", "l2grad", "--seeds", "0") == 0
+    if content is None:
+        Path("out", path).unlink()
+    else:
+        Path("out", path).write_text(content)
+    capsys.readouterr()
+    assert main("--tables") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"out/{path}" in said
+
+
+def test_tables_keep_what_was_chosen_from_other_lambdas(scripts, monkeypatch):
+    assert main("--only", "control", "l2grad", "--seeds", "0") == 0
+    page = Path("out/tables.md").read_text(encoding="utf-8")
+    other = study.Variant("--regularizer L2Grad", (0.02, 0.03), 3.3)
+    monkeypatch.setitem(study.VARIANTS, "l2grad", other)
+    Path("out/seed00").mkdir()
+    study.main(["--out", "out", "--tables"])
+    assert Path("out/tables.md").read_text(encoding="utf-8") == page
+    choice = Path("out/tuning/l2grad_choice.json")
+    assert main("--only", "l2grad", "--seeds", "0") == 0  # only then it is chosen again
+    assert list(json.loads(choice.read_text())["candidates"]) == ["0.02", "0.03"]
+    choice.unlink()
+    study.main(["--out", "out", "--plan"])
+    assert not choice.exists()
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -269,7 +350,7 @@ def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
 def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
     assert main("--only", "control", "--seeds", "0") == 0
     with open("out/jobs.jsonl", "a") as file:
-        file.write('{"kind": "tru')  # killed while it wrote
+        file.write('{}\n7\n{"kind": "tru')  # killed while it wrote
     known = study_jobs.job_seconds(Path("out"))
     assert set(known) == {"trunk", "control", *(f"quantize {how}" for how in study.FINAL)}
     assert grid().trunk(7, tuning=False).seconds == known["trunk"] < 60
