@@ -35,7 +35,7 @@ from study_jobs import Job, pending
 class Variant:
     """What is done in the last third of a run."""
 
-    flags: str  # of train.py, or, where they say --phases, of combined_protocol.py
+    flags: str  # of train.py, or, where they say --phases (with {lmbda}), of combined_protocol.py
     lmbdas: tuple[float, ...] = ()  # to choose from; () where the flags say it all
     cost: float = 1.0  # of an epoch, in epochs of the control: for estimates before the first one
     tuned_as: str = ""  # the variant whose λ this one takes over
@@ -61,6 +61,10 @@ VARIANTS = {
     "combined": Variant(
         "--phases 0:none {first}:VarianceNorm=1.25 {late}:VarianceNorm=1.25+L2Grad@weights=0.05",
         cost=(1 + SECOND_ORDER) / 2,
+    ),
+    "rangenorm_stepnoise_frozen": Variant(
+        "--phases 0:none {first}:RangeNorm=0.1+StepNoise={lmbda} --freeze_bn_from {first}",
+        (0.3, 1.0), 2.1,
     ),
     "stepl2grad": Variant("--regularizer StepL2Grad", (6.0, 20.0), SECOND_ORDER),
     "stepl1grad": Variant("--regularizer StepL1Grad", (0.015, 0.05), SECOND_ORDER),
@@ -153,9 +157,9 @@ class Grid:
     def branch(self, name: str, seed: int, lmbda: float | None, tuning: bool = False) -> Job:
         """Return the last third of a variant's run; λ is None where there is none to choose."""
         variant, trunk = VARIANTS[name], self.trunk(seed, tuning)
-        flags = variant.flags.format(**self.epochs).split()
+        flags = variant.flags.format(**self.epochs, lmbda=f"{lmbda or 0:g}").split()
         script = "combined_protocol.py" if "--phases" in flags else "train.py"
-        if lmbda is not None:
+        if lmbda is not None and script == "train.py":
             flags += ["--lmbda", f"{lmbda:g}", "--first_regularized_epoch", str(self.first)]
         flags += ["--n_epochs", str(self.n_epochs), "--init_from", f"{self._stem(trunk)}.ckpt"]
         stem = name if lmbda is None else f"{name}_{lmbda:g}"

@@ -26,6 +26,8 @@ MAIN: list[Setting] = [
 PAIRS = (  # beside every variant minus the control
     ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
     ("l2grad_frozen", "control_frozen"), ("stepl2grad_frozen", "control_frozen"),
+    ("rangenorm", "l2grad"), ("rangenorm", "kurtosisnorm"),
+    ("rangenorm_stepnoise_frozen", "rangenorm"),
     ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
     ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
 )

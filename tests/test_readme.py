@@ -61,7 +61,8 @@ def test_the_regularizer_of_the_readme_works(monkeypatch):
 
     import regularizers
 
-    [block] = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "MyNorm" in b]
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [block] = [b for b in blocks if "class MyNorm" in b]
     monkeypatch.setattr(regularizers, "REGULARIZERS", dict(regularizers.REGULARIZERS))
     exec(block, vars(regularizers).copy())
     made = regularizers.make_regularizer("mynorm", 2.0)

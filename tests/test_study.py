@@ -183,6 +183,10 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
             assert args.milestones == "6,8"
             assert bool(args.init_from) == (job.kind != "trunk")
             assert all(p.start >= 6 for p in phases if p.regularizer)
+        if job.kind == name and tuned.lmbdas:  # the one that gives the file its name
+            lmbda = float(job.target.stem.rpartition("_")[2])
+            assert lmbda in {getattr(r, "lmbda", None) for p in phases if p.regularizer
+                             for r in p.regularizer.modules()}
         in_tuning = job.target.is_relative_to("out/tuning")
         assert args.holdout == (5000 if in_tuning else None)
     assert [p.regularizer is None for p in phases][-1] == (name in ("control", "control_frozen"))
