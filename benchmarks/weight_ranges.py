@@ -1,0 +1,47 @@
+"""How far the largest weight of each layer stands out, and what uniform quantization loses by it.
+
+Prints, for each layer of each .pt file, m/σ (m = max|W|, σ = std(W)) and the relative squared
+error Σ(w_q − w)² / Σw² of uniform quantization to --bits, per tensor. Both are blind to the scale
+of W, as a layer before a batch norm is. The last line of a file is the geometric mean over layers.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import files
+import quant_utils as qu
+import utils
+from models import MODELS
+
+
+def main() -> None:
+    """Print the table."""
+    parser = utils.Parser(__doc__.splitlines()[0])
+    parser.add_argument("weights", nargs="+", type=Path, metavar="FILE", help=".pt files")
+    parser.add_argument(
+        "--bits", type=utils.number(int, at_least=2, below=17), default=4, help="of a weight"
+    )
+    utils.add_choice(parser, "--model", MODELS, "ConvNet", "network that the files are of")
+    args = parser.parse_args()
+    for path in args.weights:
+        net = MODELS[args.model]()
+        try:
+            files.load_weights(net, path)
+        except (files.FileError, OSError) as error:
+            parser.stop(1, f"error: {error}")
+        print(f"{path}: layer, m/σ, relative squared error at {args.bits} bits")
+        rows = []
+        for name, layer in qu.quantizable_layers(net).items():
+            w = layer.weight.detach()
+            error = (qu.uniform(w, args.bits) - w).square().sum() / w.square().sum()
+            rows.append(((w.abs().max() / w.std()).item(), error.item()))
+            print(f"{name:12}  {rows[-1][0]:6.2f}  {rows[-1][1]:.5f}")
+        m, error = map(statistics.geometric_mean, zip(*rows, strict=True))
+        print(f"{'mean':12}  {m:6.2f}  {error:.5f}")
+
+
+if __name__ == "__main__":
+    main()
