@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import distributed
+import utils
 from files import FileError, told, torch_load, torch_save, write_file
 
 ASK_EVERY = 8  # batches between questions of the processes to each other
@@ -170,7 +171,7 @@ def inherited(args: argparse.Namespace) -> dict[str, Any] | None:
     if checkpoint is None:
         raise FileError(f"--init_from {args.init_from}: there is no such checkpoint")
     schedule = {"milestones"} if args.scheduler == "multistep" else set()
-    if schedule and not args.milestones[0].isdecimal():  # else they are epochs, whatever the length
+    if schedule and args.milestones in utils.MILESTONES:  # else epochs, whatever the length
         schedule |= {"n_epochs"}
     compare(args, checkpoint, args.init_from, INHERITED | schedule)
     return {**checkpoint, "run_id": None}

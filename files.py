@@ -51,10 +51,10 @@ def told(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def well_formed(path: Path) -> Iterator[None]:
-    """Within it, whatever reading a bad or missing file leads to is a FileError that names it."""
+def read_json(path: Path) -> Iterator[Any]:
+    """Give what is in the file; whatever a bad or missing one leads to is a FileError naming it."""
     try:
-        yield
+        yield json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -159,9 +159,7 @@ SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")  # of a r
 
 
 @contextmanager
-def only_run(
-    out: Path, instead: str = "another --run_name or --save_file"
-) -> Iterator[None]:
+def only_run(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
     """Hold <out>.lock, and clear what a killed run left half-written.
 
     Of several processes rank 0 does. Raises FileError where another run holds it, with `instead` as

@@ -110,6 +110,11 @@ EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is meas
 QUANTIZATION_SECONDS = {"tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0}
 
 
+def tuned_name(name: str) -> str:
+    """Return the variant whose λ this one has: itself, or the one it takes it over from."""
+    return VARIANTS[name].tuned_as or name
+
+
 def choose(candidates: Mapping[float, tuple[float, float]], control: float) -> float:
     """Return the λ to use, given each λ's (full-precision, 4-bit uniform) held-out accuracy.
 
@@ -198,7 +203,7 @@ class Grid:
 
     def tuning(self, name: str) -> dict[float | None, Job]:
         """Return the jobs that the choice of the variant's λ rests on: the control's under None."""
-        name = VARIANTS[name].tuned_as or name
+        name = tuned_name(name)
         lmbdas = VARIANTS[name].lmbdas
         if not lmbdas:
             return {}
@@ -214,7 +219,7 @@ class Grid:
         return study_results.Choice.load(path) if path.exists() else None
 
     def _choice_path(self, name: str) -> Path:
-        return self.out / "tuning" / f"{VARIANTS[name].tuned_as or name}_choice.json"
+        return self.out / "tuning" / f"{tuned_name(name)}_choice.json"
 
     def choice(self, name: str, keep: bool = False) -> study_results.Choice | None:
         """Return what λ was chosen from, and which; `keep` saves it, and it is not made again.
@@ -255,7 +260,7 @@ class Grid:
         try:
             return self.final(name, seeds, self.chosen(name)), True
         except NotChosen:
-            lmbda = VARIANTS[VARIANTS[name].tuned_as or name].lmbdas[0]
+            lmbda = VARIANTS[tuned_name(name)].lmbdas[0]
             return [*self.tuning(name).values(), *self.final(name, seeds, lmbda)], False
 
     def next_job(
@@ -274,9 +279,8 @@ class Grid:
 
 def held_out(path: Path) -> tuple[float, float]:
     """Return the full-precision and the 4-bit uniform accuracy of a result; raises FileError."""
-    with files.well_formed(path):
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        accuracy = {row["bits"]: row["accuracy"] for row in rows}
+    with files.read_json(path) as results:
+        accuracy = {row["bits"]: row["accuracy"] for row in results["rows"]}
         return accuracy[32], accuracy[4]
 
 
@@ -320,10 +324,11 @@ def renew(grid: Grid) -> bool:
     """
     results, choices = [], {}
     for name, variant in VARIANTS.items():
-        choice = grid.kept_choice(name) if grid.tuning(name) else None
+        has_choice = bool(VARIANTS[tuned_name(name)].lmbdas)
+        choice = grid.kept_choice(name) if has_choice else None
         if choice and not variant.tuned_as:
             choices[name] = choice
-        if choice or not grid.tuning(name):
+        if choice or not has_choice:
             results += finished(grid, name, choice.lmbda if choice else None)
     if results:
         rows, tracked = study_results.read(results)
@@ -353,9 +358,7 @@ def as_it_ran(trained: Job) -> str:
 
     Raises FileError.
     """
-    path = trained.target.with_suffix(".json")
-    with files.well_formed(path):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    with files.read_json(trained.target.with_suffix(".json")) as record:
         return f"OMP_NUM_THREADS={record['machine']['threads']} {trained.line}"
 
 

@@ -60,11 +60,10 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def curve_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the means over seeds of the SHOWN variants as rows that accuracy_plot takes."""
+    shown = [s for s in summary(rows) if s["variant"] in SHOWN and s["act_bits"] == 32]
     return [
         {**s, "checkpoint": s["variant"], "accuracy": s["mean"], "accuracy_std": s["std"]}
-        for variant in SHOWN
-        for s in sorted(summary(rows), key=lambda s: s["bits"])
-        if s["variant"] == variant and s["act_bits"] == 32
+        for s in sorted(shown, key=lambda s: (SHOWN.index(s["variant"]), s["bits"]))
     ]
 
 

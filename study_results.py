@@ -5,7 +5,6 @@ Networks whose activations are quantized have their batch norms folded; RECALIBR
 batch-norm statistics were estimated again after uniform quantization.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -59,8 +58,7 @@ class Choice:
     @classmethod
     def load(cls, path: Path) -> "Choice":
         """Read what `save` wrote; raises FileError."""
-        with files.well_formed(path):
-            kept = json.loads(path.read_text(encoding="utf-8"))
+        with files.read_json(path) as kept:
             candidates = {
                 float(lmbda): of and tuple(of) for lmbda, of in kept["candidates"].items()
             }
@@ -71,19 +69,17 @@ class Choice:
         files.save_json(asdict(self), path)
 
 
-def rows_of(result: Result) -> list[dict[str, Any]]:
+def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each setting of one variant and seed; full precision as in float32.
 
-    Raises FileError.
+    `history` is that of the training's record. Raises FileError.
     """
-    with files.well_formed(result.record):
-        history = json.loads(result.record.read_text(encoding="utf-8"))["history"]
-        seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
+    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
     rows = []
     for how, path in result.quantized.items():
         schemes = {"uniform": RECALIBRATED} if how == RECALIBRATED else {}
-        with files.well_formed(path):
-            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        with files.read_json(path) as quantized:
+            for row in quantized["rows"]:
                 if row["scheme"] == UNQUANTIZED and how != "folded":
                     continue
                 rows.append({
@@ -96,21 +92,23 @@ def rows_of(result: Result) -> list[dict[str, Any]]:
     return rows
 
 
-def tracked_rows(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each value that --track logged of one variant and seed; or FileError."""
-    with files.well_formed(result.record):
-        return [
-            {"variant": result.variant, "seed": result.seed, "epoch": entry["epoch"],
-             "name": key.removeprefix("track_"), "value": value}
-            for entry in json.loads(result.record.read_text(encoding="utf-8"))["history"]
-            for key, value in entry.items() if key.startswith("track_")
-        ]
+def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each value that --track logged of one variant and seed."""
+    return [
+        {"variant": result.variant, "seed": result.seed, "epoch": entry["epoch"],
+         "name": key.removeprefix("track_"), "value": value}
+        for entry in history for key, value in entry.items() if key.startswith("track_")
+    ]
 
 
 def read(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows and the tracked rows of all results; raises FileError."""
-    rows = [row for result in results for row in rows_of(result)]
-    return rows, [row for result in results for row in tracked_rows(result)]
+    rows, tracked = [], []
+    for result in results:
+        with files.read_json(result.record) as record:
+            rows += rows_of(result, record["history"])
+            tracked += tracked_rows(result, record["history"])
+    return rows, tracked
 
 
 def setting(row: dict[str, Any]) -> Setting:

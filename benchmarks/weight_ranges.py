@@ -15,15 +15,14 @@ import files
 import quant_utils as qu
 import utils
 from models import MODELS
+from quant_inference import bit_width
 
 
 def main() -> None:
     """Print the table."""
     parser = utils.Parser(__doc__.splitlines()[0])
     parser.add_argument("weights", nargs="+", type=Path, metavar="FILE", help=".pt files")
-    parser.add_argument(
-        "--bits", type=utils.number(int, at_least=2, below=17), default=4, help="of a weight"
-    )
+    parser.add_argument("--bits", type=bit_width, default=4, help="of a weight: 2 to 16")
     utils.add_choice(parser, "--model", MODELS, "ConvNet", "network that the files are of")
     args = parser.parse_args()
     for path in args.weights:
