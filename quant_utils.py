@@ -14,7 +14,7 @@ one row a range, and what belongs to a row is (rows, 1).
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
@@ -331,25 +331,48 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     of the children of a module. Raises ValueError where there is nothing to fold.
     """
     net = copy.deepcopy(net)
-    n_folded = 0
-    for parent in list(net.modules()):
+    found = list(_foldable(net))
+    if not found:
+        raise ValueError(f"no batch norm after a convolution in {type(net).__name__}: cannot fold")
+    for parent, conv_name, norm_name in found:
+        conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
+        setattr(parent, conv_name, _folded(conv, norm))
+        setattr(parent, norm_name, getattr(norm, "activation", nn.Identity()))
+    return net
+
+
+def folded_weights(net: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Return, by weight, what `fold_batch_norm` would make of it, differentiable in w and γ.
+
+    Raises ValueError for a batch norm without running statistics.
+    """
+    found = {}
+    for parent, conv_name, norm_name in _foldable(net):
+        w, norm = getattr(parent, conv_name).weight, getattr(parent, norm_name)
+        found[w] = w * _gain(norm).to(w.dtype).view(-1, 1, 1, 1)
+    return found
+
+
+def _foldable(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield (parent, name of a convolution, name of the batch norm right after it)."""
+    for parent in net.modules():
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, conv_name, _folded(conv, norm))
-                setattr(parent, norm_name, getattr(norm, "activation", nn.Identity()))
-                n_folded += 1
-    if not n_folded:
-        raise ValueError(f"no batch norm after a convolution in {type(net).__name__}: cannot fold")
-    return net
+                yield parent, conv_name, norm_name
+
+
+def _gain(norm: nn.BatchNorm2d) -> Tensor:
+    """Return γ/√(var + ε) of each channel, in float64; var is a constant."""
+    if norm.running_var is None:
+        raise ValueError("cannot fold a batch norm without running statistics")
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * norm.weight.double()
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a plain convolution that computes norm(conv(x)) of eval mode."""
-    if norm.running_var is None:
-        raise ValueError("cannot fold a batch norm without running statistics")
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    gain = gain if norm.weight is None else gain * norm.weight.double()
+    gain = _gain(norm)
     shift = (0 if conv.bias is None else conv.bias.double()) - norm.running_mean.double()
     folded = nn.utils.skip_init(
         nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,

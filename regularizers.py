@@ -18,6 +18,9 @@ Notation (l counts layers, B is the batch size):
                  processes each has its share of the images, and `distributed.gather` collects
                  what it makes of them, as in LPGrad; all else is the same in each process
     loss_change  the function Δ ↦ L(W + Δ) − L(W) of a list of Δ_l, of the same batch
+    folded_weights  Ŵ_l = W_l·γ_l/√(σ_l² + ε), with the batch norm that follows folded in, as
+                 quantization with --fold_bn sees it; W_l where none follows. σ_l² is the running
+                 variance, a constant
 
 An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
 the scripts (--target_bits). What `forward` draws from torch's random stream is fresh in each batch
@@ -41,7 +44,7 @@ LossChange = Callable[[Tensors], Tensor]
 
 # What a regularizer can be fed: the gradients cost a second-order step, each call of loss_change
 # another plain one.
-INPUTS = ("weights", "w_grads", "a_grads", "loss_change")
+INPUTS = ("weights", "w_grads", "a_grads", "loss_change", "folded_weights")
 
 
 class Regularizer(nn.Module):
@@ -175,18 +178,26 @@ def _kurtosis(w: Tensor) -> Tensor:
     return squares.square().mean() / squares.mean().square()
 
 
-class RangeNorm(Regularizer):
-    """λ · Σ_l max|W_l|.
+FoldBN = Annotated[bool, "penalize the weights with batch norms folded in"]
 
-    The L∞ loss of Range Regularization, arXiv 2303.08253. The margin and soft-min-max
-    losses of that paper train a parameter of their own in each layer, which a penalty that is a
-    function of weights and gradients does not have: they are left out.
+
+class RangeNorm(Regularizer):
+    """λ · Σ_l max|W_l|, or, with fold_bn, λ · Σ_l max|Ŵ_l| of the folded weights.
+
+    The L∞ loss of Range Regularization, arXiv 2303.08253; that of the folded weights is our own.
+    The margin and soft-min-max losses of that paper train a parameter of their own in each layer,
+    which a penalty that is a function of weights and gradients does not have: they are left out.
     """
 
-    name, inputs = "RangeNorm", ("weights",)
+    name = "RangeNorm"
+
+    def __init__(self, lmbda: float, fold_bn: FoldBN = False) -> None:
+        """fold_bn: of the weights that a network without batch norms would have."""
+        super().__init__(lmbda)
+        self.inputs = ("folded_weights",) if fold_bn else ("weights",)
 
     def forward(self, weights: Tensors) -> Tensor:
-        """Return the penalty (scalar) of the weights."""
+        """Return the penalty (scalar) of the weights, or of the folded ones."""
         return self.lmbda * sum(w.abs().amax() for w in weights)
 
 
@@ -278,7 +289,7 @@ class CombinedReg(Regularizer):
         # Of the lists as far as the last that a term takes: nothing is computed that none asks for.
         needed = set(reg1.inputs + reg2.inputs)
         last = max((i for i, name in enumerate(INPUTS[:3]) if name in needed), default=-1)
-        self.inputs = INPUTS[: last + 1] + tuple(needed & {"loss_change"})
+        self.inputs = INPUTS[: last + 1] + tuple(name for name in INPUTS[3:] if name in needed)
 
     def forward(self, *fed: Tensors | LossChange, **named: Tensors | LossChange) -> Tensor:
         """Return the sum of the penalties (scalar), fed (weights, w_grads, a_grads) or `inputs`.

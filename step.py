@@ -83,12 +83,14 @@ def update_gradients(
     """Set the .grad of every parameter to ∇L + ∇R, exactly; return L, R and the number correct.
 
     R is `strength` times the regularizer: a function of tensors t (weights, gradients) that are
-    functions of the parameters p, so ∇R = Σ_t ∂R/∂t · ∂t/∂p, and, through loss_change, of p itself.
+    functions of the parameters p, so ∇R = Σ_t ∂R/∂t · ∂t/∂p, and, through loss_change and folded
+    weights, of p itself. Folded with the running statistics from before this batch.
     The direction ∂R/∂t is taken on detached copies, which is cheap; for gradients, one backward
     pass through the graph of the first-order pass then carries it to the parameters.
     """
     inputs = regularizer.inputs if regularizer else ()
     params = list(net.parameters())
+    folded = utils.folded_weights(net) if "folded_weights" in inputs else []
     with distributed.summing(params) as summed:
         done = first_order(
             net, criterion, inputs, x, y, dtype, create_graph=takes_gradients(regularizer)
@@ -105,7 +107,7 @@ def update_gradients(
         whole["w_grads"] = [w.grad for w in utils.penalized_weights(net)]
     copies = {name: [t.detach().requires_grad_() for t in ts] for name, ts in whole.items()}
     change = partial(loss_change, net, criterion, x, y, dtype, loss, grads)
-    fed = {**copies, "loss_change": change}
+    fed = {**copies, "loss_change": change, "folded_weights": folded}
     penalty = strength * regularizer(*(fed[name] for name in inputs))
     tensors, leaves = sum(done.tensors.values(), []), sum(copies.values(), [])
     directions = grad(penalty, leaves + params, allow_unused=True)

@@ -58,6 +58,7 @@ VARIANTS = {
     "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
     "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.01, 0.1, 1.0)),
+    "rangenorm_folded": Variant("--regularizer RangeNorm --fold_bn", (0.03, 0.1, 0.3)),
     "combined": Variant(
         "--phases 0:none {first}:VarianceNorm=1.25 {late}:VarianceNorm=1.25+L2Grad@weights=0.05",
         cost=(1 + SECOND_ORDER) / 2,
@@ -101,13 +102,16 @@ QUANTIZATIONS = {  # flags of quant_inference.py
     "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16",
     "recalibrated": "--bits 2 3 4 --schemes uniform --bn_images 4000 --precision bf16",
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
+    "percentile": "--bits 4 --schemes uniform --fold_bn --act_bits same --calibration percentile",
 }
-FINAL = ("weights", "recalibrated", "folded")  # those on the test set
+FINAL = ("weights", "recalibrated", "folded", "percentile")  # those on the test set
 TUNING_SEED = 0
 MAX_LOSS = 0.01  # of full-precision accuracy, on held-out images
 
 EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is measured
-QUANTIZATION_SECONDS = {"tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0}
+QUANTIZATION_SECONDS = {
+    "tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0, "percentile": 20.0,
+}
 
 
 def tuned_name(name: str) -> str:
@@ -354,12 +358,13 @@ def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_resul
 
 
 def as_it_ran(trained: Job) -> str:
-    """Return the command of a training with its number of threads: sums in that order.
+    """Return the command that a training was run with, as its record has it; raises FileError.
 
-    Raises FileError.
+    With its number of threads: sums are taken in that order.
     """
     with files.read_json(trained.target.with_suffix(".json")) as record:
-        return f"OMP_NUM_THREADS={record['machine']['threads']} {trained.line}"
+        threads, command = record["machine"]["threads"], shlex.join(record["command"])
+    return f"OMP_NUM_THREADS={threads} python {command}"
 
 
 def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:

@@ -1,8 +1,9 @@
 """The results of the study as rows, and what they say: means, paired differences, correlations.
 
 A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
-Networks whose activations are quantized have their batch norms folded; RECALIBRATED are those whose
-batch-norm statistics were estimated again after uniform quantization.
+Networks whose activations are quantized have their batch norms folded. RECALIBRATED are those whose
+batch-norm statistics were estimated again after uniform quantization, PERCENTILE those that are
+quantized uniformly with outliers among the activations clipped.
 """
 
 import math
@@ -17,16 +18,16 @@ from report import UNQUANTIZED
 
 Setting = tuple[str, int, int]
 FULL: Setting = (UNQUANTIZED, 32, 32)
-RECALIBRATED = "recalibrated"
+RECALIBRATED, PERCENTILE = "recalibrated", "percentile"
 MAIN: list[Setting] = [
-    FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32), ("uniform", 4, 4),
-    (RECALIBRATED, 4, 32), (RECALIBRATED, 3, 32),
+    FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32),
+    (RECALIBRATED, 3, 32), ("uniform", 4, 4), (PERCENTILE, 4, 4),
 ]
 PAIRS = (  # beside every variant minus the control
     ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
     ("l2grad_frozen", "control_frozen"), ("stepl2grad_frozen", "control_frozen"),
     ("rangenorm", "l2grad"), ("rangenorm", "kurtosisnorm"),
-    ("rangenorm_stepnoise_frozen", "rangenorm"),
+    ("rangenorm_stepnoise_frozen", "rangenorm"), ("rangenorm_folded", "rangenorm"),
     ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
     ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
 )
@@ -77,7 +78,7 @@ def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str,
     seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
     rows = []
     for how, path in result.quantized.items():
-        schemes = {"uniform": RECALIBRATED} if how == RECALIBRATED else {}
+        schemes = {"uniform": how} if how in (RECALIBRATED, PERCENTILE) else {}
         with files.read_json(path) as quantized:
             for row in quantized["rows"]:
                 if row["scheme"] == UNQUANTIZED and how != "folded":

@@ -121,6 +121,7 @@ def evaluate(
         penalty = torch.zeros_like(loss)
         if regularizer:
             fed["loss_change"] = partial(loss_change, net, criterion, x, y, dtype, loss, ())
+            fed["folded_weights"] = utils.folded_weights(net) if "folded_weights" in inputs else []
             with torch.no_grad():
                 penalty = regularizer(*(fed[name] for name in inputs))
         totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty])

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import data
 import distributed
+import quant_utils as qu
 from models import MODELS
 from regularizers import Regularizer, make_regularizer, regularizer_options, taken_by
 
@@ -348,6 +349,15 @@ def make_scheduler(
 def penalized_weights(net: nn.Module) -> list[nn.Parameter]:
     """Return W_l: the weight of every Conv2d and Linear in module order."""
     return [m.weight for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def folded_weights(net: nn.Module) -> list[Tensor]:
+    """Return Ŵ_l: penalized_weights with the batch norms folded in, W_l where none follows.
+
+    Raises ValueError for a batch norm without running statistics.
+    """
+    folded = qu.folded_weights(net)
+    return [folded.get(w, w) for w in penalized_weights(net)]
 
 
 # --- the machine -----------------------------------------------------------------------------

@@ -25,6 +25,15 @@ def penalized_weights(net: nn.Module) -> list[Tensor]:
     return [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
 
+def folded_weights(net: SmoothNet) -> list[Tensor]:
+    """The weights of a SmoothNet with its batch norm folded in, channel by channel."""
+    first, *others = penalized_weights(net)
+    norm = net.norm1
+    channels = [first[c] * norm.weight[c] / (norm.running_var[c].clone() + norm.eps) ** 0.5
+                for c in range(len(first))]
+    return [torch.stack(channels), *others]
+
+
 def lp_grad(w_grads: list[Tensor], a_grads: list[Tensor], lmbda: float, P: int) -> Tensor:
     """λ · ( Σ ‖∂L/∂W‖_p + Σ B^(−1/p) ‖∂L/∂A‖_p ), element by element."""
     total = torch.zeros((), dtype=w_grads[0].dtype)

@@ -42,6 +42,7 @@ REGULARIZERS = {
         "KurtosisNorm", "RangeNorm", "StepL1Grad", "StepL2Grad", "StepNoise",
     )},
     "L2Grad, weights": partial(make_regularizer, "L2Grad", 0.5, only_weight_grads=True),
+    "RangeNorm, folded": partial(make_regularizer, "RangeNorm", 0.5, fold_bn=True),
 }
 
 
@@ -146,10 +147,12 @@ def test_n_processes_train_what_one_does():
 
 
 def test_with_statistics_of_their_own_the_ranks_still_agree():
-    (alone,) = on(1, all_trained(["L2Grad"]))
-    first, second = on(2, all_trained(["L2Grad"], sync=False))
+    names = ["L2Grad", "RangeNorm, folded"]
+    (alone,) = on(1, all_trained(names))
+    first, second = on(2, all_trained(names, sync=False))
     assert_same(first, second, "ranks")
-    assert np.abs(first["L2Grad"]["conv1.weight"] - alone["L2Grad"]["conv1.weight"]).max() > 1e-4
+    for name in names:
+        assert np.abs(first[name]["conv1.weight"] - alone[name]["conv1.weight"]).max() > 1e-4
 
 
 # --- the scripts -----------------------------------------------------------------------------

@@ -415,6 +415,16 @@ def test_folding_of_plain_modules(affine, bias):
     torch.testing.assert_close(qu.fold_batch_norm(net)(x), net(x))
 
 
+def test_folded_weights_are_those_of_the_folded_network(net):
+    found = qu.folded_weights(net)
+    folded = qu.fold_batch_norm(net)
+    assert len(found) == len(net.BLOCKS)
+    for name, m in net.named_modules():
+        if isinstance(m, nn.Conv2d):
+            torch.testing.assert_close(found[m.weight], folded.get_submodule(name).weight)
+    assert qu.folded_weights(folded) == {}
+
+
 def test_folding_without_batch_norm_is_refused():
     with pytest.raises(ValueError, match="no batch norm after a convolution in Sequential"):
         qu.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))

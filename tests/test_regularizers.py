@@ -125,6 +125,8 @@ def test_range_norm():
     norm.backward()
     assert norm.item() == 2 * (3 + 2)
     assert torch.equal(weights[0].grad, torch.tensor([0.0, -2.0]))
+    folded = RangeNorm(2.0, fold_bn=True)
+    assert folded.inputs == ("folded_weights",) and folded(weights).item() == norm.item()
 
 
 def test_step_norms_closed_form():
@@ -223,6 +225,7 @@ def test_combined_with_noise_is_the_sum():
         ((VarianceNorm(1), LPGrad(1, 2, True)), ("weights", "w_grads")),
         ((LPGrad(1, 1), LPGrad(1, 2, True)), ("weights", "w_grads", "a_grads")),
         ((StepNoise(1), VarianceNorm(1)), ("weights", "loss_change")),
+        ((RangeNorm(1, fold_bn=True), StepNoise(1)), ("weights", "loss_change", "folded_weights")),
         ((StepNoise(1), StepL1Grad(1)), ("weights", "w_grads", "loss_change")),
     ],
 )
@@ -278,7 +281,7 @@ def test_options_go_to_those_that_take_them():
 def test_an_annotated_argument_is_an_option(monkeypatch):
     takers = ("StepL1Grad", "StepL2Grad", "StepNoise")
     found = regularizer_options()
-    assert set(found) == {"target_bits", "hold_step"}
+    assert set(found) == {"fold_bn", "target_bits", "hold_step"}
     assert (found["target_bits"].kind, found["target_bits"].default) == (int, 4)
     assert (found["hold_step"].kind, found["hold_step"].takers) == (bool, takers)
 

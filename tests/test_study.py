@@ -50,7 +50,8 @@ machine = {"threads": int(os.environ["OMP_NUM_THREADS"])}
 history = [{"epoch": i, "epoch_seconds": 1 + args.lmbda, "track_L2Grad": (i + 1) * args.seed,
             "track_StepNoise": -args.lmbda} for i in range(args.n_epochs)]
 Path(args.save_file + ".pt").write_text(json.dumps(settings))
-record = {"settings": settings, "machine": machine, "history": history}
+command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+record = {"settings": settings, "command": command, "machine": machine, "history": history}
 Path(args.save_file + ".json").write_text(json.dumps(record))
 """
 FAKE_QUANTIZATION = """
@@ -151,7 +152,8 @@ def test_seeds_share_nothing_and_variants_share_their_trunk():
     jobs = pending(grid().final("l2grad", [0, 1], 0.1) + grid().final("l1grad", [0, 1], 0.1))
     trunks = [str(job.target) for job in jobs if job.kind == "trunk"]
     assert trunks == ["out/seed0/trunk.pt", "out/seed1/trunk.pt"]
-    assert len(jobs) == 2 + 2 * 2 * 4  # of each variant and seed a training, three quantizations
+    each = 1 + len(study.FINAL)  # of each variant and seed a training and its quantizations
+    assert len(jobs) == 2 + 2 * 2 * each
 
 
 @pytest.mark.parametrize("name", study.VARIANTS)
@@ -200,7 +202,7 @@ def test_the_plan_runs_nothing(scripts, capsys):
     assert said.count("--run_name study_tuning_trunk ") == 1
     assert said.count("--run_name study_seed4_trunk ") == 1
     training = (6 + 3 + 3 * 3 * 3.3) + (6 + 3 + 3 * 3.3)  # epochs of the control
-    seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60)
+    seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60 + 20)
     assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in said
     assert "--run_name study_seed4_l2grad_0.01 " in said
 
@@ -351,6 +353,14 @@ def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
     assert page.count("\nOMP_NUM_THREADS=2 python train.py ") == 2 * 2 * 2
 
 
+def test_a_row_has_the_command_that_it_was_run_with(scripts, monkeypatch):
+    assert main("--only", "control", "--seeds", "0") == 0
+    before = Path("out/tables.md").read_text(encoding="utf-8")
+    monkeypatch.setitem(study.VARIANTS, "control", study.Variant("--regularizer none --watch"))
+    study.main(["--out", "out", "--tables"])
+    assert Path("out/tables.md").read_text(encoding="utf-8") == before
+
+
 def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
     assert main("--only", "control", "--seeds", "0") == 0
     with open("out/jobs.jsonl", "a") as file:
@@ -463,7 +473,7 @@ def test_tables_of_means_deviations_and_commands(scripts):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     lines = page.splitlines()
     assert lines[2] == ("|  | λ | seeds | full precision | uniform 4 | uniform 3 | uniform 2 | "
-                        "pwlq 3 | uniform (4,4) | recalibrated 4 | recalibrated 3 | epoch time |")
+                        "pwlq 3 | recalibrated 3 | uniform (4,4) | percentile (4,4) | epoch time |")
     # full precision 90, 91 and 92 %; at 2 bits a quarter of 1 less
     control = next(line for line in lines if line.startswith("| control "))
     cells = [cell.strip() for cell in control.strip("|").split("|")]

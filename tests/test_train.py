@@ -103,6 +103,42 @@ def test_noise_costs_the_loss_change_at_other_weights(name, problem):
     assert net.norm1.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("beside", [None, LPGrad(0.3, 2)])
+def test_the_range_of_folded_weights_moves_weights_and_batch_norm(beside, problem):
+    """Against plain autograd of L + λ Σ max|Ŵ|, with the running variance before the batch."""
+    torch.manual_seed(0)
+    net, plain = oracles.SmoothNet().double(), oracles.SmoothNet().double()
+    for n in (net, plain):
+        with torch.no_grad():
+            n.norm1.running_var.copy_(torch.tensor([0.5, 2.0, 3.0]))
+            n.norm1.weight.copy_(torch.tensor([-1.0, 2.0, 0.5]))
+    plain.load_state_dict(net.state_dict())
+    norm = RangeNorm(0.7, fold_bn=True)
+    regularizer = CombinedReg(norm, beside) if beside else norm
+    loss, penalty, _ = update_gradients(net, CE, regularizer, *problem, strength=0.5)
+
+    largest = sum(w.abs().max() for w in oracles.folded_weights(plain))
+    rest = penalty_of(beside) if beside else lambda *fed: 0.0
+    expected = oracles.backward_twice(
+        plain, CE, lambda *fed: 0.5 * (0.7 * largest + rest(*fed)), *problem)
+    torch.testing.assert_close((loss, penalty), expected)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert not torch.equal(net.norm1.running_var, torch.tensor([0.5, 2.0, 3.0]).double())
+
+
+@pytest.mark.parametrize("beside", [StepNoise(0.0), LPGrad(0.0, 2)])
+def test_the_range_of_folded_weights_is_evaluated_as_it_is_trained(beside, problem):
+    dataset = synthetic("", 0)
+    loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 20,
+                    mean=dataset.mean, std=dataset.std)
+    net = oracles.SmoothNet(num_classes=10)
+    regularizer = CombinedReg(RangeNorm(2.0, fold_bn=True), beside)
+    found = train.evaluate(net, CE, loader, regularizer=regularizer)[regularizer.name]
+    assert found == pytest.approx(
+        2 * sum(w.abs().max() for w in oracles.folded_weights(net)).item(), rel=1e-5)
+
+
 def test_evaluated_noise_is_the_loss_change_without_a_trace_and_the_same_every_time():
     dataset = synthetic("", 0)
     loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 40,
