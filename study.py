@@ -102,15 +102,18 @@ QUANTIZATIONS = {  # flags of quant_inference.py
     "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16",
     "recalibrated": "--bits 2 3 4 --schemes uniform --bn_images 4000 --precision bf16",
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
-    "percentile": "--bits 4 --schemes uniform --fold_bn --act_bits same --calibration percentile",
+    "corrected": "--bits 2 3 4 --schemes uniform --bias_correction --precision bf16",
+    "corrected_folded": "--bits 4 --schemes uniform --bias_correction --fold_bn --act_bits same "
+                        "--calibration percentile",
 }
-FINAL = ("weights", "recalibrated", "folded", "percentile")  # those on the test set
+FINAL = ("weights", "recalibrated", "folded", "corrected", "corrected_folded")  # on the test set
 TUNING_SEED = 0
 MAX_LOSS = 0.01  # of full-precision accuracy, on held-out images
 
 EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is measured
 QUANTIZATION_SECONDS = {
-    "tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0, "percentile": 20.0,
+    "tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0, "corrected": 8.0,
+    "corrected_folded": 12.0,
 }
 
 

@@ -2,8 +2,8 @@
 
 A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
 Networks whose activations are quantized have their batch norms folded. RECALIBRATED are those whose
-batch-norm statistics were estimated again after uniform quantization, PERCENTILE those that are
-quantized uniformly with outliers among the activations clipped.
+batch-norm statistics were estimated again after uniform quantization, CORRECTED those whose
+channels keep their means and deviations, with outliers among the activations clipped.
 """
 
 import math
@@ -18,10 +18,13 @@ from report import UNQUANTIZED
 
 Setting = tuple[str, int, int]
 FULL: Setting = (UNQUANTIZED, 32, 32)
-RECALIBRATED, PERCENTILE = "recalibrated", "percentile"
+RECALIBRATED, CORRECTED = "recalibrated", "corrected"
+SCHEME_OF = {  # what uniform quantization is called in rows, by study.QUANTIZATIONS; or "uniform"
+    "recalibrated": RECALIBRATED, "corrected": CORRECTED, "corrected_folded": CORRECTED,
+}
 MAIN: list[Setting] = [
     FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32),
-    (RECALIBRATED, 3, 32), ("uniform", 4, 4), (PERCENTILE, 4, 4),
+    (CORRECTED, 4, 32), ("uniform", 4, 4), (CORRECTED, 4, 4),
 ]
 PAIRS = (  # beside every variant minus the control
     ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
@@ -78,14 +81,13 @@ def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str,
     seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
     rows = []
     for how, path in result.quantized.items():
-        schemes = {"uniform": how} if how in (RECALIBRATED, PERCENTILE) else {}
         with files.read_json(path) as quantized:
             for row in quantized["rows"]:
                 if row["scheme"] == UNQUANTIZED and how != "folded":
                     continue
                 rows.append({
                     "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
-                    "scheme": schemes.get(row["scheme"], row["scheme"]),
+                    "scheme": SCHEME_OF.get(how, row["scheme"]),
                     **{key: row[key] for key in ("bits", "act_bits", "levels")},
                     **{key: row[key] for key in ("accuracy", "accuracy_change", "squared_error")},
                     "epoch_seconds": seconds,

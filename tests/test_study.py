@@ -202,7 +202,7 @@ def test_the_plan_runs_nothing(scripts, capsys):
     assert said.count("--run_name study_tuning_trunk ") == 1
     assert said.count("--run_name study_seed4_trunk ") == 1
     training = (6 + 3 + 3 * 3 * 3.3) + (6 + 3 + 3 * 3.3)  # epochs of the control
-    seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60 + 20)
+    seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60 + 8 + 12)
     assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in said
     assert "--run_name study_seed4_l2grad_0.01 " in said
 
@@ -473,7 +473,7 @@ def test_tables_of_means_deviations_and_commands(scripts):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     lines = page.splitlines()
     assert lines[2] == ("|  | λ | seeds | full precision | uniform 4 | uniform 3 | uniform 2 | "
-                        "pwlq 3 | recalibrated 3 | uniform (4,4) | percentile (4,4) | epoch time |")
+                        "pwlq 3 | corrected 4 | uniform (4,4) | corrected (4,4) | epoch time |")
     # full precision 90, 91 and 92 %; at 2 bits a quarter of 1 less
     control = next(line for line in lines if line.startswith("| control "))
     cells = [cell.strip() for cell in control.strip("|").split("|")]
