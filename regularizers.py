@@ -152,22 +152,34 @@ class InverseVarianceNorm(Regularizer):
         return self.lmbda * (mean.sqrt() if self.std_dev else mean)
 
 
-class KurtosisNorm(Regularizer):
+FoldBN = Annotated[bool, "penalize the weights with batch norms folded in"]
+
+
+class ShapeRegularizer(Regularizer):
+    """Of how weights are distributed: of W_l, or with fold_bn of Ŵ_l, the folded ones (ours)."""
+
+    def __init__(self, lmbda: float, fold_bn: FoldBN = False) -> None:
+        """fold_bn: of the weights that a network without batch norms would have."""
+        super().__init__(lmbda)
+        self.inputs = ("folded_weights",) if fold_bn else ("weights",)
+
+
+class KurtosisNorm(ShapeRegularizer):
     """λ · mean_l (Kurt(W_l) − target)², Kurt(W) = mean(((W − mean W) / √Var(W))⁴).
 
     KURE of Shkolnik et al. 2020, arXiv 2002.07686: weights that are distributed uniformly, whose
     kurtosis is 1.8 (Gaussian: 3), lose least when the quantization step is not quite the best one.
     """
 
-    name, inputs = "KurtosisNorm", ("weights",)
+    name = "KurtosisNorm"
 
-    def __init__(self, lmbda: float, target: float = 1.8) -> None:
+    def __init__(self, lmbda: float, target: float = 1.8, fold_bn: FoldBN = False) -> None:
         """Take the kurtosis to aim at."""
-        super().__init__(lmbda)
+        super().__init__(lmbda, fold_bn)
         self.target = target
 
     def forward(self, weights: Tensors) -> Tensor:
-        """Return the penalty (scalar) of the weights."""
+        """Return the penalty (scalar) of the weights, or of the folded ones."""
         total = sum((_kurtosis(w) - self.target) ** 2 for w in weights)
         return self.lmbda * total / len(weights)
 
@@ -178,23 +190,15 @@ def _kurtosis(w: Tensor) -> Tensor:
     return squares.square().mean() / squares.mean().square()
 
 
-FoldBN = Annotated[bool, "penalize the weights with batch norms folded in"]
+class RangeNorm(ShapeRegularizer):
+    """λ · Σ_l max|W_l|.
 
-
-class RangeNorm(Regularizer):
-    """λ · Σ_l max|W_l|, or, with fold_bn, λ · Σ_l max|Ŵ_l| of the folded weights.
-
-    The L∞ loss of Range Regularization, arXiv 2303.08253; that of the folded weights is our own.
-    The margin and soft-min-max losses of that paper train a parameter of their own in each layer,
-    which a penalty that is a function of weights and gradients does not have: they are left out.
+    The L∞ loss of Range Regularization, arXiv 2303.08253. The margin and soft-min-max
+    losses of that paper train a parameter of their own in each layer, which a penalty that is a
+    function of weights and gradients does not have: they are left out.
     """
 
     name = "RangeNorm"
-
-    def __init__(self, lmbda: float, fold_bn: FoldBN = False) -> None:
-        """fold_bn: of the weights that a network without batch norms would have."""
-        super().__init__(lmbda)
-        self.inputs = ("folded_weights",) if fold_bn else ("weights",)
 
     def forward(self, weights: Tensors) -> Tensor:
         """Return the penalty (scalar) of the weights, or of the folded ones."""

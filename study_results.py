@@ -31,6 +31,7 @@ PAIRS = (  # beside every variant minus the control
     ("l2grad_frozen", "control_frozen"), ("stepl2grad_frozen", "control_frozen"),
     ("rangenorm", "l2grad"), ("rangenorm", "kurtosisnorm"),
     ("rangenorm_stepnoise_frozen", "rangenorm"), ("rangenorm_folded", "rangenorm"),
+    ("kurtosisnorm_folded", "kurtosisnorm"), ("kurtosisnorm_folded", "rangenorm_folded"),
     ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
     ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
 )

@@ -127,6 +127,7 @@ def test_range_norm():
     assert torch.equal(weights[0].grad, torch.tensor([0.0, -2.0]))
     folded = RangeNorm(2.0, fold_bn=True)
     assert folded.inputs == ("folded_weights",) and folded(weights).item() == norm.item()
+    assert KurtosisNorm(2.0, fold_bn=True).inputs == ("folded_weights",)
 
 
 def test_step_norms_closed_form():
