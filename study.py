@@ -59,7 +59,7 @@ VARIANTS = {
     "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.01, 0.1, 1.0, 10.0)),
     "rangenorm_folded": Variant("--regularizer RangeNorm --fold_bn", (0.03, 0.1, 0.3)),
-    "kurtosisnorm_folded": Variant("--regularizer KurtosisNorm --fold_bn", (0.1, 1.0, 10.0)),
+    "kurtosisnorm_folded": Variant("--regularizer KurtosisNorm --fold_bn", (0.01, 0.1, 1.0, 10.0)),
     "combined": Variant(
         "--phases 0:none {first}:VarianceNorm=1.25 {late}:VarianceNorm=1.25+L2Grad@weights=0.05",
         cost=(1 + SECOND_ORDER) / 2,

@@ -24,12 +24,14 @@ def main() -> None:
     parser.add_argument("weights", nargs="+", type=Path, metavar="FILE", help=".pt files")
     parser.add_argument("--bits", type=bit_width, default=4, help="of a weight: 2 to 16")
     utils.add_choice(parser, "--model", MODELS, "ConvNet", "network that the files are of")
+    parser.add_argument("--fold_bn", action="store_true", help="with batch norms folded in")
     args = parser.parse_args()
     for path in args.weights:
         net = MODELS[args.model]()
         try:
             files.load_weights(net, path)
-        except (files.FileError, OSError) as error:
+            net = qu.fold_batch_norm(net) if args.fold_bn else net
+        except (files.FileError, OSError, ValueError) as error:
             parser.stop(1, f"error: {error}")
         print(f"{path}: layer, m/σ, relative squared error at {args.bits} bits")
         rows = []
