@@ -35,9 +35,10 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     accuracies = by_seed(rows)
     with rc_context(STYLE):
-        lines = -(-len(MAIN) // 4)
-        figure = Figure(figsize=(9.6, lines * (0.9 + 0.2 * len(variants))))
-        panels = figure.subplots(lines, 4, sharey=True)
+        lines = 2
+        columns = -(-len(MAIN) // lines)
+        figure = Figure(figsize=(2 + 2 * columns, lines * (0.9 + 0.2 * len(variants))))
+        panels = figure.subplots(lines, columns, sharey=True)
         for axes in panels.flat[len(MAIN):]:
             axes.remove()
         for axes, of in zip(panels.flat, MAIN, strict=False):

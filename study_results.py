@@ -24,7 +24,7 @@ SCHEME_OF = {  # what uniform quantization is called in rows, by study.QUANTIZAT
 }
 MAIN: list[Setting] = [
     FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32),
-    (CORRECTED, 4, 32), ("uniform", 4, 4), (CORRECTED, 4, 4),
+    *((CORRECTED, bits, 32) for bits in (4, 3, 2)), ("uniform", 4, 4), (CORRECTED, 4, 4),
 ]
 PAIRS = (  # beside every variant minus the control
     ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
