@@ -1,8 +1,8 @@
 """The results of the study as rows, and what they say: means, paired differences, correlations.
 
 A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
-Networks whose activations are quantized have their batch norms folded. RECALIBRATED are those whose
-batch-norm statistics were estimated again after uniform quantization, CORRECTED those whose
+Networks whose activations are quantized have their batch norms folded. "recalibrated" are those
+whose batch-norm statistics were estimated again after uniform quantization, CORRECTED those whose
 channels keep their means and deviations, with outliers among the activations clipped.
 """
 
@@ -18,9 +18,9 @@ from report import UNQUANTIZED
 
 Setting = tuple[str, int, int]
 FULL: Setting = (UNQUANTIZED, 32, 32)
-RECALIBRATED, CORRECTED = "recalibrated", "corrected"
+CORRECTED = "corrected"
 SCHEME_OF = {  # what uniform quantization is called in rows, by study.QUANTIZATIONS; or "uniform"
-    "recalibrated": RECALIBRATED, "corrected": CORRECTED, "corrected_folded": CORRECTED,
+    "recalibrated": "recalibrated", "corrected": CORRECTED, "corrected_folded": CORRECTED,
 }
 MAIN: list[Setting] = [
     FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32),

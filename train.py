@@ -106,6 +106,7 @@ def evaluate(
     """
     net.eval()
     inputs = regularizer.inputs if regularizer else ()
+    folded = utils.folded_weights(net) if "folded_weights" in inputs else []
     totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
     first, step = distributed.rank(), distributed.world_size()
     for number, (x, y) in enumerate(loader.batches(0, first, step)):
@@ -121,7 +122,7 @@ def evaluate(
         penalty = torch.zeros_like(loss)
         if regularizer:
             fed["loss_change"] = partial(loss_change, net, criterion, x, y, dtype, loss, ())
-            fed["folded_weights"] = utils.folded_weights(net) if "folded_weights" in inputs else []
+            fed["folded_weights"] = folded
             with torch.no_grad():
                 penalty = regularizer(*(fed[name] for name in inputs))
         totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty])

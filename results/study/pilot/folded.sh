@@ -1,5 +1,9 @@
+#!/usr/bin/env bash
 # Where (4,4) loses, on held-out images: networks of results/study/tuning, which study.py makes.
-# OMP_NUM_THREADS=1 bash results/study/pilot/folded.sh > results/study/pilot/folded.log
+# From the root: bash results/study/pilot/folded.sh > results/study/pilot/folded.log
+set -euo pipefail
+export OMP_NUM_THREADS=1
+
 run() {
     echo "\$ python quant_inference.py $*"
     python quant_inference.py "$@" --fold_bn --holdout 5000 --output "$(mktemp -d)" 2>&1 |
