@@ -104,8 +104,8 @@ QUANTIZATIONS = {  # flags of quant_inference.py
     "recalibrated": "--bits 2 3 4 --schemes uniform --bn_images 4000 --precision bf16",
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
     "corrected": "--bits 2 3 4 --schemes uniform --bias_correction --precision bf16",
-    "corrected_folded": "--bits 4 --schemes uniform --bias_correction --fold_bn --act_bits same "
-                        "--calibration percentile",
+    "corrected_folded": "--bits 4 --schemes uniform pwlq --bias_correction --fold_bn "
+                        "--act_bits same --calibration percentile",
 }
 FINAL = ("weights", "recalibrated", "folded", "corrected", "corrected_folded")  # on the test set
 TUNING_SEED = 0
@@ -355,19 +355,21 @@ def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_resul
             yield study_results.Result(
                 name, lmbda, seed, branch.target.with_suffix(".json"),
                 {how: job.target for how, job in jobs.items()},
-                [f"mkdir -p {branch.target.parent}", *map(as_it_ran, (*branch.needs, branch)),
-                 *(job.line for job in jobs.values())],
+                [f"mkdir -p {branch.target.parent}",
+                 *(as_it_ran(job.target.with_suffix(".json"))
+                   for job in (*branch.needs, branch, *jobs.values()))],
                 grid.first,
             )
 
 
-def as_it_ran(trained: Job) -> str:
-    """Return the command that a training was run with, as its record has it; raises FileError.
+def as_it_ran(path: Path) -> str:
+    """Return the command of a training's record or of a results.json; raises FileError.
 
     With its number of threads: sums are taken in that order.
     """
-    with files.read_json(trained.target.with_suffix(".json")) as record:
-        threads, command = record["machine"]["threads"], shlex.join(record["command"])
+    with files.read_json(path) as record:
+        ran = record["settings"] | record  # a results.json has them among its settings
+        threads, command = ran["machine"]["threads"], shlex.join(ran["command"])
     return f"OMP_NUM_THREADS={threads} python {command}"
 
 

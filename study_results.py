@@ -2,8 +2,9 @@
 
 A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
 Networks whose activations are quantized have their batch norms folded. "recalibrated" are those
-whose batch-norm statistics were estimated again after uniform quantization, CORRECTED those whose
-channels keep their means and deviations, with outliers among the activations clipped.
+whose batch-norm statistics were estimated again after uniform quantization, "corrected" (of uniform
+quantization) and "corrected pwlq" those whose channels keep their means and deviations, with
+outliers among the activations clipped.
 """
 
 import math
@@ -18,13 +19,16 @@ from report import UNQUANTIZED
 
 Setting = tuple[str, int, int]
 FULL: Setting = (UNQUANTIZED, 32, 32)
-CORRECTED = "corrected"
-SCHEME_OF = {  # what uniform quantization is called in rows, by study.QUANTIZATIONS; or "uniform"
-    "recalibrated": "recalibrated", "corrected": CORRECTED, "corrected_folded": CORRECTED,
+SCHEME_OF = {  # what a scheme is called in rows, by study.QUANTIZATIONS; or as it is
+    ("recalibrated", "uniform"): "recalibrated",
+    ("corrected", "uniform"): "corrected",
+    ("corrected_folded", "uniform"): "corrected",
+    ("corrected_folded", "pwlq"): "corrected pwlq",
 }
 MAIN: list[Setting] = [
     FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32),
-    *((CORRECTED, bits, 32) for bits in (4, 3, 2)), ("uniform", 4, 4), (CORRECTED, 4, 4),
+    *(("corrected", bits, 32) for bits in (4, 3)), ("uniform", 4, 4),
+    *((scheme, 4, 4) for scheme in ("corrected", "corrected pwlq")),
 ]
 PAIRS = (  # beside every variant minus the control
     ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
@@ -88,7 +92,7 @@ def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str,
                     continue
                 rows.append({
                     "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
-                    "scheme": SCHEME_OF.get(how, row["scheme"]),
+                    "scheme": SCHEME_OF.get((how, row["scheme"]), row["scheme"]),
                     **{key: row[key] for key in ("bits", "act_bits", "levels")},
                     **{key: row[key] for key in ("accuracy", "accuracy_change", "squared_error")},
                     "epoch_seconds": seconds,

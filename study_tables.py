@@ -132,13 +132,13 @@ def document(
             accuracy_table(rows, MAIN),
             "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm "
             "statistics estimated again on 4,000 training images. (W,A): weights and activations, "
-            "batch norms folded. Corrected: uniform, then mean and deviation of every channel as "
-            "before (--bias_correction); at (4,4) the range of an activation is then without its "
-            "0.01 % largest values, in place of the median of the ten largest. Full precision and "
-            "(W,A) are measured in float32, weights alone with bfloat16 convolutions; of dorefa, "
-            "which is stochastic, one rounding. Epoch time: of a regularized epoch, the median "
-            "over seeds, relative to the control's; where several jobs ran at once, all of them "
-            "were slower.",
+            "batch norms folded. Corrected: uniform, or PWLQ, then mean and deviation of every "
+            "channel as before (--bias_correction); at (4,4) the range of an activation is then "
+            "without its 0.01 % largest values, in place of the median of the ten largest. Full "
+            "precision and (W,A) are measured in float32, weights alone with bfloat16 convolutions; "
+            "of dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, the "
+            "median over seeds, relative to the control's; where several jobs ran at once, all of "
+            "them were slower.",
             "## Paired differences, percentage points, 95 % confidence interval",
             difference_table(rows, MAIN),
             "Student's t over seeds, each difference for itself: of twenty intervals around a true "

@@ -73,7 +73,9 @@ for scheme in args.schemes:
                      "act_bits": bits if args.act_bits else 32})
 Path(args.output).mkdir(exist_ok=True)
 if args.output == os.environ.get("HALF"): rows = rows[:1]
-Path(args.output, "results.json").write_text(json.dumps({"rows": rows}))
+settings = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "machine": {"threads": int(os.environ["OMP_NUM_THREADS"])}}
+Path(args.output, "results.json").write_text(json.dumps({"settings": settings, "rows": rows}))
 sys.exit(130 if len(rows) == 1 else 0)
 """
 
@@ -473,13 +475,14 @@ def test_tables_of_means_deviations_and_commands(scripts):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     lines = page.splitlines()
     assert lines[2] == ("|  | λ | seeds | full precision | uniform 4 | uniform 3 | uniform 2 | "
-                        "pwlq 3 | corrected 4 | corrected 3 | corrected 2 | uniform (4,4) | "
-                        "corrected (4,4) | epoch time |")
+                        "pwlq 3 | corrected 4 | corrected 3 | uniform (4,4) | "
+                        "corrected (4,4) | corrected pwlq (4,4) | epoch time |")
     # full precision 90, 91 and 92 %; at 2 bits a quarter of 1 less
     control = next(line for line in lines if line.startswith("| control "))
     cells = [cell.strip() for cell in control.strip("|").split("|")]
     assert cells[:4] == ["control", "", "3", "91.00 ± 1.00"] and cells[-1] == "1.00"
     assert cells[6] == "66.00 ± 1.00"
+    assert cells[10:13] == 3 * ["84.75 ± 1.00"]  # (4,4): uniform, corrected, corrected pwlq
     l2grad = next(line for line in lines if line.startswith("| l2grad "))
     cells = [cell.strip() for cell in l2grad.strip("|").split("|")]
     assert cells[:4] == ["l2grad", "0.03", "3", "90.25 ± 1.00"] and cells[-1] == "1.03"

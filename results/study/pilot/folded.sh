@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=1
 run() {
     echo "\$ python quant_inference.py $*"
     python quant_inference.py "$@" --fold_bn --holdout 5000 --output "$(mktemp -d)" 2>&1 |
-        grep -E " (none|uniform) "
+        grep -E " (none|uniform|pwlq) "
 }
 tuning=results/study/tuning
 run $tuning/rangenorm_0.1.pt --bits 4 --schemes uniform
@@ -18,5 +18,9 @@ done
 for net in rangenorm_0.1 rangenorm_folded_0.1 rangenorm_folded_0.3 kurtosisnorm_folded_0.01 \
     kurtosisnorm_folded_0.1; do
     run $tuning/$net.pt --bits 4 8 --schemes uniform --act_bits 4 --calibration percentile \
+        --bias_correction
+done
+for net in control rangenorm_0.1 rangenorm_folded_0.1 rangenorm_folded_0.3 kurtosisnorm_folded_0.01; do
+    run $tuning/$net.pt --bits 4 8 --schemes pwlq --act_bits 4 --calibration percentile \
         --bias_correction
 done
