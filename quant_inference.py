@@ -98,6 +98,13 @@ def make_quantizer(scheme: str, args: argparse.Namespace, trial: int = 0) -> qu.
     return partial(qu.QUANTIZERS[scheme], **options)
 
 
+def correction(args: argparse.Namespace) -> qu.Correction | None:
+    """Return what is made of quantized weights, None for nothing."""
+    if args.mean_correction:
+        return qu.mean_correction
+    return qu.bias_correction if args.bias_correction else None
+
+
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Yield every scheme with every bit-width."""
     return itertools.product(args.schemes, args.bits)
@@ -137,7 +144,7 @@ def sweep(
         for trial in range(n_trials(scheme, args)):
             net_q, layers = qu.quantize_model(
                 net, make_quantizer(scheme, args, trial), n_bits,
-                biases=not args.fold_bn, correct=args.bias_correction,
+                biases=not args.fold_bn, correct=correction(args),
             )
             error = qu.model_error(layers, args.avg_in_layer)
             if bn_loader:
@@ -178,7 +185,7 @@ def per_layer(
         net_q = copy.deepcopy(net)
         error = qu.quantize_layer(
             net_q.get_submodule(layer), make_quantizer(scheme, args), n_bits,
-            biases=not args.fold_bn, correct=args.bias_correction,
+            biases=not args.fold_bn, correct=correction(args),
         )
         changed = net_q.get_submodule(layer).named_parameters(layer)
         deltas.append({key: (p - net.get_parameter(key)).detach() for key, p in changed})
@@ -273,9 +280,14 @@ def make_parser() -> utils.Parser:
         "--fold_bn", action="store_true",
         help="fold batch norms into the convolutions first; biases then keep full precision",
     )
-    group.add_argument(
+    only_one = group.add_mutually_exclusive_group()
+    only_one.add_argument(
+        "--mean_correction", action="store_true",
+        help="shift each output channel of the quantized weights to the mean that it had",
+    )
+    only_one.add_argument(
         "--bias_correction", action="store_true",
-        help="correct each output channel's mean and standard deviation after quantizing",
+        help="that, then scale each to the standard deviation that it had",
     )
     group.add_argument(
         "--bn_images", type=utils.number(int, at_least=2), metavar="N",

@@ -269,6 +269,9 @@ def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     return {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
+Correction = Callable[[Tensor, Tensor], Tensor]  # of (w, w_q), weights of one shape
+
+
 @torch.no_grad()
 def quantize_layer(
     layer: nn.Conv2d | nn.Linear,
@@ -276,22 +279,23 @@ def quantize_layer(
     n_bits: int,
     *,
     biases: bool = True,
-    correct: bool = False,
+    correct: Correction | None = None,
 ) -> float:
     """Quantize the layer in place and return the squared error of its weight.
 
-    `biases`: also the bias, on its weight's grid. `correct`: apply `bias_correction` to the weight.
+    `biases`: also the bias, on its weight's grid. `correct`: make this of the quantized weight.
     """
     w = layer.weight.detach().clone()
     if biases and layer.bias is not None:
         layer.bias.copy_(quantizer(layer.bias, n_bits, range_of=w))
     w_q = quantizer(w, n_bits)
-    layer.weight.copy_(bias_correction(w, w_q) if correct else w_q)
+    layer.weight.copy_(correct(w, w_q) if correct else w_q)
     return (layer.weight - w).double().square().sum().item()
 
 
 def quantize_model(
-    net: nn.Module, quantizer: Quantizer, n_bits: int, *, biases: bool = True, correct: bool = False
+    net: nn.Module, quantizer: Quantizer, n_bits: int, *, biases: bool = True,
+    correct: Correction | None = None,
 ) -> tuple[nn.Module, list[LayerError]]:
     """Return a copy of the network with quantized layers, and the error of each layer.
 
@@ -309,17 +313,28 @@ def quantize_model(
     return net, errors
 
 
+def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:
+    """Return w_q with each output channel's mean shifted to w's: w_q + mean(w) − mean(w_q).
+
+    For inputs of one mean, that removes what quantization adds to the mean of a channel's output:
+    the first half of `bias_correction`.
+    """
+    rows, rows_q = as_rows(w, True), as_rows(w_q, True)
+    shift = rows.mean(dim=1, keepdim=True) - rows_q.mean(dim=1, keepdim=True)
+    return (rows_q + shift).reshape(w.shape)
+
+
 def bias_correction(w: Tensor, w_q: Tensor) -> Tensor:
-    """Return w_q with, per output channel, w's mean added for its own and w's standard deviation.
+    """Return w_q with each output channel's mean shifted to w's, then scaled to its deviation.
 
     Source: Banner et al., NeurIPS 2019, arXiv 1810.05723, section 4: (w_q + mean(w) − mean(w_q)) ·
-    std(w) / std(w_q). A channel whose values all round to one has no spread to correct.
+    std(w) / std(w_q). The scale moves the mean again. A channel whose values all round to one has
+    no spread to correct.
     """
     rows, rows_q = as_rows(w, True), as_rows(w_q, True)
     std, std_q = (r.std(dim=1, correction=0, keepdim=True) for r in (rows, rows_q))
     ratio = torch.where(std_q > NO_SPREAD * abs_max(rows_q), std / std_q, 1)
-    shift = rows.mean(dim=1, keepdim=True) - rows_q.mean(dim=1, keepdim=True)
-    return ((rows_q + shift) * ratio).reshape(w.shape)
+    return (as_rows(mean_correction(w, w_q), True) * ratio).reshape(w.shape)
 
 
 @torch.no_grad()

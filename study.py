@@ -103,8 +103,8 @@ QUANTIZATIONS = {  # flags of quant_inference.py
     "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16",
     "recalibrated": "--bits 2 3 4 --schemes uniform --bn_images 4000 --precision bf16",
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
-    "corrected": "--bits 2 3 4 --schemes uniform --bias_correction --precision bf16",
-    "corrected_folded": "--bits 4 --schemes uniform pwlq --bias_correction --fold_bn "
+    "corrected": "--bits 2 3 4 --schemes uniform --mean_correction --precision bf16",
+    "corrected_folded": "--bits 4 --schemes uniform pwlq --mean_correction --fold_bn "
                         "--act_bits same --calibration percentile",
 }
 FINAL = ("weights", "recalibrated", "folded", "corrected", "corrected_folded")  # on the test set

@@ -3,8 +3,8 @@
 A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
 Networks whose activations are quantized have their batch norms folded. "recalibrated" are those
 whose batch-norm statistics were estimated again after uniform quantization, "corrected" (of uniform
-quantization) and "corrected pwlq" those whose channels keep their means and deviations, with
-outliers among the activations clipped.
+quantization) and "corrected pwlq" those whose channels of weights keep their means, with outliers
+among the activations clipped.
 """
 
 import math

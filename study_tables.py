@@ -132,8 +132,8 @@ def document(
             accuracy_table(rows, MAIN),
             "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm "
             "statistics estimated again on 4,000 training images. (W,A): weights and activations, "
-            "batch norms folded. Corrected: uniform, or PWLQ, then mean and deviation of every "
-            "channel as before (--bias_correction); at (4,4) the range of an activation is then "
+            "batch norms folded. Corrected: uniform, or PWLQ, then the mean of every channel of "
+            "weights as before (--mean_correction); at (4,4) the range of an activation is then "
             "without its 0.01 % largest values, in place of the median of the ten largest. Full "
             "precision and (W,A) are measured in float32, weights alone with bfloat16 convolutions; "
             "of dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, the "

@@ -122,7 +122,8 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
     "flags",
     [
         ["--per_channel"], ["--overlapping"], ["--distribution", "laplace"], ["--approximate"],
-        ["--distribution", "search"], ["--fold_bn"], ["--bias_correction"], ["--avg_in_layer"],
+        ["--distribution", "search"], ["--fold_bn"], ["--bias_correction"], ["--mean_correction"],
+        ["--avg_in_layer"],
         ["--act_bits", "3"], ["--act_bits", "same", "--calibration", "percentile"],
         ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
         ["--bn_images", "64"],

@@ -391,6 +391,15 @@ def test_bias_correction_keeps_each_channels_spread_and_moves_its_mean():
     torch.testing.assert_close(same, w)
 
 
+def test_mean_correction_keeps_each_channels_mean():
+    w = torch.randn(6, 4, 3, 3, generator=seeded()).double() + 0.3
+    w_q = qu.uniform(w, 3)
+    corrected = qu.mean_correction(w, w_q)
+    torch.testing.assert_close(corrected.mean((1, 2, 3)), w.mean((1, 2, 3)))
+    torch.testing.assert_close(corrected.flatten(1).std(1), w_q.flatten(1).std(1))
+    assert (w_q.mean((1, 2, 3)) - w.mean((1, 2, 3))).abs().min() > 1e-4
+
+
 def test_folding_keeps_the_outputs(net):
     x = torch.randn(4, 3, 32, 32, generator=seeded())
     with torch.no_grad():
