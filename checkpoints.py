@@ -156,7 +156,7 @@ def resumable(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
 # Settings that --init_from takes over: in the checkpoint itself, or of what it was trained on.
 INHERITED = {
     "model", "criterion", "lr", "scheduler", "gamma", "momentum", "weight_decay", "dataset",
-    "train_subset", "holdout", "batch_size", "seed",
+    "train_subset", "holdout", "batch_size", "seed", "precision",
 }
 
 

@@ -85,8 +85,12 @@ def processes(device: str) -> Iterator[None]:
 
 
 def _started_as(name: str, alone: int) -> int:
-    """Return the number that torchrun put into the environment."""
-    return int(os.environ.get(name, alone))
+    """Return the number that torchrun put into the environment; end the program if it is none."""
+    try:
+        return int(os.environ.get(name, alone))
+    except ValueError:
+        sys.exit(f"error: {name} is {os.environ[name]!r} in the environment: unset it, or use "
+                 "torchrun, which sets a number")
 
 
 def _meet(store: dist.Store, number: int, n: int) -> str:

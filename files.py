@@ -8,7 +8,7 @@ import pickle
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -203,15 +203,19 @@ def _lock(path: Path, instead: str) -> IO[str]:
         file.close()  # its owner ended and removed it between our two calls
 
 
-def set_aside(out: Path) -> None:
-    """Rename the files of an earlier run of that name, and say so: nothing is overwritten."""
-    present = [s for s in SUFFIXES if os.path.lexists(f"{out}{s}")]
+def set_aside(names: Sequence[tuple[Path, str]]) -> None:
+    """Rename those of the files, each (name, suffix), that are there, and say so in one line.
+
+    Nothing is overwritten: name.suffix becomes name_old1.suffix, or the next number for all.
+    """
+    present = [(name, s) for name, s in names if os.path.lexists(f"{name}{s}")]
     if not present:
         return
     n = 1
-    while any(os.path.lexists(f"{out}_old{n}{s}") for s in SUFFIXES):
+    while any(os.path.lexists(f"{name}_old{n}{s}") for name, s in names):
         n += 1
-    for s in present:
-        os.replace(f"{out}{s}", f"{out}_old{n}{s}")
-    hint = "; --resume goes on with a run" if ".ckpt" in present else ""
-    print(f"{out}: the files of an earlier run are kept as {out}_old{n}{hint}", file=sys.stderr)
+    for name, s in present:
+        os.replace(f"{name}{s}", f"{name}_old{n}{s}")
+    first = present[0][0]
+    hint = "; --resume goes on with a run" if (first, ".ckpt") in present else ""
+    print(f"{first}: the files of an earlier run are kept as {first}_old{n}{hint}", file=sys.stderr)

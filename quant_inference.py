@@ -5,6 +5,7 @@ import copy
 import glob
 import inspect
 import itertools
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,10 @@ from models import MODELS
 from report import COLUMNS, LAYER_COLUMNS, UNQUANTIZED, Row
 from tracking import Tracker, describe_environment, new_run_id
 
+N_IMAGES = 512  # for calibration and for the expansion of the loss, where there are so many
 CALIBRATION_BATCH = 64  # images
+# What is kept of earlier results in the same folder, beside the plots of weights: (name, suffix).
+RESULTS = (("results", ".csv"), ("results", ".json"), ("per_layer", ".csv"), ("accuracy", ".png"))
 
 
 # --- evaluation ------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def sweep(
         mean = statistics.fmean(accuracies)
         yield {
             "checkpoint": name, "scheme": scheme, "bits": n_bits,
-            "levels": qu.levels(scheme, n_bits), "accuracy": mean,
+            "levels": qu.levels(scheme, n_bits, args.overlapping), "accuracy": mean,
             "accuracy_change": mean - accuracy, "squared_error": statistics.fmean(errors),
             "accuracy_std": statistics.stdev(accuracies) if len(found) > 1 else None,
             "trials": len(found), "loss": statistics.fmean(losses), "act_bits": act_bits or 32,
@@ -302,7 +306,7 @@ def make_parser() -> utils.Parser:
         help="also quantize the weights of one layer at a time, with the expansion of the loss",
     )
     group.add_argument(
-        "--per_layer_images", type=utils.number(int, at_least=1), default=512, metavar="N",
+        "--per_layer_images", type=utils.number(int, at_least=1), default=N_IMAGES, metavar="N",
         help="training images for that expansion",
     )
     utils.add_choice(
@@ -348,7 +352,7 @@ def add_activation_arguments(parser: argparse.ArgumentParser) -> None:
         group, "--calibration", qu.CALIBRATIONS, "topk_median", "how their range is found"
     )
     group.add_argument(
-        "--calibration_images", type=utils.number(int, at_least=1), default=512, metavar="N",
+        "--calibration_images", type=utils.number(int, at_least=1), default=N_IMAGES, metavar="N",
         help="training images for that",
     )
 
@@ -356,7 +360,7 @@ def add_activation_arguments(parser: argparse.ArgumentParser) -> None:
 def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
     """End with one line where a flag would be without effect."""
     in_full = args.precision == "fp32"  # another precision would round beside what is measured
-    utils.check_effect(parser, args, (
+    utils.check_effect(parser, (
         ("act_bits", "--precision fp32", in_full),
         ("per_layer", "--precision fp32", in_full),
         ("bn_images", "batch norms: leave out --fold_bn", not args.fold_bn),
@@ -373,52 +377,68 @@ def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
 
 
 def find(patterns: Sequence[str]) -> dict[str, Path]:
-    """Return the files that the patterns mean, by a short name: unique, and without .pt.
+    """Return the files that the patterns mean, by a short name without .pt, or where two share
+    that by their path.
 
     What matches nothing stays as it is, to be missed by name later.
     """
     found: list[Path] = []
     for pattern in patterns:
-        matches = [] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         found += map(Path, matches or [pattern])
     found = list(dict.fromkeys(found))
     names = [path.name.removesuffix(".pt") for path in found]
     return {
-        name if names.count(name) == 1 else str(path).removesuffix(".pt"): path
+        name if names.count(name) == 1 else str(path): path
         for name, path in zip(names, found, strict=True)
     }
 
 
-def load(path: Path, args: argparse.Namespace, num_classes: int) -> nn.Module:
+def load(path: Path, args: argparse.Namespace, dataset: data.Data) -> nn.Module:
     """Return the network with the weights of the file, in eval mode on the CPU.
 
     There everything is quantized: the grids are the same on every device. Raises FileError, in one
     line, where the file is not such weights, and where they are not finite.
     """
-    net = utils.make_net(args.model, num_classes, "cpu").eval()
+    net = utils.make_net(args.model, dataset.num_classes, "cpu").eval()
     files.load_weights(net, path)
     for key, value in net.state_dict().items():
         if not value.isfinite().all():
             raise files.FileError(f"{path}: {key} holds NaN or infinite values")
     try:
-        folded = qu.fold_batch_norm(net)
+        qu.check_folding(net, dataset.test_images.shape[1:])
     except ValueError as error:
         if args.fold_bn:
             raise files.FileError(f"{path}: {error}") from error
+        qu.keep_batch_norms(net)
         return net
+    folded = qu.fold_batch_norm(net)
     if not all(p.isfinite().all() for p in folded.parameters()):
         raise files.FileError(f"{path}: a batch norm has a negative or vast variance")
     return folded if args.fold_bn else net
 
 
+def check_images(args: argparse.Namespace, n_train: int) -> None:
+    """Raise DataError where a flag asks for more training images than there are.
+
+    A default becomes the number there are.
+    """
+    for flag in ("bn_images", "calibration_images", "per_layer_images"):
+        n_images = getattr(args, flag)
+        if n_images == N_IMAGES:
+            setattr(args, flag, min(N_IMAGES, n_train))
+        elif n_images and n_images > n_train:
+            raise data.DataError(f"--{flag} {n_images}: there are {n_train} training images")
+
+
 def load_all(
-    found: dict[str, Path], args: argparse.Namespace, num_classes: int
+    found: dict[str, Path], args: argparse.Namespace, dataset: data.Data
 ) -> dict[str, nn.Module]:
     """Load the files, by name, and tell which cannot be."""
     nets = {}
     for name, path in found.items():
         try:
-            nets[name] = load(path, args, num_classes)
+            nets[name] = load(path, args, dataset)
         except files.FileError as error:
             print(f"quant_inference.py: error: {error}", file=sys.stderr)
     return nets
@@ -430,9 +450,10 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     KeyboardInterrupt or a process that is lost: what was measured until then is reported first.
     """
     dataset = utils.load_dataset(args)
+    check_images(args, len(dataset.train_images))
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     test_loader, found = make_loader(dataset, args), find(args.checkpoints)
-    nets = distributed.from_main(lambda: load_all(found, args, dataset.num_classes))
+    nets = distributed.from_main(lambda: load_all(found, args, dataset))
     if not nets:
         return False
     first, net = next(iter(nets.items()))
@@ -491,6 +512,7 @@ def save(
     args: argparse.Namespace, folder: Path,
 ) -> dict[str, Path]:
     """Write CSV, JSON and plots into the folder, say where, and return the plots by title."""
+    files.set_aside([(folder / stem, suffix) for stem, suffix in RESULTS])
     report.save_csv(rows, COLUMNS, folder / "results.csv")
     record = {"settings": {**settings, **describe_environment()}, "rows": rows}
     if layer_rows:
@@ -533,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, flag) is not None:
             print(f"--{flag} is ignored: nothing is trained here")
     paths = list(find(args.checkpoints).values())
-    beside = next((path for path in paths if path.exists()), Path("."))
+    beside = next(filter(os.path.exists, paths), Path("."))
     folder = Path(args.output) if args.output else beside.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

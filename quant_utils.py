@@ -243,9 +243,14 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
 QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
 
 
-def levels(scheme: str, n_bits: int) -> int:
-    """Return how many values a tensor can take; PWLQ has those of one more bit, less one."""
-    return 2 ** (n_bits + 1) - 1 if scheme == "pwlq" else 2**n_bits
+def levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
+    """Return how many values a tensor can take; PWLQ has those of one more bit, less one.
+
+    None for PWLQ with overlapping regions, where it depends on the breakpoint.
+    """
+    if scheme != "pwlq":
+        return 2**n_bits
+    return None if overlapping else 2 ** (n_bits + 1) - 1
 
 
 # --- networks --------------------------------------------------------------------------------
@@ -368,13 +373,47 @@ def folded_weights(net: nn.Module) -> dict[nn.Parameter, Tensor]:
     return found
 
 
+def check_folding(net: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError where batch norms cannot be folded, or where that would change outputs.
+
+    Layers may run in another order than that of their definition, or more than once. Tried on a
+    copy with random parameters and statistics, on random images of that shape (3, H, W).
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        net = copy.deepcopy(net).cpu().eval()
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for t in (m.running_mean, m.running_var, m.weight, m.bias):
+                    if t is not None:
+                        t.uniform_(0.5, 2)
+            elif hasattr(m, "reset_parameters"):
+                m.reset_parameters()
+        x = torch.randn(2, *shape)
+        folded_logits, _ = fold_batch_norm(net)(x)
+        logits, _ = net(x)
+    if (folded_logits - logits).abs().max() > 1e-3 * logits.abs().max():
+        raise ValueError(
+            f"{type(net).__name__}: a batch norm does not run right after the convolution that is "
+            "defined before it, or not only then: cannot fold"
+        )
+
+
+def keep_batch_norms(net: nn.Module) -> None:
+    """Mark the network, in place: in it and its copies there is nothing to fold."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.stays = True
+
+
 def _foldable(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Yield (parent, name of a convolution, name of the batch norm right after it)."""
     for parent in net.modules():
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                yield parent, conv_name, norm_name
+                if not getattr(norm, "stays", False):
+                    yield parent, conv_name, norm_name
 
 
 def _gain(norm: nn.BatchNorm2d) -> Tensor:
@@ -403,7 +442,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every batch norm by those of these images, in place.
 
-    `batches` are images (B, 3, H, W). Mean and variance are the means over batches of the batch's
+    `batches` are images (B, 3, H, W). Mean and variance are the means over images of their batch's
     own, each layer seeing what the quantized ones before it give: quantization shifts both, and
     statistics of the unquantized network no longer fit. Source: Sun et al., NeurIPS 2019 (hybrid
     8-bit floating point). Raises ValueError where no batch norm keeps statistics.
@@ -414,9 +453,12 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a mean over all batches, not a moving one
         norm.train()
+    n_images = 0
     for images in batches:
+        n_images += len(images)
+        for norm in norms:
+            norm.momentum = len(images) / n_images  # a mean over all, not a moving one
         net(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -13,7 +13,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 import files
-from quant_utils import levels
 from tracking import Tracker
 
 Row = dict[str, Any]
@@ -188,11 +187,13 @@ def histogram_plot(
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(weights):]:
             axes.set_visible(False)
+        most = dict.fromkeys(quantizers, 0)  # values of a layer
         for axes, (name, w) in zip(grid.flat, weights.items(), strict=False):
             heights, edges = torch.histogram(w.flatten().float().cpu(), bins=80)
             axes.stairs(heights / heights.max(), edges, fill=True, color="#9a9a9a")
-            for i, quantizer in enumerate(quantizers.values()):
+            for i, (scheme, quantizer) in enumerate(quantizers.items()):
                 values, low = grid_values(quantizer, w, n_bits), -0.12 * (i + 1) - 0.02
+                most[scheme] = max(most[scheme], len(values))
                 if len(values) < 200:
                     axes.vlines(values, low, low + 0.09, COLOURS[i], linewidth=0.8)
                 else:  # closer than a pixel
@@ -201,7 +202,7 @@ def histogram_plot(
             axes.locator_params(axis="x", nbins=4)
             axes.tick_params(labelsize=8)
         lines = [Line2D([], [], color=COLOURS[i], linewidth=2) for i in range(len(quantizers))]
-        labels = [f"{s}, {n_bits} bits: {levels(s, n_bits)} values" for s in quantizers]
+        labels = [f"{scheme}, {n_bits} bits: {n} values" for scheme, n in most.items()]
         figure.legend(lines, labels, loc="outside lower center", ncols=len(lines))
         figure.suptitle(title)
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -141,18 +141,22 @@ class NotChosen(Exception):
 # --- the jobs --------------------------------------------------------------------------------
 
 
+def epoch_names(n_epochs: int) -> dict[str, int]:
+    """Return the epochs that flags name: the first regularized one, and later ones."""
+    n_regularized = n_epochs // 3
+    first = n_epochs - n_regularized
+    late, last = first + n_regularized // 2, first + n_regularized * 2 // 3
+    return {"first": first, "late": late, "last": last}
+
+
 class Grid:
     """The jobs of the study in the folder `out`, from VARIANTS and the command line."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Take the folder, the length of the runs, and further flags for the scripts."""
         self.out, self.n_epochs = Path(args.out), args.n_epochs
-        self.first = args.n_epochs - args.n_epochs // 3
-        self.epochs = {  # names of epochs in flags: the first regularized one, and later ones
-            "first": self.first,
-            "late": self.first + (args.n_epochs - self.first) // 2,
-            "last": self.first + (args.n_epochs - self.first) * 2 // 3,
-        }
+        self.epochs = epoch_names(args.n_epochs)
+        self.first = self.epochs["first"]
         self.holdout = args.holdout
         self.data_flags = shlex.split(args.data_flags)
         training = args.TRAINING.format(**self.epochs) + " " + args.train_flags
@@ -233,7 +237,7 @@ class Grid:
         """Return what λ was chosen from, and which; `keep` saves it, and it is not made again.
 
         None where there is nothing to choose. Raises NotChosen before all that it rests on has
-        been run, and where that failed. A failed candidate is left out.
+        been run, and where that failed. A failed candidate is left out, for good once it is saved.
         """
         jobs = self.tuning(name)
         if not jobs:
@@ -252,6 +256,13 @@ class Grid:
         if keep:
             made.save(self._choice_path(name))
         return made
+
+    def tell_failed(self, name: str) -> None:
+        """Print which candidates the variant's λ was chosen without."""
+        choice = self.kept_choice(name)
+        for lmbda in [lmbda for lmbda, of in choice.candidates.items() if not of] if choice else []:
+            tqdm.write(f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove "
+                       f"{self._choice_path(name)}")
 
     def chosen(self, name: str, keep: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; may raise NotChosen."""
@@ -322,6 +333,7 @@ def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int
             continue
         for job in left:
             tqdm.write(f"not run, for it needs what failed: {job.title}")
+        grid.tell_failed(name)
     return complete
 
 
@@ -405,7 +417,7 @@ OF_DATA = {"dataset", "data_dir", "device", "model"}
 OF_THE_STUDY = {
     "run_name", "save_file", "resume", "init_from", "override", "seed", "n_epochs", "holdout",
     "regularizer", "lmbda", "first_regularized_epoch", "no_activation_gradients", "freeze_bn_from",
-    "save_preregularized_model",
+    "save_preregularized_model", "lmbda_warmup",
 }
 
 
@@ -477,6 +489,10 @@ def kept_settings(path: Path) -> dict[str, object] | None:
         checker.error(str(error))
     if not isinstance(kept, dict) or kept.keys() != SETTINGS.keys():
         checker.error(f"these are not the settings of a study: {', '.join(SETTINGS)}")
+    try:
+        shlex.split(kept["TRAINING"].format(**epoch_names(6)))
+    except (LookupError, ValueError, AttributeError) as error:
+        checker.error(f"TRAINING cannot be {kept['TRAINING']!r}: {error!r}")
     flags = [f"--{name}={value}" for name, value in kept.items() if name != "TRAINING"]
     parsed = {**kept, **vars(checker.parse_args(flags))}
     for name, default in SETTINGS.items():
@@ -500,16 +516,16 @@ def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
 
 
 def changes(parser: utils.Parser, words: Sequence[str]) -> set[str]:
-    """Return the names of the flags to which the words give another value than the default."""
-    args = vars(parser.parse_args(words))
-    return {name for name, value in args.items() if value != parser.get_default(name)}
+    """Return the names of the flags that the words give."""
+    parser.parse_args(words)
+    return parser.given
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run or tabulate; exit with 1 if a job failed."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    utils.check_effect(parser, args, (
+    utils.check_effect(parser, (
         *((flag, "something to run", not args.tables) for flag in ("only", "seeds", "jobs")),
         ("epoch_seconds", "--plan", args.plan),
     ))

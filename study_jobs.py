@@ -193,8 +193,9 @@ def job_seconds(out: Path) -> dict[str, float]:
     """
     found: dict[str, list[float]] = {}
     path = out / "jobs.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError, LookupError, TypeError):
+    lines = path.read_bytes().splitlines() if path.exists() else ()
+    for line in lines:
+        with suppress(ValueError, LookupError, TypeError, ArithmeticError):
             job = json.loads(line)
             found.setdefault(job["kind"], []).append(job["seconds"] / job["at_once"])
     return {kind: statistics.median(seconds) for kind, seconds in found.items()}

@@ -69,13 +69,21 @@ class Choice:
         """Read what `save` wrote; raises FileError."""
         with files.read_json(path) as kept:
             candidates = {
-                float(lmbda): of and tuple(of) for lmbda, of in kept["candidates"].items()
+                float(lmbda): of and _pair(of) for lmbda, of in kept["candidates"].items()
             }
-            return cls(tuple(kept["control"]), candidates, kept["lmbda"])
+            if not candidates[kept["lmbda"]]:
+                raise ValueError("the λ that was taken has no accuracies")
+            return cls(_pair(kept["control"]), candidates, float(kept["lmbda"]))
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         files.save_json(asdict(self), path)
+
+
+def _pair(of: Sequence[Any]) -> tuple[float, float]:
+    """Return both accuracies as numbers; raises ValueError or TypeError."""
+    full, quantized = map(float, of)
+    return full, quantized
 
 
 def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,7 +102,8 @@ def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str,
                     "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
                     "scheme": SCHEME_OF.get((how, row["scheme"]), row["scheme"]),
                     **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                    **{key: row[key] for key in ("accuracy", "accuracy_change", "squared_error")},
+                    **{key: float(row[key])
+                       for key in ("accuracy", "accuracy_change", "squared_error")},
                     "epoch_seconds": seconds,
                 })
     return rows

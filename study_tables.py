@@ -135,7 +135,7 @@ def document(
             "batch norms folded. Corrected: uniform, or PWLQ, then the mean of every channel of "
             "weights as before (--mean_correction); at (4,4) the range of an activation is then "
             "without its 0.01 % largest values, in place of the median of the ten largest. Full "
-            "precision and (W,A) are measured in float32, weights alone with bfloat16 convolutions; "
+            "precision and (W,A) are measured in float32, weights alone in bfloat16 convolutions; "
             "of dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, the "
             "median over seeds, relative to the control's; where several jobs ran at once, all of "
             "them were slower.",

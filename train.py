@@ -271,6 +271,8 @@ def run(
     criterion = utils.make_criterion(args.criterion)
     training = Training.begin(args, dataset.num_classes)
     net, run_id = training.net, new_run_id()
+    if any("folded_weights" in r.inputs for r in penalties(args, phases)):
+        utils.check_folding(net, dataset)
     if distributed.world_size() > 1:
         fused.set_sync(net, args.sync_bn)
     if checkpoint:
@@ -279,7 +281,7 @@ def run(
             check_branch(training.state.epoch, phases, args)
         run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
     if not args.resume:
-        distributed.from_main(lambda: files.set_aside(out))
+        distributed.from_main(lambda: files.set_aside([(out, s) for s in files.SUFFIXES]))
 
     plan = describe(args, phases, dtype, compiled)
     settings = {**vars(args), "plan": plan}
@@ -337,6 +339,11 @@ def run(
         print(tracker.finish(), flush=True)
 
 
+def penalties(args: argparse.Namespace, phases: Sequence[Phase]) -> list[Regularizer]:
+    """Return every regularizer that the run will evaluate."""
+    return [*(p.regularizer for p in phases if p.regularizer), *utils.tracked(args)]
+
+
 def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] | None]:
     """Return the checkpoint to go on from, if any, and whether it is of this very run."""
     own = resumable(args, out) if args.resume else None
@@ -365,9 +372,11 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
     out = Path(name)
     if not name.isprintable() or name.endswith(("/", ".")) or not out.name:
         parser.error(f"{name!r} is not the name of a file")
+    if not args.run_name.isprintable():
+        parser.error(f"--run_name {args.run_name!r} is not the name of a run")
     phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
     first = next((p for p in phases if p.regularizer), None)
-    utils.check_effect(parser, args, (
+    utils.check_effect(parser, (
         ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
         ("watch_freq", "--watch", args.watch),
         ("override", "--resume or --init_from", args.resume or args.init_from),
@@ -398,7 +407,7 @@ def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase
         return
     except distributed.SetupError as error:
         parser.error(str(error))
-    except (files.FileError, NotFiniteError) as error:
+    except (files.FileError, utils.NetworkError, NotFiniteError) as error:
         distributed.leave_it_to_main()
         parser.stop(1, f"error: {error}", common=True)
     except data.DataError as error:
@@ -452,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
     utils.check_options(parser, args, [args.regularizer])
-    utils.check_effect(parser, args, [
+    utils.check_effect(parser, [
         ("lmbda", "a --regularizer", regularizer),
         ("first_regularized_epoch", "a --regularizer", regularizer),
         ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in options),

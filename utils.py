@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -33,8 +33,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         """Show the defaults in --help."""
         super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
+        self.given: set[str] = set()  # flags of the last command line
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse as ever, and note which flags are given, be it with their default."""
+        unset = object()
+        marked = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        known = vars(super().parse_known_args(args, marked)[0])
+        self.given = {name for name, value in known.items() if value is not unset}
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2; all processes find the same error, one tells it."""
@@ -239,15 +251,13 @@ def check_options(parser: Parser, args: argparse.Namespace, names: Iterable[str]
             parser.error(f"--{option}: {', '.join(names)} does not take it")
 
 
-def check_effect(
-    parser: Parser, args: argparse.Namespace, needs: Iterable[tuple[str, str, object]]
-) -> None:
+def check_effect(parser: Parser, needs: Iterable[tuple[str, str, object]]) -> None:
     """End the program where a flag is given that would be without effect.
 
     `needs` are (flag, what it needs in words, whether that is there).
     """
     for flag, needed, there in needs:
-        if getattr(args, flag) != parser.get_default(flag) and not there:
+        if flag in parser.given and not there:
             parser.error(f"--{flag} needs {needed}")
 
 
@@ -299,6 +309,18 @@ def load_dataset(args: argparse.Namespace) -> data.Data:
 def make_criterion(name: str) -> nn.Module:
     """Make the loss of that name in CRITERIA: a mean over the batch."""
     return CRITERIA[name]()
+
+
+class NetworkError(RuntimeError):
+    """A network cannot do what the flags ask for; the message is one line."""
+
+
+def check_folding(net: nn.Module, dataset: data.Data) -> None:
+    """Raise NetworkError where the network's batch norms cannot be folded."""
+    try:
+        qu.check_folding(net, dataset.test_images.shape[1:])
+    except ValueError as error:
+        raise NetworkError(f"--fold_bn: {error}") from error
 
 
 def make_net(name: str, num_classes: int, device: str) -> nn.Module:

@@ -131,11 +131,12 @@ def test_a_name_is_held_by_one_run_at_a_time(tmp_path):
 
 
 def test_files_of_an_earlier_run_are_kept_and_it_is_said(tmp_path, capsys):
+    names = [(tmp_path / "r", suffix) for suffix in files.SUFFIXES]
     for n in (1, 2):
         for suffix in (".pt", ".json", ".ckpt"):
             (tmp_path / f"r{suffix}").write_text(str(n))
-        files.set_aside(tmp_path / "r")
+        files.set_aside(names)
         assert f"r_old{n}" in capsys.readouterr().err
         assert (tmp_path / f"r_old{n}.pt").read_text() == str(n)
-    files.set_aside(tmp_path / "r")
+    files.set_aside(names)
     assert capsys.readouterr().err == "" and len(list(tmp_path.iterdir())) == 6

@@ -102,7 +102,7 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         assert row["accuracy_change"] == row["accuracy"] - rows[0]["accuracy"]
         assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
         assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
-    net = qi.load(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), 10)
+    net = qi.load(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), tiny)
     for row, quantizer in ((rows[1], qu.uniform), (rows[3], qu.pwlq)):
         net_q, layers = qu.quantize_model(net, quantizer, 3)
         assert row["squared_error"] == qu.model_error(layers)
@@ -267,9 +267,72 @@ def test_globs_and_names(tiny):
         Path(path).touch()
     found = qi.find(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
     assert found == {
-        "a/net": Path("a/net.pt"), "b/net": Path("b/net.pt"), "[1]": Path("b/[1].pt"),
+        "a/net.pt": Path("a/net.pt"), "b/net.pt": Path("b/net.pt"), "[1]": Path("b/[1].pt"),
         "c*": Path("c*.pt"), "net.1": Path("net.1"), "net.2": Path("net.2"),
     }
+
+
+def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
+    files.save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "a", "x" * 300, "--bits", 4, "--schemes", "uniform") == 1
+    told = capsys.readouterr().err
+    assert "a: No such file" in told and "x: File name too long" in told
+    assert [row["checkpoint"] for row in results()["rows"]] == ["a.pt", "a.pt"]
+
+
+def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, capsys):
+    class Reordered(nn.Module):  # defined in another order than it runs in
+        def __init__(self, num_classes):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, stride=3), nn.BatchNorm2d(3)
+            self.classifier = nn.Linear(300, num_classes)
+
+        def forward(self, x):
+            return self.classifier(self.conv(self.norm(x)).flatten(1)), []
+
+    monkeypatch.setitem(qi.MODELS, "Reordered", Reordered)
+    torch.manual_seed(0)
+    net = Reordered(10).eval()
+    net.norm.running_mean.fill_(-1.5)
+    net.norm.running_var.fill_(0.01)
+    files.save_weights(net, Path("a.pt"))
+    flags = ["a.pt", "--model", "Reordered", "--bits", 8, "--schemes", "uniform"]
+    assert main(*flags) == 0
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
+    logits, _ = net((tiny.test_images / 255 - mean) / std)
+    loss = F.cross_entropy(logits, tiny.test_labels).item()
+    assert results()["rows"][0]["loss"] == pytest.approx(loss, rel=1e-4)
+    capsys.readouterr()
+    assert main(*flags, "--fold_bn") == 1
+    assert "a.pt: Reordered: a batch norm does not run right after" in capsys.readouterr().err
+
+
+def test_earlier_results_are_kept(tiny, capsys):
+    files.save_weights(make_net(), Path("a.pt"))
+    flags = ["a.pt", "--bits", 4, "--schemes", "uniform"]
+    assert main(*flags, "--per_layer", "--per_layer_images", 8) == 0
+    first = results()
+    assert main(*flags, "--per_channel") == 0
+    assert "kept as results_old1" in capsys.readouterr().err
+    assert json.loads(Path("results_old1.json").read_text(encoding="utf-8")) == first
+    assert Path("per_layer_old1.csv").exists() and not Path("per_layer.csv").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--bn_images", 97], ["--act_bits", 8, "--calibration_images", 97],
+    ["--per_layer", "--per_layer_images", 97],
+])
+def test_more_images_than_there_are(tiny, capsys, flags):
+    files.save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", *flags) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{flags[-2]} 97: there are 96 training images" in told
+
+
+def test_levels_of_overlapping_regions_are_not_known(tiny):
+    files.save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--bits", 3, "--schemes", "uniform", "pwlq", "--overlapping") == 0
+    assert [row["levels"] for row in results()["rows"]] == [None, 8, None]
 
 
 def test_constant_and_zero_layers_are_no_trouble(tiny):

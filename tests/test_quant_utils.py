@@ -442,6 +442,49 @@ def test_folding_without_batch_norm_is_refused():
         qu.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), norm))
 
 
+class Reordered(nn.Module):
+    """Its batch norm is defined after a convolution, and runs before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv(self.norm(x)).flatten(1), []
+
+
+class Shared(Reordered):
+    """Its convolution runs twice."""
+
+    def forward(self, x):
+        return self.norm(self.conv(self.conv(x))).flatten(1), []
+
+
+class InOrder(Reordered):
+    def forward(self, x):
+        return self.norm(self.conv(x)).flatten(1), []
+
+
+def test_folding_is_checked_on_outputs(net):
+    qu.check_folding(net, (3, 32, 32))
+    new = InOrder()
+    state = copy.deepcopy(new.state_dict())
+    qu.check_folding(new, (3, 8, 8))
+    assert all(torch.equal(state[key], t) for key, t in new.state_dict().items())
+    for make in (Reordered, Shared):  # new: statistics that would hide it
+        with pytest.raises(ValueError, match=f"{make.__name__}: a batch norm does not run"):
+            qu.check_folding(make(), (3, 8, 8))
+    qu.keep_batch_norms(new)
+    with pytest.raises(ValueError, match="no batch norm after a convolution"):
+        qu.fold_batch_norm(copy.deepcopy(new))
+
+
+def test_a_check_of_folding_draws_nothing_from_the_stream(net):
+    before = torch.get_rng_state()
+    qu.check_folding(net, (3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # --- activations -----------------------------------------------------------------------------
 
 
@@ -501,7 +544,7 @@ def test_activations_of_a_network_are_quantized(net):
 def test_recalibrated_statistics_are_those_of_the_images(norm):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 2, 3), norm(2)).eval()
-    batches = [torch.randn(8, 3, 9, 9) for _ in range(3)]
+    batches = [torch.randn(n, 3, 9, 9) for n in (8, 8, 2)]
     qu.recalibrate_batch_norm(net, iter(batches))
     with torch.no_grad():
         for conv, bn in ((0, 1), (2, 3)):
@@ -512,8 +555,8 @@ def test_recalibrated_statistics_are_those_of_the_images(norm):
                         module = copy.deepcopy(module).train()
                     x = module(x)
                 seen.append(net[conv](x))
-            means = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
-            variances = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+            means = sum(len(y) * y.mean((0, 2, 3)) for y in seen) / 18
+            variances = sum(len(y) * y.var((0, 2, 3)) for y in seen) / 18
             torch.testing.assert_close(net[bn].running_mean, means, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(net[bn].running_var, variances, rtol=1e-4, atol=1e-5)
     assert not any(module.training for module in net) and net[1].momentum == 0.1

@@ -254,7 +254,9 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     [
         ({"n_epochs": 2}, "'2'"), ({"n_epochs": "9"}, "n_epochs"), ({"n_epochs": 9.5}, "'9.5'"),
         ({"holdout": "many"}, "'many'"), ({"holdout": None}, "'None'"), ({"more": 1}, "TRAINING"),
-        ({"TRAINING": 3}, "TRAINING"), ({"train_flags": "it's"}, "No closing"),
+        ({"TRAINING": 3}, "TRAINING"), ({"TRAINING": "--lr {much}"}, "--lr {much}"),
+        ({"TRAINING": "--lr '1"}, "No closing"),
+        ({"train_flags": "it's"}, "No closing"),
         ({"data_flags": None}, "data_flags"), (None, "TRAINING"), ("not JSON", "Expecting value"),
     ],
 )
@@ -275,6 +277,8 @@ def test_a_study_that_is_none(changed, told, mode, scripts, capsys):
     [
         ("--train_flags=--bogus 1", "--bogus"), ("--train_flags=--lr much", "'much'"),
         ("--train_flags=--seed 7", "--train_flags: --seed"),
+        ("--train_flags=--seed 242", "--train_flags: --seed"),  # the default of train.py
+        ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
         ("--train_flags=--model ConvNet --dataset Synthetic", "--dataset"),
         ("--data_flags=--holdout 9", "--data_flags: --holdout"), ("--data_flags=--lr 1", "--lr"),
@@ -286,11 +290,22 @@ def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, told, scripts, ca
     assert said.count("\n") == 1 and told in said and not Path("out").exists() and not scripts()
 
 
+CHOICE = '{"control": [0.9, 0.8], "candidates": {"0.03": %s}, "lmbda": %s}'
+TEXT_FOR_NUMBER = json.dumps({"rows": [{
+    "scheme": "uniform", "bits": 4, "act_bits": 32, "levels": 16, "accuracy": "much",
+    "accuracy_change": 0, "squared_error": 0,
+}]})
+
+
 @pytest.mark.parametrize(
     ("path", "content"),
     [
         ("seed0/trunk.json", None), ("seed0/control.json", "{}"), ("seed0/control.json", "[]"),
         ("seed0/control_weights/results.json", ""), ("tuning/l2grad_choice.json", '{"control": '),
+        ("seed0/control_weights/results.json", TEXT_FOR_NUMBER),
+        ("tuning/l2grad_choice.json", CHOICE % ('"much"', 0.03)),
+        ("tuning/l2grad_choice.json", CHOICE % ("null", 0.03)),
+        ("tuning/l2grad_choice.json", CHOICE % ("[0.9, 0.8]", 0.04)),
         ("seed0/control_folded/results.json", '{"rows": [{"scheme": "uniform"}]}'),
     ],
 )
@@ -365,8 +380,8 @@ def test_a_row_has_the_command_that_it_was_run_with(scripts, monkeypatch):
 
 def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
     assert main("--only", "control", "--seeds", "0") == 0
-    with open("out/jobs.jsonl", "a") as file:
-        file.write('{}\n7\n{"kind": "tru')  # killed while it wrote
+    with open("out/jobs.jsonl", "ab") as file:
+        file.write(b'{}\n7\n\xff\n{"kind": "trunk", "seconds": 1, "at_once": 0}\n{"kind": "tru')
     known = study_jobs.job_seconds(Path("out"))
     assert set(known) == {"trunk", "control", *(f"quantize {how}" for how in study.FINAL)}
     assert grid().trunk(7, tuning=False).seconds == known["trunk"] < 60
@@ -394,6 +409,8 @@ def test_a_candidate_that_fails_is_left_out_and_told(
     monkeypatch.delenv("FAILS")
     assert main(*flags) == 0  # what is done with is not tried again
     assert scripts()[before:] == ["out/seed1/trunk", f"out/seed1/l2grad_{taken}"]
+    said = capsys.readouterr().out
+    assert f"λ = {failing} failed and is left out; to try it again, remove out/tuning/" in said
 
 
 @pytest.mark.parametrize("folder", ["out/tuning/l2grad_0.03_tuning", "out/seed0/control_weights"])

@@ -515,7 +515,8 @@ def test_begin_where_another_run_is(script, tmp_path):
 
     for flags, said in ((("--n_epochs", 2), "nothing to train"),
                         ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1"),
-                        ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)")):
+                        ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)"),
+                        ((*late, "--precision", "bf16"), "(--precision)")):
         vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *common, *flags)
         assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
 
@@ -528,6 +529,31 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
     args.holdout = 2000
     with pytest.raises(DataError, match="--holdout 2000"):
         utils.load_dataset(args)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(3072, 10)], "no batch norm after a conv"),
+        ([nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(),
+          nn.Linear(3072, 10)], "cannot fold a batch norm without"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--regularizer", "--track"])
+def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, flag, monkeypatch, capsys,
+                                                      tmp_path):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), []
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(utils.MODELS, "Net", lambda num_classes: Net(*layers))
+    with pytest.raises(SystemExit) as refused:
+        train.main(["--run_name", "r", "--model", "Net", "--dataset", "Synthetic", "--device",
+                    "cpu", flag, "RangeNorm", "--fold_bn"])
+    told = capsys.readouterr().err
+    assert refused.value.code == 1 and told.count("\n") == 1 and f"--fold_bn: {said}" in told
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -546,11 +572,14 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
         (["--watch_freq", "7"], "--watch_freq needs --watch"),
         (["--override"], "--override needs --resume or --init_from"),
         (["--lmbda", "0.1"], "--lmbda needs a --regularizer"),
+        (["--lmbda", "0.01"], "--lmbda needs a --regularizer"),  # the default, but given
         (["--first_regularized_epoch", "2"], "--first_regularized_epoch needs a --regularizer"),
+        (["--lmbd", "0.1", "--regularizer", "L1Grad"], "--lmbd"),
         (["--no_activation_gradients"], "--no_activation_gradients needs --regularizer L<P>Grad"),
         (["--lmbda_warmup", "2"], "--lmbda_warmup needs a regularizer"),
         (["--run_name", ".pt"], "''"),
         (["--run_name", "two\nlines"], "two"),
+        (["--run_name", "two\nlines", "--save_file", "one"], "two"),
         (["--run_name", "x" * 300], "longer than"),
         (["--lmbda", "-1"], "'-1'"),
         (["--lambda", "inf"], "'inf'"),
