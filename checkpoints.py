@@ -51,6 +51,8 @@ def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any] | None:
             continue
         try:
             content = torch_load(candidate)
+            if not (isinstance(content, dict) and "format" in content):
+                raise FileError(f"{candidate} is not a checkpoint: weights alone, a .pt, are none")
             check(content, {"format": int}, str(candidate))
             if content["format"] != FORMAT:
                 raise FileError(f"{candidate} is not a checkpoint of this version")

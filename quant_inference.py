@@ -319,6 +319,7 @@ def make_parser() -> utils.Parser:
     parser.set_defaults(batch_size=500)
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="DIR", help="folder; None: beside the first file")
+    group.add_argument("--no_plots", action="store_true", help="tables only")
     utils.add_wandb_arguments(parser)
     group = parser.add_argument_group("of earlier versions, ignored")
     group.add_argument("--n_epochs", help="nothing is trained here")
@@ -414,7 +415,8 @@ def load(path: Path, args: argparse.Namespace, dataset: data.Data) -> nn.Module:
         return net
     folded = qu.fold_batch_norm(net)
     if not all(p.isfinite().all() for p in folded.parameters()):
-        raise files.FileError(f"{path}: a batch norm has a negative or vast variance")
+        raise files.FileError(f"{path}: folding overflows: a batch norm has a negative or vast "
+                              "variance, or weights are vast")
     return folded if args.fold_bn else net
 
 
@@ -511,7 +513,10 @@ def save(
     rows: Sequence[Row], layer_rows: Sequence[Row], nets: dict[str, nn.Module], settings: Row,
     args: argparse.Namespace, folder: Path,
 ) -> dict[str, Path]:
-    """Write CSV, JSON and plots into the folder, say where, and return the plots by title."""
+    """Write CSV, JSON and plots into the folder, say where, and return the plots by title.
+
+    What is there of earlier results is kept.
+    """
     files.set_aside([(folder / stem, suffix) for stem, suffix in RESULTS])
     report.save_csv(rows, COLUMNS, folder / "results.csv")
     record = {"settings": {**settings, **describe_environment()}, "rows": rows}
@@ -519,9 +524,10 @@ def save(
         report.save_csv(layer_rows, LAYER_COLUMNS, folder / "per_layer.csv")
         record["per_layer"] = layer_rows
     files.save_json(record, folder / "results.json")
-    drawn = draw(rows, nets, args, folder)
+    drawn = {} if args.no_plots else draw(rows, nets, args, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
-    print("plots:   " + ", ".join(map(str, drawn.values())))
+    if drawn:
+        print("plots:   " + ", ".join(map(str, drawn.values())))
     return drawn
 
 

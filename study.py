@@ -205,7 +205,9 @@ class Grid:
         folder = Path(f"{self._stem(trained)}_{how}")
         held = ["--holdout", str(self.holdout)] if how == "tuning" else []
         flags = [*self.data_flags, *QUANTIZATIONS[how].split(), *held]
-        command = ("quant_inference.py", str(trained.target), *flags, "--output", str(folder))
+        command = (
+            "quant_inference.py", str(trained.target), *flags, "--no_plots", "--output", str(folder)
+        )
         seconds = self.measured.get(f"quantize {how}", QUANTIZATION_SECONDS[how])
         return Job(f"quantize {how}", (folder / "results.json",), command, seconds, (trained,))
 

@@ -123,8 +123,6 @@ class Running:
         if job.needs:  # nothing goes on from its checkpoint, as from a trunk's
             for suffix in (".ckpt", ".ckpt.previous"):
                 job.target.with_suffix(suffix).unlink(missing_ok=True)
-            for plot in job.target.parent.glob("*.png"):  # the study draws its own
-                plot.unlink()
         return True
 
 

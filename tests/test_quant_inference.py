@@ -329,6 +329,12 @@ def test_more_images_than_there_are(tiny, capsys, flags):
     assert told.count("\n") == 1 and f"{flags[-2]} 97: there are 96 training images" in told
 
 
+def test_tables_without_plots(tiny, capsys):
+    files.save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots") == 0
+    assert "plots:" not in capsys.readouterr().out and not list(Path(".").glob("*.png"))
+
+
 def test_levels_of_overlapping_regions_are_not_known(tiny):
     files.save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 3, "--schemes", "uniform", "pwlq", "--overlapping") == 0

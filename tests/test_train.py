@@ -516,7 +516,8 @@ def test_begin_where_another_run_is(script, tmp_path):
     for flags, said in ((("--n_epochs", 2), "nothing to train"),
                         ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1"),
                         ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)"),
-                        ((*late, "--precision", "bf16"), "(--precision)")):
+                        ((*late, "--precision", "bf16"), "(--precision)"),
+                        ((*late, "--init_from", "stem.pt"), "stem.pt is not a checkpoint")):
         vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *common, *flags)
         assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
 
