@@ -26,9 +26,8 @@ SCHEME_OF = {  # what a scheme is called in rows, by study.QUANTIZATIONS; or as 
     ("corrected_folded", "pwlq"): "corrected pwlq",
 }
 MAIN: list[Setting] = [
-    FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("pwlq", 3, 32),
-    *(("corrected", bits, 32) for bits in (4, 3)), ("uniform", 4, 4),
-    *((scheme, 4, 4) for scheme in ("corrected", "corrected pwlq")),
+    FULL, *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
+    *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
 ]
 PAIRS = (  # beside every variant minus the control
     ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
