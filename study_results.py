@@ -37,6 +37,8 @@ PAIRS = (  # beside every variant minus the control
     ("kurtosisnorm_folded", "kurtosisnorm"), ("kurtosisnorm_folded", "rangenorm_folded"),
     ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
     ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
+    ("stepl2grad", "stepl2grad_held"), ("stepl1grad", "stepl1grad_held"),
+    ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),
 )
 # Student's t, 97.5 %, for 1, 2, … degrees of freedom; the last one stands for more, too wide.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
