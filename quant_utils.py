@@ -380,7 +380,7 @@ def check_folding(net: nn.Module, shape: tuple[int, int, int]) -> None:
     copy with random parameters and statistics, on random images of that shape (3, H, W).
     """
     with torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's stream
         net = copy.deepcopy(net).cpu().eval()
         for m in net.modules():
             if isinstance(m, nn.BatchNorm2d):

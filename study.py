@@ -262,9 +262,10 @@ class Grid:
     def tell_failed(self, name: str) -> None:
         """Print which candidates the variant's λ was chosen without."""
         choice = self.kept_choice(name)
-        for lmbda in [lmbda for lmbda, of in choice.candidates.items() if not of] if choice else []:
-            tqdm.write(f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove "
-                       f"{self._choice_path(name)}")
+        for lmbda, accuracies in choice.candidates.items() if choice else ():
+            if not accuracies:
+                tqdm.write(f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove "
+                           f"{self._choice_path(name)}")
 
     def chosen(self, name: str, keep: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; may raise NotChosen."""
@@ -508,16 +509,16 @@ def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
     data_flags, train_flags = shlex.split(args.data_flags), shlex.split(args.train_flags)
     of_training, of_quantization = train.make_parser(), quant_inference.make_parser()
     of_quantization.parse_args(["weights.pt", *data_flags])  # they end it where there is no such
-    changed = {
-        "data": changes(of_training, data_flags) - OF_DATA,
-        "train": changes(of_training, train_flags) & (OF_THE_STUDY | OF_DATA),
+    refused = {
+        "data": given(of_training, data_flags) - OF_DATA,
+        "train": given(of_training, train_flags) & (OF_THE_STUDY | OF_DATA),
     }
-    for kind, names in changed.items():
+    for kind, names in refused.items():
         if names:
             parser.error(f"--{kind}_flags: --{sorted(names)[0]} is not for it to say")
 
 
-def changes(parser: utils.Parser, words: Sequence[str]) -> set[str]:
+def given(parser: utils.Parser, words: Sequence[str]) -> set[str]:
     """Return the names of the flags that the words give."""
     parser.parse_args(words)
     return parser.given
