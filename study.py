@@ -42,56 +42,56 @@ class Variant:
 
 
 SECOND_ORDER = 3.3
-# In the order in which they run: the questions that matter most come first. λ·R of the two λ of a
-# gradient penalty is about 0.5 and 1.5 where regularization begins, in evaluation mode, so that all
-# of them choose from equal strengths. Larger ones cost more accuracy than MAX_LOSS allows.
+# In the order of the tables; --only runs them in its own. λ·R of the two λ of a gradient penalty is
+# about 0.5 and 1.5 where regularization begins, in evaluation mode, so that all of them choose from
+# equal strengths. Larger ones cost more accuracy than MAX_LOSS allows.
 # _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
 VARIANTS = {
     "control": Variant("--regularizer none"),
-    "rangenorm": Variant("--regularizer RangeNorm", (0.03, 0.1, 0.3, 1.0)),
-    "l2grad": Variant("--regularizer L2Grad", (0.03, 0.1), SECOND_ORDER),
+    "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
     "l1grad": Variant("--regularizer L1Grad", (1.5e-4, 5e-4), SECOND_ORDER),
+    "l1grad_weights": Variant(
+        "--regularizer L1Grad --no_activation_gradients", cost=SECOND_ORDER, tuned_as="l1grad"
+    ),
+    "l2grad": Variant("--regularizer L2Grad", (0.03, 0.1), SECOND_ORDER),
+    "l2grad_weights": Variant(
+        "--regularizer L2Grad --no_activation_gradients", cost=SECOND_ORDER, tuned_as="l2grad"
+    ),
+    "l2grad_frozen": Variant(
+        "--regularizer L2Grad --freeze_bn_from {first}", (0.01, 0.03), SECOND_ORDER
+    ),
+    "linfgrad": Variant("--regularizer LinfGrad", (0.15, 0.5), SECOND_ORDER),
+    "stepl1grad": Variant("--regularizer StepL1Grad", (0.015, 0.05), SECOND_ORDER),
+    "stepl1grad_held": Variant(
+        "--regularizer StepL1Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl1grad"
+    ),
+    "stepl2grad": Variant("--regularizer StepL2Grad", (6.0, 20.0), SECOND_ORDER),
+    "stepl2grad_held": Variant(
+        "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl2grad"
+    ),
+    "stepl2grad_frozen": Variant(
+        "--regularizer StepL2Grad --freeze_bn_from {first}", (2.0, 6.0), SECOND_ORDER
+    ),
+    "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "stepnoise_frozen": Variant(
         "--regularizer StepNoise --freeze_bn_from {first}", (0.3, 1.0), 2.1
     ),
     "variancenorm": Variant("--regularizer VarianceNorm", (1.25, 5.0, 20.0)),
-    "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
-    "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
-    "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.01, 0.1, 1.0, 10.0)),
-    "rangenorm_folded": Variant("--regularizer RangeNorm --fold_bn", (0.03, 0.1, 0.3)),
-    "kurtosisnorm_folded": Variant("--regularizer KurtosisNorm --fold_bn", (0.01, 0.1, 1.0, 10.0)),
+    "stddevnorm": Variant("--regularizer StdDevNorm", (1.0, 4.0, 16.0)),
+    "inversevariancenorm": Variant("--regularizer InverseVarianceNorm", (3e-5, 3e-4, 3e-3)),
+    "inversestddevnorm": Variant("--regularizer InverseStdDevNorm", (0.003, 0.03, 0.3)),
     "combined": Variant(
         "--phases 0:none {first}:VarianceNorm=1.25 {late}:VarianceNorm=1.25+L2Grad@weights=0.05",
         cost=(1 + SECOND_ORDER) / 2,
     ),
+    "rangenorm": Variant("--regularizer RangeNorm", (0.03, 0.1, 0.3, 1.0)),
+    "rangenorm_folded": Variant("--regularizer RangeNorm --fold_bn", (0.03, 0.1, 0.3)),
     "rangenorm_stepnoise_frozen": Variant(
         "--phases 0:none {first}:RangeNorm=0.1+StepNoise={lmbda} --freeze_bn_from {first}",
         (0.3, 1.0), 2.1,
     ),
-    "stepl2grad": Variant("--regularizer StepL2Grad", (6.0, 20.0), SECOND_ORDER),
-    "stepl1grad": Variant("--regularizer StepL1Grad", (0.015, 0.05), SECOND_ORDER),
-    "l2grad_frozen": Variant(
-        "--regularizer L2Grad --freeze_bn_from {first}", (0.01, 0.03), SECOND_ORDER
-    ),
-    "stddevnorm": Variant("--regularizer StdDevNorm", (1.0, 4.0, 16.0)),
-    "inversevariancenorm": Variant("--regularizer InverseVarianceNorm", (3e-5, 3e-4, 3e-3)),
-    "inversestddevnorm": Variant("--regularizer InverseStdDevNorm", (0.003, 0.03, 0.3)),
-    "stepl2grad_frozen": Variant(
-        "--regularizer StepL2Grad --freeze_bn_from {first}", (2.0, 6.0), SECOND_ORDER
-    ),
-    "stepl2grad_held": Variant(
-        "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl2grad"
-    ),
-    "stepl1grad_held": Variant(
-        "--regularizer StepL1Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl1grad"
-    ),
-    "l2grad_weights": Variant(
-        "--regularizer L2Grad --no_activation_gradients", cost=SECOND_ORDER, tuned_as="l2grad"
-    ),
-    "l1grad_weights": Variant(
-        "--regularizer L1Grad --no_activation_gradients", cost=SECOND_ORDER, tuned_as="l1grad"
-    ),
-    "linfgrad": Variant("--regularizer LinfGrad", (0.15, 0.5), SECOND_ORDER),
+    "kurtosisnorm": Variant("--regularizer KurtosisNorm", (0.01, 0.1, 1.0, 10.0)),
+    "kurtosisnorm_folded": Variant("--regularizer KurtosisNorm --fold_bn", (0.01, 0.1, 1.0, 10.0)),
 }
 # The learning rate is 0.1 before regularization, a tenth of that with it, a hundredth at the end.
 TRAINING = (

@@ -25,6 +25,8 @@ SCHEME_OF = {  # what a scheme is called in rows, by study.QUANTIZATIONS; or as 
     ("corrected_folded", "uniform"): "corrected",
     ("corrected_folded", "pwlq"): "corrected pwlq",
 }
+# Of the first table, and of figures and differences.
+OPENING: list[Setting] = [FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("uniform", 4, 4)]
 MAIN: list[Setting] = [
     FULL, *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
     *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),

@@ -10,6 +10,7 @@ from report import save_csv
 from study_results import (
     FULL,
     MAIN,
+    OPENING,
     Choice,
     Ends,
     Result,
@@ -129,7 +130,7 @@ def document(
     """Return all tables as one markdown page, with the commands of every row."""
     settings = sorted(set(map(setting, rows)), key=lambda s: (s[0], s[2] != 32, -s[1]))
     text = ["# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
-            accuracy_table(rows, MAIN),
+            accuracy_table(rows, OPENING),
             "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm "
             "statistics estimated again on 4,000 training images. (W,A): weights and activations, "
             "batch norms folded. Corrected: uniform, or PWLQ, then the mean of every channel of "

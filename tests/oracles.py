@@ -1,4 +1,4 @@
-"""The slow and obvious versions that the fast code is compared with."""
+"""Small nets, and the slow and obvious versions that the fast code is compared with."""
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,21 @@ class SmoothNet(nn.Module):
         a1 = F.softplus(self.norm1(self.conv1(x)))
         a2 = F.softplus(self.conv2(a1))
         return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
+
+
+class Reordered(nn.Module):
+    """Its batch norm is defined after a convolution, and runs before it."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.classifier = nn.Linear(3, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.classifier(self.features(x).mean(dim=(2, 3))), []
 
 
 def penalized_weights(net: nn.Module) -> list[Tensor]:

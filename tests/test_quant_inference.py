@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,18 +282,9 @@ def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
 
 
 def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, capsys):
-    class Reordered(nn.Module):  # defined in another order than it runs in
-        def __init__(self, num_classes):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 3, stride=3), nn.BatchNorm2d(3)
-            self.classifier = nn.Linear(300, num_classes)
-
-        def forward(self, x):
-            return self.classifier(self.conv(self.norm(x)).flatten(1)), []
-
-    monkeypatch.setitem(qi.MODELS, "Reordered", Reordered)
+    monkeypatch.setitem(qi.MODELS, "Reordered", oracles.Reordered)
     torch.manual_seed(0)
-    net = Reordered(10).eval()
+    net = oracles.Reordered(10).eval()
     net.norm.running_mean.fill_(-1.5)
     net.norm.running_var.fill_(0.01)
     files.save_weights(net, Path("a.pt"))

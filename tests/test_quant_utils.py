@@ -3,6 +3,7 @@ import math
 from functools import partial
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -442,27 +443,16 @@ def test_folding_without_batch_norm_is_refused():
         qu.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), norm))
 
 
-class Reordered(nn.Module):
-    """Its batch norm is defined after a convolution, and runs before it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.conv(self.norm(x)).flatten(1), []
-
-
-class Shared(Reordered):
+class Shared(oracles.Reordered):
     """Its convolution runs twice."""
 
-    def forward(self, x):
-        return self.norm(self.conv(self.conv(x))).flatten(1), []
+    def features(self, x):
+        return self.norm(self.conv(self.conv(x)))
 
 
-class InOrder(Reordered):
-    def forward(self, x):
-        return self.norm(self.conv(x)).flatten(1), []
+class InOrder(oracles.Reordered):
+    def features(self, x):
+        return self.norm(self.conv(x))
 
 
 def test_folding_is_checked_on_outputs(net):
@@ -471,7 +461,7 @@ def test_folding_is_checked_on_outputs(net):
     state = copy.deepcopy(new.state_dict())
     qu.check_folding(new, (3, 8, 8))
     assert all(torch.equal(state[key], t) for key, t in new.state_dict().items())
-    for make in (Reordered, Shared):  # new: statistics that would hide it
+    for make in (oracles.Reordered, Shared):  # new: statistics that would hide it
         with pytest.raises(ValueError, match=f"{make.__name__}: a batch norm does not run"):
             qu.check_folding(make(), (3, 8, 8))
     qu.keep_batch_norms(new)
