@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -42,10 +42,8 @@ def script(tmp_path):
 
     def run(name: str, *arguments: object, **changes: str | None) -> subprocess.CompletedProcess:
         env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
-        return subprocess.run(
-            [sys.executable, ROOT / name, *map(str, arguments)], cwd=tmp_path, text=True,
-            capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
-            env={key: value for key, value in env.items() if value is not None},
-        )
+        env = {key: value for key, value in env.items() if value is not None}
+        argv = [str(ROOT / name), *map(str, arguments)]
+        return forks.call(forks.command, argv, cwd=tmp_path, env=env)
 
     return run
