@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -m slow
