@@ -395,7 +395,19 @@ def find(patterns: Sequence[str]) -> dict[str, Path]:
     }
 
 
-def load(path: Path, args: argparse.Namespace, dataset: data.Data) -> nn.Module:
+def is_foldable(args: argparse.Namespace, dataset: data.Data) -> bool:
+    """Tell whether batch norms of the model can be folded; NetworkError where they should be."""
+    net = utils.make_net(args.model, dataset.num_classes, "cpu")
+    try:
+        utils.check_folding(net, dataset)
+    except utils.NetworkError:
+        if args.fold_bn:
+            raise
+        return False
+    return True
+
+
+def load(path: Path, args: argparse.Namespace, dataset: data.Data, foldable: bool) -> nn.Module:
     """Return the network with the weights of the file, in eval mode on the CPU.
 
     There everything is quantized: the grids are the same on every device. Raises FileError, in one
@@ -406,11 +418,7 @@ def load(path: Path, args: argparse.Namespace, dataset: data.Data) -> nn.Module:
     for key, value in net.state_dict().items():
         if not value.isfinite().all():
             raise files.FileError(f"{path}: {key} holds NaN or infinite values")
-    try:
-        qu.check_folding(net, dataset.test_images.shape[1:])
-    except ValueError as error:
-        if args.fold_bn:
-            raise files.FileError(f"{path}: {error}") from error
+    if not foldable:
         qu.keep_batch_norms(net)
         return net
     folded = qu.fold_batch_norm(net)
@@ -436,11 +444,11 @@ def check_images(args: argparse.Namespace, n_train: int) -> None:
 def load_all(
     found: dict[str, Path], args: argparse.Namespace, dataset: data.Data
 ) -> dict[str, nn.Module]:
-    """Load the files, by name, and tell which cannot be."""
-    nets = {}
+    """Load the files, by name, and tell which cannot be; NetworkError as is_foldable."""
+    foldable, nets = is_foldable(args, dataset), {}
     for name, path in found.items():
         try:
-            nets[name] = load(path, args, dataset)
+            nets[name] = load(path, args, dataset, foldable)
         except files.FileError as error:
             print(f"quant_inference.py: error: {error}", file=sys.stderr)
     return nets
@@ -573,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             complete = run(args, folder)
     except distributed.SetupError as error:
         parser.error(str(error))
-    except (data.DataError, OSError, distributed.LostError) as error:
+    except (data.DataError, utils.NetworkError, OSError, distributed.LostError) as error:
         common = isinstance(error, data.DataError) and not distributed.is_first_here()
         parser.stop(1, f"error: {error}", common)
     except KeyboardInterrupt:
