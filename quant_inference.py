@@ -8,7 +8,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -396,7 +396,7 @@ def find(patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def is_foldable(args: argparse.Namespace, dataset: data.Data) -> bool:
-    """Tell whether batch norms of the model can be folded; NetworkError where they should be."""
+    """Tell whether batch norms of the model can be folded; NetworkError if not, with --fold_bn."""
     net = utils.make_net(args.model, dataset.num_classes, "cpu")
     try:
         utils.check_folding(net, dataset)
@@ -428,17 +428,17 @@ def load(path: Path, args: argparse.Namespace, dataset: data.Data, foldable: boo
     return folded if args.fold_bn else net
 
 
-def check_images(args: argparse.Namespace, n_train: int) -> None:
-    """Raise DataError where a flag asks for more training images than there are.
+def check_images(args: argparse.Namespace, given: Set[str], n_train: int) -> None:
+    """Raise DataError where a flag that is given asks for more training images than there are.
 
     A default becomes the number there are.
     """
     for flag in ("bn_images", "calibration_images", "per_layer_images"):
         n_images = getattr(args, flag)
-        if n_images == N_IMAGES:
-            setattr(args, flag, min(N_IMAGES, n_train))
-        elif n_images and n_images > n_train:
-            raise data.DataError(f"--{flag} {n_images}: there are {n_train} training images")
+        if n_images and n_images > n_train:
+            if flag in given:
+                raise data.DataError(f"--{flag} {n_images}: there are {n_train} training images")
+            setattr(args, flag, n_train)
 
 
 def load_all(
@@ -454,13 +454,14 @@ def load_all(
     return nets
 
 
-def run(args: argparse.Namespace, folder: Path) -> bool:
+def run(args: argparse.Namespace, given: Set[str], folder: Path) -> bool:
     """Evaluate every file and report; return whether all could be evaluated.
 
+    `given` are the flags of the command line, without dashes.
     KeyboardInterrupt or a process that is lost: what was measured until then is reported first.
     """
     dataset = utils.load_dataset(args)
-    check_images(args, len(dataset.train_images))
+    check_images(args, given, len(dataset.train_images))
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     test_loader, found = make_loader(dataset, args), find(args.checkpoints)
     nets = distributed.from_main(lambda: load_all(found, args, dataset))
@@ -578,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--output: {error}")
     try:
         with distributed.processes(args.device):
-            complete = run(args, folder)
+            complete = run(args, parser.given, folder)
     except distributed.SetupError as error:
         parser.error(str(error))
     except (data.DataError, utils.NetworkError, OSError, distributed.LostError) as error:

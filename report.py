@@ -117,6 +117,7 @@ TITLES = {  # bits alone would flatter PWLQ
     "dorefa": "DoReFa, stochastic (2ᵇ levels)",
     "pwlq": "PWLQ (2ᵇ⁺¹ − 1 levels)",
     "recalibrated": "uniform, new batch-norm statistics",
+    "corrected": "uniform, means corrected",
 }
 
 

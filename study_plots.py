@@ -11,11 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 import files
 from report import COLOURS, STYLE, accuracy_plot, look
-from study_results import MAIN, Choice, by_seed, summary
+from study_results import MAIN, Choice, by_seed, difference, summary
 from study_tables import label
 
 SHOWN = (  # in the figures of curves, which have seven colours
-    "control", "rangenorm", "stepnoise_frozen", "l2grad", "l1grad", "variancenorm", "kurtosisnorm",
+    "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
+    "kurtosisnorm",
 )
 
 
@@ -28,34 +29,42 @@ def look_of(variant: str, variants: Iterable[str]) -> dict[str, str]:
 
 
 def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a panel for each main setting: every variant's mean and standard deviation, and seeds.
+    """Draw a panel for each main setting: how many points more than the control a variant has.
 
-    The vertical line is the control's mean.
+    Paired by seed: each seed a tick, the mean a marker with its 95 % interval, which may go beyond
+    the frame: a circle where it holds 0, a square where it does not. In a study without the control
+    its first variant takes that place.
     """
     variants = list(dict.fromkeys(row["variant"] for row in rows))
+    base = "control" if "control" in variants else variants[0]
+    others = [variant for variant in variants if variant != base]
     accuracies = by_seed(rows)
     with rc_context(STYLE):
         lines = 2
         columns = -(-len(MAIN) // lines)
-        figure = Figure(figsize=(2 + 2 * columns, lines * (0.9 + 0.2 * len(variants))))
+        figure = Figure(figsize=(2 + 2 * columns, lines * (1.1 + 0.2 * len(others))))
         panels = figure.subplots(lines, columns, sharey=True)
         for axes in panels.flat[len(MAIN):]:
             axes.remove()
         for axes, of in zip(panels.flat, MAIN, strict=False):
-            for y, variant in enumerate(variants):
-                points = [100 * a for a in accuracies.get((variant, of), {}).values()]
-                if not points:
-                    continue
-                mean, std = statistics.fmean(points), statistics.pstdev(points)
-                if len(points) > 1:
-                    std = statistics.stdev(points)
+            of_base = accuracies.get((base, of), {})
+            for y, variant in enumerate(others):
+                found = accuracies.get((variant, of), {})
+                points = [100 * (found[seed] - of_base[seed]) for seed in found if seed in of_base]
                 axes.plot(points, [y] * len(points), "|", color="#999999")
-                axes.errorbar(mean, y, xerr=std, capsize=2, **look(variant != "control"))
-                if variant == "control":
-                    axes.axvline(mean, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
-            axes.set(title=label(of), xlabel="test accuracy, %")
-        panels.flat[0].set_yticks(range(len(variants)), variants)
-        panels.flat[0].invert_yaxis()
+            axes.margins(x=0.25)
+            axes.autoscale_view()
+            axes.autoscale(False, axis="x")
+            for y, variant in enumerate(others):
+                if known := difference(accuracies.get((variant, of), {}), of_base):
+                    _, mean, half = known
+                    differs = abs(mean) > half
+                    axes.errorbar(100 * mean, y, xerr=100 * half, capsize=2, **look(differs))
+            axes.axvline(0, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
+            mean = f"{100 * statistics.fmean(of_base.values()):.1f} %" if of_base else "–"
+            axes.set(title=f"{label(of)}\n{base}: {mean}", xlabel="points more")
+        panels.flat[0].set_yticks(range(len(others)), others)
+        panels.flat[0].set_ylim(len(others) - 0.5, -0.5)
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

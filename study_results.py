@@ -40,6 +40,7 @@ PAIRS = (  # beside every variant minus the control
     ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
     ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
     ("stepl2grad", "stepl2grad_held"), ("stepl1grad", "stepl1grad_held"),
+    ("rangenorm", "stepl2grad"), ("rangenorm", "stepl1grad"),
     ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),
 )
 # Student's t, 97.5 %, for 1, 2, … degrees of freedom; the last one stands for more, too wide.
@@ -188,7 +189,23 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-Ends = dict[str, dict[tuple[str, int], float]]  # by name, then by variant and seed
+def losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what quantization costs each variant: full precision minus quantized, by network."""
+    accuracies = by_seed(rows)
+    found = []
+    for (variant, of), quantized in accuracies.items():
+        known = difference(accuracies.get((variant, FULL), {}), quantized)
+        if known and of != FULL:
+            n, mean, half = known
+            found.append({
+                "variant": variant, "scheme": of[0], "bits": of[1], "act_bits": of[2],
+                "n": n, "mean": mean, "low": mean - half, "high": mean + half,
+            })
+    return found
+
+
+Networks = dict[tuple[str, int], float]  # a number of each network, by variant and seed
+Ends = dict[str, Networks]  # by name
 
 
 def at_the_end(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Ends:
@@ -207,6 +224,37 @@ def at_the_end(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
             key = row["variant"], row["seed"]
             ends.setdefault("squared error", {})[key] = row["squared_error"]
     return ends
+
+
+Points = Iterable[tuple[float, float]]
+
+
+def over_networks(x: Networks, y: Networks) -> Points:
+    """Return (x, y) of each network that has both."""
+    return [(x[key], y[key]) for key in x if key in y]
+
+
+def over_variants(x: Networks, y: Networks) -> Points:
+    """Return the mean (x, y) of each variant: as many networks of one kind count once."""
+    return [_mean(points) for points in _by_variant(x, y)]
+
+
+def within_variants(x: Networks, y: Networks) -> Points:
+    """Return each network's (x, y) as deviations from its variant's mean: what seeds do."""
+    means = ((points, _mean(points)) for points in _by_variant(x, y) if len(points) > 1)
+    return [(a - mean[0], b - mean[1]) for points, mean in means for a, b in points]
+
+
+def _by_variant(x: Networks, y: Networks) -> list[list[tuple[float, float]]]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for variant, seed in x.keys() & y.keys():
+        found.setdefault(variant, []).append((x[variant, seed], y[variant, seed]))
+    return list(found.values())
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    a, b = (statistics.fmean(of) for of in zip(*points, strict=True))
+    return a, b
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

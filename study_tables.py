@@ -1,7 +1,7 @@
 """The tables of the study, as one markdown page and as CSV files."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,20 @@ from study_results import (
     OPENING,
     Choice,
     Ends,
+    Networks,
+    Points,
     Result,
     Setting,
     at_the_end,
+    by_seed,
     differences,
+    losses,
+    over_networks,
+    over_variants,
     rank_correlation,
     setting,
     summary,
+    within_variants,
 )
 
 
@@ -63,15 +70,28 @@ def accuracy_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) 
 
 def difference_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> str:
     """Return the table of paired differences in percentage points with their 95 % intervals."""
-    lines: dict[tuple[str, str, int], dict[Setting, str]] = {}
-    for d in differences(rows):
+    return interval_table(differences(rows), settings, lambda d: f"{d['variant']} − {d['minus']}")
+
+
+def loss_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) -> str:
+    """Return the table of what quantization costs, in percentage points with 95 % intervals."""
+    return interval_table(losses(rows), settings, lambda d: d["variant"])
+
+
+def interval_table(
+    found: Sequence[dict[str, Any]], settings: Sequence[Setting],
+    name: Callable[[dict[str, Any]], str],
+) -> str:
+    """Return a table of means and 95 % intervals in percentage points, with a line a name."""
+    lines: dict[tuple[str, int], dict[Setting, str]] = {}
+    for d in found:
         half = 100 * (d["high"] - d["low"]) / 2
         text = f"{100 * d['mean']:+.2f} ± {half:.2f}"
-        lines.setdefault((d["variant"], d["minus"], d["n"]), {})[setting(d)] = text
+        lines.setdefault((name(d), d["n"]), {})[setting(d)] = text
     return markdown(
         ["", "seeds", *map(label, settings)],
-        ([f"{a} − {b}", str(n), *(cells.get(of, "–") for of in settings)]
-         for (a, b, n), cells in lines.items()),
+        ([of, str(n), *(cells.get(of, "–") for of in settings)]
+         for (of, n), cells in lines.items()),
     )
 
 
@@ -95,13 +115,20 @@ def tracked_table(ends: Ends) -> str:
 
 
 def prediction_table(
-    ends: Ends, rows: Sequence[dict[str, Any]], settings: Sequence[Setting]
+    ends: Ends, rows: Sequence[dict[str, Any]], settings: Sequence[Setting],
+    points: Callable[[Networks, Networks], Points] = over_networks,
 ) -> str:
     """Return the rank correlations of each name's values with what quantization loses."""
-    lost = {(r["variant"], r["seed"], setting(r)): -r["accuracy_change"] for r in rows}
+    accuracies = by_seed(rows)
+    lost = {
+        which: {(variant, seed): full - accuracies[variant, which][seed]
+                for (variant, of), found in accuracies.items() if of == FULL
+                for seed, full in found.items() if seed in accuracies.get((variant, which), {})}
+        for which in settings
+    }
 
-    def cell(of: Mapping[tuple[str, int], float], which: Setting) -> str:
-        pairs = [(v, lost[*key, which]) for key, v in of.items() if (*key, which) in lost]
+    def cell(of: Networks, which: Setting) -> str:
+        pairs = list(points(of, lost[which]))
         rho = rank_correlation(*zip(*pairs, strict=True)) if len(pairs) > 2 else None
         return "–" if rho is None else f"{rho:+.2f}"
 
@@ -129,6 +156,7 @@ def document(
 ) -> str:
     """Return all tables as one markdown page, with the commands of every row."""
     settings = sorted(set(map(setting, rows)), key=lambda s: (s[0], s[2] != 32, -s[1]))
+    n_intervals = sum(setting(d) in MAIN for d in differences(rows))
     text = ["# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
             accuracy_table(rows, OPENING),
             "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm "
@@ -142,8 +170,11 @@ def document(
             "them were slower.",
             "## Paired differences, percentage points, 95 % confidence interval",
             difference_table(rows, MAIN),
-            "Student's t over seeds, each difference for itself: of twenty intervals around a true "
-            "zero, one is expected to miss it."]
+            f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
+            f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
+            "## Points lost: full precision minus quantized, 95 % confidence interval",
+            loss_table(rows, MAIN[1:]),
+            "Of the same network, over seeds."]
     for scheme in dict.fromkeys(s[0] for s in settings if s != FULL):
         columns = [FULL, *(s for s in settings if s[0] == scheme)]
         text += [f"## {scheme}", accuracy_table(rows, columns)]
@@ -155,12 +186,17 @@ def document(
                  "norm takes the batch's statistics unless they are frozen, gradients are smaller. "
                  "The squared error is that of uniform quantization at 4 bits.",
                  "## What goes with the accuracy that quantization loses",
-                 prediction_table(ends, rows, [of for of in MAIN[1:] if of[1] > 2]),
-                 f"Spearman's rank correlation over {len(results)} networks, of "
-                 f"{len({of.variant for of in results})} variants, of these values with the points "
-                 "of accuracy that are lost: 1 where the network with the larger value always "
-                 "loses more. It is no more than that: seeds of a variant are much alike, and the "
-                 "variants were made to differ in these values."]
+                 f"Spearman's rank correlation of these values with the points of accuracy that "
+                 f"are lost, over {len(results)} networks of "
+                 f"{len({of.variant for of in results})} variants: 1 where the one with the larger "
+                 "value always loses more. It is no more than that: the variants were made to "
+                 "differ in these values, and many of them are close to the control."]
+        lossy = [of for of in MAIN[1:] if of[1] > 2]
+        for title, points in (("Over all networks", over_networks),
+                              ("Over the means of variants", over_variants),
+                              ("Within variants, over seeds: deviations from the mean of the "
+                               "variant", within_variants)):
+            text += [f"{title}:", prediction_table(ends, rows, lossy, points)]
     if choices:
         text += ["## The choice of λ", choice_table(choices),
                  "Held-out accuracy in %, of one seed: candidates that differ by less than seeds "
@@ -180,7 +216,7 @@ def write(
     """Write tables.md and the CSV files into `out`; there is at least one result."""
     page = document(results, rows, tracked, choices)
     tables = {"results": rows, "summary": summary(rows), "differences": differences(rows),
-              "tracked": tracked}
+              "losses": losses(rows), "tracked": tracked}
     for name, of in tables.items():
         path = out / f"{name}.csv"
         if of:

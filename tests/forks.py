@@ -1,6 +1,7 @@
 """Processes that start in milliseconds, where an interpreter takes seconds to load torch.
 
-They are forks of a server that has loaded other people's packages, and none of our own modules.
+They are forks of a server that has loaded other people's packages, and none of our own modules: a
+module that leans on what it does not import itself, of these packages, is not found out.
 """
 
 import multiprocessing
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
+SECONDS = 300
 FORKS.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure", "wandb"])
 
 
@@ -20,23 +22,33 @@ def call(
     function: Callable[..., None], *arguments: object, cwd: Path,
     env: Mapping[str, str] = os.environ,
 ) -> subprocess.CompletedProcess:
-    """Call a function of a module in a process of its own, with nothing to read on stdin."""
+    """Call a function of a module in a process of its own, with nothing to read on stdin.
+
+    Raises TimeoutExpired after five minutes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("out", "err")]
-        fork = FORKS.Process(target=_work, args=(function, arguments, cwd, dict(env), paths))
+        for path in paths:
+            path.touch()
+        fork = FORKS.Process(
+            target=_work, args=(function, arguments, cwd, dict(env), paths), daemon=True
+        )
         fork.start()
-        fork.join(300)
-        if fork.exitcode is None:
+        try:
+            fork.join(SECONDS)
+            if fork.exitcode is None:
+                raise subprocess.TimeoutExpired(arguments, SECONDS)
+        finally:
             fork.kill()
             fork.join()
-        out, err = (path.read_text() if path.exists() else "" for path in paths)
+        out, err = (path.read_text() for path in paths)
         return subprocess.CompletedProcess(arguments, fork.exitcode, out, err)
 
 
 def _work(function, arguments, cwd, env, paths):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(paths, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -44,9 +56,10 @@ def _work(function, arguments, cwd, env, paths):
 
 
 def command(argv: Sequence[str]) -> None:
-    """Do what `python argv…` does, on one thread."""
+    """Do what `python argv…` does, on one thread; what it registered with atexit is not called."""
     import torch
 
     torch.set_num_threads(1)
     sys.argv = list(argv)
+    sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")

@@ -111,7 +111,8 @@ def finished(scripts, tmp_path_factory):
     kept = tmp_path_factory.getbasetemp() / "finished"
     if not kept.exists():
         assert main("--only", "control", "l2grad", "--seeds", "0") == 0
-        shutil.copytree("out", kept)
+        shutil.copytree("out", kept.with_suffix(".half"))
+        kept.with_suffix(".half").rename(kept)
     shutil.copytree(kept, "out", dirs_exist_ok=True)
 
 
@@ -291,6 +292,7 @@ def test_a_study_that_is_none(changed, told, mode, scripts, capsys):
         ("--train_flags=--seed 242", "--train_flags: --seed"),  # the default of train.py
         ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
+        ("--train_flags=--fold_bn", "--fold_bn"), ("--train_flags=--hold_step", "--hold_step"),
         ("--train_flags=--model ConvNet --dataset Synthetic", "--dataset"),
         ("--data_flags=--holdout 9", "--data_flags: --holdout"), ("--data_flags=--lr 1", "--lr"),
     ],
@@ -470,11 +472,12 @@ def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
     code = (f"import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import study; "
             f"study.study_jobs.__file__ = {study_jobs.__file__!r}; study.main(['--out', 'out', "
             "'--n_epochs', '6', '--only', 'control', '--seeds', '0'])")
-    process = subprocess.Popen([sys.executable, "-c", code])
-    wait_for("out/seed0/control.ckpt")
-    time.sleep(0.2)  # until it sleeps
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        try:
+            wait_for("out/seed0/control.ckpt")
+            time.sleep(0.2)  # until it sleeps
+        finally:
+            process.kill()
     wait_for("stopped")
     assert main("--only", "control", "--seeds", "0") == 0
     assert scripts() == ["out/seed0/trunk", "out/seed0/control", "out/seed0/control"]
@@ -557,15 +560,35 @@ def test_rank_correlations_are_those_of_scipy():
     assert study_results.rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0])
     assert study_results.rank_correlation(x, [1.0] * 5) is None
     rows = [
-        {"variant": variant, "seed": seed, "scheme": "uniform", "bits": 4, "act_bits": 32,
-         "accuracy_change": -lost, "squared_error": lost}
-        for variant, seed, lost in (("control", 0, 0.3), ("control", 1, 0.2), ("a", 0, 0.1))
+        {"variant": variant, "seed": seed, "scheme": scheme, "bits": bits, "act_bits": 32,
+         "accuracy": 0.9 - lost, "squared_error": lost}
+        for variant, seed, lost_4 in (("control", 0, 0.3), ("control", 1, 0.2), ("a", 0, 0.1))
+        for scheme, bits, lost in (("none", 32, 0.0), ("uniform", 4, lost_4))
     ]
     tracked = [{"variant": row["variant"], "seed": row["seed"], "epoch": 5, "name": "L2Grad",
-                "value": -row["squared_error"]} for row in rows]
+                "value": -row["squared_error"]} for row in rows if row["bits"] == 4]
     ends = study_results.at_the_end(tracked, rows)
     found = study_tables.prediction_table(ends, rows, [("uniform", 4, 32), ("uniform", 3, 32)])
     assert found.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
+
+
+def test_variants_count_once_and_seeds_are_deviations():
+    x = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 10.0, ("b", 2): 0.0, ("c", 0): 5.0}
+    y = {("a", 0): 4.0, ("a", 1): 2.0, ("b", 0): -1.0, ("c", 0): 7.0, ("d", 0): 0.0}
+    assert sorted(study_results.over_networks(x, y)) == [(1, 4), (3, 2), (5, 7), (10, -1)]
+    assert sorted(study_results.over_variants(x, y)) == [(2, 3), (5, 7), (10, -1)]
+    assert sorted(study_results.within_variants(x, y)) == [(-1, 1), (1, -1)]
+
+
+def test_losses_are_those_of_the_same_network():
+    rows = [{"variant": "a", "seed": seed, "scheme": scheme, "bits": bits, "act_bits": 32,
+             "accuracy": accuracy}
+            for scheme, bits, of in (("none", 32, (0.9, 0.8)), ("uniform", 4, (0.8, 0.76)))
+            for seed, accuracy in enumerate(of)]
+    [lost] = study_results.losses(rows)
+    half = scipy.stats.t.ppf(0.975, 1) * 0.03
+    assert (lost["scheme"], lost["bits"], lost["n"]) == ("uniform", 4, 2)
+    assert (lost["mean"], lost["high"]) == pytest.approx((0.07, 0.07 + half), abs=1e-5)
 
 
 @pytest.mark.slow
