@@ -226,35 +226,35 @@ def at_the_end(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
     return ends
 
 
-Points = Iterable[tuple[float, float]]
+Points = list[tuple[float, float]]  # (x, y) of networks
 
 
-def over_networks(x: Networks, y: Networks) -> Points:
-    """Return (x, y) of each network that has both."""
-    return [(x[key], y[key]) for key in x if key in y]
+def all_networks(x: Networks, y: Networks) -> list[Points]:
+    """Return one group: (x, y) of each network that has both."""
+    return [[(x[key], y[key]) for key in x if key in y]]
 
 
-def over_variants(x: Networks, y: Networks) -> Points:
-    """Return the mean (x, y) of each variant: as many networks of one kind count once."""
-    return [_mean(points) for points in _by_variant(x, y)]
+def of_each_seed(x: Networks, y: Networks) -> list[Points]:
+    """Return a group for each seed, its networks: they differ by their variant alone."""
+    groups: dict[int, Points] = {}
+    for (variant, seed), value in x.items():
+        if (variant, seed) in y:
+            groups.setdefault(seed, []).append((value, y[variant, seed]))
+    return list(groups.values())
 
 
-def within_variants(x: Networks, y: Networks) -> Points:
-    """Return each network's (x, y) as deviations from its variant's mean: what seeds do."""
-    means = ((points, _mean(points)) for points in _by_variant(x, y) if len(points) > 1)
-    return [(a - mean[0], b - mean[1]) for points, mean in means for a, b in points]
-
-
-def _by_variant(x: Networks, y: Networks) -> list[list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {}
-    for variant, seed in x.keys() & y.keys():
-        found.setdefault(variant, []).append((x[variant, seed], y[variant, seed]))
-    return list(found.values())
-
-
-def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    a, b = (statistics.fmean(of) for of in zip(*points, strict=True))
-    return a, b
+def within_variants(x: Networks, y: Networks) -> list[Points]:
+    """Return one group: each network's (x, y) as deviations from the mean of its variant."""
+    of: dict[str, Points] = {}
+    for (variant, seed), value in x.items():
+        if (variant, seed) in y:
+            of.setdefault(variant, []).append((value, y[variant, seed]))
+    deviations = []
+    for points in of.values():
+        mean_x, mean_y = (statistics.fmean(values) for values in zip(*points, strict=True))
+        if len(points) > 1:
+            deviations += [(a - mean_x, b - mean_y) for a, b in points]
+    return [deviations]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -17,12 +17,12 @@ from study_results import (
     Points,
     Result,
     Setting,
+    all_networks,
     at_the_end,
     by_seed,
     differences,
     losses,
-    over_networks,
-    over_variants,
+    of_each_seed,
     rank_correlation,
     setting,
     summary,
@@ -116,9 +116,12 @@ def tracked_table(ends: Ends) -> str:
 
 def prediction_table(
     ends: Ends, rows: Sequence[dict[str, Any]], settings: Sequence[Setting],
-    points: Callable[[Networks, Networks], Points] = over_networks,
+    grouped: Callable[[Networks, Networks], list[Points]] = all_networks,
 ) -> str:
-    """Return the rank correlations of each name's values with what quantization loses."""
+    """Return the rank correlations of each name's values with what quantization loses.
+
+    The mean of those of the groups that have at least three networks.
+    """
     accuracies = by_seed(rows)
     lost = {
         which: {(variant, seed): full - accuracies[variant, which][seed]
@@ -128,9 +131,10 @@ def prediction_table(
     }
 
     def cell(of: Networks, which: Setting) -> str:
-        pairs = list(points(of, lost[which]))
-        rho = rank_correlation(*zip(*pairs, strict=True)) if len(pairs) > 2 else None
-        return "–" if rho is None else f"{rho:+.2f}"
+        groups = [group for group in grouped(of, lost[which]) if len(group) > 2]
+        found = [rank_correlation(*zip(*group, strict=True)) for group in groups]
+        known = [rho for rho in found if rho is not None]
+        return f"{statistics.fmean(known):+.2f}" if known else "–"
 
     return markdown(
         ["", *map(label, settings)],
@@ -192,11 +196,12 @@ def document(
                  "value always loses more. It is no more than that: the variants were made to "
                  "differ in these values, and many of them are close to the control."]
         lossy = [of for of in MAIN[1:] if of[1] > 2]
-        for title, points in (("Over all networks", over_networks),
-                              ("Over the means of variants", over_variants),
-                              ("Within variants, over seeds: deviations from the mean of the "
-                               "variant", within_variants)):
-            text += [f"{title}:", prediction_table(ends, rows, lossy, points)]
+        for title, grouped in (
+            ("Over all networks", all_networks),
+            ("Between variants: of the networks of one seed, mean over seeds", of_each_seed),
+            ("Between seeds: deviations from the mean of the variant", within_variants),
+        ):
+            text += [f"{title}:", prediction_table(ends, rows, lossy, grouped)]
     if choices:
         text += ["## The choice of λ", choice_table(choices),
                  "Held-out accuracy in %, of one seed: candidates that differ by less than seeds "

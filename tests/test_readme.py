@@ -1,9 +1,12 @@
+import csv
 import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+
+import study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,12 +51,53 @@ def test_every_file_that_the_readme_names_exists_and_none_is_left_out():
     assert named == {path.name for path in ROOT.glob("*.py")}
 
 
-def test_the_numbers_of_the_study_are_those_of_its_tables():
-    answer = README[README.index("## The answer"):README.index("## Two commands")]
-    (where,) = set(re.findall(r"`(results/[\w.]+/tables.md)`", answer))
-    tables = (ROOT / where).read_text(encoding="utf-8").splitlines()
-    quoted = [line for line in answer.splitlines() if line.startswith("|")]
-    assert len(quoted) > 3 and all(line in tables for line in quoted)
+ANSWER = README[README.index("## The answer"):README.index("## Two commands")]
+STUDY = ROOT / "results" / "study"
+QUOTED = [line for line in ANSWER.splitlines() if line.startswith("|")]
+VARIANTS = [line.split("|")[1].strip() for line in QUOTED[2:]]
+
+
+def test_the_table_of_the_answer_is_the_first_of_the_study():
+    tables = (STUDY / "tables.md").read_text(encoding="utf-8")
+    assert "control" in VARIANTS and f"\n\n{chr(10).join(QUOTED)}\n\n" in tables
+
+
+@pytest.mark.parametrize("text", [
+    pytest.param(ANSWER, id="README.md"),
+    pytest.param((STUDY / "README.md").read_text(encoding="utf-8"), id="results/study/README.md"),
+])
+def test_every_interval_that_is_quoted_is_of_the_study(text):
+    known = set()
+    for name in ("differences.csv", "losses.csv"):
+        with open(STUDY / name, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                mean, low = 100 * float(row["mean"]), 100 * float(row["low"])
+                known |= {(f"{mean + 0:.{n}f}", f"{mean - low:.{n}f}") for n in (0, 1, 2)}
+    prose = " ".join(line for line in text.splitlines() if not line.startswith("|"))
+    quoted = re.findall(r"([−]?[\d.]+)\s±\s([\d.]*\d)", prose)
+    assert len(quoted) > 3
+    unknown = [pair for pair in quoted if (pair[0].replace("−", "-"), pair[1]) not in known]
+    assert not unknown
+
+
+def test_the_answer_counts_its_variants_and_has_a_command_for_each():
+    [(n, of)] = re.findall(r"(\d+)\sof\sthe\sstudy's\s(\d+)\svariants", ANSWER)
+    assert (int(n), int(of)) == (len(VARIANTS), len(study.VARIANTS))
+    again = [shlex.split(command)[2:] for command in commands("python study.py")
+             if "study_again" in command]
+    args = map(study.make_parser().parse_args, again)
+    assert {name for of in args for name in of.only} == set(VARIANTS)
+
+
+def test_correlations_that_are_quoted_are_those_between_variants():
+    tables = (STUDY / "tables.md").read_text(encoding="utf-8")
+    lines = tables[tables.index("\nBetween variants"):].split("\n\n")[1].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    column = table[0].index("uniform 3")
+    known = {row[0]: row[column].replace("-", "−").lstrip("+") for row in table[2:]}
+    quoted = re.findall(r"(−?0\.\d\d)\sfor\s(?:the\s)?(squared error|\w+)",
+                        " ".join(ANSWER.split()))
+    assert len(quoted) > 3 and all(known[name] == rho for rho, name in quoted)
 
 
 def test_the_regularizer_of_the_readme_works(monkeypatch):

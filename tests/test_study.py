@@ -572,12 +572,12 @@ def test_rank_correlations_are_those_of_scipy():
     assert found.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
 
 
-def test_variants_count_once_and_seeds_are_deviations():
+def test_networks_are_grouped_by_seed_or_around_their_variant():
     x = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 10.0, ("b", 2): 0.0, ("c", 0): 5.0}
     y = {("a", 0): 4.0, ("a", 1): 2.0, ("b", 0): -1.0, ("c", 0): 7.0, ("d", 0): 0.0}
-    assert sorted(study_results.over_networks(x, y)) == [(1, 4), (3, 2), (5, 7), (10, -1)]
-    assert sorted(study_results.over_variants(x, y)) == [(2, 3), (5, 7), (10, -1)]
-    assert sorted(study_results.within_variants(x, y)) == [(-1, 1), (1, -1)]
+    assert study_results.all_networks(x, y) == [[(1, 4), (3, 2), (10, -1), (5, 7)]]
+    assert study_results.of_each_seed(x, y) == [[(1, 4), (10, -1), (5, 7)], [(3, 2)]]
+    assert study_results.within_variants(x, y) == [[(-1, 1), (1, -1)]]
 
 
 def test_losses_are_those_of_the_same_network():
