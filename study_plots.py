@@ -1,7 +1,7 @@
 """The figures of the study: every variant beside the control."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import files
-from report import COLOURS, STYLE, accuracy_plot, look
+from report import STYLE, accuracy_plot, look
 from study_results import MAIN, Choice, by_seed, difference, summary
 from study_tables import label
 
@@ -18,14 +18,6 @@ SHOWN = (  # in the figures of curves, which have seven colours
     "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
     "kurtosisnorm",
 )
-
-
-def look_of(variant: str, variants: Iterable[str]) -> dict[str, str]:
-    """Return how a variant is drawn in figures of these: the same in all, SHOWN ones first."""
-    variants = dict.fromkeys(variants)
-    order = [*(v for v in SHOWN if v in variants), *(v for v in variants if v not in SHOWN)]
-    i = order.index(variant)
-    return {**look(i), "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
 def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -97,10 +89,10 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         for axes in grid.flat[len(names):]:
             axes.remove()
         for axes, name in zip(grid.flat, names, strict=False):
-            for variant in shown:
+            for i, variant in enumerate(shown):
                 if of := values.get((name, variant)):
                     means = [statistics.fmean(of[epoch]) for epoch in of]
-                    axes.plot(list(of), means, label=variant, **look_of(variant, shown))
+                    axes.plot(list(of), means, label=variant, **look(i))
             axes.axvline(first + 0.5, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -111,32 +103,39 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def choice_plot(choices: Mapping[str, Choice], variants: Sequence[str], path: Path) -> None:
-    """Draw 4-bit against full-precision accuracy on held-out images: a line a variant, over its λ.
+SHOWN_BELOW = 8.0  # points below the control at 4 bits: candidates that lose more are cut off
 
-    A white dot in a marker is on the λ that was taken; the star is the control. `variants` are
-    those of the other figures.
+
+def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
+    """Draw held-out accuracy against λ: a panel for each variant, one line for full precision.
+
+    The other is for 4 bits, and horizontal ones for the control. The vertical line is where the λ
+    is that was taken.
     """
     control = next(iter(choices.values())).control
+    every = [*control, *(accuracy for choice in choices.values()
+                         for of in choice.candidates.values() if of for accuracy in of)]
+    low = max(100 * min(every), 100 * control[1] - SHOWN_BELOW)
+    columns = min(5, len(choices))
+    lines = -(-len(choices) // columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4))
-        axes = figure.subplots()
-        for variant, choice in choices.items():
+        figure = Figure(figsize=(0.6 + 2 * columns, 0.7 + 1.8 * lines))
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+        for axes in grid.flat[len(choices):]:
+            axes.remove()
+        for axes, (variant, choice) in zip(grid.flat, choices.items(), strict=False):
             found = {lmbda: of for lmbda, of in sorted(choice.candidates.items()) if of}
-            full, quantized = zip(*found.values(), strict=True)
-            style = look_of(variant, [*variants, *choices])
-            axes.plot([100 * a for a in full], [100 * a for a in quantized], label=variant, **style)
-            for lmbda, of in found.items():
-                x, y = (100 * a for a in of)
-                axes.annotate(f"{lmbda:g}", (x, y), xytext=(4, 3), textcoords="offset points",
-                              fontsize=7, color=style["color"])
-                if lmbda == choice.lmbda:
-                    axes.plot(x, y, ".", color="white", markersize=3)
-        axes.plot(*(100 * a for a in control), "*", color="#666666", markersize=11, label="control",
-                  linestyle="none")
-        axes.set(xlabel="held-out accuracy in full precision, %",
-                 ylabel="held-out accuracy, uniform 4 bits, %")
-        figure.legend(loc="outside right center")
+            for i, name in enumerate(("full precision", "uniform 4")):
+                accuracies = [100 * of[i] for of in found.values()]
+                axes.plot(list(found), accuracies, label=name, **look(i))
+                axes.axhline(100 * control[i], color=look(i)["color"], linestyle=(0, (4, 3)),
+                             linewidth=0.9)
+            axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
+            axes.set(title=variant, xlabel="λ", xscale="log", ylim=(low - 1, 100 * max(every) + 1))
+            axes.set_xticks(list(found), [f"{lmbda:g}" for lmbda in found])
+            axes.set_xticks([], minor=True)
+        grid[0][0].set_ylabel("held-out accuracy, %")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
@@ -151,5 +150,4 @@ def draw(
     if shown := [row for row in tracked if row["variant"] in SHOWN]:
         tracked_plot(shown, first, out / "tracked.png")
     if choices:
-        variants = list(dict.fromkeys(row["variant"] for row in rows))
-        choice_plot(choices, variants, out / "choice.png")
+        choice_plot(choices, out / "choice.png")
