@@ -39,6 +39,7 @@ PAIRS = (  # beside every variant minus the control
     ("kurtosisnorm_folded", "kurtosisnorm"), ("kurtosisnorm_folded", "rangenorm_folded"),
     ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
     ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
+    ("stepl1grad", "stepnoise"), ("stepl2grad", "stepnoise"), ("rangenorm", "stepnoise"),
     ("stepl2grad", "stepl2grad_held"), ("stepl1grad", "stepl1grad_held"),
     ("rangenorm", "stepl2grad"), ("rangenorm", "stepl1grad"),
     ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),

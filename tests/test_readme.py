@@ -72,7 +72,7 @@ def test_every_interval_that_is_quoted_is_of_the_study(text):
         with open(STUDY / name, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 mean, low = 100 * float(row["mean"]), 100 * float(row["low"])
-                known |= {(f"{mean + 0:.{n}f}", f"{mean - low:.{n}f}") for n in (0, 1, 2)}
+                known |= {(f"{mean:z.{n}f}", f"{mean - low:.{n}f}") for n in (0, 1, 2)}
     prose = " ".join(line for line in text.splitlines() if not line.startswith("|"))
     quoted = re.findall(r"([−]?[\d.]+)\s±\s([\d.]*\d)", prose)
     assert len(quoted) > 3
