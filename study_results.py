@@ -182,11 +182,7 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for of in dict.fromkeys(map(setting, rows)):
             known = difference(accuracies.get((a, of), {}), accuracies.get((b, of), {}))
             if known:
-                n, mean, half = known
-                found.append({
-                    "variant": a, "minus": b, "scheme": of[0], "bits": of[1], "act_bits": of[2],
-                    "n": n, "mean": mean, "low": mean - half, "high": mean + half,
-                })
+                found.append({"variant": a, "minus": b, **_interval(of, known)})
     return found
 
 
@@ -197,12 +193,15 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (variant, of), quantized in accuracies.items():
         known = difference(accuracies.get((variant, FULL), {}), quantized)
         if known and of != FULL:
-            n, mean, half = known
-            found.append({
-                "variant": variant, "scheme": of[0], "bits": of[1], "act_bits": of[2],
-                "n": n, "mean": mean, "low": mean - half, "high": mean + half,
-            })
+            found.append({"variant": variant, **_interval(of, known)})
     return found
+
+
+def _interval(of: Setting, known: tuple[int, float, float]) -> dict[str, Any]:
+    """Return what `difference` found in that setting, as the end of a row."""
+    n, mean, half = known
+    return {"scheme": of[0], "bits": of[1], "act_bits": of[2], "n": n, "mean": mean,
+            "low": mean - half, "high": mean + half}
 
 
 Networks = dict[tuple[str, int], float]  # a number of each network, by variant and seed
