@@ -23,8 +23,9 @@ Notation (l counts layers, B is the batch size):
                  variance, a constant
 
 An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
-the scripts (--target_bits). What `forward` draws from torch's random stream is fresh in each batch
-and the same when the run is repeated.
+the scripts (--target_bits). One like HoldStep, which leaves the penalty's value as it is, says so.
+What `forward` draws from torch's random stream is fresh in each batch and the same when the run is
+repeated.
 """
 
 import inspect
@@ -208,7 +209,9 @@ class RangeNorm(ShapeRegularizer):
 # --- the loss change that quantization itself makes ------------------------------------------
 
 TargetBits = Annotated[int, "bits that the weights are to survive, 2 to 16"]
-HoldStep = Annotated[bool, "differentiate with the quantization steps held constant"]
+HoldStep = Annotated[
+    bool, "differentiate with the quantization steps held constant", "of derivatives alone"
+]
 
 
 class StepRegularizer(Regularizer):
@@ -361,6 +364,7 @@ class Option(NamedTuple):
     kind: type
     help: str
     default: object
+    changes_value: bool  # of the penalty, not of its derivatives alone
     takers: tuple[str, ...]  # names in REGULARIZERS
 
 
@@ -369,8 +373,11 @@ def regularizer_options() -> dict[str, Option]:
     found: dict[str, Option] = {}
     for name, make in REGULARIZERS.items():
         for key, parameter in inspect.signature(make).parameters.items():
-            for text in getattr(parameter.annotation, "__metadata__", ()):
+            if metadata := getattr(parameter.annotation, "__metadata__", ()):
+                text, *of_derivatives = metadata
                 takers = found[key].takers if key in found else ()
-                kind = parameter.annotation.__origin__
-                found[key] = Option(kind, text, parameter.default, (*takers, name))
+                found[key] = Option(
+                    parameter.annotation.__origin__, text, parameter.default, not of_derivatives,
+                    (*takers, name),
+                )
     return found

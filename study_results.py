@@ -208,6 +208,13 @@ Networks = dict[tuple[str, int], float]  # a number of each network, by variant 
 Ends = dict[str, Networks]  # by name
 
 
+def points_lost(rows: Sequence[dict[str, Any]], of: Setting) -> Networks:
+    """Return what that setting costs each network: full precision minus its accuracy there."""
+    full = {(row["variant"], row["seed"]): row["accuracy"] for row in rows if setting(row) == FULL}
+    there = {(row["variant"], row["seed"]): row["accuracy"] for row in rows if setting(row) == of}
+    return {key: full[key] - there[key] for key in full if key in there}
+
+
 def at_the_end(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Ends:
     """Return what was tracked after each network's last epoch, and its squared error at 4 bits."""
     last: dict[tuple[str, int], int] = {}

@@ -19,10 +19,10 @@ from study_results import (
     Setting,
     all_networks,
     at_the_end,
-    by_seed,
     differences,
     losses,
     of_each_seed,
+    points_lost,
     rank_correlation,
     setting,
     summary,
@@ -115,30 +115,22 @@ def tracked_table(ends: Ends) -> str:
 
 
 def prediction_table(
-    ends: Ends, rows: Sequence[dict[str, Any]], settings: Sequence[Setting],
+    ends: Ends, lost: Mapping[Setting, Networks],
     grouped: Callable[[Networks, Networks], list[Points]] = all_networks,
 ) -> str:
-    """Return the rank correlations of each name's values with what quantization loses.
+    """Return the rank correlations of each name's values with the points lost in each setting.
 
     The mean of those of the groups that have at least three networks.
     """
-    accuracies = by_seed(rows)
-    lost = {
-        which: {(variant, seed): full - accuracies[variant, which][seed]
-                for (variant, of), found in accuracies.items() if of == FULL
-                for seed, full in found.items() if seed in accuracies.get((variant, which), {})}
-        for which in settings
-    }
-
-    def cell(of: Networks, which: Setting) -> str:
-        groups = [group for group in grouped(of, lost[which]) if len(group) > 2]
+    def cell(of: Networks, points: Networks) -> str:
+        groups = [group for group in grouped(of, points) if len(group) > 2]
         found = [rank_correlation(*zip(*group, strict=True)) for group in groups]
         known = [rho for rho in found if rho is not None]
         return f"{statistics.fmean(known):+.2f}" if known else "–"
 
     return markdown(
-        ["", *map(label, settings)],
-        ([name, *(cell(of, which) for which in settings)] for name, of in ends.items()),
+        ["", *map(label, lost)],
+        ([name, *(cell(of, points) for points in lost.values())] for name, of in ends.items()),
     )
 
 
@@ -195,13 +187,13 @@ def document(
                  f"{len({of.variant for of in results})} variants: 1 where the one with the larger "
                  "value always loses more. It is no more than that: the variants were made to "
                  "differ in these values, and many of them are close to the control."]
-        lossy = [of for of in MAIN[1:] if of[1] > 2]
+        lost = {of: points_lost(rows, of) for of in MAIN[1:] if of[1] > 2}
         for title, grouped in (
             ("Over all networks", all_networks),
             ("Between variants: of the networks of one seed, mean over seeds", of_each_seed),
             ("Between seeds: deviations from the mean of the variant", within_variants),
         ):
-            text += [f"{title}:", prediction_table(ends, rows, lossy, grouped)]
+            text += [f"{title}:", prediction_table(ends, lost, grouped)]
     if choices:
         text += ["## The choice of λ", choice_table(choices),
                  "Held-out accuracy in %, of one seed: candidates that differ by less than seeds "

@@ -244,11 +244,12 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_options(parser: Parser, args: argparse.Namespace, names: Iterable[str]) -> None:
-    """End the program where an option is given that none of these or of the tracked ones takes."""
-    names = [*names, *args.track]
+    """End the program where an option is given that changes none of these, nor what is tracked."""
+    known = regularizer_options()
     for option in (options := given_options(args)):
-        if not any(option in taken_by(name, options) for name in names):
-            parser.error(f"--{option}: {', '.join(names)} does not take it")
+        able = [*names, *(args.track if known[option].changes_value else ())]
+        if not any(option in taken_by(name, options) for name in able):
+            parser.error(f"--{option}: {', '.join(able)} does not take it")
 
 
 def check_effect(parser: Parser, needs: Iterable[tuple[str, str, object]]) -> None:

@@ -89,15 +89,23 @@ def test_the_answer_counts_its_variants_and_has_a_command_for_each():
     assert {name for of in args for name in of.only} == set(VARIANTS)
 
 
-def test_correlations_that_are_quoted_are_those_between_variants():
+def correlations(title):
     tables = (STUDY / "tables.md").read_text(encoding="utf-8")
-    lines = tables[tables.index("\nBetween variants"):].split("\n\n")[1].splitlines()
+    lines = tables[tables.index(f"\n{title}"):].split("\n\n")[1].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     column = table[0].index("uniform 3")
-    known = {row[0]: row[column].replace("-", "−").lstrip("+") for row in table[2:]}
-    quoted = re.findall(r"(−?0\.\d\d)\sfor\s(?:the\s)?(squared error|\w+)",
-                        " ".join(ANSWER.split()))
-    assert len(quoted) > 3 and all(known[name] == rho for rho, name in quoted)
+    return {row[0]: row[column].replace("-", "−").lstrip("+") for row in table[2:]}
+
+
+def test_correlations_that_are_quoted_are_those_of_the_study():
+    between = correlations("Between variants")
+    quoted = re.findall(r"(−?0\.\d\d)\sfor\s(\w+)", ANSWER)
+    assert len(quoted) > 3 and all(between[name] == rho for rho, name in quoted)
+    page = " ".join((STUDY / "README.md").read_text(encoding="utf-8").split())
+    for title in ("Between variants", "Between seeds"):
+        [text] = re.findall(rf"\*\*{title}.*?\. ", page)
+        quoted = re.findall(r"(squared error|\w+) (−?0\.\d\d)", text)
+        assert len(quoted) > 3 and all(correlations(title)[name] == rho for name, rho in quoted)
 
 
 def test_the_regularizer_of_the_readme_works(monkeypatch):

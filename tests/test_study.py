@@ -568,7 +568,11 @@ def test_rank_correlations_are_those_of_scipy():
     tracked = [{"variant": row["variant"], "seed": row["seed"], "epoch": 5, "name": "L2Grad",
                 "value": -row["squared_error"]} for row in rows if row["bits"] == 4]
     ends = study_results.at_the_end(tracked, rows)
-    found = study_tables.prediction_table(ends, rows, [("uniform", 4, 32), ("uniform", 3, 32)])
+    settings = ("uniform", 4, 32), ("uniform", 3, 32)
+    lost = {of: study_results.points_lost(rows, of) for of in settings}
+    expected = {("control", 0): 0.3, ("control", 1): 0.2, ("a", 0): 0.1}
+    assert lost[settings[0]] == pytest.approx(expected)
+    found = study_tables.prediction_table(ends, lost)
     assert found.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
 
 

@@ -611,6 +611,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, flag, monkey
         (["--regularizer", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
         (["--track", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
         (["--regularizer", "VarianceNorm", "--hold_step"], "--hold_step"),
+        (["--track", "StepL2Grad", "--hold_step"], "--hold_step"),
         (["--init_from", "no.ckpt"], "no.ckpt"),
     ],
 )
