@@ -23,9 +23,9 @@ Notation (l counts layers, B is the batch size):
                  variance, a constant
 
 An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
-the scripts (--target_bits). One like HoldStep, which leaves the penalty's value as it is, says so.
-What `forward` draws from torch's random stream is fresh in each batch and the same when the run is
-repeated.
+the scripts (--target_bits): of type bool, int or float, and with a name that no flag has yet.
+`name` is the key in REGULARIZERS. What `forward` draws from torch's random stream is fresh in each
+batch and the same when the run is repeated.
 """
 
 import inspect
@@ -67,6 +67,10 @@ class Regularizer(nn.Module):
         self.lmbda = lmbda
 
 
+# Marks an option that --track does not take over: the value of a regularizer that is tracked means
+# the same whatever is penalized beside it.
+OF_THE_PENALTY = "of the penalty"
+
 MAX_P = 1_000_000  # beyond it the norm is max|g| to the last bit
 
 
@@ -105,9 +109,12 @@ class LPGrad(Regularizer):
 def _norm(g: Tensor, P: float) -> Tensor:
     """‖g‖_p of the flattened tensor, in float32 at least.
 
-    For P > 2, |g|^P would leave the range of float32 for ordinary gradients; the norm is
+    For 2 < P < ∞, |g|^P would leave the range of float32 for ordinary gradients; the norm is
     homogeneous, so it is taken of g / max|g| (a constant factor: the derivative is the same).
     """
+    if P == math.inf:  # vector_norm has this derivative, too, in more passes over g
+        size = g.detach().abs()
+        return g[size == size.amax()].abs().mean().to(_at_least_float32(g))
     if P <= 2:
         return torch.linalg.vector_norm(g, P, dtype=_at_least_float32(g))
     g = g.to(_at_least_float32(g))
@@ -153,7 +160,7 @@ class InverseVarianceNorm(Regularizer):
         return self.lmbda * (mean.sqrt() if self.std_dev else mean)
 
 
-FoldBN = Annotated[bool, "penalize the weights with batch norms folded in"]
+FoldBN = Annotated[bool, "penalize the weights with batch norms folded in", OF_THE_PENALTY]
 
 
 class ShapeRegularizer(Regularizer):
@@ -210,7 +217,7 @@ class RangeNorm(ShapeRegularizer):
 
 TargetBits = Annotated[int, "bits that the weights are to survive, 2 to 16"]
 HoldStep = Annotated[
-    bool, "differentiate with the quantization steps held constant", "of derivatives alone"
+    bool, "differentiate with the quantization steps held constant", OF_THE_PENALTY
 ]
 
 
@@ -364,7 +371,7 @@ class Option(NamedTuple):
     kind: type
     help: str
     default: object
-    changes_value: bool  # of the penalty, not of its derivatives alone
+    tracked: bool  # also of the regularizers that --track names
     takers: tuple[str, ...]  # names in REGULARIZERS
 
 
@@ -374,10 +381,8 @@ def regularizer_options() -> dict[str, Option]:
     for name, make in REGULARIZERS.items():
         for key, parameter in inspect.signature(make).parameters.items():
             if metadata := getattr(parameter.annotation, "__metadata__", ()):
-                text, *of_derivatives = metadata
-                takers = found[key].takers if key in found else ()
-                found[key] = Option(
-                    parameter.annotation.__origin__, text, parameter.default, not of_derivatives,
-                    (*takers, name),
-                )
+                text, *marks = metadata
+                kind, tracked = parameter.annotation.__origin__, OF_THE_PENALTY not in marks
+                takers = (*(found[key].takers if key in found else ()), name)
+                found[key] = Option(kind, text, parameter.default, tracked, takers)
     return found

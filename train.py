@@ -271,7 +271,7 @@ def run(
     criterion = utils.make_criterion(args.criterion)
     training = Training.begin(args, dataset.num_classes)
     net, run_id = training.net, new_run_id()
-    if any("folded_weights" in r.inputs for r in penalties(args, phases)):
+    if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
         utils.check_folding(net, dataset)
     if distributed.world_size() > 1:
         fused.set_sync(net, args.sync_bn)
@@ -337,11 +337,6 @@ def run(
         print(f"saved {out}.pt and {out}.json")
     finally:
         print(tracker.finish(), flush=True)
-
-
-def penalties(args: argparse.Namespace, phases: Sequence[Phase]) -> list[Regularizer]:
-    """Return every regularizer that the run will evaluate."""
-    return [*(p.regularizer for p in phases if p.regularizer), *utils.tracked(args)]
 
 
 def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] | None]:

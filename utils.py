@@ -217,7 +217,7 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--track", type=regularizer_name, nargs="+", default=[], metavar="NAME",
         help="also log the value of these, with λ = 1, after each epoch, of one fixed batch in "
-        "evaluation mode",
+        "evaluation mode; of the weights themselves, also beside --fold_bn",
     )
     for name, option in regularizer_options().items():
         kind = {"action": "store_true", "default": None}
@@ -244,10 +244,10 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_options(parser: Parser, args: argparse.Namespace, names: Iterable[str]) -> None:
-    """End the program where an option is given that changes none of these, nor what is tracked."""
+    """End the program where an option is given that none of these takes, nor what is tracked."""
     known = regularizer_options()
     for option in (options := given_options(args)):
-        able = [*names, *(args.track if known[option].changes_value else ())]
+        able = [*names, *(args.track if known[option].tracked else ())]
         if not any(option in taken_by(name, options) for name in able):
             parser.error(f"--{option}: {', '.join(able)} does not take it")
 
@@ -264,7 +264,8 @@ def check_effect(parser: Parser, needs: Iterable[tuple[str, str, object]]) -> No
 
 def tracked(args: argparse.Namespace) -> list[Regularizer]:
     """Make the regularizers that --track names; ValueError for an option with a bad value."""
-    options = given_options(args)
+    known, options = regularizer_options(), given_options(args)
+    options = {option: value for option, value in options.items() if known[option].tracked}
     return [make_regularizer(name, 1.0, **taken_by(name, options)) for name in args.track]
 
 

@@ -285,7 +285,7 @@ def test_an_annotated_argument_is_an_option(monkeypatch):
     assert set(found) == {"fold_bn", "target_bits", "hold_step"}
     assert (found["target_bits"].kind, found["target_bits"].default) == (int, 4)
     assert (found["hold_step"].kind, found["hold_step"].takers) == (bool, takers)
-    assert {name for name in found if not found[name].changes_value} == {"hold_step"}
+    assert {name for name in found if not found[name].tracked} == {"fold_bn", "hold_step"}
 
     class MyNorm(Regularizer):
         def __init__(self, lmbda, target_bits: TargetBits = 8):

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import json
 import math
@@ -481,6 +482,11 @@ def test_options_reach_those_that_take_them(monkeypatch):
     assert (made.name, made.target_bits, made.hold_step) == ("StepL2Grad", 3, True)
     assert started["track"] == ["L2Grad"]
     train.main(["--track", "StepNoise", *options])  # of what is tracked only
+    assert started["target_bits"] == 3
+    train.main(["--regularizer", "RangeNorm", "--fold_bn", "--track", "RangeNorm"])
+    [tracked] = utils.tracked(argparse.Namespace(**started))
+    assert started["phases"][0].regularizer.inputs == ("folded_weights",)
+    assert tracked.inputs == ("weights",)
     combined_protocol.main(["--phases", "0:none", "1:L1Grad@weights=1+StepL1Grad=2", *options])
     terms = started["phases"][1].regularizer.terms
     assert terms[0].only_weight_grads and terms[1].target_bits == 3
@@ -540,9 +546,7 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
           nn.Linear(3072, 10)], "cannot fold a batch norm without"),
     ],
 )
-@pytest.mark.parametrize("flag", ["--regularizer", "--track"])
-def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, flag, monkeypatch, capsys,
-                                                      tmp_path):
+def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch, capsys, tmp_path):
     class Net(nn.Sequential):
         def forward(self, x):
             return super().forward(x), []
@@ -551,7 +555,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, flag, monkey
     monkeypatch.setitem(utils.MODELS, "Net", lambda num_classes: Net(*layers))
     with pytest.raises(SystemExit) as refused:
         train.main(["--run_name", "r", "--model", "Net", "--dataset", "Synthetic", "--device",
-                    "cpu", flag, "RangeNorm", "--fold_bn"])
+                    "cpu", "--regularizer", "RangeNorm", "--fold_bn"])
     told = capsys.readouterr().err
     assert refused.value.code == 1 and told.count("\n") == 1 and f"--fold_bn: {said}" in told
     assert not list(tmp_path.iterdir())
@@ -612,6 +616,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, flag, monkey
         (["--track", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
         (["--regularizer", "VarianceNorm", "--hold_step"], "--hold_step"),
         (["--track", "StepL2Grad", "--hold_step"], "--hold_step"),
+        (["--track", "RangeNorm", "--fold_bn"], "--fold_bn"),
         (["--init_from", "no.ckpt"], "no.ckpt"),
     ],
 )
