@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 import files
 from report import STYLE, accuracy_plot, look
-from study_results import MAIN, Choice, by_seed, difference, summary
+from study_results import MAIN, Choice, by_seed, comparable, difference, setting, summary
 from study_tables import label
 
 SHOWN = (  # in the figures of curves, which have seven colours
@@ -31,6 +31,7 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     base = "control" if "control" in variants else variants[0]
     others = [variant for variant in variants if variant != base]
     accuracies = by_seed(rows)
+    means = {(s["variant"], setting(s)): s["mean"] for s in summary(rows)}
     with rc_context(STYLE):
         lines = 2
         columns = -(-len(MAIN) // lines)
@@ -53,7 +54,7 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                     differs = abs(mean) > half
                     axes.errorbar(100 * mean, y, xerr=100 * half, capsize=2, **look(differs))
             axes.axvline(0, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
-            mean = f"{100 * statistics.fmean(of_base.values()):.1f} %" if of_base else "–"
+            mean = f"{100 * means[base, of]:.1f} %" if of_base else "–"
             axes.set(title=f"{label(of)}\n{base}: {mean}", xlabel="points more")
         panels.flat[0].set_yticks(range(len(others)), others)
         panels.flat[0].set_ylim(len(others) - 0.5, -0.5)
@@ -75,7 +76,7 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
     The vertical line is where regularization begins.
     """
     values: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in tracked:
+    for row in comparable(tracked):
         of = values.setdefault((row["name"], row["variant"]), {})
         of.setdefault(row["epoch"] + 1, []).append(row["value"])
     names = list(dict.fromkeys(name for name, _ in values))
@@ -93,7 +94,7 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
                 if of := values.get((name, variant)):
                     means = [statistics.fmean(of[epoch]) for epoch in of]
                     axes.plot(list(of), means, label=variant, **look(i))
-            axes.axvline(first + 0.5, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
+            axes.axvline(first, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if all(row["value"] > 0 for row in tracked if row["name"] == name):

@@ -19,6 +19,7 @@ from study_results import (
     Setting,
     all_networks,
     at_the_end,
+    comparable,
     differences,
     losses,
     of_each_seed,
@@ -50,7 +51,7 @@ def accuracy_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) 
     seconds: dict[str, list[float]] = {}
     for row in rows:
         seconds.setdefault(row["variant"], []).append(row["epoch_seconds"])
-    median = {variant: statistics.median(times) for variant, times in seconds.items()}
+    fastest = {variant: min(times) for variant, times in seconds.items()}
 
     def cell(variant: str, of: Setting) -> str:
         if (variant, of) not in found:
@@ -59,10 +60,10 @@ def accuracy_table(rows: Sequence[dict[str, Any]], settings: Sequence[Setting]) 
         return f"{100 * mean:.2f}" if std is None else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
     lines = []
-    for variant in median:
+    for variant in fastest:
         entry = next(s for s in found.values() if s["variant"] == variant)
         lmbda = "" if entry["lmbda"] is None else f"{entry['lmbda']:g}"
-        relative = f"{median[variant] / median['control']:.2f}" if "control" in median else "–"
+        relative = f"{fastest[variant] / fastest['control']:.2f}" if "control" in fastest else "–"
         cells = [cell(variant, of) for of in settings]
         lines.append([variant, lmbda, str(entry["n"]), *cells, relative])
     return markdown(["", "λ", "seeds", *map(label, settings), "epoch time"], lines)
@@ -120,13 +121,14 @@ def prediction_table(
 ) -> str:
     """Return the rank correlations of each name's values with the points lost in each setting.
 
-    The mean of those of the groups that have at least three networks.
+    The mean of those of the groups that have at least three networks, and the extremes.
     """
     def cell(of: Networks, points: Networks) -> str:
         groups = [group for group in grouped(of, points) if len(group) > 2]
         found = [rank_correlation(*zip(*group, strict=True)) for group in groups]
         known = [rho for rho in found if rho is not None]
-        return f"{statistics.fmean(known):+.2f}" if known else "–"
+        mean = f"{statistics.fmean(known):+.2f}" if known else "–"
+        return f"{mean} ({min(known):+.2f} to {max(known):+.2f})" if len(known) > 1 else mean
 
     return markdown(
         ["", *map(label, lost)],
@@ -161,9 +163,10 @@ def document(
             "weights as before (--mean_correction); at (4,4) the range of an activation is then "
             "without its 0.01 % largest values, in place of the median of the ten largest. Full "
             "precision and (W,A) are measured in float32, weights alone in bfloat16 convolutions; "
-            "of dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, the "
-            "median over seeds, relative to the control's; where several jobs ran at once, all of "
-            "them were slower.",
+            "of dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, of "
+            "the fastest seed, relative to the control's: other work on the machine adds to it. "
+            "Means are of the seeds that all variants share; differences, points lost and "
+            "correlations are of all that there are.",
             "## Paired differences, percentage points, 95 % confidence interval",
             difference_table(rows, MAIN),
             f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
@@ -176,7 +179,8 @@ def document(
         text += [f"## {scheme}", accuracy_table(rows, columns)]
     if tracked:
         ends = at_the_end(tracked, rows)
-        text += ["## What the regularizers did", tracked_table(ends),
+        shown = at_the_end(comparable(tracked), comparable(rows))
+        text += ["## What the regularizers did", tracked_table(shown),
                  "With λ = 1 and in evaluation mode, on one batch of training images after the "
                  "last epoch, mean over seeds: one batch is noisy, and in training, where batch "
                  "norm takes the batch's statistics unless they are frozen, gradients are smaller. "
@@ -190,7 +194,8 @@ def document(
         lost = {of: points_lost(rows, of) for of in MAIN[1:] if of[1] > 2}
         for title, grouped in (
             ("Over all networks", all_networks),
-            ("Between variants: of the networks of one seed, mean over seeds", of_each_seed),
+            ("Between variants: of the networks of one seed, mean over seeds, and the extremes",
+             of_each_seed),
             ("Between seeds: deviations from the mean of the variant", within_variants),
         ):
             text += [f"{title}:", prediction_table(ends, lost, grouped)]

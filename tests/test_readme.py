@@ -94,7 +94,7 @@ def correlations(title):
     lines = tables[tables.index(f"\n{title}"):].split("\n\n")[1].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     column = table[0].index("uniform 3")
-    return {row[0]: row[column].replace("-", "−").lstrip("+") for row in table[2:]}
+    return {row[0]: row[column].split()[0].replace("-", "−").lstrip("+") for row in table[2:]}
 
 
 def test_correlations_that_are_quoted_are_those_of_the_study():

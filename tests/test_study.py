@@ -576,12 +576,28 @@ def test_rank_correlations_are_those_of_scipy():
     assert found.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
 
 
+def test_a_mean_of_correlations_has_its_extremes_beside_it():
+    of = {("a", 0): 1.0, ("b", 0): 2.0, ("c", 0): 3.0, ("a", 1): 1.0, ("b", 1): 3.0, ("c", 1): 2.0}
+    lost = {("uniform", 4, 32): {**of, ("b", 1): 0.0}}
+    found = study_tables.prediction_table({"x": of}, lost, study_results.of_each_seed)
+    assert found.splitlines()[2:] == ["| x | +0.25 (-0.50 to +1.00) |"]
+
+
 def test_networks_are_grouped_by_seed_or_around_their_variant():
     x = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 10.0, ("b", 2): 0.0, ("c", 0): 5.0}
     y = {("a", 0): 4.0, ("a", 1): 2.0, ("b", 0): -1.0, ("c", 0): 7.0, ("d", 0): 0.0}
     assert study_results.all_networks(x, y) == [[(1, 4), (3, 2), (10, -1), (5, 7)]]
     assert study_results.of_each_seed(x, y) == [[(1, 4), (10, -1), (5, 7)], [(3, 2)]]
     assert study_results.within_variants(x, y) == [[(-1, 1), (1, -1)]]
+
+
+def test_means_are_of_the_seeds_that_all_variants_share():
+    of = {"a": (0, 1, 2, 3), "b": (1, 2), "c": (3,)}
+    rows = [{"variant": variant, "seed": seed} for variant in of for seed in of[variant]]
+    kept = [(row["variant"], row["seed"]) for row in study_results.comparable(rows)]
+    assert kept == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 3)]
+    apart = [row for row in rows if (row["variant"], row["seed"]) not in {("a", 1), ("a", 2)}]
+    assert study_results.comparable(apart) == apart
 
 
 def test_losses_are_those_of_the_same_network():
