@@ -165,7 +165,8 @@ INHERITED = {
 def inherited(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the checkpoint of --init_from for a run of its own; FileError where it does not fit.
 
-    The run is then the same, bit for bit, as if it had trained those epochs itself.
+    The run is then the same, bit for bit, as if it had trained those epochs itself, in the way of
+    that run: with its kernels and processes, and what it penalized, if anything.
     """
     if not args.init_from:
         return None

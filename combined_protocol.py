@@ -2,6 +2,7 @@
 nothing, then VarianceNorm, then VarianceNorm and L2Grad of the weights together."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
@@ -25,7 +26,7 @@ def parse_phase(text: str, **options: Any) -> train.Phase:
         raise ValueError(f"{text!r} is not EPOCH:none or EPOCH:NAME=λ[+NAME=λ…]")
     if terms.lower() == "none":
         return train.Phase(int(epoch))
-    made = map(partial(parse_term, **options), terms.split("+"))
+    made = map(partial(parse_term, **options), re.split(r"\+(?=[^\d.])", terms))  # 1e+2 is one λ
     return train.Phase(int(epoch), reduce(CombinedReg, made))
 
 
@@ -56,7 +57,7 @@ def protocol(args: argparse.Namespace) -> list[str]:
     variance = f"VarianceNorm={args.variance_lmbda}"
     gradient = f"L{args.P}Grad{'' if args.activation_gradients else '@weights'}"
     return [
-        "0:none",
+        *(["0:none"] if args.first_variance_epoch else []),
         f"{args.first_variance_epoch}:{variance}",
         f"{args.first_gradient_epoch}:{variance}+{gradient}={args.gradient_lmbda}",
     ]

@@ -303,7 +303,8 @@ def make_parser() -> utils.Parser:
     )
     group.add_argument(
         "--per_layer", action="store_true",
-        help="also quantize the weights of one layer at a time, with the expansion of the loss",
+        help="also quantize the weights of one layer at a time, with the expansion of the loss; "
+        "there nothing but weights changes, whatever --act_bits and --bn_images say",
     )
     group.add_argument(
         "--per_layer_images", type=utils.number(int, at_least=1), default=N_IMAGES, metavar="N",

@@ -173,7 +173,8 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
 def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Tensor:
     """Return every value that the quantizer gives to numbers in the range of w, in order."""
     m = w.abs().max().item()
-    return quantizer(torch.linspace(-m, m, 100_001), n_bits, range_of=w).unique()
+    n = 2 ** max(17, n_bits + 5)  # closer than the grid
+    return quantizer(torch.linspace(-m, m, n + 1), n_bits, range_of=w).unique()
 
 
 def histogram_plot(

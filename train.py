@@ -278,7 +278,10 @@ def run(
     if checkpoint:
         training.restore(checkpoint, args.n_epochs, len(train_loader))
         if not is_own:
-            check_branch(training.state.epoch, phases, args)
+            check_branch(training.state, phases, args)
+        elif missed := [p.save_as for p in phases if p.save_as and not p.save_as.exists()
+                        and (p.start, 0) < (training.state.epoch, training.state.batch)]:
+            print(f"{missed[0]} cannot be saved any more: that epoch has begun")
         run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
     if not args.resume:
         distributed.from_main(lambda: files.set_aside([(out, s) for s in files.SUFFIXES]))
@@ -345,15 +348,16 @@ def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] |
     return own is not None, own or inherited(args)
 
 
-def check_branch(n_done: int, phases: Sequence[Phase], args: argparse.Namespace) -> None:
+def check_branch(state: State, phases: Sequence[Phase], args: argparse.Namespace) -> None:
     """Raise FileError where the checkpoint of --init_from lies beyond what is still to be done."""
-    where = f"{args.init_from} has {n_done} epochs done"
-    if n_done >= args.n_epochs:
+    n_begun = state.epoch + (state.batch > 0)
+    where = f"{args.init_from} has {n_begun} epochs {'begun' if state.batch else 'done'}"
+    if state.epoch >= args.n_epochs:
         raise files.FileError(f"{where}: --n_epochs {args.n_epochs} leaves nothing to train")
     for p in phases:
-        if p.regularizer and p.start < n_done:
+        if p.regularizer and p.start < n_begun:
             raise files.FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
-    if args.freeze_bn_from and args.freeze_bn_from < n_done:
+    if args.freeze_bn_from and args.freeze_bn_from < n_begun:
         raise files.FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
 
 

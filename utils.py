@@ -277,18 +277,23 @@ def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_device() -> str:
-    """Return the name of the accelerator where there is one, else "cpu"."""
+    """Return the name of the accelerator where there is one that serves, else "cpu"."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found.type if found else "cpu"
+    try:
+        return parse_device(found.type) if found else "cpu"
+    except argparse.ArgumentTypeError:
+        return "cpu"
 
 
 def parse_device(text: str) -> str:
-    """Return the device's name if a tensor can be made there: an argparse type."""
+    """Return the device's name if it can add up in float64, as means are: an argparse type."""
     text = text.lower()
     try:
-        torch.zeros(1, device=text).item()  # which the device "meta" cannot
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: try cpu or cuda") from error
+        torch.zeros(1, dtype=torch.float64, device=text).sum().item()  # "meta" and "mps" cannot
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"no device {text!r} with float64 here: try cpu or cuda"
+        ) from error
     return text
 
 
@@ -332,7 +337,7 @@ def make_net(name: str, num_classes: int, device: str) -> nn.Module:
 
 # The epochs, of a run of n, at which multistep multiplies the learning rate by γ.
 MILESTONES: dict[str, Callable[[int], list[int]]] = {
-    "default": lambda n: [max(1, n // 2), max(1, n * 5 // 6)],
+    "default": lambda n: sorted({max(1, n // 2), max(1, n * 5 // 6)}),
     "halfway": lambda n: [max(1, n // 2)],
     "fixed": lambda n: [25, 50],
 }

@@ -30,13 +30,16 @@ def test_flags_change_the_protocol():
          "--gradient_lmbda", "0.5", "--P", "1", "--activation_gradients"]
     )
     assert protocol(args) == ["0:none", "3:VarianceNorm=2.0", "5:VarianceNorm=2.0+L1Grad=0.5"]
+    args.first_variance_epoch = 0
+    assert protocol(args)[0] == "0:VarianceNorm=2.0" and len(protocol(args)) == 2
 
 
 def test_any_list_of_phases(monkeypatch):
     started = []
     monkeypatch.setattr(train, "start", lambda parser, args, phases: started.extend(phases))
     combined_protocol.main(
-        ["--phases", "0:L1Grad=0.01", "7:none", "9:InverseStdDevNorm=1+L3Grad@weights=2+L1Grad=3"]
+        ["--phases", "0:L1Grad=0.01", "7:none",
+         "9:InverseStdDevNorm=1e+0+L3Grad@weights=2+L1Grad=3"]
     )
     assert [p.start for p in started] == [0, 7, 9]
     assert started[1].regularizer is None

@@ -359,6 +359,9 @@ def test_synthetic_depends_on_the_seed_only():
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(a.train_images, b.train_images) and torch.equal(a.test_images, b.test_images)
     assert not torch.equal(a.train_images, c.train_images)
+    classes = [torch.stack([d.train_images[d.train_labels == k].float().mean(0) for k in range(10)])
+               for d in (a, c)]
+    assert torch.cdist(*(of.flatten(1) for of in classes)).argmin(1).tolist() == list(range(10))
     assert a.train_images.shape == (2000, 3, 32, 32) and a.train_images.dtype == torch.uint8
     assert a.train_labels.bincount().tolist() == [200] * 10
     scaled = a.train_images / 255

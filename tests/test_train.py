@@ -13,6 +13,7 @@ import step
 import train
 import utils
 from data import DataError, Loader, synthetic
+from files import FileError
 from models import ConvNet
 from regularizers import (
     CombinedReg,
@@ -459,6 +460,10 @@ def test_train_from_flags_to_saved_weights(script, tmp_path):
     repeated = torch.load(tmp_path / "again.pt", weights_only=True)
     assert all(torch.equal(weights[key], repeated[key]) for key in weights)
 
+    (tmp_path / "r_preregul.pt").unlink()
+    late = script("train.py", *flags, "--resume")
+    assert late.returncode == 0 and "r_preregul.pt cannot be saved any more" in late.stdout
+
 
 def test_combined_protocol_from_flags_to_saved_weights(script, tmp_path):
     done = script("combined_protocol.py", "--n_epochs", 3, "--first_variance_epoch", 1,
@@ -526,6 +531,14 @@ def test_begin_where_another_run_is(script, tmp_path):
                         ((*late, "--init_from", "stem.pt"), "stem.pt is not a checkpoint")):
         vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *common, *flags)
         assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
+
+
+def test_a_branch_has_no_part_of_an_epoch_before_it():
+    args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None)
+    phases = [Phase(1, VarianceNorm(1.0))]
+    train.check_branch(State(epoch=1), phases, args)
+    with pytest.raises(FileError, match="2 epochs begun: a regularizer cannot begin at epoch 1"):
+        train.check_branch(State(epoch=1, batch=1), phases, args)
 
 
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):

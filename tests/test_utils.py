@@ -14,7 +14,7 @@ from models import MODELS
 
 @pytest.mark.parametrize(("name", "n", "expected"), [
     ("default", 10, [5, 8]), ("default", 60, [30, 50]), ("halfway", 25, [12]),
-    ("fixed", 110, [25, 50]), ("default", 1, []), ("halfway", 1, []),
+    ("fixed", 110, [25, 50]), ("default", 2, [1]), ("default", 1, []), ("halfway", 1, []),
     ("6", 9, [6]), ("2,6,8", 9, [2, 6, 8]), ("6,8", 7, [6]),
 ])
 def test_multistep_multiplies_the_rate_at_the_milestones(name, n, expected):
