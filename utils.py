@@ -277,12 +277,9 @@ def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def default_device() -> str:
-    """Return the name of the accelerator where there is one that serves, else "cpu"."""
+    """Return the name of the accelerator where there is one with float64, else "cpu"."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        return parse_device(found.type) if found else "cpu"
-    except argparse.ArgumentTypeError:
-        return "cpu"
+    return found.type if found and found.type != "mps" else "cpu"
 
 
 def parse_device(text: str) -> str:
