@@ -165,8 +165,8 @@ def document(
             "precision and (W,A) are measured in float32, weights alone in bfloat16 convolutions; "
             "of dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, of "
             "the fastest seed, relative to the control's: other work on the machine adds to it. "
-            "Means are of the seeds that all variants share; differences, points lost and "
-            "correlations are of all that there are.",
+            "Means and correlations are of the seeds that all variants share, differences and "
+            "points lost of all that there are.",
             "## Paired differences, percentage points, 95 % confidence interval",
             difference_table(rows, MAIN),
             f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
@@ -178,20 +178,20 @@ def document(
         columns = [FULL, *(s for s in settings if s[0] == scheme)]
         text += [f"## {scheme}", accuracy_table(rows, columns)]
     if tracked:
-        ends = at_the_end(tracked, rows)
-        shown = at_the_end(comparable(tracked), comparable(rows))
-        text += ["## What the regularizers did", tracked_table(shown),
+        compared = comparable(rows)
+        ends = at_the_end(comparable(tracked), compared)
+        networks = {(row["variant"], row["seed"]) for row in compared}
+        text += ["## What the regularizers did", tracked_table(ends),
                  "With λ = 1 and in evaluation mode, on one batch of training images after the "
                  "last epoch, mean over seeds: one batch is noisy, and in training, where batch "
                  "norm takes the batch's statistics unless they are frozen, gradients are smaller. "
                  "The squared error is that of uniform quantization at 4 bits.",
                  "## What goes with the accuracy that quantization loses",
                  f"Spearman's rank correlation of these values with the points of accuracy that "
-                 f"are lost, over {len(results)} networks of "
-                 f"{len({of.variant for of in results})} variants: 1 where the one with the larger "
-                 "value always loses more. It is no more than that: the variants were made to "
+                 f"the same {len(networks)} networks lose: 1 where the one with the larger value "
+                 "always loses more. It is no more than that: the variants were made to "
                  "differ in these values, and many of them are close to the control."]
-        lost = {of: points_lost(rows, of) for of in MAIN[1:] if of[1] > 2}
+        lost = {of: points_lost(compared, of) for of in MAIN[1:] if of[1] > 2}
         for title, grouped in (
             ("Over all networks", all_networks),
             ("Between variants: of the networks of one seed, mean over seeds, and the extremes",
