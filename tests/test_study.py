@@ -616,6 +616,8 @@ def test_a_tiny_study_of_real_trainings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noise = study.Variant("--regularizer StepNoise", (1.0,))
     monkeypatch.setitem(study.VARIANTS, "stepnoise", noise)
+    fewer = study.QUANTIZATIONS["recalibrated"].replace("4000", "64")
+    monkeypatch.setitem(study.QUANTIZATIONS, "recalibrated", fewer)
     before = signal.getsignal(signal.SIGTERM)
     code = main("--only", "control", "stepnoise", "combined", "--seeds", "0", "--holdout", "64",
                 "--data_flags=--dataset Synthetic",
