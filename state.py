@@ -29,6 +29,11 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
     epoch_seconds: float = 0.0  # spent in this epoch so far
 
+    @property
+    def n_begun(self) -> int:
+        """How many epochs have begun."""
+        return self.epoch + (self.batch > 0)
+
 
 def measure(net: nn.Module, n: int, loss: Tensor, penalty: Tensor, n_correct: Tensor) -> Tensor:
     """Return one batch's row, without waiting for the device.

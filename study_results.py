@@ -138,6 +138,11 @@ def setting(row: dict[str, Any]) -> Setting:
     return row["scheme"], row["bits"], row["act_bits"]
 
 
+def network(row: dict[str, Any]) -> tuple[str, int]:
+    """Return the network of a row, as variant and seed."""
+    return row["variant"], row["seed"]
+
+
 def by_seed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, Setting], dict[int, float]]:
     """Return the accuracies of each variant and setting, by seed."""
     found: dict[tuple[str, Setting], dict[int, float]] = {}
@@ -226,8 +231,10 @@ Ends = dict[str, Networks]  # by name
 
 def points_lost(rows: Sequence[dict[str, Any]], of: Setting) -> Networks:
     """Return what that setting costs each network: full precision minus its accuracy there."""
-    full = {(row["variant"], row["seed"]): row["accuracy"] for row in rows if setting(row) == FULL}
-    there = {(row["variant"], row["seed"]): row["accuracy"] for row in rows if setting(row) == of}
+    full, there = (
+        {network(row): row["accuracy"] for row in rows if setting(row) == which}
+        for which in (FULL, of)
+    )
     return {key: full[key] - there[key] for key in full if key in there}
 
 
@@ -235,17 +242,14 @@ def at_the_end(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
     """Return what was tracked after each network's last epoch, and its squared error at 4 bits."""
     last: dict[tuple[str, int], int] = {}
     for row in tracked:
-        key = row["variant"], row["seed"]
-        last[key] = max(row["epoch"], last.get(key, 0))
+        last[network(row)] = max(row["epoch"], last.get(network(row), 0))
     ends: Ends = {}
     for row in tracked:
-        key = row["variant"], row["seed"]
-        if row["epoch"] == last[key]:
-            ends.setdefault(row["name"], {})[key] = row["value"]
+        if row["epoch"] == last[network(row)]:
+            ends.setdefault(row["name"], {})[network(row)] = row["value"]
     for row in rows:
         if setting(row) == ("uniform", 4, 32):
-            key = row["variant"], row["seed"]
-            ends.setdefault("squared error", {})[key] = row["squared_error"]
+            ends.setdefault("squared error", {})[network(row)] = row["squared_error"]
     return ends
 
 

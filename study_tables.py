@@ -22,6 +22,7 @@ from study_results import (
     comparable,
     differences,
     losses,
+    network,
     of_each_seed,
     points_lost,
     rank_correlation,
@@ -180,7 +181,7 @@ def document(
     if tracked:
         compared = comparable(rows)
         ends = at_the_end(comparable(tracked), compared)
-        networks = {(row["variant"], row["seed"]) for row in compared}
+        networks = set(map(network, compared))
         text += ["## What the regularizers did", tracked_table(ends),
                  "With λ = 1 and in evaluation mode, on one batch of training images after the "
                  "last epoch, mean over seeds: one batch is noisy, and in training, where batch "

@@ -279,9 +279,9 @@ def run(
         training.restore(checkpoint, args.n_epochs, len(train_loader))
         if not is_own:
             check_branch(training.state, phases, args)
-        elif missed := [p.save_as for p in phases if p.save_as and not p.save_as.exists()
-                        and (p.start, 0) < (training.state.epoch, training.state.batch)]:
-            print(f"{missed[0]} cannot be saved any more: that epoch has begun")
+        for p in phases if is_own else ():
+            if p.save_as and p.start < training.state.n_begun and not p.save_as.exists():
+                print(f"{p.save_as} cannot be saved any more: that epoch has begun")
         run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
     if not args.resume:
         distributed.from_main(lambda: files.set_aside([(out, s) for s in files.SUFFIXES]))
@@ -350,7 +350,7 @@ def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] |
 
 def check_branch(state: State, phases: Sequence[Phase], args: argparse.Namespace) -> None:
     """Raise FileError where the checkpoint of --init_from lies beyond what is still to be done."""
-    n_begun = state.epoch + (state.batch > 0)
+    n_begun = state.n_begun
     where = f"{args.init_from} has {n_begun} epochs {'begun' if state.batch else 'done'}"
     if state.epoch >= args.n_epochs:
         raise files.FileError(f"{where}: --n_epochs {args.n_epochs} leaves nothing to train")
