@@ -3,15 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow faults clean
+.PHONY: demo test test-slow faults lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --run_name demo --n_epochs 1 --regularizer L2Grad --lmbda 0.01
 	$(RUN) quant_inference.py demo.pt --trials 1 --output demo
 
-test: $(VENV)/installed-test
-	$(RUN) -m ruff check .
+test: lint
 	$(RUN) -m pytest -n auto --dist worksteal
+
+lint: $(VENV)/installed-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/installed-test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
 
 test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -m slow

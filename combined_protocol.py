@@ -1,5 +1,8 @@
-"""Train in phases, each with its own regularizers; by default the published combined protocol:
-nothing, then VarianceNorm, then VarianceNorm and L2Grad of the weights together."""
+"""Train in phases, each with its own regularizers.
+
+By default the published combined protocol: nothing, then VarianceNorm, then VarianceNorm and L2Grad
+of the weights together.
+"""
 
 import argparse
 import re
@@ -9,7 +12,8 @@ from typing import Any
 
 import train
 import utils
-from regularizers import CombinedReg, Regularizer, make_regularizer, taken_by
+from engine.cli import Parser, bounded_number
+from regularizers import CombinedReg, Regularizer, accepted_options, make_regularizer
 
 PHASES_HELP = """any list of phases instead, each EPOCH:none or EPOCH:NAME=λ[+NAME=λ…], where
 L<P>Grad@weights leaves the gradients of activations out: 0:none 10:L1Grad=0.01
@@ -40,9 +44,9 @@ def parse_term(text: str, **options: Any) -> Regularizer:
         value = float(lmbda)
     except ValueError as error:
         raise ValueError(f"{text!r} is not NAME=λ with a number for λ") from error
-    options = taken_by(name, options)
+    options = accepted_options(name, options)
     if only:
-        without = taken_by(name, {"only_weight_grads": True})
+        without = accepted_options(name, {"only_weight_grads": True})
         if not without:
             raise ValueError(f"{name}@weights: only L<P>Grad has gradients of activations")
         options |= without
@@ -63,19 +67,19 @@ def protocol(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def make_parser() -> utils.Parser:
+def make_parser() -> Parser:
     """Make the parser of combined_protocol.py: the defaults are the published protocol's."""
-    parser = utils.Parser(__doc__)
+    parser = Parser(__doc__)
     utils.add_training_arguments(parser)
     parser.set_defaults(n_epochs=110, scheduler="multistep", gamma=0.15, milestones="fixed")
     group = parser.add_argument_group("phases")
-    epoch, lmbda = utils.number(int, at_least=0), utils.number(float, at_least=0)
+    epoch, lmbda = bounded_number(int, at_least=0), bounded_number(float, at_least=0)
     add = group.add_argument
     add("--first_variance_epoch", type=epoch, default=70, help="when VarianceNorm begins")
     add("--variance_lmbda", type=lmbda, default=1.25, help="its λ")
     add("--first_gradient_epoch", type=epoch, default=90, help="when L<P>Grad joins it")
     add("--gradient_lmbda", type=lmbda, default=0.05, help="its λ")
-    add("--P", type=utils.number(int, at_least=1), default=2, help="its order")
+    add("--P", type=bounded_number(int, at_least=1), default=2, help="its order")
     add("--activation_gradients", action="store_true", help="penalize those of activations too")
     add("--phases", nargs="+", metavar="PHASE", help=PHASES_HELP)
     utils.add_regularizer_arguments(parser)
@@ -89,14 +93,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.run_name = args.run_name or train.default_name(args, "combined")
-    flags = ("first_variance_epoch", "variance_lmbda", "first_gradient_epoch", "gradient_lmbda",
-             "P", "activation_gradients")
+    flags = (
+        "first_variance_epoch",
+        "variance_lmbda",
+        "first_gradient_epoch",
+        "gradient_lmbda",
+        "P",
+        "activation_gradients",
+    )
     changed = [f"--{name}" for name in flags if getattr(args, name) != parser.get_default(name)]
     if args.phases and changed:
         parser.error(f"--phases says it all: it does not go with {', '.join(changed)}")
     args.phases = args.phases or protocol(args)
     try:
-        phases = [parse_phase(text, **utils.given_options(args)) for text in args.phases]
+        phases = [parse_phase(text, **utils.regularizer_options_from(args)) for text in args.phases]
     except ValueError as error:
         parser.error(f"argument --phases: {error}")
     names = [name for p in phases if p.regularizer for name in p.regularizer.name.split("+")]
@@ -104,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     starts = [p.start for p in phases]
     if starts != sorted(set(starts)):
         parser.error(f"the phases start at epochs {starts}: each must start after the one before")
-    train.start(parser, args, phases)
+    train.validate_and_run(parser, args, phases)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fused import BatchNormReLU, Conv2d
+from engine.layers import BatchNormReLU, Conv2d
 
 
 class ConvNet(nn.Module):
@@ -15,9 +15,15 @@ class ConvNet(nn.Module):
 
     # (input channels, output channels, stride) of each block
     BLOCKS = (
-        (3, 32, 1), (32, 32, 1), (32, 64, 2),
-        (64, 64, 1), (64, 64, 1), (64, 128, 2),
-        (128, 128, 1), (128, 256, 1), (256, 256, 1),
+        (3, 32, 1),
+        (32, 32, 1),
+        (32, 64, 2),
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+        (128, 256, 1),
+        (256, 256, 1),
     )
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -25,8 +31,7 @@ class ConvNet(nn.Module):
         super().__init__()
         for i, (c_in, c_out, stride) in enumerate(self.BLOCKS):
             block = nn.Sequential(
-                Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False),
-                BatchNormReLU(c_out),
+                Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), BatchNormReLU(c_out)
             )
             self.add_module(f"layer{i}", block)
         self.pool = nn.AdaptiveAvgPool2d(1)  # a module, so that its input can be quantized

@@ -14,7 +14,7 @@ one row a range, and what belongs to a row is (rows, 1).
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
@@ -22,9 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.layers import quantizable_layers
+
 Quantizer = Callable[..., Tensor]
 MIN_BITS, MAX_BITS = 2, 16
-NO_SPREAD = 1e-6  # a standard deviation this small beside max|w| is rounding: all values are equal
+MIN_RELATIVE_STD = (
+    1e-6  # a standard deviation this small beside max|w| is rounding: all values are equal
+)
 
 
 # --- ranges and integers ---------------------------------------------------------------------
@@ -36,7 +40,7 @@ def check_bits(n_bits: int) -> None:
         raise ValueError(f"{n_bits} bits: choose {MIN_BITS} to {MAX_BITS}")
 
 
-def as_rows(w: Tensor, per_channel: bool) -> Tensor:
+def to_2d(w: Tensor, per_channel: bool) -> Tensor:
     """View w as (rows, elements): a row for each w[i], or one row for the whole tensor.
 
     Raises ValueError where there is nothing, or something else than floating-point numbers.
@@ -58,16 +62,16 @@ def rows_and_range(
     w: Tensor, per_channel: bool, range_of: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return w in its range and the tensor that gives the range, both as rows, and m of that."""
-    rows = as_rows(w, per_channel)
+    rows = to_2d(w, per_channel)
     m = abs_max(rows)
     if range_of is None:
         return rows, rows, m
-    source = as_rows(range_of, per_channel)
+    source = to_2d(range_of, per_channel)
     m = abs_max(source)
     return rows.clamp(-m, m), source, m
 
 
-def nonzero(scale: Tensor) -> Tensor:
+def safe_divisor(scale: Tensor) -> Tensor:
     """Return the scale to divide by: a tiny one instead of 0, so that 0 / 0 does not arise."""
     return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
@@ -83,7 +87,7 @@ def uniform(
     rows, _, m = rows_and_range(w, per_channel, range_of)
     int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
     scale = m / (int_max + 0.5)
-    x_int = (rows / nonzero(scale)).round_().clamp_(int_min, int_max)
+    x_int = (rows / safe_divisor(scale)).round_().clamp_(int_min, int_max)
     return x_int.mul_(scale).reshape(w.shape)
 
 
@@ -105,7 +109,7 @@ def dorefa(
     int_max = 2**n_bits - 1
     scale = m / (int_max / 2)
     noise = torch.rand(rows.shape, dtype=w.dtype, device=w.device, generator=generator).sub_(0.5)
-    x_int = (rows / nonzero(scale)).add_(int_max / 2).add_(noise).round_().clamp_(0, int_max)
+    x_int = (rows / safe_divisor(scale)).add_(int_max / 2).add_(noise).round_().clamp_(0, int_max)
     return x_int.sub_(int_max / 2).mul_(scale).reshape(w.shape)
 
 
@@ -132,14 +136,16 @@ def pwlq(
         p = search_breakpoint(source, m, n_bits, overlapping)
     else:
         p = breakpoint_of(source, m, DISTRIBUTIONS[distribution], approximate, overlapping)
-    return pwlq_at(rows, m, p, n_bits, overlapping).reshape(w.shape)
+    return pwlq_with_breakpoint(rows, m, p, n_bits, overlapping).reshape(w.shape)
 
 
-def pwlq_at(rows: Tensor, m: Tensor, p: Tensor, n_bits: int, overlapping: bool) -> Tensor:
+def pwlq_with_breakpoint(
+    rows: Tensor, m: Tensor, p: Tensor, n_bits: int, overlapping: bool
+) -> Tensor:
     """Quantize each row with the breakpoint p, 0 ≤ p ≤ m. In magnitude, both grids have int_max."""
     int_max = 2 ** (n_bits - 1) - 1
-    centre_scale = nonzero(p / (int_max + 0.5))
-    tail_scale = nonzero(m / (int_max + 0.5) if overlapping else (m - p) / int_max)
+    centre_scale = safe_divisor(p / (int_max + 0.5))
+    tail_scale = safe_divisor(m / (int_max + 0.5) if overlapping else (m - p) / int_max)
     magnitude = rows.abs()
     in_tail = torch.ge(magnitude, p, out=torch.empty_like(magnitude))  # 0 or 1, to multiply by:
     scale = (in_tail * (tail_scale - centre_scale)).add_(centre_scale)  # torch.where is slow
@@ -180,10 +186,10 @@ def breakpoint_of(
     rows: Tensor, m: Tensor, distribution: Distribution, approximate: bool, overlapping: bool
 ) -> Tensor:
     """Return p of each row, in w's units, from m / σ. A row of equal values counts as m = σ."""
-    x = rows / nonzero(m)  # in [−1, 1], so that no square overflows
+    x = rows / safe_divisor(m)  # in [−1, 1], so that no square overflows
     std = torch.linalg.vector_norm(x.sub_(x.mean(dim=1, keepdim=True)), dim=1, keepdim=True)
     std = std.double() / math.sqrt(rows.shape[1])
-    std = torch.where(std > NO_SPREAD, std, 1)
+    std = torch.where(std > MIN_RELATIVE_STD, std, 1)
     if approximate:
         p = distribution.closed_form(1 / std)
     else:
@@ -221,8 +227,8 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
     """Return the p of least measured error of each row: out of 33, then out of finer and finer."""
 
     def error(p: Tensor) -> Tensor:
-        off_by = pwlq_at(rows, m, p, n_bits, overlapping) - rows
-        return off_by.div_(nonzero(m)).square_().sum(dim=1, keepdim=True)
+        off_by = pwlq_with_breakpoint(rows, m, p, n_bits, overlapping) - rows
+        return off_by.div_(safe_divisor(m)).square_().sum(dim=1, keepdim=True)
 
     def better(best: tuple[Tensor, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
         found = error(p)
@@ -243,7 +249,7 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
 QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
 
 
-def levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
+def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
     """Return how many values a tensor can take; PWLQ has those of one more bit, less one.
 
     None for PWLQ with overlapping regions, where it depends on the breakpoint.
@@ -267,11 +273,6 @@ class LayerError(NamedTuple):
 def model_error(layers: list[LayerError], avg_in_layer: bool = False) -> float:
     """Return the mean over layers of the squared error; `avg_in_layer`: of that per weight."""
     return sum(e.squared_error / (e.n_weights if avg_in_layer else 1) for e in layers) / len(layers)
-
-
-def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Return every convolution and linear layer by name, in module order."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
 
 
 Correction = Callable[[Tensor, Tensor], Tensor]  # of (w, w_q), weights of one shape
@@ -299,7 +300,11 @@ def quantize_layer(
 
 
 def quantize_model(
-    net: nn.Module, quantizer: Quantizer, n_bits: int, *, biases: bool = True,
+    net: nn.Module,
+    quantizer: Quantizer,
+    n_bits: int,
+    *,
+    biases: bool = True,
     correct: Correction | None = None,
 ) -> tuple[nn.Module, list[LayerError]]:
     """Return a copy of the network with quantized layers, and the error of each layer.
@@ -324,7 +329,7 @@ def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:
     For inputs of one mean, that removes what quantization adds to the mean of a channel's output:
     the first half of `bias_correction`.
     """
-    rows, rows_q = as_rows(w, True), as_rows(w_q, True)
+    rows, rows_q = to_2d(w, True), to_2d(w_q, True)
     shift = rows.mean(dim=1, keepdim=True) - rows_q.mean(dim=1, keepdim=True)
     return (rows_q + shift).reshape(w.shape)
 
@@ -336,133 +341,10 @@ def bias_correction(w: Tensor, w_q: Tensor) -> Tensor:
     std(w) / std(w_q). The scale moves the mean again. A channel whose values all round to one has
     no spread to correct.
     """
-    rows, rows_q = as_rows(w, True), as_rows(w_q, True)
+    rows, rows_q = to_2d(w, True), to_2d(w_q, True)
     std, std_q = (r.std(dim=1, correction=0, keepdim=True) for r in (rows, rows_q))
-    ratio = torch.where(std_q > NO_SPREAD * abs_max(rows_q), std / std_q, 1)
-    return (as_rows(mean_correction(w, w_q), True) * ratio).reshape(w.shape)
-
-
-@torch.no_grad()
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """Return a copy whose batch norms are folded into the convolutions right before them.
-
-    w ← w·γ/√(var + ε), b ← β + (b − mean)·γ/√(var + ε): the outputs in eval mode stay. What is left
-    of the batch norm is its `activation` attribute, where it has one. "Right before" is the order
-    of the children of a module. Raises ValueError where there is nothing to fold.
-    """
-    net = copy.deepcopy(net)
-    found = list(_foldable(net))
-    if not found:
-        raise ValueError(f"no batch norm after a convolution in {type(net).__name__}: cannot fold")
-    for parent, conv_name, norm_name in found:
-        conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
-        setattr(parent, conv_name, _folded(conv, norm))
-        setattr(parent, norm_name, getattr(norm, "activation", nn.Identity()))
-    return net
-
-
-def folded_weights(net: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Return, by weight, what `fold_batch_norm` would make of it, differentiable in w and γ.
-
-    Raises ValueError for a batch norm without running statistics.
-    """
-    found = {}
-    for parent, conv_name, norm_name in _foldable(net):
-        w, norm = getattr(parent, conv_name).weight, getattr(parent, norm_name)
-        found[w] = w * _gain(norm).to(w.dtype).view(-1, 1, 1, 1)
-    return found
-
-
-def check_folding(net: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError where batch norms cannot be folded, or where that would change outputs.
-
-    Layers may run in another order than that of their definition, or more than once. Tried on a
-    copy with random parameters and statistics, on random images of that shape (3, H, W).
-    """
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's stream
-        net = copy.deepcopy(net).cpu().eval()
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                for t in (m.running_mean, m.running_var, m.weight, m.bias):
-                    if t is not None:
-                        t.uniform_(0.5, 2)
-            elif hasattr(m, "reset_parameters"):
-                m.reset_parameters()
-        x = torch.randn(2, *shape)
-        folded_logits, _ = fold_batch_norm(net)(x)
-        logits, _ = net(x)
-    if (folded_logits - logits).abs().max() > 1e-3 * logits.abs().max():
-        raise ValueError(
-            f"{type(net).__name__}: a batch norm does not run right after the convolution that is "
-            "defined before it, or not only then: cannot fold"
-        )
-
-
-def keep_batch_norms(net: nn.Module) -> None:
-    """Mark the network, in place: in it and its copies there is nothing to fold."""
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.stays = True
-
-
-def _foldable(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield (parent, name of a convolution, name of the batch norm right after it)."""
-    for parent in net.modules():
-        children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                if not getattr(norm, "stays", False):
-                    yield parent, conv_name, norm_name
-
-
-def _gain(norm: nn.BatchNorm2d) -> Tensor:
-    """Return γ/√(var + ε) of each channel, in float64; var is a constant."""
-    if norm.running_var is None:
-        raise ValueError("cannot fold a batch norm without running statistics")
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    return gain if norm.weight is None else gain * norm.weight.double()
-
-
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return a plain convolution that computes norm(conv(x)) of eval mode."""
-    gain = _gain(norm)
-    shift = (0 if conv.bias is None else conv.bias.double()) - norm.running_mean.double()
-    folded = nn.utils.skip_init(
-        nn.Conv2d, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation, conv.groups, padding_mode=conv.padding_mode, device=conv.weight.device,
-    )
-    folded.weight = nn.Parameter((conv.weight.double() * gain.view(-1, 1, 1, 1)).to(conv.weight))
-    bias = shift * gain + (0 if norm.bias is None else norm.bias.double())
-    folded.bias = nn.Parameter(bias.to(conv.weight))
-    return folded.train(conv.training)
-
-
-@torch.no_grad()
-def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics of every batch norm by those of these images, in place.
-
-    `batches` are images (B, 3, H, W). Mean and variance are the means over images of their batch's
-    own, each layer seeing what the quantized ones before it give: quantization shifts both, and
-    statistics of the unquantized network no longer fit. Source: Sun et al., NeurIPS 2019 (hybrid
-    8-bit floating point). Raises ValueError where no batch norm keeps statistics.
-    """
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-    if not norms:
-        raise ValueError(f"{type(net).__name__} has no batch-norm statistics to estimate again")
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-    n_images = 0
-    for images in batches:
-        n_images += len(images)
-        for norm in norms:
-            norm.momentum = len(images) / n_images  # a mean over all, not a moving one
-        net(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    ratio = torch.where(std_q > MIN_RELATIVE_STD * abs_max(rows_q), std / std_q, 1)
+    return (to_2d(mean_correction(w, w_q), True) * ratio).reshape(w.shape)
 
 
 # --- activations -----------------------------------------------------------------------------
@@ -489,7 +371,9 @@ def minmax(x: Tensor) -> Range:
 
 
 CALIBRATIONS: dict[str, Callable[[Tensor], Range]] = {
-    "topk_median": topk_median, "percentile": percentile, "minmax": minmax,
+    "topk_median": topk_median,
+    "percentile": percentile,
+    "minmax": minmax,
 }
 
 
@@ -528,7 +412,7 @@ def quantize_activation(x: Tensor, n_bits: int, low: float, high: float) -> Tens
     n = 2**n_bits - 1
     m, int_min, int_max = (high, 0, n) if low >= 0 else (max(high, -low), -(n + 1) // 2, n // 2)
     scale = torch.tensor(m / (n if low >= 0 else n / 2), dtype=x.dtype, device=x.device)
-    return (x / nonzero(scale)).round_().clamp_(int_min, int_max).mul_(scale)
+    return (x / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
 
 
 def quantize_activations(net: nn.Module, n_bits: int, ranges: dict[str, Range]) -> None:

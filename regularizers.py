@@ -1,7 +1,7 @@
 """The regularizers: pure functions of weights and gradients, each with its λ inside.
 
-A regularizer names in `inputs` the lists of tensors that `forward` is fed, and the training loop
-asks for nothing else. To add one, write a class and give it a line in `REGULARIZERS`:
+A regularizer lists in `inputs` what its `forward` takes. To add one, write a class and a line in
+`REGULARIZERS`; the training loop, --help and the logs find it there:
 
     class MyNorm(Regularizer):
         \"\"\"λ · Σ_l ‖W_l‖₄ (say where it comes from).\"\"\"
@@ -11,16 +11,17 @@ asks for nothing else. To add one, write a class and give it a line in `REGULARI
         def forward(self, weights):
             return self.lmbda * sum(w.norm(4) for w in weights)
 
-Notation (l counts layers, B is the batch size):
-    weights      W_l, the weight of every Conv2d and Linear in module order
-    w_grads      ∂L/∂W_l of the batch-mean loss L, same shapes
-    a_grads      ∂L/∂A_l of the activations the network returns, each of shape (B, …); of several
-                 processes each has its share of the images, and `distributed.gather` collects
-                 what it makes of them, as in LPGrad; all else is the same in each process
-    loss_change  the function Δ ↦ L(W + Δ) − L(W) of a list of Δ_l, of the same batch
+Inputs (l counts layers, B is the batch size):
+    weights         W_l, the weight of every Conv2d and Linear in module order
+    w_grads         ∂L/∂W_l of the batch-mean loss L, same shapes
+    a_grads         ∂L/∂A_l of the activations that the network returns, each (B, …)
+    loss_change     the function Δ ↦ L(W + Δ) − L(W) of a list of Δ_l, on the same batch
     folded_weights  Ŵ_l = W_l·γ_l/√(σ_l² + ε), with the batch norm that follows folded in, as
-                 quantization with --fold_bn sees it; W_l where none follows. σ_l² is the running
-                 variance, a constant
+                    quantization with --fold_bn sees it; W_l where none follows. σ_l² is the
+                    running variance, a constant
+
+All of them are those of the whole batch, also in a run of several processes. Whatever is computed
+from them is differentiated through them.
 
 An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
 the scripts (--target_bits): of type bool, int or float, and with a name that no flag has yet.
@@ -38,13 +39,13 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import distributed
+from engine.norms import lp_norm, per_image_lp_norms
 
 Tensors = Sequence[Tensor]
 LossChange = Callable[[Tensors], Tensor]
 
-# What a regularizer can be fed: the gradients cost a second-order step, each call of loss_change
-# another plain one.
+# What a regularizer can take. Gradients cost a second backward pass, each call of loss_change one
+# more plain step.
 INPUTS = ("weights", "w_grads", "a_grads", "loss_change", "folded_weights")
 
 
@@ -53,7 +54,7 @@ class Regularizer(nn.Module):
 
     Attributes:
         name: as it is logged.
-        inputs: which of INPUTS `forward` takes, in its order.
+        inputs: which of INPUTS `forward` takes, in the order of its arguments.
     """
 
     name: str
@@ -67,9 +68,8 @@ class Regularizer(nn.Module):
         self.lmbda = lmbda
 
 
-# Marks an option that --track does not take over: the value of a regularizer that is tracked means
-# the same whatever is penalized beside it.
-OF_THE_PENALTY = "of the penalty"
+# Marks an option that --track ignores: what is tracked means the same whatever is penalized.
+PENALTY_ONLY = "of the penalty only"
 
 MAX_P = 1_000_000  # beyond it the norm is max|g| to the last bit
 
@@ -94,36 +94,10 @@ class LPGrad(Regularizer):
 
     def forward(self, w_grads: Tensors, a_grads: Tensors = ()) -> Tensor:
         """Return the penalty (scalar) of w_grads and, unless only_weight_grads, of a_grads."""
-        total = sum(_norm(g, self.P) for g in w_grads)
+        total = sum(lp_norm(g, self.P) for g in w_grads)
         if not self.only_weight_grads:
-            norms = [_norm(g, self.P) for g in a_grads]
-            if distributed.is_sharded():  # the norm of the whole is that of the shares' norms
-                columns = distributed.gather(torch.stack(norms)).unbind(dim=1)
-                norms = [_norm(column, self.P) for column in columns]
-            sizes = [distributed.whole_size(len(g)) for g in a_grads]
-            total = total + sum(
-                size ** (-1 / self.P) * norm for size, norm in zip(sizes, norms, strict=True))
+            total = total + sum(per_image_lp_norms(a_grads, self.P))
         return self.lmbda * total
-
-
-def _norm(g: Tensor, P: float) -> Tensor:
-    """‖g‖_p of the flattened tensor, in float32 at least.
-
-    For 2 < P < ∞, |g|^P would leave the range of float32 for ordinary gradients; the norm is
-    homogeneous, so it is taken of g / max|g| (a constant factor: the derivative is the same).
-    """
-    if P == math.inf:  # vector_norm has this derivative, too, in more passes over g
-        size = g.detach().abs()
-        return g[size == size.amax()].abs().mean().to(_at_least_float32(g))
-    if P <= 2:
-        return torch.linalg.vector_norm(g, P, dtype=_at_least_float32(g))
-    g = g.to(_at_least_float32(g))
-    scale = g.detach().abs().max().clamp(min=torch.finfo(g.dtype).tiny)
-    return scale * torch.linalg.vector_norm(g / scale, P)
-
-
-def _at_least_float32(g: Tensor) -> torch.dtype:
-    return torch.promote_types(g.dtype, torch.float32)
 
 
 class VarianceNorm(Regularizer):
@@ -160,7 +134,7 @@ class InverseVarianceNorm(Regularizer):
         return self.lmbda * (mean.sqrt() if self.std_dev else mean)
 
 
-FoldBN = Annotated[bool, "penalize the weights with batch norms folded in", OF_THE_PENALTY]
+FoldBN = Annotated[bool, "penalize the weights with batch norms folded in", PENALTY_ONLY]
 
 
 class ShapeRegularizer(Regularizer):
@@ -216,9 +190,7 @@ class RangeNorm(ShapeRegularizer):
 # --- the loss change that quantization itself makes ------------------------------------------
 
 TargetBits = Annotated[int, "bits that the weights are to survive, 2 to 16"]
-HoldStep = Annotated[
-    bool, "differentiate with the quantization steps held constant", OF_THE_PENALTY
-]
+HoldStep = Annotated[bool, "differentiate with the quantization steps held constant", PENALTY_ONLY]
 
 
 class StepRegularizer(Regularizer):
@@ -255,7 +227,7 @@ class StepL1Grad(StepRegularizer):
     def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
         """Return the penalty (scalar) of the weights and their gradients."""
         terms = zip(self.steps(weights), w_grads, strict=True)
-        return self.lmbda * sum(s / 2 * _norm(g, 1) for s, g in terms)
+        return self.lmbda * sum(s / 2 * lp_norm(g, 1) for s, g in terms)
 
 
 class StepL2Grad(StepRegularizer):
@@ -270,7 +242,7 @@ class StepL2Grad(StepRegularizer):
     def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
         """Return the penalty (scalar) of the weights and their gradients."""
         terms = zip(self.steps(weights), w_grads, strict=True)
-        norms = torch.stack([s * _norm(g, 2) for s, g in terms])
+        norms = torch.stack([s * lp_norm(g, 2) for s, g in terms])
         return self.lmbda * torch.linalg.vector_norm(norms) / math.sqrt(12)
 
 
@@ -300,18 +272,18 @@ class CombinedReg(Regularizer):
         super().__init__(lmbda=1.0)
         self.terms = nn.ModuleList([reg1, reg2])
         self.name = f"{reg1.name}+{reg2.name}"
-        # Of the lists as far as the last that a term takes: nothing is computed that none asks for.
-        needed = set(reg1.inputs + reg2.inputs)
-        last = max((i for i, name in enumerate(INPUTS[:3]) if name in needed), default=-1)
-        self.inputs = INPUTS[: last + 1] + tuple(name for name in INPUTS[3:] if name in needed)
+        # (weights, w_grads, a_grads) up to the last that a term takes, then the others it takes
+        taken = set(reg1.inputs + reg2.inputs)
+        n_lists = max((i for i, name in enumerate(INPUTS[:3], start=1) if name in taken), default=0)
+        self.inputs = INPUTS[:n_lists] + tuple(name for name in INPUTS[3:] if name in taken)
 
-    def forward(self, *fed: Tensors | LossChange, **named: Tensors | LossChange) -> Tensor:
-        """Return the sum of the penalties (scalar), fed (weights, w_grads, a_grads) or `inputs`.
+    def forward(self, *inputs: Tensors | LossChange, **named: Tensors | LossChange) -> Tensor:
+        """Return the sum of the penalties (scalar) of (weights, w_grads, a_grads), or of `inputs`.
 
         Lists at the end that no term takes may be left out or given; names work too.
         """
-        given = dict(zip(self.inputs, fed, strict=False), **named)
-        return sum(term(*(given[name] for name in term.inputs)) for term in self.terms)
+        by_name = dict(zip(self.inputs, inputs, strict=False), **named)
+        return sum(term(*(by_name[name] for name in term.inputs)) for term in self.terms)
 
 
 # What --regularizer offers. <P> stands for a number, passed to the constructor under that name.
@@ -343,14 +315,14 @@ def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer 
     """
     if name.lower() == "none":
         return None
-    make, numbers = _find(name)
+    make, numbers = _lookup(name)
     for option in options.keys() - inspect.signature(make).parameters.keys():
         raise ValueError(f"{name} has no option {option}")
     return make(lmbda, **numbers, **options)
 
 
-def _find(name: str) -> tuple[Callable[..., Regularizer], dict[str, int]]:
-    """Return the constructor of that name and the numbers in it; ValueError for an unknown one."""
+def _lookup(name: str) -> tuple[Callable[..., Regularizer], dict[str, int]]:
+    """Return the constructor of that name and the numbers in the name; ValueError if unknown."""
     for template, make in REGULARIZERS.items():
         pattern = re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", template)
         if match := re.fullmatch(pattern, name, re.IGNORECASE):
@@ -358,11 +330,12 @@ def _find(name: str) -> tuple[Callable[..., Regularizer], dict[str, int]]:
     raise ValueError(f"unknown regularizer {name!r}: choose none, {', '.join(REGULARIZERS)}")
 
 
-def taken_by(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the options that the constructor of that name takes; none takes nothing."""
+def accepted_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the options that the regularizer of that name accepts; "none" has none."""
     if name.lower() == "none":
         return {}
-    return {k: v for k, v in options.items() if k in inspect.signature(_find(name)[0]).parameters}
+    parameters = inspect.signature(_lookup(name)[0]).parameters
+    return {key: value for key, value in options.items() if key in parameters}
 
 
 class Option(NamedTuple):
@@ -371,18 +344,18 @@ class Option(NamedTuple):
     kind: type
     help: str
     default: object
-    tracked: bool  # also of the regularizers that --track names
-    takers: tuple[str, ...]  # names in REGULARIZERS
+    tracked: bool  # also used for the regularizers that --track names
+    regularizer_names: tuple[str, ...]  # keys of REGULARIZERS that accept it
 
 
 def regularizer_options() -> dict[str, Option]:
     """Return every annotated argument of the constructors in REGULARIZERS, by name."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for name, make in REGULARIZERS.items():
         for key, parameter in inspect.signature(make).parameters.items():
             if metadata := getattr(parameter.annotation, "__metadata__", ()):
                 text, *marks = metadata
-                kind, tracked = parameter.annotation.__origin__, OF_THE_PENALTY not in marks
-                takers = (*(found[key].takers if key in found else ()), name)
-                found[key] = Option(kind, text, parameter.default, tracked, takers)
-    return found
+                kind, tracked = parameter.annotation.__origin__, PENALTY_ONLY not in marks
+                names = (*(options[key].regularizer_names if key in options else ()), name)
+                options[key] = Option(kind, text, parameter.default, tracked, names)
+    return options

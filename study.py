@@ -18,15 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import files
 import quant_inference
-import study_jobs
-import study_plots
-import study_results
-import study_tables
 import train
-import utils
-from study_jobs import Job, pending
+from analysis import study_figures, study_jobs, study_results, study_tables
+from analysis.study_jobs import Job, pending
+from engine.cli import Parser, bounded_number, choice_ignoring_case, refuse_unused_flags
+from engine.errors import FileError
+from engine.io import read_json, run_lock, save_json, warn_on_error
 
 # --- the grid --------------------------------------------------------------------------------
 
@@ -38,7 +36,7 @@ class Variant:
     flags: str  # of train.py, or, where they say --phases (with {lmbda}), of combined_protocol.py
     lmbdas: tuple[float, ...] = ()  # to choose from; () where the flags say it all
     cost: float = 1.0  # of an epoch, in epochs of the control: for estimates before the first one
-    tuned_as: str = ""  # the variant whose λ this one takes over
+    lambda_from: str = ""  # the variant whose λ this one takes over
 
 
 SECOND_ORDER = 3.3
@@ -52,11 +50,11 @@ VARIANTS = {
     "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
     "l1grad": Variant("--regularizer L1Grad", (1.5e-4, 5e-4), SECOND_ORDER),
     "l1grad_weights": Variant(
-        "--regularizer L1Grad --no_activation_gradients", cost=SECOND_ORDER, tuned_as="l1grad"
+        "--regularizer L1Grad --no_activation_gradients", cost=SECOND_ORDER, lambda_from="l1grad"
     ),
     "l2grad": Variant("--regularizer L2Grad", (0.03, 0.1), SECOND_ORDER),
     "l2grad_weights": Variant(
-        "--regularizer L2Grad --no_activation_gradients", cost=SECOND_ORDER, tuned_as="l2grad"
+        "--regularizer L2Grad --no_activation_gradients", cost=SECOND_ORDER, lambda_from="l2grad"
     ),
     "l2grad_frozen": Variant(
         "--regularizer L2Grad --freeze_bn_from {first}", (0.003, 0.01, 0.03), SECOND_ORDER
@@ -64,11 +62,11 @@ VARIANTS = {
     "linfgrad": Variant("--regularizer LinfGrad", (0.15, 0.5), SECOND_ORDER),
     "stepl1grad": Variant("--regularizer StepL1Grad", (0.015, 0.05), SECOND_ORDER),
     "stepl1grad_held": Variant(
-        "--regularizer StepL1Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl1grad"
+        "--regularizer StepL1Grad --hold_step", cost=SECOND_ORDER, lambda_from="stepl1grad"
     ),
     "stepl2grad": Variant("--regularizer StepL2Grad", (6.0, 20.0), SECOND_ORDER),
     "stepl2grad_held": Variant(
-        "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, tuned_as="stepl2grad"
+        "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, lambda_from="stepl2grad"
     ),
     "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "stepnoise_frozen": Variant(
@@ -99,31 +97,37 @@ QUANTIZATIONS = {  # flags of quant_inference.py
     "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
     "corrected": "--bits 2 3 4 --schemes uniform --mean_correction --precision bf16",
     "corrected_folded": "--bits 4 --schemes uniform pwlq --mean_correction --fold_bn "
-                        "--act_bits same --calibration percentile",
+    "--act_bits same --calibration percentile",
 }
 FINAL = ("weights", "recalibrated", "folded", "corrected", "corrected_folded")  # on the test set
 TUNING_SEED = 0
-MAX_LOSS = 0.01  # of full-precision accuracy, on held-out images
+MAX_ACCURACY_DROP = 0.01  # of full-precision accuracy, on held-out images
 
 EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is measured
 QUANTIZATION_SECONDS = {
-    "tuning": 20.0, "weights": 40.0, "recalibrated": 20.0, "folded": 60.0, "corrected": 8.0,
+    "tuning": 20.0,
+    "weights": 40.0,
+    "recalibrated": 20.0,
+    "folded": 60.0,
+    "corrected": 8.0,
     "corrected_folded": 12.0,
 }
 
 
 def tuned_name(name: str) -> str:
     """Return the variant whose λ this one has: itself, or the one it takes it over from."""
-    return VARIANTS[name].tuned_as or name
+    return VARIANTS[name].lambda_from or name
 
 
-def choose(candidates: Mapping[float, tuple[float, float]], control: float) -> float:
+def select_lambda(candidates: Mapping[float, tuple[float, float]], control: float) -> float:
     """Return the λ to use, given each λ's (full-precision, 4-bit uniform) held-out accuracy.
 
     The best 4-bit accuracy among those that lose less than MAX_LOSS of the control's full-precision
     accuracy; the best full-precision accuracy where all lose more. Of equal ones the smallest λ.
     """
-    kept = {lmbda: a for lmbda, a in candidates.items() if control - a[0] < MAX_LOSS - 1e-9}
+    kept = {
+        lmbda: a for lmbda, a in candidates.items() if control - a[0] < MAX_ACCURACY_DROP - 1e-9
+    }
     column = 1 if kept else 0
     return max(kept or candidates, key=lambda lmbda: (candidates[lmbda][column], -lmbda))
 
@@ -143,7 +147,7 @@ def epoch_names(n_epochs: int) -> dict[str, int]:
     return {"first": first, "late": late, "last": last}
 
 
-class Grid:
+class StudyPlan:
     """The jobs of the study in the folder `out`, from VARIANTS and the command line."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -178,15 +182,31 @@ class Grid:
         return self._training(script, name, stem, flags, seed, tuning, cost, (trunk,))
 
     def _training(
-        self, script: str, kind: str, stem: str, flags: Sequence[str], seed: int, tuning: bool,
-        cost: float, needs: tuple[Job, ...] = (),
+        self,
+        script: str,
+        kind: str,
+        stem: str,
+        flags: Sequence[str],
+        seed: int,
+        tuning: bool,
+        cost: float,
+        needs: tuple[Job, ...] = (),
     ) -> Job:
         """Return the job of a training that costs that many epochs of the control."""
         folder = self.out / ("tuning" if tuning else f"seed{seed}")
         held = ["--holdout", str(self.holdout)] if tuning else []
         command = (  # of a flag that is given twice the last one counts
-            script, *self.training, "--run_name", f"study_{folder.name}_{stem}", "--save_file",
-            str(folder / stem), "--resume", "--seed", str(seed), *flags, *held,
+            script,
+            *self.training,
+            "--run_name",
+            f"study_{folder.name}_{stem}",
+            "--save_file",
+            str(folder / stem),
+            "--resume",
+            "--seed",
+            str(seed),
+            *flags,
+            *held,
         )
         targets = (folder / f"{stem}.pt",)
         if not needs:  # others go on from its checkpoint
@@ -200,7 +220,12 @@ class Grid:
         held = ["--holdout", str(self.holdout)] if how == "tuning" else []
         flags = [*self.data_flags, *QUANTIZATIONS[how].split(), *held]
         command = (
-            "quant_inference.py", str(trained.target), *flags, "--no_plots", "--output", str(folder)
+            "quant_inference.py",
+            str(trained.target),
+            *flags,
+            "--no_plots",
+            "--output",
+            str(folder),
         )
         seconds = self.measured.get(f"quantize {how}", QUANTIZATION_SECONDS[how])
         return Job(f"quantize {how}", (folder / "results.json",), command, seconds, (trained,))
@@ -221,7 +246,7 @@ class Grid:
             for key, (of, lmbda) in tried.items()
         }
 
-    def kept_choice(self, name: str) -> study_results.Choice | None:
+    def saved_choice(self, name: str) -> study_results.Choice | None:
         """Return the choice of the variant's λ that was made last, or None; raises FileError."""
         path = self._choice_path(name)
         return study_results.Choice.load(path) if path.exists() else None
@@ -238,28 +263,33 @@ class Grid:
         jobs = self.tuning(name)
         if not jobs:
             return None
-        kept = self.kept_choice(name)
+        kept = self.saved_choice(name)
         if kept and list(kept.candidates) == [lmbda for lmbda in jobs if lmbda is not None]:
             return kept
-        if not all(job.done or job.lost(self.failed) for job in jobs.values()):
+        if not all(job.done or job.blocked(self.failed) for job in jobs.values()):
             raise NotChosen(f"{name}: λ is not chosen yet")
-        found = {key: held_out(job.target) if job.done else None for key, job in jobs.items()}
+        found = {
+            key: read_holdout_accuracy(job.target) if job.done else None
+            for key, job in jobs.items()
+        }
         control = found.pop(None)
         whole = {lmbda: accuracies for lmbda, accuracies in found.items() if accuracies}
         if not control or not whole:
             raise NotChosen(f"{name}: no λ to choose from: the control or all candidates failed")
-        made = study_results.Choice(control, found, choose(whole, control[0]))
+        made = study_results.Choice(control, found, select_lambda(whole, control[0]))
         if keep:
             made.save(self._choice_path(name))
         return made
 
-    def tell_failed(self, name: str) -> None:
+    def warn_failed_candidates(self, name: str) -> None:
         """Print which candidates the variant's λ was chosen without."""
-        choice = self.kept_choice(name)
+        choice = self.saved_choice(name)
         for lmbda, accuracies in choice.candidates.items() if choice else ():
             if not accuracies:
-                tqdm.write(f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove "
-                           f"{self._choice_path(name)}")
+                tqdm.write(
+                    f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove "
+                    f"{self._choice_path(name)}"
+                )
 
     def chosen(self, name: str, keep: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; may raise NotChosen."""
@@ -288,14 +318,14 @@ class Grid:
                 jobs = self.final(name, seeds, self.chosen(name, keep=True))
             except NotChosen:
                 jobs = self.tuning(name).values()
-            if job := study_jobs.startable(jobs, started):
+            if job := study_jobs.next_ready_job(jobs, started):
                 return job
         return None
 
 
-def held_out(path: Path) -> tuple[float, float]:
+def read_holdout_accuracy(path: Path) -> tuple[float, float]:
     """Return the full-precision and the 4-bit uniform accuracy of a result; raises FileError."""
-    with files.read_json(path) as results:
+    with read_json(path) as results:
         accuracy = {row["bits"]: row["accuracy"] for row in results["rows"]}
         return accuracy[32], accuracy[4]
 
@@ -303,23 +333,27 @@ def held_out(path: Path) -> tuple[float, float]:
 # --- what is done with them ------------------------------------------------------------------
 
 
-def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int) -> bool:
+def run_all(grid: StudyPlan, names: Sequence[str], seeds: Sequence[int], at_once: int) -> bool:
     """Run every variant, renew the tables as results come, and return whether all succeeded."""
     jobs = [job for name in names for job in grid.planned(name, seeds)[0]]
     total = sum(job.seconds for job in pending(jobs))
 
     def renew_after(job: Job) -> None:
         if job.kind.split()[-1] in FINAL:
-            with files.told("tables and plots were not renewed"):
-                renew(grid)
+            with warn_on_error("tables and plots were not renewed"):
+                update_report(grid)
 
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=total, bar_format=form, disable=None) as bar:
         study_jobs.run(
-            lambda started: grid.next_job(names, seeds, started), at_once, grid.out, grid.failed,
-            bar, renew_after,
+            lambda started: grid.next_job(names, seeds, started),
+            at_once,
+            grid.out,
+            grid.failed,
+            bar,
+            renew_after,
         )
-    renew(grid)
+    update_report(grid)
     complete = not grid.failed
     for name in names:
         try:
@@ -330,11 +364,11 @@ def run_all(grid: Grid, names: Sequence[str], seeds: Sequence[int], at_once: int
             continue
         for job in left:
             tqdm.write(f"not run, for it needs what failed: {job.title}")
-        grid.tell_failed(name)
+        grid.warn_failed_candidates(name)
     return complete
 
 
-def renew(grid: Grid) -> bool:
+def update_report(grid: StudyPlan) -> bool:
     """Write tables and plots of what there is; return whether there is anything.
 
     Of each variant with the λ that was chosen last. Raises FileError and OSError.
@@ -342,19 +376,19 @@ def renew(grid: Grid) -> bool:
     results, choices = [], {}
     for name, variant in VARIANTS.items():
         has_choice = bool(VARIANTS[tuned_name(name)].lmbdas)
-        choice = grid.kept_choice(name) if has_choice else None
-        if choice and not variant.tuned_as:
+        choice = grid.saved_choice(name) if has_choice else None
+        if choice and not variant.lambda_from:
             choices[name] = choice
         if choice or not has_choice:
             results += finished(grid, name, choice.lmbda if choice else None)
     if results:
         rows, tracked = study_results.read(results)
         study_tables.write(grid.out, results, rows, tracked, choices)
-        study_plots.draw(grid.out, rows, tracked, choices, grid.first)
+        study_figures.draw(grid.out, rows, tracked, choices, grid.first)
     return bool(results)
 
 
-def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_results.Result]:
+def finished(grid: StudyPlan, name: str, lmbda: float | None) -> Iterator[study_results.Result]:
     """Yield every final result there is of a variant, of all seeds."""
     folders = [re.fullmatch("seed(0|[1-9][0-9]*)", path.name) for path in grid.out.glob("seed*")]
     for seed in sorted(int(match[1]) for match in folders if match):
@@ -362,27 +396,34 @@ def finished(grid: Grid, name: str, lmbda: float | None) -> Iterator[study_resul
         jobs = {how: grid.quantized(branch, how) for how in FINAL}
         if all(job.done for job in jobs.values()):
             yield study_results.Result(
-                name, lmbda, seed, branch.target.with_suffix(".json"),
+                name,
+                lmbda,
+                seed,
+                branch.target.with_suffix(".json"),
                 {how: job.target for how, job in jobs.items()},
-                [f"mkdir -p {branch.target.parent}",
-                 *(as_it_ran(job.target.with_suffix(".json"))
-                   for job in (*branch.needs, branch, *jobs.values()))],
+                [
+                    f"mkdir -p {branch.target.parent}",
+                    *(
+                        reproduction_command(job.target.with_suffix(".json"))
+                        for job in (*branch.needs, branch, *jobs.values())
+                    ),
+                ],
                 grid.first,
             )
 
 
-def as_it_ran(path: Path) -> str:
+def reproduction_command(path: Path) -> str:
     """Return the command of a training's record or of a results.json; raises FileError.
 
     With its number of threads: sums are taken in that order.
     """
-    with files.read_json(path) as record:
+    with read_json(path) as record:
         ran = record["settings"] | record  # a results.json has them among its settings
         threads, command = ran["machine"]["threads"], shlex.join(ran["command"])
     return f"OMP_NUM_THREADS={threads} python {command}"
 
 
-def plan(grid: Grid, names: Sequence[str], seeds: Sequence[int]) -> None:
+def plan(grid: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Print what would run, and how long that would take."""
     seen: dict[Path, Job] = {}
     for name in names:
@@ -407,43 +448,83 @@ def duration(seconds: float) -> str:
 
 # What a study is: the same for all of a folder. Each with its default; TRAINING is no flag.
 SETTINGS = {
-    "n_epochs": 9, "holdout": 5000, "train_flags": "", "data_flags": "", "TRAINING": TRAINING,
+    "n_epochs": 9,
+    "holdout": 5000,
+    "train_flags": "",
+    "data_flags": "",
+    "TRAINING": TRAINING,
 }
 # Flags that --data_flags may give, and those that --train_flags may not, for the study gives them.
-OF_DATA = {"dataset", "data_dir", "device", "model"}
-OF_THE_STUDY = {
-    "run_name", "save_file", "resume", "init_from", "override", "seed", "n_epochs", "holdout",
-    "regularizer", "lmbda", "first_regularized_epoch", "no_activation_gradients", "freeze_bn_from",
-    "save_preregularized_model", "lmbda_warmup", "fold_bn", "hold_step",
+DATA_FLAGS = {"dataset", "data_dir", "device", "model"}
+RESERVED_FLAGS = {
+    "run_name",
+    "save_file",
+    "resume",
+    "init_from",
+    "override",
+    "seed",
+    "n_epochs",
+    "holdout",
+    "regularizer",
+    "lmbda",
+    "first_regularized_epoch",
+    "no_activation_gradients",
+    "freeze_bn_from",
+    "save_preregularized_model",
+    "lmbda_warmup",
+    "fold_bn",
+    "hold_step",
 }
 
 
-def make_parser() -> utils.Parser:
+def make_parser() -> Parser:
     """Make the parser of study.py."""
-    parser = utils.Parser("Run the study: variants × seeds, as tables and plots; see VARIANTS.")
+    parser = Parser("Run the study: variants × seeds, as tables and plots; see VARIANTS.")
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--plan", action="store_true", help="print what would run and how long it "
-                      "takes; run none")
-    mode.add_argument("--tables", action="store_true", help="only renew tables and plots from what "
-                      "there is")
-    add("--only", type=utils.one_of(VARIANTS), nargs="+", default=list(VARIANTS), metavar="NAME",
-        help="variants")
-    add("--seeds", type=utils.number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
-    add("--jobs", type=utils.number(int, at_least=1), default=1, help="at once; they share the "
-        "cores, and the times of one tell little while others run")
+    mode.add_argument(
+        "--plan", action="store_true", help="print what would run and how long it takes; run none"
+    )
+    mode.add_argument(
+        "--tables", action="store_true", help="only renew tables and plots from what there is"
+    )
+    add(
+        "--only",
+        type=choice_ignoring_case(VARIANTS),
+        nargs="+",
+        default=list(VARIANTS),
+        metavar="NAME",
+        help="variants",
+    )
+    add("--seeds", type=bounded_number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
+    add(
+        "--jobs",
+        type=bounded_number(int, at_least=1),
+        default=1,
+        help="at once; they share the cores, and the times of one tell little while others run",
+    )
     add("--out", default="results/study", help="folder of everything that is written")
-    add("--epoch_seconds", type=utils.number(float, above=0), help="of the control on all cores, "
-        "for --plan; None: as measured")
+    add(
+        "--epoch_seconds",
+        type=bounded_number(float, above=0),
+        help="of the control on all cores, for --plan; None: as measured",
+    )
     group = parser.add_argument_group("what the study is: set by the first run in --out")
     add = group.add_argument
-    add("--n_epochs", type=utils.number(int, at_least=6), help="of which a third is regularized, "
-        "the last")
-    add("--holdout", type=utils.number(int, at_least=1), help="images for λ")
-    add("--train_flags", type=shell_words, help="of every training, as in "
-        "--train_flags='--lr 0.05'")
-    add("--data_flags", type=shell_words, help="of every training and quantization, as in "
-        "--data_flags='--device cuda'")
+    add(
+        "--n_epochs",
+        type=bounded_number(int, at_least=6),
+        help="of which a third is regularized, the last",
+    )
+    add("--holdout", type=bounded_number(int, at_least=1), help="images for λ")
+    add(
+        "--train_flags", type=shell_words, help="of every training, as in --train_flags='--lr 0.05'"
+    )
+    add(
+        "--data_flags",
+        type=shell_words,
+        help="of every training and quantization, as in --data_flags='--device cuda'",
+    )
     return parser
 
 
@@ -456,17 +537,19 @@ def shell_words(text: str) -> str:
     return text
 
 
-def settle(parser: utils.Parser, args: argparse.Namespace) -> dict[str, object]:
+def resolve_settings(parser: Parser, args: argparse.Namespace) -> dict[str, object]:
     """Fill in what the study in --out is, or the defaults of a new one, and return that.
 
     Ends with one line where a flag contradicts it: runs of other lengths are another study.
     """
-    kept = kept_settings(Path(args.out) / "study.json")
+    kept = load_settings(Path(args.out) / "study.json")
     for name, default in SETTINGS.items():
         given = getattr(args, name, None)
         if kept and given is not None and given != kept[name]:
-            parser.error(f"--{name} {given}: the study in {args.out} has {kept[name]!r}: choose "
-                         "another --out")
+            parser.error(
+                f"--{name} {given}: the study in {args.out} has {kept[name]!r}: choose "
+                "another --out"
+            )
         setattr(args, name, kept[name] if kept else default if given is None else given)
     if args.TRAINING != TRAINING:
         print(f"{args.out} goes on with the flags that it was begun with: {args.TRAINING}")
@@ -474,7 +557,7 @@ def settle(parser: utils.Parser, args: argparse.Namespace) -> dict[str, object]:
     return {name: getattr(args, name) for name in SETTINGS}
 
 
-def kept_settings(path: Path) -> dict[str, object] | None:
+def load_settings(path: Path) -> dict[str, object] | None:
     """Return what a study.json holds, None where there is none; ends with one line if it is bad."""
     checker = make_parser()
     checker.prog += f": {path}"
@@ -498,52 +581,55 @@ def kept_settings(path: Path) -> dict[str, object] | None:
     return kept
 
 
-def check_flags(parser: utils.Parser, args: argparse.Namespace) -> None:
+def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     """End the program where --train_flags or --data_flags hold what they should not."""
     data_flags, train_flags = shlex.split(args.data_flags), shlex.split(args.train_flags)
     of_training, of_quantization = train.make_parser(), quant_inference.make_parser()
     of_quantization.parse_args(["weights.pt", *data_flags])  # they end it where there is no such
     refused = {
-        "data": given(of_training, data_flags) - OF_DATA,
-        "train": given(of_training, train_flags) & (OF_THE_STUDY | OF_DATA),
+        "data": flags_in(of_training, data_flags) - DATA_FLAGS,
+        "train": flags_in(of_training, train_flags) & (RESERVED_FLAGS | DATA_FLAGS),
     }
     for kind, names in refused.items():
         if names:
             parser.error(f"--{kind}_flags: --{sorted(names)[0]} is not for it to say")
 
 
-def given(parser: utils.Parser, words: Sequence[str]) -> set[str]:
+def flags_in(parser: Parser, words: Sequence[str]) -> set[str]:
     """Return the names of the flags that the words give."""
     parser.parse_args(words)
-    return parser.given
+    return parser.explicit_flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run or tabulate; exit with 1 if a job failed."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    utils.check_effect(parser, (
-        *((flag, "something to run", not args.tables) for flag in ("only", "seeds", "jobs")),
-        ("epoch_seconds", "--plan", args.plan),
-    ))
-    settings = settle(parser, args)
-    grid = Grid(args)
+    refuse_unused_flags(
+        parser,
+        (
+            *((flag, "something to run", not args.tables) for flag in ("only", "seeds", "jobs")),
+            ("epoch_seconds", "--plan", args.plan),
+        ),
+    )
+    settings = resolve_settings(parser, args)
+    grid = StudyPlan(args)
     try:
         if args.plan:
             return plan(grid, args.only, args.seeds)
         if args.tables:
-            if not renew(grid):
-                parser.stop(1, f"error: there are no results in {grid.out} yet")
+            if not update_report(grid):
+                parser.exit_with(1, f"error: there are no results in {grid.out} yet")
             return None
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         grid.out.mkdir(parents=True, exist_ok=True)
-        with files.only_run(grid.out / "study", instead="another --out"):
-            files.save_json(settings, grid.out / "study.json")
+        with run_lock(grid.out / "study", instead="another --out"):
+            save_json(settings, grid.out / "study.json")
             complete = run_all(grid, args.only, args.seeds, args.jobs)
-    except (files.FileError, OSError) as error:
-        parser.stop(1, f"error: {error}")
+    except (FileError, OSError) as error:
+        parser.exit_with(1, f"error: {error}")
     except KeyboardInterrupt:
-        parser.stop(130, "stopped")
+        parser.exit_with(130, "stopped")
     sys.exit(0 if complete else 1)
 
 

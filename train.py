@@ -1,12 +1,15 @@
-"""Train a network with a regularizer that should make it survive quantization."""
+"""Train a network with a regularizer that should make it survive quantization.
+
+`run_epoch` is the loop over batches, `fit` the loop over epochs; `set_up`, `fit` and `finish` make
+a run. The step itself, ∇L + ∇R, is `engine.gradients.compute_gradients`.
+"""
 
 import argparse
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +17,43 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import data
-import distributed
-import files
-import fused
 import utils
-from checkpoints import Checkpointer, Stopped, StopRequest, inherited, resumable
-from regularizers import REGULARIZERS, Regularizer, make_regularizer, taken_by
-from state import NotFiniteError, State, Training, measure, summarize
-from step import first_order, loss_change, takes_gradients, update_gradients
-from tracking import Tracker, describe_environment, new_run_id, sweep_run_id
+from data import ImageDataset
+from engine import distributed, layers
+from engine.batch_norm import check_folding, freeze_batch_norms
+from engine.checkpoints import Checkpointer
+from engine.cli import Parser, bounded_number, exit_codes, refuse_unused_flags
+from engine.environment import describe_environment
+from engine.errors import FileError, NotFiniteError, SetupError
+from engine.evaluation import evaluate
+from engine.gradients import compute_gradients
+from engine.hardware import resolve_precision, tune_glibc_malloc
+from engine.io import (
+    RUN_FILE_SUFFIXES,
+    backup_existing,
+    check_writable,
+    run_lock,
+    save_json,
+    save_weights,
+    warn_on_error,
+)
+from engine.loader import Loader
+from engine.metrics import batch_metrics_row, epoch_means
+from engine.run_settings import load_for_resume, load_init_from
+from engine.signals import GracefulShutdown
+from engine.tracking import WandbLogger, new_run_id, sweep_run_id
+from engine.train_state import TrainProgress, TrainState
+from regularizers import REGULARIZERS, Regularizer, accepted_options, make_regularizer
 
-LOOK_EVERY = 20  # batches, in a run of several processes
+METRICS_SECONDS = 0.5  # between updates of the progress bar, which wait for the device
+METRICS_SYNC_INTERVAL = 20  # batches between them in a run of several processes
 
 
 @dataclass(frozen=True)
 class Phase:
     """From epoch `start` on (the first is 0), train with `regularizer`; None is the loss alone.
 
-    With save_as, the weights are written there just before the phase begins. With a warmup, the
+    With `save_as`, the weights are written there just before the phase begins. With a `warmup`, the
     penalty's factor rises linearly, batch by batch, from 0 to 1 over that many epochs.
     """
 
@@ -41,207 +62,399 @@ class Phase:
     save_as: Path | None = None
     warmup: float = 0.0
 
-    def strength(self, epochs: float) -> float:
-        """Return the factor of the penalty when that many epochs of the whole run are done."""
+    def penalty_scale(self, epochs: float) -> float:
+        """Return the factor of the penalty after that many epochs of the whole run."""
         return min(1.0, (epochs - self.start) / self.warmup) if self.warmup else 1.0
 
 
-# --- epochs ----------------------------------------------------------------------------------
-
-
-def run_epoch(
-    net: nn.Module, criterion: nn.Module, regularizer: Regularizer | None,
-    optimizer: torch.optim.Optimizer, loader: data.Loader, state: State, dtype: torch.dtype,
-    after_batch: Callable[[State], None], strength: Callable[[float], float] = lambda epochs: 1.0,
-    freeze_bn: bool = False,
-) -> dict[str, float]:
-    """Train on the rest of the epoch; return its mean loss, penalty and accuracy.
-
-    `strength` maps the epochs done, in fractions, to the penalty's factor. What a regularizer draws
-    from torch's stream is a pure function of (seed, epoch, batch). With `freeze_bn` batch norms
-    use their running statistics, and keep them.
-    """
-    net.train()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train(not freeze_bn)
-    began, shown = time.perf_counter() - state.epoch_seconds, 0.0
-    with tqdm(
-        total=len(loader), initial=state.batch, desc=f"epoch {state.epoch}", unit="batch",
-        disable=None if distributed.rank() == 0 else True, leave=False,
-    ) as bar:
-        for x, y in loader.batches(state.epoch, state.batch):
-            torch.manual_seed(hash((loader.seed, state.epoch, state.batch)))
-            factor = strength(state.epoch + state.batch / len(loader))
-            n = loader.size(state.batch)  # of all processes
-            with distributed.sharded(n):
-                values = update_gradients(net, criterion, regularizer, x, y, dtype, factor)
-            distributed.average(fused.own_statistics(net))
-            state.rows.append(measure(net, n, *values))
-            if x.device.type == "cpu" and not state.rows[-1].isfinite().all():
-                summarize(net, regularizer, state)  # raises, before the weights are spoilt
-            optimizer.step()
-            state.batch += 1
-            state.epoch_seconds = time.perf_counter() - began
-            due = state.epoch_seconds - shown > 0.5
-            if distributed.world_size() > 1:  # all look at the same batch: it may raise
-                due = state.batch % LOOK_EVERY == 0
-            if due:  # to look is to wait for the device
-                shown = state.epoch_seconds
-                bar.set_postfix(summarize(net, regularizer, state), refresh=False)
-            bar.update()
-            after_batch(state)
-    return summarize(net, regularizer, state)
-
-
-def evaluate(
-    net: nn.Module, criterion: nn.Module, loader: data.Loader, dtype: torch.dtype = torch.float32,
-    regularizer: Regularizer | None = None,
-) -> dict[str, float]:
-    """Return the loss and accuracy over the loader in evaluation mode, and the mean penalty.
-
-    A penalty of gradients costs a first-order pass a batch; no graph of second order is made. What
-    a regularizer draws from torch's stream is a pure function of the batch. Each of several
-    processes takes every so many-th batch.
-    """
-    net.eval()
-    inputs = regularizer.inputs if regularizer else ()
-    folded = utils.folded_weights(net) if "folded_weights" in inputs else []
-    totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
-    first, step = distributed.rank(), distributed.world_size()
-    for number, (x, y) in enumerate(loader.batches(0, first, step)):
-        torch.manual_seed(first + number * step)
-        if takes_gradients(regularizer):
-            done = first_order(net, criterion, inputs, x, y, dtype)
-            loss, n_correct, fed = done.loss, done.n_correct, done.tensors
-        else:
-            with torch.inference_mode(), utils.autocast(x.device, dtype):
-                logits, _ = net(x)
-                loss, n_correct = criterion(logits, y), (logits.argmax(dim=1) == y).sum()
-            fed = {"weights": utils.penalized_weights(net)}
-        penalty = torch.zeros_like(loss)
-        if regularizer:
-            fed["loss_change"] = partial(loss_change, net, criterion, x, y, dtype, loss, ())
-            fed["folded_weights"] = folded
-            with torch.no_grad():
-                penalty = regularizer(*(fed[name] for name in inputs))
-        totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty])
-    means = (distributed.total(totals) / loader.n_images).tolist()
-    names = ["loss", "accuracy", *([regularizer.name] if regularizer else [])]
-    return dict(zip(names, means, strict=False))
-
-
-def active(phases: Sequence[Phase], epoch: int) -> Phase:
+def phase_at(phases: Sequence[Phase], epoch: int) -> Phase:
     """Return the phase that the epoch belongs to; before the first one there is no regularizer."""
     return [Phase(0), *(p for p in phases if p.start <= epoch)][-1]
 
 
-def fit(
-    net: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler, train_loader: data.Loader,
-    test_loader: data.Loader, phases: Sequence[Phase], n_epochs: int, *,
-    dtype: torch.dtype = torch.float32, test_penalty: bool = True,
-    freeze_bn_from: int | None = None, state: State | None = None,
-    after_batch: Callable[[State], None] = lambda state: None,
-    after_epoch: Callable[[State], None] = lambda state: None,
-) -> list[dict[str, Any]]:
-    """Train until n_epochs are done, from `state` on; return the history, one entry an epoch.
+# --- the loops -------------------------------------------------------------------------------
 
-    Args:
-        net: returns (logits, activations).
-        criterion: (logits, labels) -> mean loss.
-        optimizer: steps once a batch.
-        scheduler: steps once an epoch.
-        train_loader: gives the batches of an epoch.
-        test_loader: what `test_…` is measured on after every epoch.
-        phases: in the order of their start.
-        n_epochs: the whole run's length.
-        dtype: of the convolutions; weights, statistics, losses and norms stay float32.
-        test_penalty: whether to measure the penalty on the test set too.
-        freeze_bn_from: the epoch from which on batch norms keep their running statistics.
-        state: where to go on; None is the beginning.
-        after_batch: called with the state after every batch.
-        after_epoch: called with the state after every epoch, its history entry included.
 
-    Raises:
-        NotFiniteError: as soon as a loss, penalty or gradient that is not finite is seen.
+def no_callback(progress: TrainProgress) -> None:
+    """Do nothing after a batch or epoch."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how `fit` trains."""
+
+    n_epochs: int
+    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)  # logits, labels → mean loss
+    dtype: torch.dtype = torch.float32  # of the convolutions; all else stays float32
+    test_penalty: bool = True  # measure the penalty on the test set, too
+    freeze_bn_from: int | None = None  # epoch from which on batch norms keep their statistics
+    after_batch: Callable[[TrainProgress], None] = no_callback
+    after_epoch: Callable[[TrainProgress], None] = no_callback  # history entry included
+
+
+def run_epoch(
+    state: TrainState, loader: Loader, phase: Phase, config: FitConfig
+) -> dict[str, float]:
+    """Train on the rest of the epoch; return its mean loss, accuracy and penalty.
+
+    Random numbers that a regularizer draws are a pure function of (seed, epoch, batch).
     """
-    state = state or State()
-    while state.epoch < n_epochs:
-        phase = active(phases, state.epoch)
-        if phase.save_as and phase.start == state.epoch and state.batch == 0:
-            files.save_weights(net, phase.save_as)
-        lr = optimizer.param_groups[0]["lr"]
-        began = time.perf_counter() - state.epoch_seconds
-        train = run_epoch(
-            net, criterion, phase.regularizer, optimizer, train_loader, state, dtype, after_batch,
-            phase.strength, freeze_bn_from is not None and state.epoch >= freeze_bn_from,
+    net, progress, regularizer = state.net, state.progress, phase.regularizer
+    net.train()
+    if config.freeze_bn_from is not None and progress.epoch >= config.freeze_bn_from:
+        freeze_batch_norms(net)
+    started_at, shown_at = time.perf_counter() - progress.epoch_seconds, 0.0
+    with progress_bar(progress, len(loader)) as bar:
+        for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
+            torch.manual_seed(hash((loader.seed, progress.epoch, progress.batch)))
+            scale = phase.penalty_scale(progress.epoch + progress.batch / len(loader))
+            n_images = loader.n_images_in_batch(progress.batch)  # of all processes
+            with distributed.sharded(n_images):
+                loss, penalty, n_correct = compute_gradients(  # sets .grad to ∇L + ∇R
+                    net, config.criterion, regularizer, x, y, config.dtype, scale
+                )
+            distributed.all_reduce_mean_(layers.unsynced_bn_buffers(net))
+            row = batch_metrics_row(net, n_images, loss, penalty, n_correct)
+            progress.batch_metrics.append(row)
+            if x.device.type == "cpu" and not row.isfinite().all():
+                summarize(state, regularizer)  # raises, before the weights are spoilt
+            state.optimizer.step()
+            progress.batch += 1
+            progress.epoch_seconds = time.perf_counter() - started_at
+            if metrics_are_due(progress, shown_at):
+                shown_at = progress.epoch_seconds
+                bar.set_postfix(summarize(state, regularizer), refresh=False)
+            bar.update()
+            config.after_batch(progress)
+    return summarize(state, regularizer)
+
+
+def summarize(state: TrainState, regularizer: Regularizer | None) -> dict[str, float]:
+    """Return the epoch's means so far; NotFiniteError if a number is not finite."""
+    progress = state.progress
+    return epoch_means(state.net, regularizer, progress.epoch, progress.batch_metrics)
+
+
+def metrics_are_due(progress: TrainProgress, shown_at: float) -> bool:
+    """Tell whether to look at the numbers; all processes look after the same batch."""
+    if distributed.get_world_size() > 1:
+        return progress.batch % METRICS_SYNC_INTERVAL == 0
+    return progress.epoch_seconds - shown_at > METRICS_SECONDS
+
+
+def progress_bar(progress: TrainProgress, n_batches: int) -> tqdm:
+    """Return the bar of an epoch: on a terminal, of rank 0."""
+    return tqdm(
+        total=n_batches,
+        initial=progress.batch,
+        desc=f"epoch {progress.epoch}",
+        unit="batch",
+        disable=None if distributed.get_rank() == 0 else True,
+        leave=False,
+    )
+
+
+def fit(
+    state: TrainState,
+    train_loader: Loader,
+    test_loader: Loader,
+    phases: Sequence[Phase],
+    config: FitConfig,
+) -> list[dict[str, Any]]:
+    """Train from where `state` is until all epochs are done; return the history, an entry each.
+
+    The phases are in the order of their start. Raises NotFiniteError as soon as a loss, penalty or
+    gradient that is not finite is seen.
+    """
+    progress = state.progress
+    while progress.epoch < config.n_epochs:
+        phase = phase_at(phases, progress.epoch)
+        if phase.save_as and phase.start == progress.epoch and progress.batch == 0:
+            save_weights(state.net, phase.save_as)
+        lr = state.optimizer.param_groups[0]["lr"]
+        started_at = time.perf_counter() - progress.epoch_seconds
+        train = run_epoch(state, train_loader, phase, config)
+        images_per_second = train_loader.n_images / progress.epoch_seconds
+        test = evaluate_epoch(state, test_loader, phase, config)
+        state.scheduler.step()
+        progress.history.append(
+            {
+                "epoch": progress.epoch,
+                "lr": lr,
+                **{f"train_{key}": value for key, value in train.items()},
+                **{f"test_{key}": value for key, value in test.items()},
+                "images_per_second": images_per_second,
+                "epoch_seconds": time.perf_counter() - started_at,
+            }
         )
-        images_per_second = train_loader.n_images / state.epoch_seconds
-        test = evaluate(
-            net, criterion, test_loader, dtype, phase.regularizer if test_penalty else None
-        )
-        if phase.regularizer and test_penalty:
-            test[phase.regularizer.name] *= phase.strength(state.epoch + 1)
-        for key, value in test.items():
-            if not math.isfinite(value):
-                raise NotFiniteError(f"epoch {state.epoch}: the test {key} is {value}")
-        scheduler.step()
-        state.history.append({
-            "epoch": state.epoch,
-            "lr": lr,
-            **{f"train_{key}": value for key, value in train.items()},
-            **{f"test_{key}": value for key, value in test.items()},
-            "images_per_second": images_per_second,
-            "epoch_seconds": time.perf_counter() - began,
-        })
-        state.epoch, state.batch, state.rows, state.epoch_seconds = state.epoch + 1, 0, [], 0.0
-        after_epoch(state)
-    return state.history
+        progress.next_epoch()
+        config.after_epoch(progress)
+    return progress.history
 
 
-# --- the script ------------------------------------------------------------------------------
+def evaluate_epoch(
+    state: TrainState, loader: Loader, phase: Phase, config: FitConfig
+) -> dict[str, float]:
+    """Return loss, accuracy and penalty on the test set; NotFiniteError if one is not finite."""
+    epoch, regularizer = state.progress.epoch, phase.regularizer
+    penalized = regularizer if config.test_penalty else None
+    means = evaluate(state.net, config.criterion, loader, config.dtype, penalized)
+    if penalized:
+        means[penalized.name] *= phase.penalty_scale(epoch + 1)
+    for key, value in means.items():
+        if not math.isfinite(value):
+            raise NotFiniteError(f"epoch {epoch}: the test {key} is {value}")
+    return means
 
 
-def make_loaders(dataset: data.Data, args: argparse.Namespace) -> Sequence[data.Loader]:
+# --- a run -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training that is set up, and where it is logged and saved."""
+
+    args: argparse.Namespace
+    out: Path  # <out>.pt, <out>.json and <out>.ckpt are written
+    phases: Sequence[Phase]
+    state: TrainState
+    config: FitConfig
+    train_loader: Loader
+    test_loader: Loader
+    fixed_batch: Loader  # what --track is measured on
+    record: dict[str, Any]  # settings, versions and machine
+    run_id: str
+    started_at: float
+    logger: WandbLogger
+    checkpointer: Checkpointer | None = None
+
+    def after_batch(self, progress: TrainProgress) -> None:
+        """Log histograms and write a checkpoint where they are due."""
+        n_batches = len(self.train_loader)
+        n_done = progress.epoch * n_batches + progress.batch
+        if self.args.watch and n_done % self.args.watch_freq == 0:
+            self.logger.log_histograms(self.state.net, progress.epoch + progress.batch / n_batches)
+        self.checkpointer.after_batch()
+
+    def after_epoch(self, progress: TrainProgress) -> None:
+        """Log and print the epoch, and write the record and the checkpoint."""
+        entry = progress.history[-1]
+        for regularizer in utils.make_tracked_regularizers(self.args):
+            means = evaluate(
+                self.state.net,
+                self.config.criterion,
+                self.fixed_batch,
+                self.config.dtype,
+                regularizer,
+            )
+            entry[f"track_{regularizer.name}"] = means[regularizer.name]
+        self.logger.log(entry)
+        regularizer = phase_at(self.phases, progress.epoch - 1).regularizer
+        with warn_on_error(f"{self.out}.json was not written, the training goes on"):
+            tqdm.write(summary_line(entry, regularizer and regularizer.name))
+            save_json({**self.record, "history": progress.history}, Path(f"{self.out}.json"))
+        is_last = progress.epoch == self.config.n_epochs
+        self.checkpointer.after_epoch(progress.epoch, is_last)
+
+    def checkpoint_content(self) -> dict[str, Any]:
+        """Return what a checkpoint holds; NotFiniteError where it is not worth saving."""
+        regularizer = phase_at(self.phases, self.state.progress.epoch).regularizer
+        return {
+            **self.state.state_dict(regularizer),
+            "settings": vars(self.args),
+            "run_id": self.run_id,
+            "seconds": time.perf_counter() - self.started_at,
+        }
+
+
+def run(
+    args: argparse.Namespace, phases: Sequence[Phase], out: Path, shutdown: GracefulShutdown
+) -> None:
+    """Train as the flags and phases say; write <out>.pt and <out>.json, and log the run."""
+    this = set_up(args, phases, out, shutdown)
+    try:
+        with shutdown.deferred():
+            fit(this.state, this.train_loader, this.test_loader, phases, this.config)
+        finish(this)
+    finally:
+        print(this.logger.finish(), flush=True)
+
+
+def set_up(
+    args: argparse.Namespace, phases: Sequence[Phase], out: Path, shutdown: GracefulShutdown
+) -> Run:
+    """Make network, loaders, optimizer and schedule, or restore them from a checkpoint."""
+    started_at = time.perf_counter()
+    tune_glibc_malloc()
+    utils.seed_everything(args.seed)
+    checkpoint, is_own = distributed.run_on_rank0_and_broadcast(lambda: find_checkpoint(args, out))
+    dataset = utils.load_dataset(args)
+    train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
+    config = FitConfig(
+        args.n_epochs,
+        utils.make_criterion(args.criterion),
+        resolve_precision(args.precision, args.device),
+        not args.no_test_penalty,
+        args.freeze_bn_from,
+    )
+    compiled = layers.set_compile(args.compile)
+    state, run_id = make_state(args, dataset, phases), new_run_id()
+    if checkpoint:
+        state.load_state_dict(checkpoint, args.n_epochs, len(train_loader))
+        check_phases(state.progress, phases, args, is_own)
+        run_id, started_at = checkpoint["run_id"] or run_id, started_at - checkpoint["seconds"]
+    if not args.resume:
+        files = [(out, suffix) for suffix in RUN_FILE_SUFFIXES]
+        distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
+
+    plan = describe_plan(args, phases, config.dtype, compiled)
+    settings = {**vars(args), "plan": plan}
+    record = {"settings": settings, **describe_environment()}
+    logger = WandbLogger(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
+    print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
+    this = Run(
+        args, out, phases, state, config, train_loader, test_loader, fixed_batch, record, run_id,
+        started_at, logger,
+    )  # fmt: skip
+    this.config = replace(config, after_batch=this.after_batch, after_epoch=this.after_epoch)
+    this.checkpointer = Checkpointer(
+        Path(f"{out}.ckpt"),
+        this.checkpoint_content,
+        args.checkpoint_every,
+        args.checkpoint_minutes,
+        shutdown,
+    )
+    return this
+
+
+def finish(this: Run) -> None:
+    """Save the weights and the record with the final accuracy, which is float32's, and log it."""
+    state, out = this.state, this.out
+    final = evaluate(state.net, this.config.criterion, this.test_loader)
+    final = {f"final_{key}": value for key, value in final.items()}
+    save_weights(state.net, Path(f"{out}.pt"))
+    seconds = time.perf_counter() - this.started_at
+    record = {**this.record, **final, "seconds": seconds, "history": state.progress.history}
+    save_json(record, Path(f"{out}.json"))
+    this.logger.log({"epoch": this.config.n_epochs, **final})
+    images = "held-out" if this.args.holdout else "test"
+    print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
+    print(f"saved {out}.pt and {out}.json")
+
+
+# --- what a run is made of -------------------------------------------------------------------
+
+
+def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Loader]:
     """Return the loaders of the training set, augmented, of the test set, and of one fixed batch.
 
     The fixed batch, of the first training images as they are, is what --track is measured on.
     """
     common = {
-        "batch_size": args.batch_size, "mean": dataset.mean, "std": dataset.std,
-        "device": args.device, "memory_format": torch.channels_last,
+        "batch_size": args.batch_size,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "device": args.device,
+        "memory_format": torch.channels_last,
     }
-    train_loader = data.Loader(
-        dataset.train_images, dataset.train_labels, seed=args.seed, augment=True, shuffle=True,
-        rank=distributed.rank(), world_size=distributed.world_size(), **common,
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    train_loader = Loader(
+        dataset.train_images,
+        dataset.train_labels,
+        seed=args.seed,
+        augment=True,
+        shuffle=True,
+        rank=rank,
+        world_size=world_size,
+        **common,
     )
-    if (smallest := train_loader.size(len(train_loader) - 1)) < distributed.world_size():
-        raise distributed.SetupError(
-            f"a batch of {smallest} images, the last of an epoch, for {distributed.world_size()} "
-            "processes: choose another --batch_size or --train_subset")
+    if (smallest := train_loader.n_images_in_batch(len(train_loader) - 1)) < world_size:
+        raise SetupError(
+            f"a batch of {smallest} images, the last of an epoch, for {world_size} "
+            "processes: choose another --batch_size or --train_subset"
+        )
     n = args.batch_size
     return (
         train_loader,
-        data.Loader(dataset.test_images, dataset.test_labels, cache=True, **common),
-        data.Loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True, **common),
+        Loader(dataset.test_images, dataset.test_labels, cache=True, **common),
+        Loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True, **common),
     )
 
 
-def describe(
+def make_state(
+    args: argparse.Namespace, dataset: ImageDataset, phases: Sequence[Phase]
+) -> TrainState:
+    """Make the network, SGD and the learning-rate schedule that the flags say."""
+    net = utils.make_net(args.model, dataset.num_classes, args.device)
+    optimizer = torch.optim.SGD(
+        layers.trainable_parameters(net).values(),
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    scheduler = utils.make_scheduler(
+        args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
+    )
+    if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
+        check_folding(net, dataset.test_images.shape[1:])
+    if distributed.get_world_size() > 1:
+        layers.set_sync_bn(net, args.sync_bn)
+    return TrainState(net, optimizer, scheduler)
+
+
+def find_checkpoint(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any] | None, bool]:
+    """Return the checkpoint to continue from, if any, and whether it is of this very run."""
+    own = load_for_resume(args, out) if args.resume else None
+    return own or load_init_from(args, utils.schedule_settings(args)), own is not None
+
+
+def check_phases(
+    progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace, is_own: bool
+) -> None:
+    """Check that no phase should have begun before the checkpoint: that would change its meaning.
+
+    Of a run that is resumed, print which weights can no longer be saved.
+    """
+    if not is_own:
+        return check_init_from(progress, phases, args)
+    for p in phases:
+        if p.save_as and p.start < progress.epochs_started and not p.save_as.exists():
+            print(f"{p.save_as} cannot be saved any more: that epoch has begun")
+
+
+def check_init_from(
+    progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace
+) -> None:
+    """Raise FileError where the checkpoint of --init_from lies beyond what is still to be done."""
+    n_started = progress.epochs_started
+    where = f"{args.init_from} has {n_started} epochs {'begun' if progress.batch else 'done'}"
+    if progress.epoch >= args.n_epochs:
+        raise FileError(f"{where}: --n_epochs {args.n_epochs} leaves nothing to train")
+    for p in phases:
+        if p.regularizer and p.start < n_started:
+            raise FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
+    if args.freeze_bn_from and args.freeze_bn_from < n_started:
+        raise FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
+
+
+def describe_plan(
     args: argparse.Namespace, phases: Sequence[Phase], dtype: torch.dtype, compiled: bool
 ) -> str:
     """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad; …"."""
     names = [p.regularizer.name if p.regularizer else "no regularizer" for p in phases]
-    parts = [f"from epoch {p.start}: {name}" if p.start else name
-             for p, name in zip(phases, names, strict=True)]
-    parts.append(f"{str(dtype).removeprefix('torch.')} convolutions and "
-                 f"{'compiled' if compiled else 'eager'} kernels on {args.device}")
+    parts = [
+        f"from epoch {p.start}: {name}" if p.start else name
+        for p, name in zip(phases, names, strict=True)
+    ]
+    kernels = "compiled" if compiled else "eager"
+    precision = str(dtype).removeprefix("torch.")
+    parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
     if args.holdout:
         parts.append(f"tested on {args.holdout} training images, held out")
-    if (n := distributed.world_size()) > 1:
-        whose = "the whole batch" if args.sync_bn else "each one's share"
-        parts.append(f"{n} processes, batch-norm statistics of {whose}")
+    if (n := distributed.get_world_size()) > 1:
+        images = "the whole batch" if args.sync_bn else "each one's share"
+        parts.append(f"{n} processes, batch-norm statistics of {images}")
     return "; ".join(parts)
 
 
@@ -256,167 +469,74 @@ def summary_line(entry: dict[str, Any], penalty: str | None) -> str:
     )
 
 
-def run(
-    args: argparse.Namespace, phases: Sequence[Phase], out: Path, stop: StopRequest
-) -> None:
-    """Train as the flags and phases say; write <out>.pt and <out>.json, and log the run."""
-    began = time.perf_counter()
-    utils.keep_freed_memory()
-    utils.seed_everything(args.seed)
-    is_own, checkpoint = distributed.from_main(lambda: earlier(args, out))
-    dataset = utils.load_dataset(args)
-    train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
-    dtype = utils.resolve_precision(args.precision, args.device)
-    compiled = fused.set_compile(args.compile)
-    criterion = utils.make_criterion(args.criterion)
-    training = Training.begin(args, dataset.num_classes)
-    net, run_id = training.net, new_run_id()
-    if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
-        utils.check_folding(net, dataset)
-    if distributed.world_size() > 1:
-        fused.set_sync(net, args.sync_bn)
-    if checkpoint:
-        training.restore(checkpoint, args.n_epochs, len(train_loader))
-        if not is_own:
-            check_branch(training.state, phases, args)
-        for p in phases if is_own else ():
-            if p.save_as and p.start < training.state.n_begun and not p.save_as.exists():
-                print(f"{p.save_as} cannot be saved any more: that epoch has begun")
-        run_id, began = checkpoint["run_id"] or run_id, began - checkpoint["seconds"]
-    if not args.resume:
-        distributed.from_main(lambda: files.set_aside([(out, s) for s in files.SUFFIXES]))
+# --- the script ------------------------------------------------------------------------------
 
-    plan = describe(args, phases, dtype, compiled)
-    settings = {**vars(args), "plan": plan}
-    record = {"settings": settings, **describe_environment()}
-    tracker = Tracker(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
-    print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
 
-    def snapshot() -> dict[str, Any]:
-        regularizer = active(phases, training.state.epoch).regularizer
-        return {
-            **training.snapshot(regularizer), "settings": vars(args), "run_id": run_id,
-            "seconds": time.perf_counter() - began,
-        }
-
-    def after_batch(state: State) -> None:
-        n_done = state.epoch * len(train_loader) + state.batch
-        if args.watch and n_done % args.watch_freq == 0:
-            tracker.log_histograms(net, state.epoch + state.batch / len(train_loader))
-        checkpointer.after_batch()
-
-    def after_epoch(state: State) -> None:
-        for regularizer in utils.tracked(args):
-            values = evaluate(net, criterion, fixed_batch, dtype, regularizer)
-            state.history[-1][f"track_{regularizer.name}"] = values[regularizer.name]
-        tracker.log(state.history[-1])
-        regularizer = active(phases, state.epoch - 1).regularizer
-        with files.told(f"{out}.json was not written, the training goes on"):
-            tqdm.write(summary_line(state.history[-1], regularizer and regularizer.name))
-            files.save_json({**record, "history": state.history}, Path(f"{out}.json"))
-        checkpointer.after_epoch(state.epoch, is_last=state.epoch == args.n_epochs)
-
-    checkpointer = Checkpointer(
-        Path(f"{out}.ckpt"), snapshot, args.checkpoint_every, args.checkpoint_minutes, stop
-    )
+def validate_and_run(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
+    """Check what the flags say together, before anything is fetched or trained, and run."""
+    out = output_path(parser, args)
+    phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
+    check_flags(parser, args, phases)
+    if args.save_preregularized_model:
+        first = next(p for p in phases if p.regularizer)
+        before = replace(first, save_as=Path(f"{out}_preregul.pt"))
+        phases = [before if p is first else p for p in phases]
     try:
-        with stop.deferred():
-            history = fit(
-                net, criterion, training.optimizer, training.scheduler, train_loader, test_loader,
-                phases, args.n_epochs, dtype=dtype, test_penalty=not args.no_test_penalty,
-                freeze_bn_from=args.freeze_bn_from, state=training.state,
-                after_batch=after_batch, after_epoch=after_epoch,
-            )
-        final = evaluate(net, criterion, test_loader)  # in float32, whatever the training used
-        final = {f"final_{key}": value for key, value in final.items()}
-        files.save_weights(net, Path(f"{out}.pt"))
-        seconds = time.perf_counter() - began
-        files.save_json(
-            {**record, **final, "seconds": seconds, "history": history}, Path(f"{out}.json")
-        )
-        tracker.log({"epoch": args.n_epochs, **final})
-        where = "held-out" if args.holdout else "test"
-        print(f"{where} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
-        print(f"saved {out}.pt and {out}.json")
-    finally:
-        print(tracker.finish(), flush=True)
+        utils.make_tracked_regularizers(args)
+        check_writable(Path(f"{out}.pt"))
+    except ValueError as error:
+        parser.error(str(error))
+
+    def hint() -> str:
+        has_checkpoint = os.path.lexists(f"{out}.ckpt")
+        return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
+
+    with (
+        exit_codes(parser, hint),
+        GracefulShutdown() as shutdown,
+        distributed.process_group(args.device),
+        run_lock(out),
+    ):
+        args.resume = distributed.restarted() or args.resume
+        run(args, phases, out, shutdown)
 
 
-def earlier(args: argparse.Namespace, out: Path) -> tuple[bool, dict[str, Any] | None]:
-    """Return the checkpoint to go on from, if any, and whether it is of this very run."""
-    own = resumable(args, out) if args.resume else None
-    return own is not None, own or inherited(args)
-
-
-def check_branch(state: State, phases: Sequence[Phase], args: argparse.Namespace) -> None:
-    """Raise FileError where the checkpoint of --init_from lies beyond what is still to be done."""
-    n_begun = state.n_begun
-    where = f"{args.init_from} has {n_begun} epochs {'begun' if state.batch else 'done'}"
-    if state.epoch >= args.n_epochs:
-        raise files.FileError(f"{where}: --n_epochs {args.n_epochs} leaves nothing to train")
-    for p in phases:
-        if p.regularizer and p.start < n_begun:
-            raise files.FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
-    if args.freeze_bn_from and args.freeze_bn_from < n_begun:
-        raise files.FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
-
-
-def start(parser: utils.Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
-    """Check what the flags say together, before anything is fetched or trained, and run.
-
-    Bad flags end the program with exit code 2; bad data, files and numbers with 1; a signal with
-    128 + its number. Each is told in one line.
-    """
+def output_path(parser: Parser, args: argparse.Namespace) -> Path:
+    """Return the run's files without their suffix; end the program where that is no file name."""
     name = (args.save_file or args.run_name).removesuffix(".pt")
     out = Path(name)
     if not name.isprintable() or name.endswith(("/", ".")) or not out.name:
         parser.error(f"{name!r} is not the name of a file")
     if not args.run_name.isprintable():
         parser.error(f"--run_name {args.run_name!r} is not the name of a run")
-    phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
-    first = next((p for p in phases if p.regularizer), None)
-    utils.check_effect(parser, (
+    try:
+        f"{args.run_name} {out}".encode()  # both will be printed
+    except UnicodeError as error:
+        parser.error(str(error))
+    return out
+
+
+def check_flags(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
+    """End the program where flags contradict each other or have no effect."""
+    has_regularizer = any(p.regularizer for p in phases)
+    requirements = (
         ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
         ("watch_freq", "--watch", args.watch),
-        ("override", "--resume or --init_from", args.resume or args.init_from),
-        ("lmbda_warmup", "a regularizer", first),
-    ))
+        ("allow_changed_settings", "--resume or --init_from", args.resume or args.init_from),
+        ("lmbda_warmup", "a regularizer", has_regularizer),
+    )
+    refuse_unused_flags(parser, requirements)
     starts = [("a phase starts at epoch", p.start) for p in phases]
     for what, epoch in [*starts, ("--freeze_bn_from", args.freeze_bn_from or 0)]:
         if epoch >= args.n_epochs:
-            parser.error(f"{what} {epoch}: the run has epochs 0 to {args.n_epochs - 1} "
-                         f"(--n_epochs {args.n_epochs})")
-    if args.save_preregularized_model:
-        if first is None:
-            parser.error("--save_preregularized_model: no phase has a regularizer")
-        before = replace(first, save_as=Path(f"{out}_preregul.pt"))
-        phases = [before if p is first else p for p in phases]
+            parser.error(
+                f"{what} {epoch}: the run has epochs 0 to {args.n_epochs - 1} "
+                f"(--n_epochs {args.n_epochs})"
+            )
+    if args.save_preregularized_model and not has_regularizer:
+        parser.error("--save_preregularized_model: no phase has a regularizer")
     if args.init_from and not os.path.exists(args.init_from):
         parser.error(f"--init_from: there is no file {args.init_from}")
-    try:
-        f"{args.run_name} {out}".encode()  # will be printed: a UnicodeError is a ValueError
-        utils.tracked(args)
-        files.check_writable(Path(f"{out}.pt"))
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        with StopRequest() as stop, distributed.processes(args.device), files.only_run(out):
-            args.resume = distributed.restarted() or args.resume
-            run(args, phases, out, stop)
-        return
-    except distributed.SetupError as error:
-        parser.error(str(error))
-    except (files.FileError, utils.NetworkError, NotFiniteError) as error:
-        distributed.leave_it_to_main()
-        parser.stop(1, f"error: {error}", common=True)
-    except data.DataError as error:
-        parser.stop(1, f"error: {error}", common=not distributed.is_first_here())
-    except (OSError, distributed.LostError) as error:
-        code, said, common = 1, f"error: {error}", False
-    except (Stopped, KeyboardInterrupt) as stopped:
-        code, said, common = getattr(stopped, "code", 130), "stopped", True
-    hint = f"; --resume goes on from {out}.ckpt" if os.path.lexists(f"{out}.ckpt") else ""
-    parser.stop(code, said + hint, common)
 
 
 def default_name(args: argparse.Namespace, what: str) -> str:
@@ -424,24 +544,32 @@ def default_name(args: argparse.Namespace, what: str) -> str:
     return "_".join(filter(None, (args.model, args.dataset, what, sweep_run_id())))
 
 
-def make_parser() -> utils.Parser:
+def make_parser() -> Parser:
     """Make the parser of train.py."""
-    parser = utils.Parser(__doc__)
+    parser = Parser("Train a network with a regularizer that should make it survive quantization.")
     utils.add_training_arguments(parser)
     group = parser.add_argument_group("regularizer")
+    add = group.add_argument
     names = ", ".join(["none", *REGULARIZERS])
-    group.add_argument("--regularizer", default="none", help=f"{names}; <P> is 1, 2, 3, …")
-    group.add_argument(
-        "--lmbda", "--lambda", type=utils.number(float, at_least=0), default=0.01,
+    add("--regularizer", default="none", help=f"penalty: {names}; <P> is 1, 2, 3, …")
+    add(
+        "--lmbda",
+        "--lambda",
+        type=bounded_number(float, at_least=0),
+        default=0.01,
         help="λ, the factor of the penalty",
     )
-    group.add_argument(
-        "--first_regularized_epoch", type=utils.number(int, at_least=0), default=0, metavar="N",
+    add(
+        "--first_regularized_epoch",
+        type=bounded_number(int, at_least=0),
+        default=0,
+        metavar="N",
         help="train N epochs without the penalty first",
     )
-    group.add_argument(
-        "--no_activation_gradients", action="store_true",
-        help="of L<P>Grad: penalize the gradients of the weights only",
+    add(
+        "--no_activation_gradients",
+        action="store_true",
+        help="L<P>Grad: penalize the gradients of the weights only",
     )
     utils.add_regularizer_arguments(parser)
     utils.add_data_arguments(parser)
@@ -453,22 +581,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train with at most two phases: without a regularizer, then with it."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = utils.given_options(args) | {"only_weight_grads": args.no_activation_gradients}
+    options = utils.regularizer_options_from(args)
+    options["only_weight_grads"] = args.no_activation_gradients
     try:
-        options = taken_by(args.regularizer, given)
-        regularizer = make_regularizer(args.regularizer, args.lmbda, **options)
+        accepted = accepted_options(args.regularizer, options)
+        regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
     utils.check_options(parser, args, [args.regularizer])
-    utils.check_effect(parser, [
+    requirements = [
         ("lmbda", "a --regularizer", regularizer),
         ("first_regularized_epoch", "a --regularizer", regularizer),
-        ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in options),
-    ])
+        ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in accepted),
+    ]
+    refuse_unused_flags(parser, requirements)
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)]
-    start(parser, args, phases if phases[0].start == 0 else [Phase(0), *phases])
+    validate_and_run(parser, args, phases if phases[0].start == 0 else [Phase(0), *phases])
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import data
-import files
 import utils
+from engine import cli
+from engine.gradients import compute_gradients
+from engine.io import load_weights
+from engine.loader import Loader
 from regularizers import make_regularizer
-from step import update_gradients
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 PENALTIES = ("none", "L1Grad", "L2Grad")
 
@@ -28,22 +30,31 @@ def gradient(net: nn.Module, penalty: str, x, y, dtype: torch.dtype) -> torch.Te
     """Return ∇R, or ∇L for "none", as one vector."""
     criterion, vectors = nn.CrossEntropyLoss(), []
     for regularizer in dict.fromkeys((make_regularizer(penalty, 1.0), None)):
-        update_gradients(net, criterion, regularizer, x, y, dtype)
+        compute_gradients(net, criterion, regularizer, x, y, dtype)
         vectors.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     return vectors[0] - (vectors[1] if len(vectors) > 1 else 0)
 
 
 def main() -> None:
     """Print a table and one JSON line."""
-    parser = utils.Parser(__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, help="a .pt file of a trained network")
-    parser.add_argument("--batches", type=utils.number(int, at_least=1), default=8, help="how many")
+    parser.add_argument(
+        "--batches", type=cli.bounded_number(int, at_least=1), default=8, help="how many"
+    )
     utils.add_data_arguments(parser)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
-    loader = data.Loader(
-        dataset.train_images, dataset.train_labels, args.batch_size, dataset.mean, dataset.std,
-        seed=args.seed, augment=True, shuffle=True, device=args.device,
+    loader = Loader(
+        dataset.train_images,
+        dataset.train_labels,
+        args.batch_size,
+        dataset.mean,
+        dataset.std,
+        seed=args.seed,
+        augment=True,
+        shuffle=True,
+        device=args.device,
         memory_format=torch.channels_last,
     )
     batches = [batch for batch, _ in zip(loader.batches(0), range(args.batches), strict=False)]
@@ -52,12 +63,13 @@ def main() -> None:
         torch.manual_seed(args.seed)
         net = utils.make_net("ConvNet", dataset.num_classes, args.device)
         if state == "trained":
-            files.load_weights(net, args.weights)
+            load_weights(net, args.weights)
         for penalty in PENALTIES:
             cosines = [
                 torch.cosine_similarity(
                     gradient(net, penalty, x, y, torch.bfloat16).double(),
-                    gradient(net, penalty, x, y, torch.float32).double(), dim=0,
+                    gradient(net, penalty, x, y, torch.float32).double(),
+                    dim=0,
                 ).item()
                 for x, y in batches
             ]

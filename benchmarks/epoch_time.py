@@ -16,14 +16,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import data  # noqa: E402
-import fused  # noqa: E402
-import state  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    hardware,  # noqa: E402
+    layers,  # noqa: E402
+    train_state,  # noqa: E402
+)
+from engine.gradients import compute_gradients  # noqa: E402
+from engine.loader import Loader  # noqa: E402
 from regularizers import make_regularizer  # noqa: E402
-from step import update_gradients  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 BATCH = 128
 
@@ -33,20 +37,29 @@ def make_work(regularizer: str, batches: int, device: str) -> tuple:
     torch.manual_seed(0)
     images = torch.randint(256, (batches * BATCH, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(10, (len(images),))
-    loader = data.Loader(images, labels, BATCH, (0.5,) * 3, (0.25,) * 3, augment=True, shuffle=True,
-                         device=device, memory_format=torch.channels_last)
+    loader = Loader(
+        images,
+        labels,
+        BATCH,
+        (0.5,) * 3,
+        (0.25,) * 3,
+        augment=True,
+        shuffle=True,
+        device=device,
+        memory_format=torch.channels_last,
+    )
     net, criterion = utils.make_net("ConvNet", 10, device).train(), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=True)
-    reg, dtype = make_regularizer(regularizer, 0.01), utils.resolve_precision("auto", device)
+    reg, dtype = make_regularizer(regularizer, 0.01), hardware.resolve_precision("auto", device)
     x, y = next(iter(loader.batches(0)))
 
     def epoch() -> None:
-        train.run_epoch(net, criterion, reg, optimizer, loader, state.State(), dtype,
-                        lambda _: None)
+        state = train_state.TrainState(net, optimizer, None)
+        train.run_epoch(state, loader, train.Phase(0, reg), train.FitConfig(1, criterion, dtype))
 
     def steps() -> None:
         for _ in range(batches):
-            update_gradients(net, criterion, reg, x, y, dtype)
+            compute_gradients(net, criterion, reg, x, y, dtype)
             optimizer.step()
 
     return epoch, steps
@@ -67,10 +80,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--regularizer", default="none")
-    parser.add_argument("--device", default=utils.default_device())
+    parser.add_argument("--device", default=hardware.default_device())
     args = parser.parse_args()
-    utils.keep_freed_memory()
-    fused.set_compile(True)
+    hardware.tune_glibc_malloc()
+    layers.set_compile(True)
     epoch, steps = make_work(args.regularizer, args.batches, args.device)
     steps()  # compiles
     pairs = [(seconds(epoch), seconds(steps)) for _ in range(args.rounds)]

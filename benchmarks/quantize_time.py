@@ -59,7 +59,7 @@ def reference_quantize(w: np.ndarray) -> tuple[np.ndarray, float]:
 
 def breakpoints(w: torch.Tensor) -> torch.Tensor:
     """Return the breakpoint of every channel, in σ."""
-    rows = qu.as_rows(w, per_channel=True)
+    rows = qu.to_2d(w, per_channel=True)
     m = qu.abs_max(rows)
     p = qu.breakpoint_of(rows, m, qu.DISTRIBUTIONS["norm"], approximate=False, overlapping=False)
     return p.flatten().double() / rows.double().std(dim=1, correction=0)
@@ -71,8 +71,10 @@ def main() -> None:
     convs = [m for m in resnet50(weights=None).modules() if isinstance(m, nn.Conv2d)]
     weights = [conv.weight.detach() for conv in convs]
     n_channels, n_weights = sum(map(len, weights)), sum(w.numel() for w in weights)
-    print(f"{len(weights)} layers, {n_channels:,} channels, {n_weights:,} weights; "
-          f"torch {torch.__version__}")
+    print(
+        f"{len(weights)} layers, {n_channels:,} channels, {n_weights:,} weights; "
+        f"torch {torch.__version__}"
+    )
 
     seconds = []
     for threads in (1, torch.get_num_threads()):
@@ -99,11 +101,15 @@ def main() -> None:
         (breakpoints(w) - torch.tensor([p for _, p in layer])).abs().max().item()
         for layer, w in zip(channels, weights, strict=True)
     )
-    print(json.dumps({
-        "speedup": reference_seconds / min(seconds),
-        "max_breakpoint_difference": difference,
-        "error_ratio": error / reference_error,
-    }))
+    print(
+        json.dumps(
+            {
+                "speedup": reference_seconds / min(seconds),
+                "max_breakpoint_difference": difference,
+                "error_ratio": error / reference_error,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

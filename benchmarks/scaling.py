@@ -24,12 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import distributed  # noqa: E402
-import fused  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    distributed,  # noqa: E402
+    hardware,  # noqa: E402
+    layers,  # noqa: E402
+)
+from engine.gradients import compute_gradients  # noqa: E402
 from regularizers import make_regularizer  # noqa: E402
-from step import update_gradients  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 BATCH, ROWS = 128, ("none", "L2Grad")
 
@@ -54,6 +58,7 @@ class Meter:
                 return call(*arguments, **options)
             finally:
                 self.seconds += time.perf_counter() - began
+
         return timed
 
     def _metered(self, call, place):
@@ -61,6 +66,7 @@ class Meter:
             self.messages, self.bytes = self.messages + 1, self.bytes + arguments[place].nbytes
             work = self._timed(call)(*arguments, **options)
             return work and SimpleNamespace(wait=self._timed(work.wait))
+
         return metered
 
 
@@ -70,16 +76,21 @@ def serve(pipe, rank: int, n: int, port: int) -> None:
     In float64 the answer is the weights.
     """
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                   "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    utils.keep_freed_memory()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    hardware.tune_glibc_malloc()
     meter = Meter()
-    fast = utils.resolve_precision("auto", "cpu")
-    with distributed.processes("cpu"):
+    fast = hardware.resolve_precision("auto", "cpu")
+    with distributed.process_group("cpu"):
         while request := pipe.recv():
             row, exact, steps = request
-            fused.set_compile(not exact)
+            layers.set_compile(not exact)
             torch.manual_seed(0)
             net = utils.make_net("ConvNet", 10, "cpu")
             x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
@@ -90,10 +101,17 @@ def serve(pipe, rank: int, n: int, port: int) -> None:
             regularizer, criterion = make_regularizer(row, 0.01), nn.CrossEntropyLoss()
             share = slice(BATCH * rank // n, BATCH * (rank + 1) // n)
 
-            def step(net=net, x=x[share], y=y[share], optimizer=optimizer, reg=regularizer,
-                     criterion=criterion, dtype=torch.float64 if exact else fast):
+            def step(
+                net=net,
+                x=x[share],
+                y=y[share],
+                optimizer=optimizer,
+                reg=regularizer,
+                criterion=criterion,
+                dtype=torch.float64 if exact else fast,
+            ):
                 with distributed.sharded(BATCH):
-                    update_gradients(net, criterion, reg, x, y, dtype)
+                    compute_gradients(net, criterion, reg, x, y, dtype)
                 optimizer.step()
 
             if not exact:
@@ -106,8 +124,9 @@ def serve(pipe, rank: int, n: int, port: int) -> None:
             if exact:
                 pipe.send({key: t.clone() for key, t in net.state_dict().items()})
             else:
-                pipe.send((seconds, meter.messages / steps, meter.bytes / steps,
-                           meter.seconds / steps))
+                pipe.send(
+                    (seconds, meter.messages / steps, meter.bytes / steps, meter.seconds / steps)
+                )
 
 
 def start(n: int) -> list:
@@ -141,8 +160,10 @@ def main() -> None:
     for row in ROWS:
         for pipes in (one, two):
             ask(pipes, row, False, 1)  # compiles
-        turns = [(ask(one, row, False, args.steps)[0], ask(two, row, False, args.steps)[0])
-                 for _ in range(args.rounds)]
+        turns = [
+            (ask(one, row, False, args.steps)[0], ask(two, row, False, args.steps)[0])
+            for _ in range(args.rounds)
+        ]
         alone, shared = zip(*turns, strict=True)
         messages, n_bytes = shared[0][1:3]
         waited = statistics.median(s[3] for s in shared)
@@ -150,12 +171,16 @@ def main() -> None:
             "one_ms": round(1e3 * statistics.median(a[0] for a in alone), 1),
             "two_ms": round(1e3 * statistics.median(s[0] for s in shared), 1),
             "speedup": round(statistics.median(a[0] / s[0] for a, s in turns), 3),
-            "messages": messages, "bytes": int(n_bytes), "waited_ms": round(1e3 * waited, 1),
+            "messages": messages,
+            "bytes": int(n_bytes),
+            "waited_ms": round(1e3 * waited, 1),
         }
         (whole,), parts = ask(one, row, True, 3), ask(two, row, True, 3)
         figures[row]["largest_difference"] = max(
             ((part[key] - t).abs().max() / t.abs().max().clamp(min=1e-30)).item()
-            for part in parts for key, t in whole.items())
+            for part in parts
+            for key, t in whole.items()
+        )
         print(row, figures[row], flush=True)
     n_params = sum(p.numel() for p in utils.make_net("ConvNet", 10, "cpu").parameters())
     figures["parameter_bytes"] = 4 * n_params

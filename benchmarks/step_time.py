@@ -1,7 +1,7 @@
 """Time a training step: the plain reference against ours, alternating, on the same batch.
 
 The reference is what a user would write: PyTorch's own modules, float32, the contiguous layout,
-gradients by `create_graph=True`, penalty added to the loss. Ours is `step.update_gradients`. Each
+gradients by `create_graph=True`, penalty added to the loss. Ours is `step.compute_gradients`. Each
 has a process of its own and they take turns of two steps, of which the second is timed: as in
 training, it follows a step of its own kind. A slow moment of the machine meets all sides; a ratio
 is the median of the ratios within a turn. The last line is a JSON object.
@@ -24,12 +24,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import fused  # noqa: E402
 import models  # noqa: E402
 import utils  # noqa: E402
+from engine import (
+    hardware,  # noqa: E402
+    layers,  # noqa: E402
+)
+from engine.gradients import compute_gradients, needs_double_backward  # noqa: E402
 from regularizers import Regularizer, make_regularizer  # noqa: E402
-from step import takes_gradients, update_gradients  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 ROWS = {
     "none": ("none", {}),
@@ -48,16 +52,21 @@ class PlainNormReLU(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
-def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer, reg: Regularizer | None,
-               x: torch.Tensor, labels: torch.Tensor) -> None:
+def plain_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    reg: Regularizer | None,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
     """Do a training step by plain autograd."""
     logits, activations = net(x)
     loss = nn.functional.cross_entropy(logits, labels)
-    weights, fed = utils.penalized_weights(net), {}
-    if reg and takes_gradients(reg):
+    weights, fed = layers.penalized_weights(net), {}
+    if reg and needs_double_backward(reg):
         wanted = weights + (activations if "a_grads" in reg.inputs else [])
         grads = torch.autograd.grad(loss, wanted, create_graph=True)
-        fed = {"w_grads": grads[: len(weights)], "a_grads": grads[len(weights):]}
+        fed = {"w_grads": grads[: len(weights)], "a_grads": grads[len(weights) :]}
     if reg:
         loss = loss + reg(*({"weights": weights, **fed}[name] for name in reg.inputs))
     optimizer.zero_grad()
@@ -72,23 +81,23 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         models.Conv2d, models.BatchNormReLU = nn.Conv2d, PlainNormReLU
         net, layout = models.ConvNet().to(args.device), torch.contiguous_format
     else:
-        utils.keep_freed_memory()
-        fused.set_compile(args.compile)
+        hardware.tune_glibc_malloc()
+        layers.set_compile(args.compile)
         net, layout = utils.make_net("ConvNet", 10, args.device), torch.channels_last
-    dtype = utils.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+    dtype = hardware.resolve_precision("auto" if side == "ours" else "fp32", args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=5e-4,
-                                fused=None if side == "reference" else True)
+    optimizer = torch.optim.SGD(
+        net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if side == "reference" else True
+    )
 
     def our_step(net, optimizer, reg, x, labels):
-        update_gradients(net, nn.CrossEntropyLoss(), reg, x, labels, dtype)
+        compute_gradients(net, nn.CrossEntropyLoss(), reg, x, labels, dtype)
         optimizer.step()
 
     step = plain_step if side == "reference" else our_step
     regs = {row: make_regularizer(name, 0.01, **options) for row, (name, options) in ROWS.items()}
-    return {row: lambda reg=reg: step(net, optimizer, reg, x, labels)
-            for row, reg in regs.items()}
+    return {row: lambda reg=reg: step(net, optimizer, reg, x, labels) for row, reg in regs.items()}
 
 
 def milliseconds(step: Callable[[], object]) -> float:
@@ -126,8 +135,10 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     x = torch.randn(batch, 256, 8, 8).to(device, dtype, memory_format=torch.channels_last)
     w = torch.randn(256, 256, 3, 3).to(device, dtype, memory_format=torch.channels_last)
     works = {lambda: a @ b: n**3, lambda: nn.functional.conv2d(x, w, None, 1, 1): x.numel() * 2304}
-    return max(2e-6 * products / min(milliseconds(work) for _ in range(3))
-               for work, products in works.items())
+    return max(
+        2e-6 * products / min(milliseconds(work) for _ in range(3))
+        for work, products in works.items()
+    )
 
 
 def gigaflop(batch_size: int) -> dict[str, float]:
@@ -142,13 +153,17 @@ def serve(pipe, side: str, args: argparse.Namespace) -> None:
     """Answer requests (what, row) of the parent until it sends None."""
     steps = make_steps(side, args)
 
-    dtype = utils.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+    dtype = hardware.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+
     def time_second(row: str) -> float:
         milliseconds(steps[row])  # finds the caches as the other side left them
         return milliseconds(steps[row])
 
-    answers = {"rate": lambda _: product_rate(dtype, args.device), "time": time_second,
-               "memory": lambda row: peak_megabytes(steps[row])}
+    answers = {
+        "rate": lambda _: product_rate(dtype, args.device),
+        "time": time_second,
+        "memory": lambda row: peak_megabytes(steps[row]),
+    }
     while request := pipe.recv():
         what, row = request
         pipe.send(answers[what](row))
@@ -174,6 +189,7 @@ def measure(ask: Callable, sides: list[str], rounds: int) -> tuple[dict, dict]:
 
 def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, float]:
     """Print the table and return the figures of the last line."""
+
     def ratio(row, a="reference", b="ours", other=None):
         pairs = zip(times[row][a], times[other or row][b], strict=True)
         return statistics.median(p / q for p, q in pairs)
@@ -183,11 +199,15 @@ def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, floa
         for side, values in sides.items():
             ms = statistics.median(values)
             share = work[row] / ms * 1e3 / peaks[side]
-            print(f"{row:<24}{side:<11}{ms:>8.1f}{ratio(row, b=side):>9.2f}{share:>9.0%}"
-                  f"{memory[row, side]:>11.0f}")
+            print(
+                f"{row:<24}{side:<11}{ms:>8.1f}{ratio(row, b=side):>9.2f}{share:>9.0%}"
+                f"{memory[row, side]:>11.0f}"
+            )
     return {
-        "plain_speedup": ratio("none"), "l2grad_speedup": ratio("L2Grad"),
-        "l1grad_speedup": ratio("L1Grad"), "penalty_ratio": ratio("L2Grad", "ours", other="none"),
+        "plain_speedup": ratio("none"),
+        "l2grad_speedup": ratio("L2Grad"),
+        "l1grad_speedup": ratio("L1Grad"),
+        "penalty_ratio": ratio("L2Grad", "ours", other="none"),
         "fp32_l2grad_speedup": ratio("L2Grad", b="fp32"),
         "memory_ratio": memory["L2Grad", "ours"] / memory["L2Grad", "reference"],
     }
@@ -208,11 +228,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--device", default=utils.default_device())
+    parser.add_argument("--device", default=hardware.default_device())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    print(f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}, torch {torch.__version__}, "
-          f"batch {args.batch_size}, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}, torch {torch.__version__}, "
+        f"batch {args.batch_size}, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}"
+    )
     sides = ["reference", "fp32", "ours"]
     pipes, context = {}, multiprocessing.get_context("spawn")
     for side in sides:

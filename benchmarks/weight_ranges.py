@@ -9,33 +9,33 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import files
 import quant_utils as qu
-import utils
+from engine import batch_norm, cli, layers
+from engine.io import FileError, load_weights
 from models import MODELS
 from quant_inference import bit_width
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def main() -> None:
     """Print the table."""
-    parser = utils.Parser(__doc__.splitlines()[0])
+    parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("weights", nargs="+", type=Path, metavar="FILE", help=".pt files")
     parser.add_argument("--bits", type=bit_width, default=4, help="of a weight: 2 to 16")
-    utils.add_choice(parser, "--model", MODELS, "ConvNet", "network that the files are of")
+    cli.add_choice(parser, "--model", MODELS, "ConvNet", "network that the files are of")
     parser.add_argument("--fold_bn", action="store_true", help="with batch norms folded in")
     args = parser.parse_args()
     for path in args.weights:
         net = MODELS[args.model]()
         try:
-            files.load_weights(net, path)
-            net = qu.fold_batch_norm(net) if args.fold_bn else net
-        except (files.FileError, OSError, ValueError) as error:
-            parser.stop(1, f"error: {error}")
+            load_weights(net, path)
+            net = batch_norm.fold_batch_norm(net) if args.fold_bn else net
+        except (FileError, OSError, ValueError) as error:
+            parser.exit_with(1, f"error: {error}")
         print(f"{path}: layer, m/σ, relative squared error at {args.bits} bits")
         rows = []
-        for name, layer in qu.quantizable_layers(net).items():
+        for name, layer in layers.quantizable_layers(net).items():
             w = layer.weight.detach()
             error = (qu.uniform(w, args.bits) - w).square().sum() / w.square().sum()
             rows.append(((w.abs().max() / w.std()).item(), error.item()))

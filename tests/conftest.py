@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-import forks
+import fork_server
 import pytest
 import torch
 
@@ -26,7 +26,7 @@ def _default_determinism():
 
 @pytest.fixture
 def problem():
-    """Images and labels in float64 for oracles.SmoothNet."""
+    """Images and labels in float64 for reference.SmoothNet."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(6, 3, 6, 6, generator=generator, dtype=torch.float64)
     y = torch.randint(4, (6,), generator=generator)
@@ -44,6 +44,6 @@ def script(tmp_path):
         env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
         env = {key: value for key, value in env.items() if value is not None}
         argv = [str(ROOT / name), *map(str, arguments)]
-        return forks.call(forks.command, argv, cwd=tmp_path, env=env)
+        return fork_server.call(fork_server.command, argv, cwd=tmp_path, env=env)
 
     return run

@@ -1,20 +1,28 @@
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
+import reference
 import torch
 from torch import nn
 
-import checkpoints
-import files
 import utils
-from checkpoints import Checkpointer, Stopped, StopRequest, load_checkpoint, save_checkpoint
-from data import Loader, synthetic
+from data import synthetic
+from engine import checkpoints
+from engine.checkpoints import (
+    Checkpointer,
+    GracefulShutdown,
+    StoppedBySignal,
+    load_checkpoint,
+    save_checkpoint,
+)
+from engine.io import FileError
+from engine.loader import Loader
+from engine.train_state import TrainProgress, TrainState
 from regularizers import CombinedReg, LPGrad, VarianceNorm
-from state import State, Training
-from train import Phase, fit
+from train import FitConfig, Phase, fit
 
 REGULARIZERS = {
     "none": None,
@@ -25,7 +33,7 @@ REGULARIZERS = {
 }
 
 
-class DropoutNet(oracles.SmoothNet):
+class DropoutNet(reference.SmoothNet):
     """A net that draws from torch's global stream."""
 
     def forward(self, x):
@@ -36,19 +44,27 @@ def begin():
     torch.manual_seed(3)
     net = DropoutNet(num_classes=10)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4)
-    return Training(net, optimizer, utils.make_scheduler("multistep", optimizer, 0.1, "default", 4))
+    return TrainState(
+        net, optimizer, utils.make_scheduler("multistep", optimizer, 0.1, "default", 4)
+    )
 
 
 def train_on(training, regularizer, after_batch=lambda state: None, n_epochs=4):
     dataset = synthetic("", 0)
     common = {"mean": dataset.mean, "std": dataset.std}
-    train_loader = Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
-                          augment=True, seed=3, **common)
+    train_loader = Loader(
+        dataset.train_images[:70],
+        dataset.train_labels[:70],
+        32,
+        shuffle=True,
+        augment=True,
+        seed=3,
+        **common,
+    )
     test_loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 32, **common)
     phases = [Phase(0), Phase(1, regularizer)]
-    return fit(training.net, nn.CrossEntropyLoss(), training.optimizer, training.scheduler,
-               train_loader, test_loader, phases, n_epochs, state=training.state,
-               after_batch=after_batch)
+    config = FitConfig(n_epochs, after_batch=after_batch)
+    return fit(training, train_loader, test_loader, phases, config)
 
 
 class Cut(Exception):
@@ -67,7 +83,7 @@ def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     def save_and_die(state):
         batches.append(state.batch)
         if len(batches) == cut_at:
-            save_checkpoint(cut.snapshot(None), path)
+            save_checkpoint(cut.state_dict(None), path)
             raise Cut
 
     with pytest.raises(Cut):
@@ -75,20 +91,23 @@ def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     torch.rand(10)
     random.random()
     resumed = begin()
-    resumed.restore(load_checkpoint(path), n_epochs=4, n_batches=3)
+    resumed.load_state_dict(load_checkpoint(path), n_epochs=4, n_batches=3)
     resumed_history = train_on(resumed, regularizer)
-    for a, b in zip(whole.net.state_dict().values(), resumed.net.state_dict().values(),
-                    strict=True):
+    for a, b in zip(
+        whole.net.state_dict().values(), resumed.net.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
-    untimed = [[{key: value for key, value in entry.items() if "second" not in key}
-                for entry in entries] for entries in (history, resumed_history)]
+    untimed = [
+        [{key: value for key, value in entry.items() if "second" not in key} for entry in entries]
+        for entries in (history, resumed_history)
+    ]
     assert untimed[0] == untimed[1]
 
 
 def test_random_states_come_back(tmp_path):
     save_checkpoint({}, tmp_path / "c")
     first = random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
-    checkpoints.set_random_states(load_checkpoint(tmp_path / "c")["random"])
+    checkpoints.set_rng_state(load_checkpoint(tmp_path / "c")["random"])
     assert (random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()) == first
 
 
@@ -104,14 +123,14 @@ def test_two_generations_are_kept_and_the_whole_one_is_found(tmp_path, capsys):
     assert load_checkpoint(path, repair=True)["n"] == 2
     assert not path.exists() and (tmp_path / "c.damaged").exists()
     assert load_checkpoint(path)["n"] == 2
-    checkpoints.previous(path).write_bytes(b"")
-    with pytest.raises(files.FileError):
+    checkpoints.backup_path(path).write_bytes(b"")
+    with pytest.raises(FileError):
         load_checkpoint(path)
 
 
 def test_a_write_that_fails_leaves_both_generations(tmp_path, monkeypatch, capsys):
     path = tmp_path / "c"
-    saver = Checkpointer(path, lambda: {"n": 1}, every=1, minutes=1e9, stop=StopRequest())
+    saver = Checkpointer(path, lambda: {"n": 1}, every=1, minutes=1e9, shutdown=GracefulShutdown())
     saver.save()
 
     def full(value, file):
@@ -124,14 +143,20 @@ def test_a_write_that_fails_leaves_both_generations(tmp_path, monkeypatch, capsy
     assert load_checkpoint(path)["n"] == 1 and [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("content", [
-    [], {"format": 99}, {"format": 1}, {"format": 1, "net": {}, "random": {}},
-    {"format": 1, "net": 3, "optimizer": 4, "scheduler": None, "state": (), "random": []},
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"format": 99},
+        {"format": 1},
+        {"format": 1, "net": {}, "random": {}},
+        {"format": 1, "net": 3, "optimizer": 4, "scheduler": None, "state": (), "random": []},
+    ],
+)
 def test_a_checkpoint_of_something_else_is_refused_in_one_line(content, tmp_path):
     torch.save(content, tmp_path / "c")
-    with pytest.raises(files.FileError) as refused:
-        begin().restore(load_checkpoint(tmp_path / "c"), n_epochs=4, n_batches=3)
+    with pytest.raises(FileError) as refused:
+        begin().load_state_dict(load_checkpoint(tmp_path / "c"), n_epochs=4, n_batches=3)
     assert "\n" not in str(refused.value)
 
 
@@ -139,7 +164,7 @@ def test_checkpoints_come_when_they_are_due(monkeypatch):
     saved, clock = [], [0.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda c, p: saved.append(clock[0]))
-    saver = Checkpointer(files.Path("c"), dict, every=2, minutes=10, stop=StopRequest())
+    saver = Checkpointer(Path("c"), dict, every=2, minutes=10, shutdown=GracefulShutdown())
     for minute in range(1, 26):
         clock[0] = 60.0 * minute + 1
         saver.after_batch()
@@ -157,8 +182,14 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_waits_for_the_batch_and_a_checkpoint(number, tmp_path, capfd):
-    with pytest.raises(Stopped) as stopped, StopRequest() as stop, stop.deferred():
-        saver = Checkpointer(tmp_path / "c", lambda: {"n": 7}, every=1, minutes=1e9, stop=stop)
+    with (
+        pytest.raises(StoppedBySignal) as stopped,
+        GracefulShutdown() as shutdown,
+        shutdown.deferred(),
+    ):
+        saver = Checkpointer(
+            tmp_path / "c", lambda: {"n": 7}, every=1, minutes=1e9, shutdown=shutdown
+        )
         saver.after_batch()
         signal.raise_signal(number)
         assert not (tmp_path / "c").exists()
@@ -170,7 +201,7 @@ def test_a_signal_waits_for_the_batch_and_a_checkpoint(number, tmp_path, capfd):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_outside_of_training_stops_at_once(number):
-    with pytest.raises(Stopped) as stopped, StopRequest():
+    with pytest.raises(StoppedBySignal) as stopped, GracefulShutdown():
         signal.raise_signal(number)
         pytest.fail("the signal did not stop it")
     assert stopped.value.code == 128 + number
@@ -179,14 +210,14 @@ def test_a_signal_outside_of_training_stops_at_once(number):
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest():
+        with GracefulShutdown():
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop, stop.deferred():
+    with pytest.raises(KeyboardInterrupt), GracefulShutdown() as shutdown, shutdown.deferred():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
@@ -197,5 +228,5 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     with torch.no_grad():
         training.net.linear.bias[0] = float("nan")
     with pytest.raises(Exception, match="linear.bias"):
-        training.snapshot(None)
-    assert isinstance(training.state, State)
+        training.state_dict(None)
+    assert isinstance(training.progress, TrainProgress)

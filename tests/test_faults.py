@@ -19,33 +19,59 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_scripts
 import torch
 from torch import nn
 
-import checkpoints
 import combined_protocol
 import train
+from engine import checkpoints
 
-FAST = [*tiny.FLAGS, "--n_epochs", "4", "--checkpoint_minutes", "0.0001"]
+FAST = [*tiny_scripts.FLAGS, "--n_epochs", "4", "--checkpoint_minutes", "0.0001"]
 RUNS = [
-    ("train.py", [*FAST, "--regularizer", "L2Grad", "--first_regularized_epoch", "2",
-                  "--save_preregularized_model"]),
-    ("combined_protocol.py", [*FAST, "--phases", "0:none", "1:VarianceNorm=0.1",
-                              "2:VarianceNorm=0.1+L1Grad@weights=0.01"]),
+    (
+        "train.py",
+        [
+            *FAST,
+            "--regularizer",
+            "L2Grad",
+            "--first_regularized_epoch",
+            "2",
+            "--save_preregularized_model",
+        ],
+    ),
+    (
+        "combined_protocol.py",
+        [
+            *FAST,
+            "--phases",
+            "0:none",
+            "1:VarianceNorm=0.1",
+            "2:VarianceNorm=0.1+L1Grad@weights=0.01",
+        ],
+    ),
 ]
-SIZES = [pytest.param("short", id="short"),
-         pytest.param("long", id="long", marks=pytest.mark.faults)]
+SIZES = [
+    pytest.param("short", id="short"),
+    pytest.param("long", id="long", marks=pytest.mark.faults),
+]
 
 
 class Launcher:
-    """Starts runs of tiny.py, one at a time."""
+    """Starts runs of tiny_scripts.py, one at a time."""
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, tiny.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1",
-                            "CUDA_VISIBLE_DEVICES": ""},  # whose threads do not survive a fork
+            [sys.executable, tiny_scripts.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "WANDB_MODE": "disabled",
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },  # whose threads do not survive a fork
         )
         self.running = False
 
@@ -141,25 +167,37 @@ def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, whole, tm
         if code == 128 + number:
             assert "Traceback" not in said(folder) and "stopped" in said(folder)
             assert not any(name.endswith((".tmp", ".lock")) for name in names)
-        when["after the end" if code == 0 else
-             "in a write" if any(name.endswith(".tmp") for name in names) else
-             "while finishing" if "r.pt" in names else
-             "while training" if "r.ckpt" in names else "before the first checkpoint"] += 1
+        when[
+            "after the end"
+            if code == 0
+            else "in a write"
+            if any(name.endswith(".tmp") for name in names)
+            else "while finishing"
+            if "r.pt" in names
+            else "while training"
+            if "r.ckpt" in names
+            else "before the first checkpoint"
+        ] += 1
         seconds[which] *= 0.9 if code == 0 else 1.02  # the machine may be busier than it was
         assert_resumes(launcher, which, folder, whole)
-    print(f"\n{signal.Signals(number).name}: {when.total()} runs, 0 lost, 0 bits different; "
-          + ", ".join(f"{n} {moment}" for moment, n in when.items()))
+    print(
+        f"\n{signal.Signals(number).name}: {when.total()} runs, 0 lost, 0 bits different; "
+        + ", ".join(f"{n} {moment}" for moment, n in when.items())
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "train.py", pytest.param("combined_protocol.py", marks=pytest.mark.faults),
-])
+@pytest.mark.parametrize(
+    "name", ["train.py", pytest.param("combined_protocol.py", marks=pytest.mark.faults)]
+)
 def test_the_scripts_exit_with_143(name, tmp_path):
     """Through the interpreter: a signal in the middle, and the exit code of the process."""
     process = subprocess.Popen(
-        [sys.executable, tiny.__file__, name, *FAST, "--n_epochs", "100000"], cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, tiny_scripts.__file__, name, *FAST, "--n_epochs", "100000"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     while not (tmp_path / "r.ckpt").exists():
         assert process.poll() is None, process.stderr.read()
@@ -193,8 +231,10 @@ def test_a_run_survives_every_write_that_breaks(how, size, launcher, whole, tmp_
             assert result(folder) == whole[which][0]
         assert_resumes(launcher, which, folder, whole)
     assert n_broken > 1
-    print(f"\nwrites that {how}: {n_broken}, training went on after {went_on}, 0 runs lost, "
-          "0 bits different")
+    print(
+        f"\nwrites that {how}: {n_broken}, training went on after {went_on}, 0 runs lost, "
+        "0 bits different"
+    )
 
 
 @pytest.fixture
@@ -202,9 +242,13 @@ def small_disk(tmp_path):
     """A file system of 1 MB, where one can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
-    ).returncode == 0
+    mounted = (
+        shutil.which("mount")
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("no file system can be mounted here")
     yield folder
@@ -248,6 +292,7 @@ def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
 @pytest.fixture
 def alarm():
     """Call it before each case: a case that hangs for 20 s raises."""
+
     def hang(*_):
         raise TimeoutError("this case hangs")
 
@@ -261,7 +306,7 @@ def run_here(script, argv):
     """Return the exit code and what a terminal would show of stderr."""
     errors = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
     with redirect_stderr(errors), redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
-        code = tiny.run(script, argv)
+        code = tiny_scripts.run(script, argv)
     return code, errors.buffer.getvalue().decode()
 
 
@@ -319,14 +364,44 @@ def strange(chance):
     nested = []
     for _ in range(chance.choice([3, 200])):
         nested = [nested]
-    return chance.choice([
-        None, True, -1, 0, 1, 3, 2**62, 10**400, -0.5, 1e308, math.inf, math.nan,
-        "", "x\ny", "\ud800", "../../x", b"x", [], {}, (), [None], {"a": 1}, {1: 2},
-        nested, torch.zeros(()), torch.zeros(3), torch.full((2, 2), math.nan),
-        torch.zeros(3, dtype=torch.int8),
-        torch.zeros(1).expand(10**6), torch.eye(3).to_sparse(), torch.zeros(2, device="meta"),
-        nn.Parameter(torch.zeros(4)), torch.zeros(0), torch.zeros(4, dtype=torch.complex64),
-    ])
+    return chance.choice(
+        [
+            None,
+            True,
+            -1,
+            0,
+            1,
+            3,
+            2**62,
+            10**400,
+            -0.5,
+            1e308,
+            math.inf,
+            math.nan,
+            "",
+            "x\ny",
+            "\ud800",
+            "../../x",
+            b"x",
+            [],
+            {},
+            (),
+            [None],
+            {"a": 1},
+            {1: 2},
+            nested,
+            torch.zeros(()),
+            torch.zeros(3),
+            torch.full((2, 2), math.nan),
+            torch.zeros(3, dtype=torch.int8),
+            torch.zeros(1).expand(10**6),
+            torch.eye(3).to_sparse(),
+            torch.zeros(2, device="meta"),
+            nn.Parameter(torch.zeros(4)),
+            torch.zeros(0),
+            torch.zeros(4, dtype=torch.complex64),
+        ]
+    )
 
 
 def change(chance, node):
@@ -361,10 +436,16 @@ def restructure(chance, raw, tree):
 
 def trap(chance, raw, tree):
     """Put code into it."""
-    code = chance.choice([
-        Runs(open, "trace", "w"), Runs(os.system, "touch trace"), Runs(eval, "open('trace', 'w')"),
-        Runs(getattr, "os", "system"), Runs(bytearray, 10**13), Runs(__import__, "antigravity"),
-    ])
+    code = chance.choice(
+        [
+            Runs(open, "trace", "w"),
+            Runs(os.system, "touch trace"),
+            Runs(eval, "open('trace', 'w')"),
+            Runs(getattr, "os", "system"),
+            Runs(bytearray, 10**13),
+            Runs(__import__, "antigravity"),
+        ]
+    )
     content = {**tree, chance.choice([*tree, "x"]): code}
     if chance.random() < 0.3:
         return pickle.dumps(content["x"] if "x" in content else code, protocol=2)
@@ -389,7 +470,7 @@ def test_mutated_checkpoints_are_refused_or_run(
     os.replace("r.ckpt.previous", "r.ckpt")
     raw, tree = Path("r.ckpt").read_bytes(), checkpoints.load_checkpoint(Path("r.ckpt"))
     monkeypatch.setattr(train, "describe_environment", dict)
-    monkeypatch.setattr(train, "Tracker", NoTracker)
+    monkeypatch.setattr(train, "WandbLogger", NoTracker)
     n, outcomes = {"short": 100, "long": 6000}[size], Counter()
     for seed in range(n):
         chance = random.Random(seed)
@@ -405,23 +486,75 @@ def test_mutated_checkpoints_are_refused_or_run(
         if mutate in (flip, cut, splice) and code == 0:  # in bytes that mean nothing
             assert result(tmp_path) == whole[0][0], (seed, mutate)
         outcomes[f"{mutate.__name__} {('accepted', 'refused')[code]}"] += 1
-    print(f"\nmutated checkpoints: {n}, 0 crashes, 0 hangs, 0 times code was run; "
-          f"{dict(sorted(outcomes.items()))}")
+    print(
+        f"\nmutated checkpoints: {n}, 0 crashes, 0 hangs, 0 times code was run; "
+        f"{dict(sorted(outcomes.items()))}"
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_mutated_command_lines_are_refused_in_one_line(size, monkeypatch, tmp_path, alarm):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda *_: None)
-    values = ["", "0", "1", "-1", "2.5", "nan", "inf", "-inf", "1e400", "1e-400", str(2**63),
-              "9" * 400, "9" * 5000, "٣", "x", "r", "/", "..", "a/b", "x" * 300, "é\n", "\udcff",
-              "none", "L2Grad", "l1grad", "L0Grad", "L-1Grad", "L" + "9" * 400 + "Grad", "Variance",
-              "VarianceNorm", "cpu", "cuda:99", "meta", "cpu:7", "0:none", "1:L2Grad=1", "1:=",
-              "0:L1Grad@weights=1+VarianceNorm=1", "3:VarianceNorm=-1", "--", "-", "=", "@", "%s",
-              "%(prog)s", "{}", "\x1b[2J", "CIFAR10", "synthetic", "bf16", "FP32", "CE", "tiny"]
+    values = [
+        "",
+        "0",
+        "1",
+        "-1",
+        "2.5",
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e-400",
+        str(2**63),
+        "9" * 400,
+        "9" * 5000,
+        "٣",
+        "x",
+        "r",
+        "/",
+        "..",
+        "a/b",
+        "x" * 300,
+        "é\n",
+        "\udcff",
+        "none",
+        "L2Grad",
+        "l1grad",
+        "L0Grad",
+        "L-1Grad",
+        "L" + "9" * 400 + "Grad",
+        "Variance",
+        "VarianceNorm",
+        "cpu",
+        "cuda:99",
+        "meta",
+        "cpu:7",
+        "0:none",
+        "1:L2Grad=1",
+        "1:=",
+        "0:L1Grad@weights=1+VarianceNorm=1",
+        "3:VarianceNorm=-1",
+        "--",
+        "-",
+        "=",
+        "@",
+        "%s",
+        "%(prog)s",
+        "{}",
+        "\x1b[2J",
+        "CIFAR10",
+        "synthetic",
+        "bf16",
+        "FP32",
+        "CE",
+        "tiny",
+    ]
     parsers = {"train.py": train, "combined_protocol.py": combined_protocol}
-    flags = {name: list(module.make_parser()._option_string_actions)
-             for name, module in parsers.items()}
+    flags = {
+        name: list(module.make_parser()._option_string_actions) for name, module in parsers.items()
+    }
     n, codes = {"short": 300, "long": 4000}[size], Counter()
     for seed in range(n):
         chance = random.Random(seed)
@@ -475,16 +608,30 @@ class Server(BaseHTTPRequestHandler):
         given = asked["variables"] if asked.get("variables") else {}
         if "upsertBucket" in asked["query"]:
             project = {"id": "p", "name": given["project"], "entity": {"id": "e", "name": "me"}}
-            return {"upsertBucket": {"inserted": True, "bucket": {
-                "id": "r", "name": given["name"], "displayName": given["displayName"],
-                "description": "", "config": "{}", "sweepName": None, "historyLineCount": 0,
-                "project": project,
-            }}}
+            return {
+                "upsertBucket": {
+                    "inserted": True,
+                    "bucket": {
+                        "id": "r",
+                        "name": given["name"],
+                        "displayName": given["displayName"],
+                        "description": "",
+                        "config": "{}",
+                        "sweepName": None,
+                        "historyLineCount": 0,
+                        "project": project,
+                    },
+                }
+            }
         if "createRunFiles" in asked["query"]:
             url = f"http://127.0.0.1:{self.server.server_port}/file"
-            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": [
-                {"name": name, "uploadUrl": url} for name in given["files"]
-            ]}}
+            return {
+                "createRunFiles": {
+                    "runID": "r",
+                    "uploadHeaders": [],
+                    "files": [{"name": name, "uploadUrl": url} for name in given["files"]],
+                }
+            }
         return {"serverInfo": {"features": []}, "model": None, "entity": None}
 
     do_GET = do_POST = do_PUT = answer
@@ -509,28 +656,41 @@ def train_online(port, folder, *flags):
     """Return the finished process and its seconds; every wait for the logger is 3 s there."""
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, tiny.__file__, "train.py", *FAST, *flags], cwd=folder, text=True,
-        capture_output=True, stdin=subprocess.DEVNULL, timeout=200,
-        env={**os.environ, "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40,
-             "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "OMP_NUM_THREADS": "1"},
+        [sys.executable, tiny_scripts.__file__, "train.py", *FAST, *flags],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=200,
+        env={
+            **os.environ,
+            "WANDB_MODE": "online",
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     return done, time.monotonic() - began
 
 
-@pytest.mark.parametrize("fault", [
-    pytest.param("answers", marks=pytest.mark.faults),
-    pytest.param("refuses", marks=pytest.mark.faults),
-    pytest.param("hangs from the start", marks=pytest.mark.faults),
-    pytest.param("hangs later", marks=pytest.mark.faults),
-    "dies",
-])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("answers", marks=pytest.mark.faults),
+        pytest.param("refuses", marks=pytest.mark.faults),
+        pytest.param("hangs from the start", marks=pytest.mark.faults),
+        pytest.param("hangs later", marks=pytest.mark.faults),
+        "dies",
+    ],
+)
 def test_a_logger_never_hurts_the_run(fault, server, tmp_path, whole):
-    port, flags = server.server_port, RUNS[0][1][len(FAST):]
+    port, flags = server.server_port, RUNS[0][1][len(FAST) :]
     if fault == "refuses":
         port = 9
     server.hangs_after = {"hangs from the start": 0, "hangs later": 1}.get(fault, math.inf)
     if fault == "dies":
+
         def die():
             while not server.n_streams:
                 time.sleep(0.01)

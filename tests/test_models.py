@@ -7,8 +7,17 @@ from models import ConvNet
 
 def plain_convnet(num_classes=10):
     """ConvNet in the words of the definition, of PyTorch's modules alone."""
-    channels = [(3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1), (64, 128, 2),
-                (128, 128, 1), (128, 256, 1), (256, 256, 1)]
+    channels = [
+        (3, 32, 1),
+        (32, 32, 1),
+        (32, 64, 2),
+        (64, 64, 1),
+        (64, 64, 1),
+        (64, 128, 2),
+        (128, 128, 1),
+        (128, 256, 1),
+        (256, 256, 1),
+    ]
     net = nn.Module()
     for i, (c_in, c_out, stride) in enumerate(channels):
         conv = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
@@ -23,8 +32,15 @@ def test_parameters_and_shapes():
     logits, activations = net(torch.zeros(2, 3, 32, 32))
     assert logits.shape == (2, 10)
     assert [tuple(a.shape[1:]) for a in activations] == [
-        (32, 32, 32), (32, 32, 32), (64, 16, 16), (64, 16, 16), (64, 16, 16), (128, 8, 8),
-        (128, 8, 8), (256, 8, 8), (256, 8, 8),
+        (32, 32, 32),
+        (32, 32, 32),
+        (64, 16, 16),
+        (64, 16, 16),
+        (64, 16, 16),
+        (128, 8, 8),
+        (128, 8, 8),
+        (256, 8, 8),
+        (256, 8, 8),
     ]
 
 

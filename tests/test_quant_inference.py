@@ -6,17 +6,19 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import oracles
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
-import files
 import quant_inference as qi
 import quant_utils as qu
-import report
+from analysis import report
+from engine import layers
+from engine.io import save_weights
+from engine.loader import Loader
 from models import ConvNet
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,9 +28,13 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def tiny(monkeypatch, tmp_path):
     """Work in an empty folder with 48 test and 96 training images, on one thread."""
     whole = data.synthetic()
-    small = data.Data(
-        whole.train_images[:96], whole.train_labels[:96], whole.test_images[:48],
-        whole.test_labels[:48], mean=whole.mean, std=whole.std,
+    small = data.ImageDataset(
+        whole.train_images[:96],
+        whole.train_labels[:96],
+        whole.test_images[:48],
+        whole.test_labels[:48],
+        mean=whole.mean,
+        std=whole.std,
     )
     monkeypatch.setitem(data.DATASETS, "Synthetic", lambda data_dir, seed: small)
     monkeypatch.chdir(tmp_path)
@@ -66,13 +72,33 @@ def results(folder="."):
 def test_train_then_quantize(script, tmp_path):
     common = ["--dataset", "Synthetic", "--device", "cpu"]
     trained = script(
-        "train.py", "--run_name", "control", "--n_epochs", 1, "--train_subset", 128, "--no-compile",
+        "train.py",
+        "--run_name",
+        "control",
+        "--n_epochs",
+        1,
+        "--train_subset",
+        128,
+        "--no-compile",
         *common,
     )
     assert trained.returncode == 0, trained.stderr
     done = script(
-        "quant_inference.py", "control.pt", "--n_epochs", 1, "--lr", 0.1, "--bits", 8, 4,
-        "--schemes", "uniform", "PWLQ", "--output", "out", *common,
+        "quant_inference.py",
+        "control.pt",
+        "--n_epochs",
+        1,
+        "--lr",
+        0.1,
+        "--bits",
+        8,
+        4,
+        "--schemes",
+        "uniform",
+        "PWLQ",
+        "--output",
+        "out",
+        *common,
     )
     assert done.returncode == 0, done.stderr
     assert "--n_epochs is ignored" in done.stdout and "--lr is ignored" in done.stdout
@@ -80,7 +106,10 @@ def test_train_then_quantize(script, tmp_path):
 
     rows = results(tmp_path / "out")["rows"]
     assert [(r["scheme"], r["bits"], r["levels"]) for r in rows] == [
-        ("none", 32, None), ("uniform", 4, 16), ("uniform", 8, 256), ("pwlq", 4, 31),
+        ("none", 32, None),
+        ("uniform", 4, 16),
+        ("uniform", 8, 256),
+        ("pwlq", 4, 31),
         ("pwlq", 8, 511),
     ]
     record = json.loads((tmp_path / "control.json").read_text())
@@ -94,7 +123,7 @@ def test_train_then_quantize(script, tmp_path):
 
 
 def test_rows_are_what_the_quantizers_say(tiny, capsys):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     flags = ["a.pt", "--bits", 3, "--trials", 2, "--seed", 5]
     assert main(*flags) == 0
     rows = results()["rows"]
@@ -122,10 +151,17 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--per_channel"], ["--overlapping"], ["--distribution", "laplace"], ["--approximate"],
-        ["--distribution", "search"], ["--fold_bn"], ["--bias_correction"], ["--mean_correction"],
+        ["--per_channel"],
+        ["--overlapping"],
+        ["--distribution", "laplace"],
+        ["--approximate"],
+        ["--distribution", "search"],
+        ["--fold_bn"],
+        ["--bias_correction"],
+        ["--mean_correction"],
         ["--avg_in_layer"],
-        ["--act_bits", "3"], ["--act_bits", "same", "--calibration", "percentile"],
+        ["--act_bits", "3"],
+        ["--act_bits", "same", "--calibration", "percentile"],
         ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
         ["--bn_images", "64"],
     ],
@@ -133,7 +169,7 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
 )
 def test_every_option_changes_the_result(tiny, monkeypatch, flags):
     monkeypatch.setattr(qi, "draw", lambda *arguments: {})
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     common = ["a.pt", "--bits", 4, "--schemes", "pwlq"]
     assert main(*common) == 0
     plain = results()["rows"]
@@ -145,7 +181,7 @@ def test_every_option_changes_the_result(tiny, monkeypatch, flags):
 
 
 def test_bfloat16_convolutions_only_blur_the_loss(tiny):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     rows = {}
     for precision in ("fp32", "bf16"):
         flags = ["--bits", 4, "--schemes", "uniform", "--precision", precision]
@@ -157,7 +193,7 @@ def test_bfloat16_convolutions_only_blur_the_loss(tiny):
 
 
 def test_16_bits_everywhere_are_as_good_as_none(tiny):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     flags = ["--act_bits", 16, "--calibration", "minmax", "--fold_bn", "--per_channel"]
     assert main("a.pt", "--bits", 16, *flags) == 0
     full, *rows = results()["rows"]
@@ -169,7 +205,9 @@ def test_ready_folds_what_is_quantized_without_changing_the_outputs(tiny):
     net, _ = qu.quantize_model(make_net(), qu.uniform, 3)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(qi.ready(net, "cpu")(x)[0], net(x)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            qi.prepare_for_eval(net, "cpu")(x)[0], net(x)[0], rtol=1e-4, atol=1e-4
+        )
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
@@ -183,7 +221,7 @@ class Evil:
 
 def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
     net = make_net()
-    files.save_weights(net, Path("good.pt"))
+    save_weights(net, Path("good.pt"))
     whole = Path("good.pt").read_bytes()
     Path("cut.pt").write_bytes(whole[: len(whole) // 2])
     Path("text.pt").write_text("not a checkpoint")
@@ -193,7 +231,7 @@ def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
     torch.save({"weights": Evil()}, "evil.pt")
     torch.save([1, 2], "list.pt")
     net.layer3[0].weight.data[0, 0, 0, 0] = math.nan
-    files.save_weights(net, Path("nan.pt"))
+    save_weights(net, Path("nan.pt"))
     broken = make_net().state_dict()
     torch.save({**broken, "layer0.1.running_var": torch.full((32,), -1.0)}, "variance.pt")
     torch.save({**broken, "classifier.bias": torch.zeros(10, dtype=torch.cfloat)}, "complex.pt")
@@ -209,18 +247,32 @@ def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
 
 
 def test_calibration_does_not_depend_on_the_batch_size(tiny):
-    files.save_weights(make_net(), Path("w.pt"))
+    save_weights(make_net(), Path("w.pt"))
     tables = []
     for batch_size in (7, 48):
-        assert main("w.pt", "--bits", 4, "--schemes", "uniform", "--act_bits", 3,
-                    "--calibration_images", 70, "--batch_size", batch_size) == 0
+        assert (
+            main(
+                "w.pt",
+                "--bits",
+                4,
+                "--schemes",
+                "uniform",
+                "--act_bits",
+                3,
+                "--calibration_images",
+                70,
+                "--batch_size",
+                batch_size,
+            )
+            == 0
+        )
         tables.append([row["accuracy"] for row in results()["rows"]])
     assert tables[0] == tables[1]
 
 
 def test_what_cannot_be_quantized_or_is_interrupted_loses_nothing_else(tiny, capsys, monkeypatch):
     for name in ("first", "second", "third"):
-        files.save_weights(make_net(), Path(f"{name}.pt"))
+        save_weights(make_net(), Path(f"{name}.pt"))
     plain, calls = qi.evaluate, []
 
     def evaluate(*arguments):
@@ -237,12 +289,14 @@ def test_what_cannot_be_quantized_or_is_interrupted_loses_nothing_else(tiny, cap
     captured = capsys.readouterr().err
     assert "second.pt: layer3.0: cannot quantize" in captured and "stopped" in captured
     assert [(row["checkpoint"], row["scheme"]) for row in results()["rows"]] == [
-        ("first", "none"), ("first", "uniform"), ("third", "none"),
+        ("first", "none"),
+        ("first", "uniform"),
+        ("third", "none"),
     ]
 
 
 def test_interrupted_before_anything_is_quantized(tiny, capsys, monkeypatch):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     plain, calls = qi.evaluate, []
 
     def evaluate(*arguments):
@@ -266,15 +320,19 @@ def test_globs_and_names(tiny):
     for path in ("a/net.pt", "b/net.pt", "b/[1].pt", "net.1", "net.2"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).touch()
-    found = qi.find(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
+    found = qi.resolve_paths(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
     assert found == {
-        "a/net.pt": Path("a/net.pt"), "b/net.pt": Path("b/net.pt"), "[1]": Path("b/[1].pt"),
-        "c*": Path("c*.pt"), "net.1": Path("net.1"), "net.2": Path("net.2"),
+        "a/net.pt": Path("a/net.pt"),
+        "b/net.pt": Path("b/net.pt"),
+        "[1]": Path("b/[1].pt"),
+        "c*": Path("c*.pt"),
+        "net.1": Path("net.1"),
+        "net.2": Path("net.2"),
     }
 
 
 def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "a", "x" * 300, "--bits", 4, "--schemes", "uniform") == 1
     told = capsys.readouterr().err
     assert "a: No such file" in told and "x: File name too long" in told
@@ -282,12 +340,12 @@ def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
 
 
 def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(qi.MODELS, "Reordered", oracles.Reordered)
+    monkeypatch.setitem(qi.MODELS, "Reordered", reference.Reordered)
     torch.manual_seed(0)
-    net = oracles.Reordered(10).eval()
+    net = reference.Reordered(10).eval()
     net.norm.running_mean.fill_(-1.5)
     net.norm.running_var.fill_(0.01)
-    files.save_weights(net, Path("a.pt"))
+    save_weights(net, Path("a.pt"))
     flags = ["a.pt", "--model", "Reordered", "--bits", 8, "--schemes", "uniform"]
     assert main(*flags) == 0
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
@@ -301,7 +359,7 @@ def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, c
 
 
 def test_earlier_results_are_kept(tiny, capsys):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     flags = ["a.pt", "--bits", 4, "--schemes", "uniform"]
     assert main(*flags, "--per_layer", "--per_layer_images", 8) == 0
     first = results()
@@ -311,12 +369,17 @@ def test_earlier_results_are_kept(tiny, capsys):
     assert Path("per_layer_old1.csv").exists() and not Path("per_layer.csv").exists()
 
 
-@pytest.mark.parametrize("flags", [
-    ["--bn_images", 97], ["--act_bits", 8, "--calibration_images", 97],
-    ["--per_layer", "--per_layer_images", 97], ["--act_bits", 8, "--calibration_images", 512],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bn_images", 97],
+        ["--act_bits", 8, "--calibration_images", 97],
+        ["--per_layer", "--per_layer_images", 97],
+        ["--act_bits", 8, "--calibration_images", 512],
+    ],
+)
 def test_more_images_than_there_are(tiny, capsys, flags):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", *flags) == 1
     told = capsys.readouterr().err
     assert told.count("\n") == 1
@@ -324,13 +387,13 @@ def test_more_images_than_there_are(tiny, capsys, flags):
 
 
 def test_tables_without_plots(tiny, capsys):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots") == 0
     assert "plots:" not in capsys.readouterr().out and not list(Path(".").glob("*.png"))
 
 
 def test_levels_of_overlapping_regions_are_not_known(tiny):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 3, "--schemes", "uniform", "pwlq", "--overlapping") == 0
     assert [row["levels"] for row in results()["rows"]] == [None, 8, None]
 
@@ -339,9 +402,22 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
     net = make_net()
     net.layer2[0].weight.data.zero_()
     net.layer5[0].weight.data.fill_(0.01)
-    files.save_weights(net, Path("a.pt"))
-    assert main("a.pt", "--bits", 2, "--schemes", "pwlq", "--per_channel", "--bias_correction",
-                "--per_layer", "--per_layer_images", 8) == 0
+    save_weights(net, Path("a.pt"))
+    assert (
+        main(
+            "a.pt",
+            "--bits",
+            2,
+            "--schemes",
+            "pwlq",
+            "--per_channel",
+            "--bias_correction",
+            "--per_layer",
+            "--per_layer_images",
+            8,
+        )
+        == 0
+    )
     found = results()
     for row in found["rows"] + found["per_layer"]:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
@@ -353,9 +429,13 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--bits", "1"], "2 to 16"), (["--bits", "17"], "2 to 16"), (["--bits", "4.5"], "2 to 16"),
-        (["--schemes", "ternary"], "uniform, dorefa, pwlq"), (["--act_bits", "1"], "2 to 16"),
-        (["--calibration", "mean"], "topk_median"), (["--trials", "0"], "at least 1"),
+        (["--bits", "1"], "2 to 16"),
+        (["--bits", "17"], "2 to 16"),
+        (["--bits", "4.5"], "2 to 16"),
+        (["--schemes", "ternary"], "uniform, dorefa, pwlq"),
+        (["--act_bits", "1"], "2 to 16"),
+        (["--calibration", "mean"], "topk_median"),
+        (["--trials", "0"], "at least 1"),
         (["--schemes", "uniform", "--overlapping"], "--overlapping needs pwlq"),
         (["--distribution", "search", "--approximate"], "--approximate needs --distribution"),
         (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
@@ -363,7 +443,8 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         (["--precision", "bf16", "--act_bits", "8"], "--act_bits needs --precision fp32"),
         (["--bn_images", "64", "--fold_bn"], "--bn_images needs batch norms"),
         (["--precision", "bf16", "--per_layer"], "--per_layer needs --precision fp32"),
-        (["--dataset", "MNIST"], "CIFAR10"), (["--model", "VGG"], "ConvNet"),
+        (["--dataset", "MNIST"], "CIFAR10"),
+        (["--model", "VGG"], "ConvNet"),
         (["--output", "a.pt/out"], "--output"),
     ],
 )
@@ -395,7 +476,7 @@ def test_expansion_of_the_loss_is_autograds():
 
     net = Net(nn.Conv2d(3, 2, 3, stride=5), nn.Softplus(), nn.Flatten(), nn.Linear(72, 10)).double()
     images = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8)
-    loader = data.Loader(images, torch.arange(7), 3, (0.5,) * 3, (0.2,) * 3)
+    loader = Loader(images, torch.arange(7), 3, (0.5,) * 3, (0.2,) * 3)
     params = dict(net.named_parameters())
     deltas = [
         {key: torch.randn_like(params[key]) for key in keys}
@@ -407,7 +488,7 @@ def test_expansion_of_the_loss_is_autograds():
         logits, _ = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
         return F.cross_entropy(logits, y)
 
-    for delta, terms in zip(deltas, qi.expand(net, loader, deltas), strict=True):
+    for delta, terms in zip(deltas, qi.taylor_terms(net, loader, deltas), strict=True):
         at = tuple(params[key].detach() for key in delta)
         f, d = partial(loss, keys=list(delta)), tuple(delta.values())
         g = torch.autograd.functional.jacobian(f, at)
@@ -416,23 +497,22 @@ def test_expansion_of_the_loss_is_autograds():
         bound = sum(a.abs().sum() for a in g) * max(b.abs().max() for b in d)
         second = sum(
             d[i].flatten() @ block.reshape(d[i].numel(), -1) @ d[j].flatten() / 2
-            for i, row in enumerate(hessian) for j, block in enumerate(row)
+            for i, row in enumerate(hessian)
+            for j, block in enumerate(row)
         )
         assert terms == pytest.approx([first.item(), bound.item(), second.item()], rel=1e-6)
 
 
 def test_per_layer(tiny, capsys):
-    files.save_weights(make_net(), Path("a.pt"))
+    save_weights(make_net(), Path("a.pt"))
     flags = ["--schemes", "uniform", "--bits", 9, "--per_layer", "--per_layer_images", 48]
     assert main("a.pt", *flags) == 0
     rows = results()["per_layer"]
-    assert [row["layer"] for row in rows] == list(qu.quantizable_layers(ConvNet()))
+    assert [row["layer"] for row in rows] == list(layers.quantizable_layers(ConvNet()))
     for row in rows:
         assert abs(row["first_order"]) <= row["first_order_bound"]
     total = sum(abs(row["loss_change"]) for row in rows)
-    missed = sum(
-        abs(row["loss_change"] - row["first_order"] - row["second_order"]) for row in rows
-    )
+    missed = sum(abs(row["loss_change"] - row["first_order"] - row["second_order"]) for row in rows)
     assert missed < 0.1 * total
     assert "one layer at a time" in capsys.readouterr().out
     assert len(Path("per_layer.csv").read_text().splitlines()) == 11
@@ -444,8 +524,13 @@ def test_per_layer(tiny, capsys):
 def make_rows():
     def row(checkpoint, scheme, bits, accuracy, std=None):
         return dict.fromkeys(report.COLUMNS) | {
-            "checkpoint": checkpoint, "scheme": scheme, "bits": bits, "accuracy": accuracy,
-            "accuracy_change": accuracy - 0.9, "squared_error": 1.0, "accuracy_std": std,
+            "checkpoint": checkpoint,
+            "scheme": scheme,
+            "bits": bits,
+            "accuracy": accuracy,
+            "accuracy_change": accuracy - 0.9,
+            "squared_error": 1.0,
+            "accuracy_std": std,
             "act_bits": 32,
         }
 
@@ -476,7 +561,8 @@ def test_rows_plots_and_curves_are_logged(tmp_path):
     rows, picture = make_rows(), tmp_path / "accuracy.png"
     report.accuracy_plot(rows, picture)
     tracker = SimpleNamespace(
-        run=object(), define=lambda name, step: defined.update({name: step}),
+        run=object(),
+        define=lambda name, step: defined.update({name: step}),
         wandb=SimpleNamespace(Table=lambda columns, cells: cells, Image=lambda path: path),
         log=logged.append,
     )

@@ -1,9 +1,7 @@
-import copy
 import math
 from functools import partial
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import nn
 
 import quant_utils as qu
-from fused import BatchNormReLU
+from engine import layers
 from models import ConvNet
 
 SCIPY = {"norm": stats.norm, "laplace": stats.laplace(scale=1 / math.sqrt(2))}
@@ -89,9 +87,9 @@ def test_number_of_levels_also_with_a_bias_beyond_the_range(name, n_bits):
     bias = torch.tensor([-50.0, -0.1, 0.0, 0.1, 50.0]).double()
     grid = torch.cat([grid_of(name, w, n_bits), quantize(name, bias, n_bits, range_of=w)]).unique()
     scheme = name if name in qu.QUANTIZERS else "pwlq"
-    assert len(grid) <= qu.levels(scheme, n_bits)
+    assert len(grid) <= qu.n_levels(scheme, n_bits)
     if name in ("dorefa", "pwlq", "laplace", "approximate"):
-        assert len(grid) == qu.levels(scheme, n_bits)
+        assert len(grid) == qu.n_levels(scheme, n_bits)
 
 
 @pytest.mark.parametrize("name", sorted({*ALL} - {"overlapping"}))  # its tails cross the breakpoint
@@ -305,7 +303,7 @@ def test_measured_error_is_the_expected_one(cut):
     w = torch.randn(400_000, generator=seeded()).double().clamp(-cut, cut)
     w[0], rows = cut, w.reshape(1, -1)
     p = qu.optimal_breakpoint(torch.tensor([cut]), qu.DISTRIBUTIONS["norm"])
-    w_q = qu.pwlq_at(rows, qu.abs_max(rows), p, 6, overlapping=False)
+    w_q = qu.pwlq_with_breakpoint(rows, qu.abs_max(rows), p, 6, overlapping=False)
     centre = rows.abs() < p
     expected = (2 * p / 63) ** 2 / 12 * centre.sum() + ((cut - p) / 31) ** 2 / 12 * (~centre).sum()
     assert (w_q - rows).square().sum().item() == pytest.approx(expected.item(), rel=0.05)
@@ -326,7 +324,7 @@ def test_search_finds_the_least_error_that_a_fine_sweep_finds():
     m = qu.abs_max(w)
 
     def error(p):
-        return (qu.pwlq_at(w, m, p, 4, False) - w).square().sum()
+        return (qu.pwlq_with_breakpoint(w, m, p, 4, False) - w).square().sum()
 
     swept = min(error(m * i / 500) for i in range(1, 500))
     assert error(qu.search_breakpoint(w, m, 4, False)) < swept * 1.002
@@ -350,18 +348,18 @@ def net():
 
 def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    net_q, layers = qu.quantize_model(net, qu.uniform, 4)
+    net_q, errors = qu.quantize_model(net, qu.uniform, 4)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    originals = qu.quantizable_layers(net)
-    assert [layer.name for layer in layers] == list(originals)
-    for (name, error, n), w in zip(layers, (m.weight for m in originals.values()), strict=True):
+    originals = layers.quantizable_layers(net)
+    assert [error.name for error in errors] == list(originals)
+    for (name, error, n), w in zip(errors, (m.weight for m in originals.values()), strict=True):
         w_q = net_q.get_submodule(name).weight
         assert torch.equal(w_q, qu.uniform(w, 4)) and n == w.numel()
         assert error == pytest.approx((w_q - w).square().sum().item(), rel=1e-5)
-    errors = torch.tensor([layer.squared_error for layer in layers])
-    sizes = torch.tensor([layer.n_weights for layer in layers])
-    assert qu.model_error(layers) == pytest.approx(errors.mean().item(), rel=1e-5)
-    assert qu.model_error(layers, True) == pytest.approx((errors / sizes).mean().item(), rel=1e-5)
+    squared = torch.tensor([error.squared_error for error in errors])
+    sizes = torch.tensor([error.n_weights for error in errors])
+    assert qu.model_error(errors) == pytest.approx(squared.mean().item(), rel=1e-5)
+    assert qu.model_error(errors, True) == pytest.approx((squared / sizes).mean().item(), rel=1e-5)
 
 
 def test_bias_shares_the_levels_of_its_weight_or_stays(net):
@@ -401,88 +399,11 @@ def test_mean_correction_keeps_each_channels_mean():
     assert (w_q.mean((1, 2, 3)) - w.mean((1, 2, 3))).abs().min() > 1e-4
 
 
-def test_folding_keeps_the_outputs(net):
-    x = torch.randn(4, 3, 32, 32, generator=seeded())
-    with torch.no_grad():
-        logits, activations = net(x)
-        folded = qu.fold_batch_norm(net)
-        folded_logits, folded_activations = folded(x)
-    torch.testing.assert_close(folded_logits, logits, rtol=1e-4, atol=1e-4)
-    for ours, theirs in zip(folded_activations, activations, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 9
-
-
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_folding_of_plain_modules(affine, bias):
-    conv = nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2, bias=bias)
-    net = nn.Sequential(conv, nn.BatchNorm2d(6, affine=affine), nn.Tanh()).double()
-    x = torch.randn(5, 4, 9, 9, generator=seeded()).double()
-    net(x)  # moves the running statistics
-    net.eval()
-    torch.testing.assert_close(qu.fold_batch_norm(net)(x), net(x))
-
-
-def test_folded_weights_are_those_of_the_folded_network(net):
-    found = qu.folded_weights(net)
-    folded = qu.fold_batch_norm(net)
-    assert len(found) == len(net.BLOCKS)
-    for name, m in net.named_modules():
-        if isinstance(m, nn.Conv2d):
-            torch.testing.assert_close(found[m.weight], folded.get_submodule(name).weight)
-    assert qu.folded_weights(folded) == {}
-
-
-def test_folding_without_batch_norm_is_refused():
-    with pytest.raises(ValueError, match="no batch norm after a convolution in Sequential"):
-        qu.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
-    norm = nn.BatchNorm2d(3, track_running_stats=False)
-    with pytest.raises(ValueError, match="without running statistics"):
-        qu.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), norm))
-
-
-class Shared(oracles.Reordered):
-    """Its convolution runs twice."""
-
-    def features(self, x):
-        return self.norm(self.conv(self.conv(x)))
-
-
-class InOrder(oracles.Reordered):
-    def features(self, x):
-        return self.norm(self.conv(x))
-
-
-def test_folding_is_checked_on_outputs(net):
-    qu.check_folding(net, (3, 32, 32))
-    new = InOrder()
-    state = copy.deepcopy(new.state_dict())
-    qu.check_folding(new, (3, 8, 8))
-    assert all(torch.equal(state[key], t) for key, t in new.state_dict().items())
-    for make in (oracles.Reordered, Shared):  # new: statistics that would hide it
-        with pytest.raises(ValueError, match=f"{make.__name__}: a batch norm does not run"):
-            qu.check_folding(make(), (3, 8, 8))
-    qu.keep_batch_norms(new)
-    with pytest.raises(ValueError, match="no batch norm after a convolution"):
-        qu.fold_batch_norm(copy.deepcopy(new))
-
-
-def test_a_check_of_folding_draws_nothing_from_the_stream(net):
-    before = torch.get_rng_state()
-    qu.check_folding(net, (3, 32, 32))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-# --- activations -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", qu.CALIBRATIONS)
 def test_calibration_sees_every_input(net, method):
     batches = torch.randn(2, 8, 3, 32, 32, generator=seeded())
     ranges = qu.calibrate(net, batches, method)
-    assert set(ranges) == {*qu.quantizable_layers(net), "pool"}
+    assert set(ranges) == {*layers.quantizable_layers(net), "pool"}
     low, high = ranges["layer0.0"]
     assert low < 0 < high
     assert all(low == 0 < high for name, (low, high) in ranges.items() if name != "layer0.0")
@@ -528,27 +449,3 @@ def test_activations_of_a_network_are_quantized(net):
             if n_bits == 2:
                 assert len(seen["pool"].unique()) == 4
     torch.testing.assert_close(logits, reference, rtol=0.01, atol=0.01)
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormReLU])
-def test_recalibrated_statistics_are_those_of_the_images(norm):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 2, 3), norm(2)).eval()
-    batches = [torch.randn(n, 3, 9, 9) for n in (8, 8, 2)]
-    qu.recalibrate_batch_norm(net, iter(batches))
-    with torch.no_grad():
-        for conv, bn in ((0, 1), (2, 3)):
-            seen = []
-            for x in batches:
-                for module in net[:conv]:
-                    if isinstance(module, norm):  # as it was then: with the batch's statistics
-                        module = copy.deepcopy(module).train()
-                    x = module(x)
-                seen.append(net[conv](x))
-            means = sum(len(y) * y.mean((0, 2, 3)) for y in seen) / 18
-            variances = sum(len(y) * y.var((0, 2, 3)) for y in seen) / 18
-            torch.testing.assert_close(net[bn].running_mean, means, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(net[bn].running_var, variances, rtol=1e-4, atol=1e-5)
-    assert not any(module.training for module in net) and net[1].momentum == 0.1
-    with pytest.raises(ValueError, match="Linear has no batch-norm statistics"):
-        qu.recalibrate_batch_norm(nn.Linear(2, 2), batches)

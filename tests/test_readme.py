@@ -22,7 +22,7 @@ def test_every_command_of_the_readme_parses(command):
     words = shlex.split(command, comments=True)
     first = next(i for i, word in enumerate(words) if word.endswith(".py"))
     module = importlib.import_module(words[first].removesuffix(".py"))
-    module.make_parser().parse_args(words[first + 1:])
+    module.make_parser().parse_args(words[first + 1 :])
 
 
 def test_every_flag_of_the_sweep_parses():
@@ -51,7 +51,7 @@ def test_every_file_that_the_readme_names_exists_and_none_is_left_out():
     assert named == {path.name for path in ROOT.glob("*.py")}
 
 
-ANSWER = README[README.index("## The answer"):README.index("## Two commands")]
+ANSWER = README[README.index("## The answer") : README.index("## Two commands")]
 STUDY = ROOT / "results" / "study"
 QUOTED = [line for line in ANSWER.splitlines() if line.startswith("|")]
 VARIANTS = [line.split("|")[1].strip() for line in QUOTED[2:]]
@@ -62,10 +62,15 @@ def test_the_table_of_the_answer_is_the_first_of_the_study():
     assert "control" in VARIANTS and f"\n\n{chr(10).join(QUOTED)}\n\n" in tables
 
 
-@pytest.mark.parametrize("text", [
-    pytest.param(ANSWER, id="README.md"),
-    pytest.param((STUDY / "README.md").read_text(encoding="utf-8"), id="results/study/README.md"),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(ANSWER, id="README.md"),
+        pytest.param(
+            (STUDY / "README.md").read_text(encoding="utf-8"), id="results/study/README.md"
+        ),
+    ],
+)
 def test_every_interval_that_is_quoted_is_of_the_study(text):
     known = set()
     for name in ("differences.csv", "losses.csv"):
@@ -83,15 +88,18 @@ def test_every_interval_that_is_quoted_is_of_the_study(text):
 def test_the_answer_counts_its_variants_and_has_a_command_for_each():
     [(n, of)] = re.findall(r"(all|\d+)\sof\sthe\sstudy's\s(\d+)\svariants", ANSWER)
     assert (int(of if n == "all" else n), int(of)) == (len(VARIANTS), len(study.VARIANTS))
-    again = [shlex.split(command)[2:] for command in commands("python study.py")
-             if "study_again" in command]
+    again = [
+        shlex.split(command)[2:]
+        for command in commands("python study.py")
+        if "study_again" in command
+    ]
     args = map(study.make_parser().parse_args, again)
     assert {name for of in args for name in of.only} == set(VARIANTS)
 
 
 def correlations(title):
     tables = (STUDY / "tables.md").read_text(encoding="utf-8")
-    lines = tables[tables.index(f"\n{title}"):].split("\n\n")[1].splitlines()
+    lines = tables[tables.index(f"\n{title}") :].split("\n\n")[1].splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     column = table[0].index("uniform 3")
     return {row[0]: row[column].split()[0].replace("-", "−").lstrip("+") for row in table[2:]}

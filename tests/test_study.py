@@ -15,13 +15,12 @@ import scipy.stats
 import combined_protocol
 import quant_inference
 import study
-import study_jobs
-import study_results
-import study_tables
 import train
-from study import Grid, choose, make_parser
-from study_jobs import Job, pending, startable
-from study_plots import draw
+from analysis import study_figures, study_jobs, study_results, study_tables
+from analysis.study_figures import draw
+from analysis.study_jobs import Job, next_ready_job, pending
+from engine.io import run_lock
+from study import StudyPlan, make_parser, select_lambda
 
 # Stand-ins for the scripts: the same flags and files, no training. The "weights" are the settings.
 FAKE_TRAINING = """
@@ -86,11 +85,14 @@ def scripts(tmp_path, monkeypatch):
     """Work in an empty folder, with the stand-ins; call it to see which trainings were run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").mkdir()
-    for name, text in (("train.py", FAKE_TRAINING), ("combined_protocol.py", FAKE_TRAINING),
-                       ("quant_inference.py", FAKE_QUANTIZATION)):
+    for name, text in (
+        ("train.py", FAKE_TRAINING),
+        ("combined_protocol.py", FAKE_TRAINING),
+        ("quant_inference.py", FAKE_QUANTIZATION),
+    ):
         (tmp_path / "scripts" / name).write_text(text)
-    monkeypatch.setattr(study_jobs, "__file__", str(tmp_path / "scripts" / "study_jobs.py"))
-    monkeypatch.setattr(study.study_plots, "draw", lambda *of: None)  # it takes a second
+    monkeypatch.setattr(study_jobs, "SCRIPTS", tmp_path / "scripts")
+    monkeypatch.setattr(study_figures, "draw", lambda *of: None)  # it takes a second
     l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)
     before = signal.getsignal(signal.SIGTERM)
@@ -119,8 +121,8 @@ def finished(scripts, tmp_path_factory):
 def grid(*flags):
     parser = make_parser()
     args = parser.parse_args(["--out", "out", *flags])
-    study.settle(parser, args)
-    return Grid(args)
+    study.resolve_settings(parser, args)
+    return StudyPlan(args)
 
 
 # --- λ ---------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def grid(*flags):
     ],
 )
 def test_the_rule_for_lambda(candidates, best):
-    assert choose(candidates, control=0.9) == best
+    assert select_lambda(candidates, control=0.9) == best
 
 
 # --- jobs ------------------------------------------------------------------------------------
@@ -153,11 +155,16 @@ def test_pending_is_what_is_missing_with_what_it_needs(tmp_path):
     assert pending([first, last]) == [trunk, first, second, last]
     a.touch()
     assert pending([first, last])[0] == trunk  # what others go on from is gone
-    assert startable([first, last], set()) == trunk and startable([first, last], {a}) is None
+    assert (
+        next_ready_job([first, last], set()) == trunk and next_ready_job([first, last], {a}) is None
+    )
     (tmp_path / "checkpoint").touch()
     assert pending([first, last]) == [first, second, last]
-    assert startable([first, last], {b}) == second and startable([first, last], {b, c}) is None
-    assert last.lost({a}) is False and last.lost({c}) and last.lost({d})  # a is there
+    assert (
+        next_ready_job([first, last], {b}) == second
+        and next_ready_job([first, last], {b, c}) is None
+    )
+    assert last.blocked({a}) is False and last.blocked({c}) and last.blocked({d})  # a is there
     d.touch()
     assert pending([first, last]) == [first]  # not second: only the last one needed it
 
@@ -180,7 +187,7 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
     monkeypatch.setattr(
         train, "run", lambda args, phases, out, stop: started.append((args, phases))
     )
-    tuned = study.VARIANTS[study.VARIANTS[name].tuned_as or name]
+    tuned = study.VARIANTS[study.VARIANTS[name].lambda_from or name]
     lmbda = tuned.lmbdas[0] if tuned.lmbdas else None
     jobs = pending([*grid().tuning(name).values(), *grid().final(name, [1], lmbda)])
     assert {job.kind for job in jobs} >= {"trunk", name, *(f"quantize {x}" for x in study.FINAL)}
@@ -201,16 +208,32 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
             assert all(p.start >= 6 for p in phases if p.regularizer)
         if job.kind == name and tuned.lmbdas:  # the one that gives the file its name
             lmbda = float(job.target.stem.rpartition("_")[2])
-            assert lmbda in {getattr(r, "lmbda", None) for p in phases if p.regularizer
-                             for r in p.regularizer.modules()}
+            assert lmbda in {
+                getattr(r, "lmbda", None)
+                for p in phases
+                if p.regularizer
+                for r in p.regularizer.modules()
+            }
         in_tuning = job.target.is_relative_to("out/tuning")
         assert args.holdout == (5000 if in_tuning else None)
     assert [p.regularizer is None for p in phases][-1] == (name in ("control", "control_frozen"))
 
 
 def test_the_plan_runs_nothing(scripts, capsys):
-    study.main(["--out", "out", "--plan", "--only", "L2Grad", "control", "--seeds", "4",
-                "--epoch_seconds", "90"])
+    study.main(
+        [
+            "--out",
+            "out",
+            "--plan",
+            "--only",
+            "L2Grad",
+            "control",
+            "--seeds",
+            "4",
+            "--epoch_seconds",
+            "90",
+        ]
+    )
     said = capsys.readouterr().out
     assert not Path("out").exists() and not scripts()
     assert said.count("--run_name study_tuning_trunk ") == 1
@@ -224,10 +247,15 @@ def test_the_plan_runs_nothing(scripts, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--only", "l3grad"], "l3grad"), (["--seeds", "-1"], "-1"), (["--n_epochs", "2"], "'2'"),
-        (["--train_flags", "it's"], "No closing quotation"), (["--plan", "--tables"], "--tables"),
-        (["--tables", "--only", "control"], "--only"), (["--tables", "--jobs", "2"], "--jobs"),
-        (["--epoch_seconds", "9"], "--epoch_seconds needs --plan"), (["--out", "file"], "file"),
+        (["--only", "l3grad"], "l3grad"),
+        (["--seeds", "-1"], "-1"),
+        (["--n_epochs", "2"], "'2'"),
+        (["--train_flags", "it's"], "No closing quotation"),
+        (["--plan", "--tables"], "--tables"),
+        (["--tables", "--only", "control"], "--only"),
+        (["--tables", "--jobs", "2"], "--jobs"),
+        (["--epoch_seconds", "9"], "--epoch_seconds needs --plan"),
+        (["--out", "file"], "file"),
         (["--tables"], "no results in results/study yet"),
     ],
 )
@@ -250,7 +278,7 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
             assert "choose another --out" in capsys.readouterr().err
     study.main(["--out", "out", "--tables"])  # with the length that it has
     assert "--n_epochs 6 " in Path("out/tables.md").read_text(encoding="utf-8")
-    with study.files.only_run(Path("out/study")):
+    with run_lock(Path("out/study")):
         assert main("--only", "control", "--seeds", "1") == 1
     said = capsys.readouterr().err
     assert "out/study" in said and "another --out" in said and not Path("out/seed1").exists()
@@ -264,12 +292,19 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"n_epochs": 2}, "'2'"), ({"n_epochs": "9"}, "n_epochs"), ({"n_epochs": 9.5}, "'9.5'"),
-        ({"holdout": "many"}, "'many'"), ({"holdout": None}, "'None'"), ({"more": 1}, "TRAINING"),
-        ({"TRAINING": 3}, "TRAINING"), ({"TRAINING": "--lr {much}"}, "--lr {much}"),
+        ({"n_epochs": 2}, "'2'"),
+        ({"n_epochs": "9"}, "n_epochs"),
+        ({"n_epochs": 9.5}, "'9.5'"),
+        ({"holdout": "many"}, "'many'"),
+        ({"holdout": None}, "'None'"),
+        ({"more": 1}, "TRAINING"),
+        ({"TRAINING": 3}, "TRAINING"),
+        ({"TRAINING": "--lr {much}"}, "--lr {much}"),
         ({"TRAINING": "--lr '1"}, "No closing"),
         ({"train_flags": "it's"}, "No closing"),
-        ({"data_flags": None}, "data_flags"), (None, "TRAINING"), ("not JSON", "Expecting value"),
+        ({"data_flags": None}, "data_flags"),
+        (None, "TRAINING"),
+        ("not JSON", "Expecting value"),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--plan"], ["--tables"]])
@@ -287,14 +322,17 @@ def test_a_study_that_is_none(changed, told, mode, scripts, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--train_flags=--bogus 1", "--bogus"), ("--train_flags=--lr much", "'much'"),
+        ("--train_flags=--bogus 1", "--bogus"),
+        ("--train_flags=--lr much", "'much'"),
         ("--train_flags=--seed 7", "--train_flags: --seed"),
         ("--train_flags=--seed 242", "--train_flags: --seed"),  # the default of train.py
         ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
-        ("--train_flags=--fold_bn", "--fold_bn"), ("--train_flags=--hold_step", "--hold_step"),
+        ("--train_flags=--fold_bn", "--fold_bn"),
+        ("--train_flags=--hold_step", "--hold_step"),
         ("--train_flags=--model ConvNet --dataset Synthetic", "--dataset"),
-        ("--data_flags=--holdout 9", "--data_flags: --holdout"), ("--data_flags=--lr 1", "--lr"),
+        ("--data_flags=--holdout 9", "--data_flags: --holdout"),
+        ("--data_flags=--lr 1", "--lr"),
     ],
 )
 def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, told, scripts, capsys):
@@ -304,17 +342,31 @@ def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, told, scripts, ca
 
 
 CHOICE = '{"control": [0.9, 0.8], "candidates": {"0.03": %s}, "lmbda": %s}'
-TEXT_FOR_NUMBER = json.dumps({"rows": [{
-    "scheme": "uniform", "bits": 4, "act_bits": 32, "levels": 16, "accuracy": "much",
-    "accuracy_change": 0, "squared_error": 0,
-}]})
+TEXT_FOR_NUMBER = json.dumps(
+    {
+        "rows": [
+            {
+                "scheme": "uniform",
+                "bits": 4,
+                "act_bits": 32,
+                "levels": 16,
+                "accuracy": "much",
+                "accuracy_change": 0,
+                "squared_error": 0,
+            }
+        ]
+    }
+)
 
 
 @pytest.mark.parametrize(
     ("path", "content"),
     [
-        ("seed0/trunk.json", None), ("seed0/control.json", "{}"), ("seed0/control.json", "[]"),
-        ("seed0/control_weights/results.json", ""), ("tuning/l2grad_choice.json", '{"control": '),
+        ("seed0/trunk.json", None),
+        ("seed0/control.json", "{}"),
+        ("seed0/control.json", "[]"),
+        ("seed0/control_weights/results.json", ""),
+        ("tuning/l2grad_choice.json", '{"control": '),
         ("seed0/control_weights/results.json", TEXT_FOR_NUMBER),
         ("tuning/l2grad_choice.json", CHOICE % ('"much"', 0.03)),
         ("tuning/l2grad_choice.json", CHOICE % ("null", 0.03)),
@@ -352,8 +404,9 @@ def test_tables_keep_what_was_chosen_from_other_lambdas(finished, scripts, monke
 
 def test_a_run_chooses_lambda_tests_once_and_is_not_repeated(scripts):
     assert main("--only", "control", "l2grad", "--seeds", "0", "1") == 0
-    tuning = [f"out/tuning/{x}" for x in ("trunk", "control", "l2grad_0.01", "l2grad_0.03",
-                                          "l2grad_0.1")]
+    tuning = [
+        f"out/tuning/{x}" for x in ("trunk", "control", "l2grad_0.01", "l2grad_0.03", "l2grad_0.1")
+    ]
     # λ = 0.1 loses 2.5 points; of the other two the larger one is better at 4 bits
     final = [f"out/seed{s}/{x}" for s in (0, 1) for x in ("trunk", "control", "l2grad_0.03")]
     assert sorted(scripts()) == sorted(tuning + final)
@@ -364,7 +417,11 @@ def test_a_run_chooses_lambda_tests_once_and_is_not_repeated(scripts):
     assert scripts()[-2:] == ["out/seed2/trunk", "out/seed2/l2grad_0.03"]
     rows = list(csv.DictReader(open("out/results.csv", encoding="utf-8")))
     assert {(row["variant"], row["seed"]) for row in rows} == {
-        ("control", "0"), ("control", "1"), ("l2grad", "0"), ("l2grad", "1"), ("l2grad", "2"),
+        ("control", "0"),
+        ("control", "1"),
+        ("l2grad", "0"),
+        ("l2grad", "1"),
+        ("l2grad", "2"),
     }
 
 
@@ -373,8 +430,9 @@ def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
     monkeypatch.setattr(study_jobs.torch, "get_num_threads", lambda: 8)
     assert main("--only", "control", "l2grad", "--seeds", "0", "1", "--jobs", "3") == 0
     seeds = [f"out/seed{s}/{x}" for s in (0, 1) for x in ("trunk", "control", "l2grad_0.03")]
-    tuning = [f"out/tuning/{x}" for x in ("trunk", "control", "l2grad_0.01", "l2grad_0.03",
-                                          "l2grad_0.1")]
+    tuning = [
+        f"out/tuning/{x}" for x in ("trunk", "control", "l2grad_0.01", "l2grad_0.03", "l2grad_0.1")
+    ]
     assert sorted(scripts()) == sorted(tuning + seeds)  # each once
     page = Path("out/tables.md").read_text(encoding="utf-8")
     assert page.count("\nOMP_NUM_THREADS=2 python train.py ") == 2 * 2 * 2
@@ -469,9 +527,11 @@ def wait_for(path, seconds=60):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the job trains on")
 def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
     monkeypatch.setenv("SLOW", "out/seed0/control")
-    code = (f"import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import study; "
-            f"study.study_jobs.__file__ = {study_jobs.__file__!r}; study.main(['--out', 'out', "
-            "'--n_epochs', '6', '--only', 'control', '--seeds', '0'])")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import study; "
+        f"study.study_jobs.SCRIPTS = study.Path({str(study_jobs.SCRIPTS)!r}); "
+        "study.main(['--out', 'out', '--n_epochs', '6', '--only', 'control', '--seeds', '0'])"
+    )
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
             wait_for("out/seed0/control.ckpt")
@@ -502,15 +562,17 @@ def test_tables_of_means_deviations_and_commands(scripts):
     assert main("--only", "control", "l2grad", "--seeds", "0", "1", "2") == 0
     page = Path("out/tables.md").read_text(encoding="utf-8")
     lines = page.splitlines()
-    assert lines[2] == ("|  | λ | seeds | full precision | uniform 4 | uniform 3 | uniform 2 | "
-                        "uniform (4,4) | epoch time |")
+    assert lines[2] == (
+        "|  | λ | seeds | full precision | uniform 4 | uniform 3 | uniform 2 | "
+        "uniform (4,4) | epoch time |"
+    )
     # full precision 90, 91 and 92 %; at 2 bits a quarter of 1 less
     control = next(line for line in lines if line.startswith("| control "))
     cells = [cell.strip() for cell in control.strip("|").split("|")]
     assert cells[:4] == ["control", "", "3", "91.00 ± 1.00"] and cells[-1] == "1.00"
     assert cells[6] == "66.00 ± 1.00"
     assert cells[7] == "84.75 ± 1.00"  # (4,4)
-    corrected = page[page.index("## corrected\n"):page.index("## corrected pwlq\n")]
+    corrected = page[page.index("## corrected\n") : page.index("## corrected pwlq\n")]
     assert "| corrected 2 | corrected (4,4) |" in corrected
     assert "| 66.00 ± 1.00 | 84.75 ± 1.00 | 1.00 |" in corrected
     assert "| control |  | 3 | 91.00 ± 1.00 | 84.75 ± 1.00 | 1.00 |" in page  # PWLQ, (4,4)
@@ -523,8 +585,9 @@ def test_tables_of_means_deviations_and_commands(scripts):
     assert "--run_name study_seed1_l2grad_0.03 " in page and "mkdir -p out/seed1\n" in page
     assert "| l2grad | 0.03 | 89.25 | 84.50 | taken |" in page  # held out, seed 0
     found = list(csv.DictReader(open("out/summary.csv", encoding="utf-8")))
-    [entry] = [r for r in found if (r["variant"], r["scheme"], r["act_bits"]) ==
-               ("l2grad", "uniform", "4")]
+    [entry] = [
+        r for r in found if (r["variant"], r["scheme"], r["act_bits"]) == ("l2grad", "uniform", "4")
+    ]
     assert float(entry["mean"]) == pytest.approx(0.9025 - 0.76 / 16 + 0.003)
     assert float(entry["std"]) == pytest.approx(0.013)
     # six epochs times the mean of the seeds
@@ -532,8 +595,9 @@ def test_tables_of_means_deviations_and_commands(scripts):
     tracked = list(csv.DictReader(open("out/tracked.csv", encoding="utf-8")))
     assert len(tracked) == 2 * 3 * 6 * 2
     of = grid()
-    results = [r for name in ("control", "l2grad") for r in study.finished(
-        of, name, of.chosen(name))]
+    results = [
+        r for name in ("control", "l2grad") for r in study.finished(of, name, of.chosen(name))
+    ]
     draw(Path("out"), *study_results.read(results), {"l2grad": of.choice("l2grad")}, of.first)
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png"):
         assert Path("out", plot).stat().st_size > 10_000
@@ -546,11 +610,13 @@ def test_what_was_not_tracked_or_ended_earlier_is_no_trouble():
     tracked = [
         {"variant": variant, "seed": 0, "epoch": epoch, "name": name, "value": value}
         for variant, epoch, name, value in (
-            ("control", 5, "L2Grad", 900.0), ("control", 6, "L2Grad", 1234.4),
-            ("mynorm", 5, "L2Grad", 0.12345), ("mynorm", 5, "MyNorm", -7.0),
+            ("control", 5, "L2Grad", 900.0),
+            ("control", 6, "L2Grad", 1234.4),
+            ("mynorm", 5, "L2Grad", 0.12345),
+            ("mynorm", 5, "MyNorm", -7.0),
         )
     ]
-    lines = study_tables.tracked_table(study_results.at_the_end(tracked, [])).splitlines()
+    lines = study_tables.tracked_table(study_results.final_values(tracked, [])).splitlines()
     assert lines[0] == "|  | L2Grad | MyNorm |"
     assert lines[2:] == ["| control | 1234 | – |", "| mynorm | 0.123 | -7 |"]
 
@@ -560,16 +626,32 @@ def test_rank_correlations_are_those_of_scipy():
     assert study_results.rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y)[0])
     assert study_results.rank_correlation(x, [1.0] * 5) is None
     rows = [
-        {"variant": variant, "seed": seed, "scheme": scheme, "bits": bits, "act_bits": 32,
-         "accuracy": 0.9 - lost, "squared_error": lost}
+        {
+            "variant": variant,
+            "seed": seed,
+            "scheme": scheme,
+            "bits": bits,
+            "act_bits": 32,
+            "accuracy": 0.9 - lost,
+            "squared_error": lost,
+        }
         for variant, seed, lost_4 in (("control", 0, 0.3), ("control", 1, 0.2), ("a", 0, 0.1))
         for scheme, bits, lost in (("none", 32, 0.0), ("uniform", 4, lost_4))
     ]
-    tracked = [{"variant": row["variant"], "seed": row["seed"], "epoch": 5, "name": "L2Grad",
-                "value": -row["squared_error"]} for row in rows if row["bits"] == 4]
-    ends = study_results.at_the_end(tracked, rows)
+    tracked = [
+        {
+            "variant": row["variant"],
+            "seed": row["seed"],
+            "epoch": 5,
+            "name": "L2Grad",
+            "value": -row["squared_error"],
+        }
+        for row in rows
+        if row["bits"] == 4
+    ]
+    ends = study_results.final_values(tracked, rows)
     settings = ("uniform", 4, 32), ("uniform", 3, 32)
-    lost = {of: study_results.points_lost(rows, of) for of in settings}
+    lost = {of: study_results.accuracy_drop(rows, of) for of in settings}
     expected = {("control", 0): 0.3, ("control", 1): 0.2, ("a", 0): 0.1}
     assert lost[settings[0]] == pytest.approx(expected)
     found = study_tables.prediction_table(ends, lost)
@@ -594,18 +676,26 @@ def test_networks_are_grouped_by_seed_or_around_their_variant():
 def test_means_are_of_the_seeds_that_all_variants_share():
     of = {"a": (0, 1, 2, 3), "b": (1, 2), "c": (3,)}
     rows = [{"variant": variant, "seed": seed} for variant in of for seed in of[variant]]
-    kept = [(row["variant"], row["seed"]) for row in study_results.comparable(rows)]
+    kept = [(row["variant"], row["seed"]) for row in study_results.restrict_to_shared_seeds(rows)]
     assert kept == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 3)]
     apart = [row for row in rows if (row["variant"], row["seed"]) not in {("a", 1), ("a", 2)}]
-    assert study_results.comparable(apart) == apart
+    assert study_results.restrict_to_shared_seeds(apart) == apart
 
 
 def test_losses_are_those_of_the_same_network():
-    rows = [{"variant": "a", "seed": seed, "scheme": scheme, "bits": bits, "act_bits": 32,
-             "accuracy": accuracy}
-            for scheme, bits, of in (("none", 32, (0.9, 0.8)), ("uniform", 4, (0.8, 0.76)))
-            for seed, accuracy in enumerate(of)]
-    [lost] = study_results.losses(rows)
+    rows = [
+        {
+            "variant": "a",
+            "seed": seed,
+            "scheme": scheme,
+            "bits": bits,
+            "act_bits": 32,
+            "accuracy": accuracy,
+        }
+        for scheme, bits, of in (("none", 32, (0.9, 0.8)), ("uniform", 4, (0.8, 0.76)))
+        for seed, accuracy in enumerate(of)
+    ]
+    [lost] = study_results.accuracy_drops(rows)
     half = scipy.stats.t.ppf(0.975, 1) * 0.03
     assert (lost["scheme"], lost["bits"], lost["n"]) == ("uniform", 4, 2)
     assert (lost["mean"], lost["high"]) == pytest.approx((0.07, 0.07 + half), abs=1e-5)
@@ -619,9 +709,18 @@ def test_a_tiny_study_of_real_trainings(tmp_path, monkeypatch):
     fewer = study.QUANTIZATIONS["recalibrated"].replace("4000", "64")
     monkeypatch.setitem(study.QUANTIZATIONS, "recalibrated", fewer)
     before = signal.getsignal(signal.SIGTERM)
-    code = main("--only", "control", "stepnoise", "combined", "--seeds", "0", "--holdout", "64",
-                "--data_flags=--dataset Synthetic",
-                "--train_flags=--train_subset 64 --batch_size 32 --precision fp32 --no-compile")
+    code = main(
+        "--only",
+        "control",
+        "stepnoise",
+        "combined",
+        "--seeds",
+        "0",
+        "--holdout",
+        "64",
+        "--data_flags=--dataset Synthetic",
+        "--train_flags=--train_subset 64 --batch_size 32 --precision fp32 --no-compile",
+    )
     signal.signal(signal.SIGTERM, before)
     assert code == 0
     page = Path("out/tables.md").read_text(encoding="utf-8")

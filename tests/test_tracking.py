@@ -7,12 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-import tracking
 import train
+from engine import environment, tracking
 from models import ConvNet
 
-FAST = ("--dataset", "Synthetic", "--train_subset", 32, "--batch_size", 16, "--precision", "fp32",
-        "--no-compile", "--n_epochs", 1)
+FAST = (
+    "--dataset",
+    "Synthetic",
+    "--train_subset",
+    32,
+    "--batch_size",
+    16,
+    "--precision",
+    "fp32",
+    "--no-compile",
+    "--n_epochs",
+    1,
+)
 
 
 @pytest.fixture
@@ -36,8 +47,13 @@ def logged_rows(folder):
     """Return the rows logged by the offline run in folder, read by wandb's own inspector."""
     [log] = folder.glob("wandb/offline-run-*/*.wandb")
     wandb = Path(sys.executable).with_name("wandb")
-    printed = subprocess.run([wandb, "leet", "inspect", "--json", log], text=True, check=True,
-                             capture_output=True, timeout=60).stdout
+    printed = subprocess.run(
+        [wandb, "leet", "inspect", "--json", log],
+        text=True,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    ).stdout
     records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     return [set(record["history"]["item"]) for record in records if "history" in record]
 
@@ -48,15 +64,28 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
     done = subprocess.run(  # epochs of two batches
-        [sys.executable, train.__file__, *map(str, flags)], cwd=tmp_path, text=True,
-        capture_output=True, stdin=subprocess.DEVNULL, timeout=300,
+        [sys.executable, train.__file__, *map(str, flags)],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "wandb leet" in done.stdout and "wandb sync" in done.stdout
     rows = logged_rows(tmp_path)
     epoch, _ = [row for row in rows if "train_loss" in row]
-    assert {"train_loss", "test_loss", "train_accuracy", "test_accuracy", "train_L2Grad",
-            "test_L2Grad", "lr", "epoch_seconds", "epoch"} <= epoch
+    assert {
+        "train_loss",
+        "test_loss",
+        "train_accuracy",
+        "test_accuracy",
+        "train_L2Grad",
+        "test_L2Grad",
+        "lr",
+        "epoch_seconds",
+        "epoch",
+    } <= epoch
     [watched] = [row for row in rows if "parameters/classifier.bias._type" in row]
     names = [name for name, _ in ConvNet().named_parameters()]
     assert {f"{kind}/{n}._type" for kind in ("parameters", "gradients") for n in names} <= watched
@@ -91,9 +120,9 @@ def fail():
 def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "LOG_SECONDS", 0.2)
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 0.1)
-    tracker = object.__new__(tracking.Tracker)
+    tracker = object.__new__(tracking.WandbLogger)
     tracker.run = tracker.wandb = Broken(call)
-    tracker.complete, tracker.folder = True, tmp_path / "run-1-x"
+    tracker.healthy, tracker.folder = True, tmp_path / "run-1-x"
     tracker.folder.mkdir()
     began = time.monotonic()
     for epoch in range(9):
@@ -103,10 +132,14 @@ def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, mon
 
 
 def test_the_environment_is_described():
-    described = tracking.describe_environment()
+    described = environment.describe_environment()
     assert described["versions"]["torch"] == torch.__version__.split("+")[0]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                          cwd=Path(tracking.__file__).parent)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(environment.__file__).parent,
+    )
     assert described["git_commit"] == (head.stdout.strip() if head.returncode == 0 else None)
     assert described["machine"]["threads"] == torch.get_num_threads()
     json.dumps(described)
@@ -114,7 +147,7 @@ def test_the_environment_is_described():
 
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert tracking.describe_environment()["git_commit"] is None
+    assert environment.describe_environment()["git_commit"] is None
 
 
 def test_a_run_of_a_sweep_has_the_name_the_sweep_gave(monkeypatch):

@@ -3,17 +3,21 @@ import copy
 import json
 import math
 
-import oracles
 import pytest
+import reference
 import torch
 from torch import nn
 
 import combined_protocol
-import step
 import train
 import utils
-from data import DataError, Loader, synthetic
-from files import FileError
+from data import synthetic
+from engine import gradients, hardware
+from engine.errors import DataError, FileError, NotFiniteError
+from engine.evaluation import evaluate
+from engine.gradients import compute_gradients
+from engine.loader import Loader
+from engine.train_state import TrainProgress, TrainState
 from models import ConvNet
 from regularizers import (
     CombinedReg,
@@ -27,9 +31,7 @@ from regularizers import (
     StepNoise,
     VarianceNorm,
 )
-from state import NotFiniteError, State
-from step import update_gradients
-from train import Phase, fit
+from train import FitConfig, Phase, fit
 
 CASES = {
     "L1Grad": LPGrad(0.3, 1),
@@ -59,20 +61,26 @@ CE = nn.CrossEntropyLoss()
 
 def penalty_of(regularizer):
     """The regularizer as a function of everything it might be fed."""
+
     def call(weights, w_grads, a_grads):
-        given = {"weights": weights, "w_grads": w_grads, "a_grads": a_grads,
-                 "loss_change": lambda deltas: torch.zeros((), dtype=weights[0].dtype)}
+        given = {
+            "weights": weights,
+            "w_grads": w_grads,
+            "a_grads": a_grads,
+            "loss_change": lambda deltas: torch.zeros((), dtype=weights[0].dtype),
+        }
         return regularizer(*(given[name] for name in regularizer.inputs))
+
     return call
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_plain_double_backprop(name, problem):
     torch.manual_seed(0)
-    net, plain = oracles.SmoothNet().double(), oracles.SmoothNet().double()
+    net, plain = reference.SmoothNet().double(), reference.SmoothNet().double()
     plain.load_state_dict(net.state_dict())
-    loss, penalty, n_correct = update_gradients(net, CE, CASES[name], *problem)
-    expected = oracles.backward_twice(plain, CE, penalty_of(CASES[name]), *problem)
+    loss, penalty, n_correct = compute_gradients(net, CE, CASES[name], *problem)
+    expected = reference.backward_twice(plain, CE, penalty_of(CASES[name]), *problem)
     torch.testing.assert_close((loss, penalty), expected, rtol=1e-12, atol=0)
     assert penalty > 0 and 0 <= n_correct <= len(problem[0])
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
@@ -83,15 +91,15 @@ def test_gradients_are_those_of_plain_double_backprop(name, problem):
 def test_noise_costs_the_loss_change_at_other_weights(name, problem):
     """Gradients of L + λ(L(W + Δ) − L(W)) against two passes of plain autograd."""
     torch.manual_seed(0)
-    net, plain = oracles.SmoothNet().double(), oracles.SmoothNet().double()
+    net, plain = reference.SmoothNet().double(), reference.SmoothNet().double()
     plain.load_state_dict(net.state_dict())
     x, y = problem
     torch.manual_seed(5)
-    loss, penalty, _ = update_gradients(net, CE, StepNoise(0.7, 3, name == "held"), x, y)
+    loss, penalty, _ = compute_gradients(net, CE, StepNoise(0.7, 3, name == "held"), x, y)
 
     torch.manual_seed(5)
-    weights = oracles.penalized_weights(plain)
-    steps = [oracles.step(w.detach() if name == "held" else w, 3) for w in weights]
+    weights = reference.penalized_weights(plain)
+    steps = [reference.step(w.detach() if name == "held" else w, 3) for w in weights]
     moved = [w + s * (torch.rand_like(w) - 0.5) for w, s in zip(weights, steps, strict=True)]
     clean = CE(plain(x)[0], y)
     running = plain.norm1.running_mean.clone()
@@ -109,7 +117,7 @@ def test_noise_costs_the_loss_change_at_other_weights(name, problem):
 def test_the_range_of_folded_weights_moves_weights_and_batch_norm(beside, problem):
     """Against plain autograd of L + λ Σ max|Ŵ|, with the running variance before the batch."""
     torch.manual_seed(0)
-    net, plain = oracles.SmoothNet().double(), oracles.SmoothNet().double()
+    net, plain = reference.SmoothNet().double(), reference.SmoothNet().double()
     for n in (net, plain):
         with torch.no_grad():
             n.norm1.running_var.copy_(torch.tensor([0.5, 2.0, 3.0]))
@@ -117,12 +125,13 @@ def test_the_range_of_folded_weights_moves_weights_and_batch_norm(beside, proble
     plain.load_state_dict(net.state_dict())
     norm = RangeNorm(0.7, fold_bn=True)
     regularizer = CombinedReg(norm, beside) if beside else norm
-    loss, penalty, _ = update_gradients(net, CE, regularizer, *problem, strength=0.5)
+    loss, penalty, _ = compute_gradients(net, CE, regularizer, *problem, penalty_scale=0.5)
 
-    largest = sum(w.abs().max() for w in oracles.folded_weights(plain))
+    largest = sum(w.abs().max() for w in reference.folded_weights(plain))
     rest = penalty_of(beside) if beside else lambda *fed: 0.0
-    expected = oracles.backward_twice(
-        plain, CE, lambda *fed: 0.5 * (0.7 * largest + rest(*fed)), *problem)
+    expected = reference.backward_twice(
+        plain, CE, lambda *fed: 0.5 * (0.7 * largest + rest(*fed)), *problem
+    )
     torch.testing.assert_close((loss, penalty), expected)
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
@@ -132,42 +141,45 @@ def test_the_range_of_folded_weights_moves_weights_and_batch_norm(beside, proble
 @pytest.mark.parametrize("beside", [StepNoise(0.0), LPGrad(0.0, 2)])
 def test_the_range_of_folded_weights_is_evaluated_as_it_is_trained(beside, problem):
     dataset = synthetic("", 0)
-    loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 20,
-                    mean=dataset.mean, std=dataset.std)
-    net = oracles.SmoothNet(num_classes=10)
+    loader = Loader(
+        dataset.test_images[:40], dataset.test_labels[:40], 20, mean=dataset.mean, std=dataset.std
+    )
+    net = reference.SmoothNet(num_classes=10)
     regularizer = CombinedReg(RangeNorm(2.0, fold_bn=True), beside)
-    found = train.evaluate(net, CE, loader, regularizer=regularizer)[regularizer.name]
+    found = evaluate(net, CE, loader, regularizer=regularizer)[regularizer.name]
     assert found == pytest.approx(
-        2 * sum(w.abs().max() for w in oracles.folded_weights(net)).item(), rel=1e-5)
+        2 * sum(w.abs().max() for w in reference.folded_weights(net)).item(), rel=1e-5
+    )
 
 
 def test_evaluated_noise_is_the_loss_change_without_a_trace_and_the_same_every_time():
     dataset = synthetic("", 0)
-    loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 40,
-                    mean=dataset.mean, std=dataset.std)
+    loader = Loader(
+        dataset.test_images[:40], dataset.test_labels[:40], 40, mean=dataset.mean, std=dataset.std
+    )
     torch.manual_seed(0)
-    net = oracles.SmoothNet(num_classes=10)
+    net = reference.SmoothNet(num_classes=10)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    values = train.evaluate(net, CE, loader, regularizer=StepNoise(2.0))
+    values = evaluate(net, CE, loader, regularizer=StepNoise(2.0))
     torch.rand(3)
-    assert train.evaluate(net, CE, loader, regularizer=StepNoise(2.0)) == values
+    assert evaluate(net, CE, loader, regularizer=StepNoise(2.0)) == values
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     torch.manual_seed(0)
     with torch.no_grad():
-        for w in oracles.penalized_weights(net):
-            w += oracles.step(w, 4) * (torch.rand_like(w) - 0.5)
-    moved = train.evaluate(net, CE, loader)
+        for w in reference.penalized_weights(net):
+            w += reference.step(w, 4) * (torch.rand_like(w) - 0.5)
+    moved = evaluate(net, CE, loader)
     assert values["StepNoise"] == pytest.approx(2 * (moved["loss"] - values["loss"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [*CASES, *NOISES])
 def test_penalty_gradient_by_central_differences(name, problem):
     torch.manual_seed(1)
-    net, regularizer = oracles.SmoothNet().double(), {**CASES, **NOISES}[name]
-    update_gradients(net, CE, None, *problem)
+    net, regularizer = reference.SmoothNet().double(), {**CASES, **NOISES}[name]
+    compute_gradients(net, CE, None, *problem)
     alone = [p.grad.clone() for p in net.parameters()]
     torch.manual_seed(7)
-    update_gradients(net, CE, regularizer, *problem)
+    compute_gradients(net, CE, regularizer, *problem)
     ours = [p.grad - g for p, g in zip(net.parameters(), alone, strict=True)]
     directions = [torch.randn_like(p) for p in net.parameters()]
     slope = sum((g * d).sum() for g, d in zip(ours, directions, strict=True)).item()
@@ -177,7 +189,7 @@ def test_penalty_gradient_by_central_differences(name, problem):
             for p, d in zip(net.parameters(), directions, strict=True):
                 p.add_(t * d)
         torch.manual_seed(7)  # the same noise
-        value = update_gradients(net, CE, regularizer, *problem)[1].item()
+        value = compute_gradients(net, CE, regularizer, *problem)[1].item()
         with torch.no_grad():
             for p, d in zip(net.parameters(), directions, strict=True):
                 p.sub_(t * d)
@@ -192,10 +204,11 @@ def test_a_regularizer_of_weights_makes_no_second_order_graph(problem, monkeypat
     graphs = []
     plain_grad = torch.autograd.grad
     monkeypatch.setattr(
-        step, "grad",
+        gradients,
+        "grad",
         lambda *a, **k: graphs.append(k.get("create_graph", False)) or plain_grad(*a, **k),
     )
-    update_gradients(oracles.SmoothNet().double(), CE, VarianceNorm(1.0), *problem)
+    compute_gradients(reference.SmoothNet().double(), CE, VarianceNorm(1.0), *problem)
     assert not any(graphs)
 
 
@@ -203,20 +216,20 @@ def test_autocast_keeps_float32_where_it_matters():
     torch.manual_seed(0)
     net = utils.make_net("ConvNet", 10, "cpu")
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
-    loss, penalty, _ = update_gradients(net, CE, LPGrad(0.01, 2), x, y, torch.bfloat16)
+    loss, penalty, _ = compute_gradients(net, CE, LPGrad(0.01, 2), x, y, torch.bfloat16)
     assert loss.dtype == penalty.dtype == torch.float32
     assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
-    with utils.autocast(x.device, torch.bfloat16):
+    with hardware.autocast(x.device, torch.bfloat16):
         logits, activations = net(x)
     assert logits.dtype == torch.float32 and activations[0].dtype == torch.bfloat16
 
 
 def test_strength_is_a_factor_of_the_penalty(problem):
     torch.manual_seed(0)
-    net = oracles.SmoothNet().double()
-    _, expected, _ = update_gradients(net, CE, LPGrad(0.06, 2), *problem)
+    net = reference.SmoothNet().double()
+    _, expected, _ = compute_gradients(net, CE, LPGrad(0.06, 2), *problem)
     gradient = net.conv1.weight.grad.clone()
-    _, penalty, _ = update_gradients(net, CE, LPGrad(0.3, 2), *problem, strength=0.2)
+    _, penalty, _ = compute_gradients(net, CE, LPGrad(0.3, 2), *problem, penalty_scale=0.2)
     torch.testing.assert_close((penalty, net.conv1.weight.grad), (expected, gradient))
 
 
@@ -236,8 +249,8 @@ def test_the_loss_of_a_net_of_plain_modules_is_float32_under_autocast(problem):
     torch.manual_seed(0)
     x, y = problem
     net = Plain()
-    loss, penalty, _ = update_gradients(net, CE, LPGrad(0.1, 2), x.float(), y, torch.bfloat16)
-    exact, exact_penalty, _ = update_gradients(net, CE, LPGrad(0.1, 2), x.float(), y)
+    loss, penalty, _ = compute_gradients(net, CE, LPGrad(0.1, 2), x.float(), y, torch.bfloat16)
+    exact, exact_penalty, _ = compute_gradients(net, CE, LPGrad(0.1, 2), x.float(), y)
     assert loss.dtype == penalty.dtype == torch.float32
     torch.testing.assert_close((loss, penalty), (exact, exact_penalty), rtol=0.02, atol=0)
 
@@ -262,17 +275,24 @@ class CountingReg(Regularizer):
 def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
     dataset = synthetic("", 0)
     torch.manual_seed(3)
-    net = net or oracles.SmoothNet(num_classes=10)
+    net = net or reference.SmoothNet(num_classes=10)
     common = {"mean": dataset.mean, "std": dataset.std}
     loaders = [
-        Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
-               augment=True, seed=3, **common),
+        Loader(
+            dataset.train_images[:70],
+            dataset.train_labels[:70],
+            32,
+            shuffle=True,
+            augment=True,
+            seed=3,
+            **common,
+        ),
         Loader(dataset.test_images[:40], dataset.test_labels[:40], 32, **common),
     ]
     optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4)
     scheduler = utils.make_scheduler("exponential", optimizer, 0.5, "default", n_epochs)
-    history = fit(net, CE, optimizer, scheduler, *loaders, phases, n_epochs, **kwargs)
-    return net, history
+    state = TrainState(net, optimizer, scheduler)
+    return net, fit(state, *loaders, phases, FitConfig(n_epochs, **kwargs))
 
 
 def test_fit_is_the_plain_loop(monkeypatch):
@@ -281,15 +301,23 @@ def test_fit_is_the_plain_loop(monkeypatch):
     net, history = small_fit([Phase(0), Phase(1, regularizer)], 3)
     dataset = synthetic("", 0)
     torch.manual_seed(3)
-    plain = oracles.SmoothNet(num_classes=10)
-    loader = Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
-                    augment=True, seed=3, mean=dataset.mean, std=dataset.std)
+    plain = reference.SmoothNet(num_classes=10)
+    loader = Loader(
+        dataset.train_images[:70],
+        dataset.train_labels[:70],
+        32,
+        shuffle=True,
+        augment=True,
+        seed=3,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
     momentum = [torch.zeros_like(p) for p in plain.parameters()]
     penalties = []
     for epoch in range(3):
         for x, y in loader.batches(epoch):
             active = penalty_of(regularizer) if epoch >= 1 else lambda w, g, a: 0 * g[0].sum()
-            _, penalty = oracles.backward_twice(plain, CE, active, x, y)
+            _, penalty = reference.backward_twice(plain, CE, active, x, y)
             penalties.append((epoch, len(x), penalty.item()))
             with torch.no_grad():
                 for p, m in zip(plain.parameters(), momentum, strict=True):
@@ -314,26 +342,39 @@ def test_frozen_batch_norms_are_those_of_evaluation():
     seen, regularizer = [], LPGrad(0.1, 2)
     torch.manual_seed(3)
     net = ConvNet()
-    small_fit([Phase(0), Phase(1, regularizer)], 2, net, freeze_bn_from=1,
-              after_epoch=lambda state: seen.append(copy.deepcopy(net.state_dict())))
+    small_fit(
+        [Phase(0), Phase(1, regularizer)],
+        2,
+        net,
+        freeze_bn_from=1,
+        after_epoch=lambda state: seen.append(copy.deepcopy(net.state_dict())),
+    )
     statistics = [key for key in seen[0] if "running_" in key or "num_batches" in key]
     assert statistics and all(torch.equal(seen[0][key], seen[1][key]) for key in statistics)
     dataset = synthetic("", 0)
-    loader = Loader(dataset.train_images[:70], dataset.train_labels[:70], 32, shuffle=True,
-                    augment=True, seed=3, mean=dataset.mean, std=dataset.std)
+    loader = Loader(
+        dataset.train_images[:70],
+        dataset.train_labels[:70],
+        32,
+        shuffle=True,
+        augment=True,
+        seed=3,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
     values = {}
     for freeze in (True, False):
-        values[freeze] = train.run_epoch(
-            net, CE, regularizer, torch.optim.SGD(net.parameters(), 0.0), loader, State(),
-            torch.float32, lambda state: None, freeze_bn=freeze,
-        )
+        state = TrainState(net, torch.optim.SGD(net.parameters(), 0.0), None)
+        config = FitConfig(1, freeze_bn_from=0 if freeze else None)
+        values[freeze] = train.run_epoch(state, loader, Phase(0, regularizer), config)
         if freeze:
             plain = copy.deepcopy(net).eval()
     loss = penalty = 0.0
     for x, y in loader.batches(0):
-        of_batch = oracles.backward_twice(plain, CE, penalty_of(regularizer), x, y)
-        loss, penalty = (a + len(x) * b.item() / 70
-                         for a, b in zip((loss, penalty), of_batch, strict=True))
+        of_batch = reference.backward_twice(plain, CE, penalty_of(regularizer), x, y)
+        loss, penalty = (
+            a + len(x) * b.item() / 70 for a, b in zip((loss, penalty), of_batch, strict=True)
+        )
     assert (values[True]["loss"], values[True]["L2Grad"]) == pytest.approx((loss, penalty), 1e-4)
     assert values[False]["L2Grad"] != pytest.approx(penalty, rel=0.01)
 
@@ -341,8 +382,16 @@ def test_frozen_batch_norms_are_those_of_evaluation():
 def test_history_holds_what_is_promised():
     _, history = small_fit([Phase(0, LPGrad(0.01, 1))], 1)
     assert set(history[0]) == {
-        "epoch", "lr", "train_loss", "train_accuracy", "train_L1Grad", "test_loss",
-        "test_accuracy", "test_L1Grad", "images_per_second", "epoch_seconds",
+        "epoch",
+        "lr",
+        "train_loss",
+        "train_accuracy",
+        "train_L1Grad",
+        "test_loss",
+        "test_accuracy",
+        "test_L1Grad",
+        "images_per_second",
+        "epoch_seconds",
     }
     _, history = small_fit([Phase(0, LPGrad(0.01, 1))], 1, test_penalty=False)
     assert "test_L1Grad" not in history[0]
@@ -352,23 +401,27 @@ def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
     regularizer = LPGrad(0.2, 2)
     net, _ = small_fit([Phase(0)], 1)
     dataset = synthetic("", 0)
-    loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 32,
-                    mean=dataset.mean, std=dataset.std)
-    values = train.evaluate(net, CE, loader, regularizer=regularizer)
+    loader = Loader(
+        dataset.test_images[:40], dataset.test_labels[:40], 32, mean=dataset.mean, std=dataset.std
+    )
+    values = evaluate(net, CE, loader, regularizer=regularizer)
     net.eval()
     total = 0.0
     for x, y in loader.batches(0):
-        _, penalty = oracles.backward_twice(net, CE, penalty_of(regularizer), x, y)
+        _, penalty = reference.backward_twice(net, CE, penalty_of(regularizer), x, y)
         total += len(x) * penalty.item()
     assert values["L2Grad"] == pytest.approx(total / 40, rel=1e-5)
 
 
 def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
     strengths = []
-    plain = train.update_gradients
-    monkeypatch.setattr(train, "update_gradients", lambda *a: strengths.append(a[-1]) or plain(*a))
-    ones = type("Ones", (Regularizer,), {
-        "name": "Ones", "inputs": ("weights",), "forward": lambda self, w: 1 + 0 * w[0].sum()})
+    plain = train.compute_gradients
+    monkeypatch.setattr(train, "compute_gradients", lambda *a: strengths.append(a[-1]) or plain(*a))
+    ones = type(
+        "Ones",
+        (Regularizer,),
+        {"name": "Ones", "inputs": ("weights",), "forward": lambda self, w: 1 + 0 * w[0].sum()},
+    )
     _, history = small_fit([Phase(1, ones(1.0), warmup=1.5)], 4)
     expected = [1, 1, 1, *(i / 3 / 1.5 for i in range(5)), 1, 1, 1, 1]  # three batches an epoch
     assert strengths == pytest.approx(expected)
@@ -382,8 +435,10 @@ def test_noise_repeats_whatever_the_global_streams_do():
     torch.rand(1000)
     second, again = small_fit([Phase(0, StepNoise(1.0))], 2, after_batch=lambda _: torch.rand(3))
     assert history[1]["train_StepNoise"] == again[1]["train_StepNoise"] != 0
-    assert all(torch.equal(a, b) for a, b in
-               zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_weights_before_a_phase_are_saved(tmp_path):
@@ -395,7 +450,7 @@ def test_weights_before_a_phase_are_saved(tmp_path):
             at_start.update({k: v.clone() for k, v in net.state_dict().items()})
 
     torch.manual_seed(3)
-    net = oracles.SmoothNet(num_classes=10)
+    net = reference.SmoothNet(num_classes=10)
     small_fit([Phase(2, VarianceNorm(1.0), save_as=path)], 4, net=net, after_epoch=after_epoch)
     torch.testing.assert_close(torch.load(path, weights_only=True), at_start, rtol=0, atol=0)
 
@@ -404,8 +459,10 @@ def test_bitwise_repeatable_whatever_the_global_streams_do():
     first, _ = small_fit([Phase(0, LPGrad(0.1, 1))], 2)
     torch.rand(1000)
     second, _ = small_fit([Phase(0, LPGrad(0.1, 1))], 2)
-    assert all(torch.equal(a, b) for a, b in
-               zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 class NaNReg(Regularizer):
@@ -424,7 +481,7 @@ class NaNReg(Regularizer):
 
 def test_what_is_not_finite_stops_the_run_and_is_named():
     torch.manual_seed(3)
-    net, batches = oracles.SmoothNet(num_classes=10), []
+    net, batches = reference.SmoothNet(num_classes=10), []
     with pytest.raises(NotFiniteError, match=r"epoch 1, batch 1: the penalty NaNReg is nan"):
         small_fit([Phase(1, NaNReg(1))], 3, net=net, after_batch=lambda s: batches.append(s.batch))
     assert batches == [1, 2, 3, 1]  # at that batch, and before it moved the weights
@@ -435,13 +492,36 @@ def test_what_is_not_finite_stops_the_run_and_is_named():
 
 # --- the scripts -----------------------------------------------------------------------------
 
-FAST = ("--dataset", "Synthetic", "--train_subset", 64, "--batch_size", 32, "--precision", "fp32",
-        "--no-compile")
+FAST = (
+    "--dataset",
+    "Synthetic",
+    "--train_subset",
+    64,
+    "--batch_size",
+    32,
+    "--precision",
+    "fp32",
+    "--no-compile",
+)
 
 
 def test_train_from_flags_to_saved_weights(script, tmp_path):
-    flags = ("--run_name", "r", "--n_epochs", 2, "--regularizer", "l2grad", "--lmbda", 0.001,
-             "--first_regularized_epoch", 1, "--save_preregularized_model", "--lr", 0.01, *FAST)
+    flags = (
+        "--run_name",
+        "r",
+        "--n_epochs",
+        2,
+        "--regularizer",
+        "l2grad",
+        "--lmbda",
+        0.001,
+        "--first_regularized_epoch",
+        1,
+        "--save_preregularized_model",
+        "--lr",
+        0.01,
+        *FAST,
+    )
     done = script("train.py", *flags)
     assert done.returncode == 0, done.stderr
     weights = torch.load(tmp_path / "r.pt", weights_only=True)
@@ -466,12 +546,25 @@ def test_train_from_flags_to_saved_weights(script, tmp_path):
 
 
 def test_combined_protocol_from_flags_to_saved_weights(script, tmp_path):
-    done = script("combined_protocol.py", "--n_epochs", 3, "--first_variance_epoch", 1,
-                  "--first_gradient_epoch", 2, "--lr", 0.01, "--run_name", "c", *FAST)
+    done = script(
+        "combined_protocol.py",
+        "--n_epochs",
+        3,
+        "--first_variance_epoch",
+        1,
+        "--first_gradient_epoch",
+        2,
+        "--lr",
+        0.01,
+        "--run_name",
+        "c",
+        *FAST,
+    )
     assert done.returncode == 0, done.stderr
     history = json.loads((tmp_path / "c.json").read_text())["history"]
-    penalties = [[key for key in entry if key.startswith("train_") and "Norm" in key]
-                 for entry in history]
+    penalties = [
+        [key for key in entry if key.startswith("train_") and "Norm" in key] for entry in history
+    ]
     assert penalties == [[], ["train_VarianceNorm"], ["train_VarianceNorm+L2Grad"]]
     assert (tmp_path / "c.pt").exists()
 
@@ -479,7 +572,9 @@ def test_combined_protocol_from_flags_to_saved_weights(script, tmp_path):
 def test_options_reach_those_that_take_them(monkeypatch):
     started = {}
     monkeypatch.setattr(
-        train, "start", lambda parser, args, phases: started.update(vars(args), phases=phases)
+        train,
+        "validate_and_run",
+        lambda parser, args, phases: started.update(vars(args), phases=phases),
     )
     options = ["--target_bits", "3"]
     train.main(["--regularizer", "stepl2grad", *options, "--hold_step", "--track", "L2grad"])
@@ -489,7 +584,7 @@ def test_options_reach_those_that_take_them(monkeypatch):
     train.main(["--track", "StepNoise", *options])  # of what is tracked only
     assert started["target_bits"] == 3
     train.main(["--regularizer", "RangeNorm", "--fold_bn", "--track", "RangeNorm"])
-    [tracked] = utils.tracked(argparse.Namespace(**started))
+    [tracked] = utils.make_tracked_regularizers(argparse.Namespace(**started))
     assert started["phases"][0].regularizer.inputs == ("folded_weights",)
     assert tracked.inputs == ("weights",)
     combined_protocol.main(["--phases", "0:none", "1:L1Grad@weights=1+StepL1Grad=2", *options])
@@ -499,13 +594,34 @@ def test_options_reach_those_that_take_them(monkeypatch):
 
 def test_begin_where_another_run_is(script, tmp_path):
     """Two epochs, then one of another regularizer: the same bits as one run in two phases."""
-    common = ("--lr", 0.01, "--scheduler", "multistep", "--gamma", 0.5, "--milestones", "1,2",
-              "--holdout", 32, *FAST)
+    common = (
+        "--lr",
+        0.01,
+        "--scheduler",
+        "multistep",
+        "--gamma",
+        0.5,
+        "--milestones",
+        "1,2",
+        "--holdout",
+        32,
+        *FAST,
+    )
     tracked = ("--track", "VarianceNorm", "StepNoise", "L2Grad")
     stem = script("train.py", "--run_name", "stem", "--n_epochs", 2, *common)
     assert stem.returncode == 0 and "held-out accuracy" in stem.stdout, stem.stderr
-    late = ("--regularizer", "StepNoise", "--lmbda", 2, "--n_epochs", 3, "--lmbda_warmup", 0.8,
-            "--first_regularized_epoch", 2)
+    late = (
+        "--regularizer",
+        "StepNoise",
+        "--lmbda",
+        2,
+        "--n_epochs",
+        3,
+        "--lmbda_warmup",
+        0.8,
+        "--first_regularized_epoch",
+        2,
+    )
     branch = script("train.py", "--run_name", "branch", "--init_from", "stem.ckpt", *late, *common)
     whole = script("train.py", "--run_name", "whole", *late, *common, *tracked)
     assert branch.returncode == whole.returncode == 0, branch.stderr + whole.stderr
@@ -516,7 +632,7 @@ def test_begin_where_another_run_is(script, tmp_path):
     names = {"track_VarianceNorm", "track_StepNoise", "track_L2Grad"}
     assert all(entry.keys() >= names for entry in history)
     weights = [w for w in second.values() if w.dim() in (2, 4)]
-    expected = oracles.variance_norm(weights, 1, False).item()
+    expected = reference.variance_norm(weights, 1, False).item()
     assert history[2]["track_VarianceNorm"] == pytest.approx(expected)
     assert json.loads((tmp_path / "branch.json").read_text())["history"][0]["epoch"] == 0
 
@@ -524,11 +640,13 @@ def test_begin_where_another_run_is(script, tmp_path):
     assert other.returncode == 1 and "--holdout, --lr" in other.stderr.splitlines()[-1]
     assert "Traceback" not in other.stderr
 
-    for flags, said in ((("--n_epochs", 2), "nothing to train"),
-                        ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1"),
-                        ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)"),
-                        ((*late, "--precision", "bf16"), "(--precision)"),
-                        ((*late, "--init_from", "stem.pt"), "stem.pt is not a checkpoint")):
+    for flags, said in (
+        (("--n_epochs", 2), "nothing to train"),
+        ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1"),
+        ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)"),
+        ((*late, "--precision", "bf16"), "(--precision)"),
+        ((*late, "--init_from", "stem.pt"), "stem.pt is not a checkpoint"),
+    ):
         vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *common, *flags)
         assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
 
@@ -536,9 +654,9 @@ def test_begin_where_another_run_is(script, tmp_path):
 def test_a_branch_has_no_part_of_an_epoch_before_it():
     args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None)
     phases = [Phase(1, VarianceNorm(1.0))]
-    train.check_branch(State(epoch=1), phases, args)
+    train.check_init_from(TrainProgress(epoch=1), phases, args)
     with pytest.raises(FileError, match="2 epochs begun: a regularizer cannot begin at epoch 1"):
-        train.check_branch(State(epoch=1, batch=1), phases, args)
+        train.check_init_from(TrainProgress(epoch=1, batch=1), phases, args)
 
 
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):
@@ -555,8 +673,15 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
     ("layers", "said"),
     [
         ([nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(3072, 10)], "no batch norm after a conv"),
-        ([nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(),
-          nn.Linear(3072, 10)], "cannot fold a batch norm without"),
+        (
+            [
+                nn.Conv2d(3, 3, 1),
+                nn.BatchNorm2d(3, track_running_stats=False),
+                nn.Flatten(),
+                nn.Linear(3072, 10),
+            ],
+            "cannot fold a batch norm without",
+        ),
     ],
 )
 def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch, capsys, tmp_path):
@@ -567,8 +692,21 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(utils.MODELS, "Net", lambda num_classes: Net(*layers))
     with pytest.raises(SystemExit) as refused:
-        train.main(["--run_name", "r", "--model", "Net", "--dataset", "Synthetic", "--device",
-                    "cpu", "--regularizer", "RangeNorm", "--fold_bn"])
+        train.main(
+            [
+                "--run_name",
+                "r",
+                "--model",
+                "Net",
+                "--dataset",
+                "Synthetic",
+                "--device",
+                "cpu",
+                "--regularizer",
+                "RangeNorm",
+                "--fold_bn",
+            ]
+        )
     told = capsys.readouterr().err
     assert refused.value.code == 1 and told.count("\n") == 1 and f"--fold_bn: {said}" in told
     assert not list(tmp_path.iterdir())
@@ -588,7 +726,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch,
         (["--save_file", "folder/"], "'folder/'"),
         (["--milestones", "halfway"], "--milestones needs --scheduler multistep"),
         (["--watch_freq", "7"], "--watch_freq needs --watch"),
-        (["--override"], "--override needs --resume or --init_from"),
+        (["--override"], "--allow_changed_settings needs --resume or --init_from"),
         (["--lmbda", "0.1"], "--lmbda needs a --regularizer"),
         (["--lmbda", "0.01"], "--lmbda needs a --regularizer"),  # the default, but given
         (["--first_regularized_epoch", "2"], "--first_regularized_epoch needs a --regularizer"),

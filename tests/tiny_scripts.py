@@ -1,4 +1,4 @@
-"""The scripts, with a tiny network and data set: `python tiny.py train.py --flag …` runs one.
+"""The scripts with a tiny network and data set: `python tiny_scripts.py train.py --flag …`.
 
 Without arguments, it forks a run for each job that comes as a line of JSON, because a fork starts
 in milliseconds where Python and torch take seconds. It answers with the pid, then the exit code.
@@ -13,27 +13,28 @@ import threading
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import oracles
+import reference
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import combined_protocol
-import data
-import files
-import fused
-import models
-import quant_inference
-import tracking
-import train
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-SCRIPTS = {"train.py": train.main, "combined_protocol.py": combined_protocol.main,
-           "quant_inference.py": quant_inference.main}
+import combined_protocol  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
+import quant_inference  # noqa: E402
+import train  # noqa: E402
+from engine import layers, tracking  # noqa: E402
+
+SCRIPTS = {
+    "train.py": train.main,
+    "combined_protocol.py": combined_protocol.main,
+    "quant_inference.py": quant_inference.main,
+}
 
 
-class Tiny(oracles.SmoothNet):
+class Tiny(reference.SmoothNet):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes=num_classes)
 
@@ -43,10 +44,10 @@ class TinyFused(nn.Module):
 
     def __init__(self, num_classes: int = 4) -> None:
         super().__init__()
-        self.conv1 = fused.Conv2d(3, 5, 3, padding=1, bias=False)
-        self.norm1 = fused.BatchNormReLU(5)
-        self.conv2 = fused.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.norm2 = fused.BatchNormReLU(6)
+        self.conv1 = layers.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.norm1 = layers.BatchNormReLU(5)
+        self.conv2 = layers.Conv2d(5, 6, 3, stride=2, padding=1)
+        self.norm2 = layers.BatchNormReLU(6)
         self.linear = nn.Linear(6, num_classes)
 
     def forward(self, x):
@@ -56,12 +57,31 @@ class TinyFused(nn.Module):
 
 
 whole = data.synthetic()
-TINY = data.Data(whole.train_images[:160, :, :8, :8].clone(), whole.train_labels[:160],
-                 whole.test_images[:64, :, :8, :8].clone(), whole.test_labels[:64])
+TINY = data.ImageDataset(
+    whole.train_images[:160, :, :8, :8].clone(),
+    whole.train_labels[:160],
+    whole.test_images[:64, :, :8, :8].clone(),
+    whole.test_labels[:64],
+)
 models.MODELS |= {"Tiny": Tiny, "TinyFused": TinyFused}
 data.DATASETS["Tiny"] = lambda data_dir, seed: TINY
-FLAGS = ["--model", "Tiny", "--dataset", "Tiny", "--batch_size", "32", "--precision", "fp32",
-         "--no-compile", "--device", "cpu", "--lr", "0.01", "--run_name", "r"]
+FLAGS = [
+    "--model",
+    "Tiny",
+    "--dataset",
+    "Tiny",
+    "--batch_size",
+    "32",
+    "--precision",
+    "fp32",
+    "--no-compile",
+    "--device",
+    "cpu",
+    "--lr",
+    "0.01",
+    "--run_name",
+    "r",
+]
 
 
 def break_write(number: int, how: str) -> None:
@@ -79,11 +99,12 @@ def break_write(number: int, how: str) -> None:
             if n_calls == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
+
         return broken
 
     os.replace, os.fsync = breaking(os.replace), breaking(os.fsync)
     torch.save = breaking(torch.save, RuntimeError)  # what torch raises then
-    files.Path.write_bytes = breaking(files.Path.write_bytes)
+    Path.write_bytes = breaking(Path.write_bytes)
 
 
 def run(script: str, argv: list[str]) -> int:
@@ -108,7 +129,9 @@ def child(job: dict) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = [job["script"], *job["argv"]]
-    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed keeps it
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared by all fork_server: one that is killed keeps it
     if job.get("break"):
         break_write(*job["break"])
     return run(job["script"], job["argv"])

@@ -44,8 +44,10 @@ def folded_weights(net: SmoothNet) -> list[Tensor]:
     """The weights of a SmoothNet with its batch norm folded in, channel by channel."""
     first, *others = penalized_weights(net)
     norm = net.norm1
-    channels = [first[c] * norm.weight[c] / (norm.running_var[c].clone() + norm.eps) ** 0.5
-                for c in range(len(first))]
+    channels = [
+        first[c] * norm.weight[c] / (norm.running_var[c].clone() + norm.eps) ** 0.5
+        for c in range(len(first))
+    ]
     return [torch.stack(channels), *others]
 
 
@@ -66,12 +68,12 @@ def variance(w: Tensor) -> Tensor:
 
 def variance_norm(weights: list[Tensor], lmbda: float, std_dev: bool) -> Tensor:
     total = torch.stack([variance(w) for w in weights]).sum()
-    return lmbda * (total ** 0.5 if std_dev else total)
+    return lmbda * (total**0.5 if std_dev else total)
 
 
 def inverse_variance_norm(weights: list[Tensor], lmbda: float, std_dev: bool) -> Tensor:
     mean = torch.stack([1 / variance(w) for w in weights]).mean()
-    return lmbda * (mean ** 0.5 if std_dev else mean)
+    return lmbda * (mean**0.5 if std_dev else mean)
 
 
 def kurtosis_norm(weights: list[Tensor], lmbda: float) -> Tensor:
@@ -79,27 +81,24 @@ def kurtosis_norm(weights: list[Tensor], lmbda: float) -> Tensor:
     terms = []
     for w in weights:
         z = (w - w.mean()) / variance(w) ** 0.5
-        terms.append(((z ** 4).mean() - 1.8) ** 2)
+        terms.append(((z**4).mean() - 1.8) ** 2)
     return lmbda * torch.stack(terms).mean()
 
 
 def step(w: Tensor, n_bits: int) -> Tensor:
     """s = 2 max|W| / (2^b − 1)."""
-    return 2 * w.abs().flatten().sort().values[-1] / (2 ** n_bits - 1)
+    return 2 * w.abs().flatten().sort().values[-1] / (2**n_bits - 1)
 
 
-def step_l1_grad(
-    weights: list[Tensor], w_grads: list[Tensor], lmbda: float, n_bits: int
-) -> Tensor:
+def step_l1_grad(weights: list[Tensor], w_grads: list[Tensor], lmbda: float, n_bits: int) -> Tensor:
     terms = [step(w, n_bits) / 2 * g.abs().sum() for w, g in zip(weights, w_grads, strict=True)]
     return lmbda * torch.stack(terms).sum()
 
 
-def step_l2_grad(
-    weights: list[Tensor], w_grads: list[Tensor], lmbda: float, n_bits: int
-) -> Tensor:
-    terms = [step(w, n_bits) ** 2 / 12 * (g ** 2).sum()
-             for w, g in zip(weights, w_grads, strict=True)]
+def step_l2_grad(weights: list[Tensor], w_grads: list[Tensor], lmbda: float, n_bits: int) -> Tensor:
+    terms = [
+        step(w, n_bits) ** 2 / 12 * (g**2).sum() for w, g in zip(weights, w_grads, strict=True)
+    ]
     return lmbda * torch.stack(terms).sum() ** 0.5
 
 
@@ -119,8 +118,10 @@ def backward_twice(net, criterion, penalty_of, x: Tensor, y: Tensor) -> tuple[Te
     before = [p.grad.detach().clone() for p in net.parameters()]
     net.zero_grad()
     penalty.backward()
-    after = [torch.zeros_like(g) if p.grad is None else p.grad
-             for p, g in zip(net.parameters(), before, strict=True)]
+    after = [
+        torch.zeros_like(g) if p.grad is None else p.grad
+        for p, g in zip(net.parameters(), before, strict=True)
+    ]
     net.zero_grad()  # ends the reference cycle of .grad and its graph
     for p, first, second in zip(net.parameters(), before, after, strict=True):
         p.grad = first + second.detach()

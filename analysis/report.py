@@ -12,25 +12,42 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-import files
-from tracking import Tracker
+from engine.io import atomic_write
+from engine.tracking import WandbLogger
 
 Row = dict[str, Any]
 UNQUANTIZED = "none"  # the scheme, in the rows, of the weights as they are
 COLUMNS = (
-    "checkpoint", "scheme", "bits", "levels", "accuracy", "accuracy_change", "squared_error",
-    "accuracy_std", "trials", "loss", "act_bits",
+    "checkpoint",
+    "scheme",
+    "bits",
+    "levels",
+    "accuracy",
+    "accuracy_change",
+    "squared_error",
+    "accuracy_std",
+    "trials",
+    "loss",
+    "act_bits",
 )
 LAYER_COLUMNS = (
-    "checkpoint", "scheme", "bits", "layer", "accuracy_change", "squared_error", "loss_change",
-    "first_order", "first_order_bound", "second_order",
+    "checkpoint",
+    "scheme",
+    "bits",
+    "layer",
+    "accuracy_change",
+    "squared_error",
+    "loss_change",
+    "first_order",
+    "first_order_bound",
+    "second_order",
 )
 
 
 # --- rows ------------------------------------------------------------------------------------
 
 
-def text_of(key: str, value: Any, row: Row) -> str:
+def format_cell(key: str, value: Any, row: Row) -> str:
     """Return a value of a row as the table shows it."""
     if value is None:
         return "–"
@@ -46,7 +63,7 @@ def text_of(key: str, value: Any, row: Row) -> str:
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Return the rows as aligned text, a rule before each checkpoint's; numbers to the right."""
     lines = [[column.replace("_", " ") for column in columns]]
-    lines += [[text_of(column, row[column], row) for column in columns] for row in rows]
+    lines += [[format_cell(column, row[column], row) for column in columns] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     words = [isinstance(rows[0][column], str) for column in columns]
     lines = [
@@ -72,11 +89,11 @@ def save_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    files.write_file(path, write)
+    atomic_write(path, write)
 
 
 def log(
-    tracker: Tracker, rows: Sequence[Row], layer_rows: Sequence[Row], drawn: dict[str, Path]
+    tracker: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], drawn: dict[str, Path]
 ) -> None:
     """Log the rows as tables, curves against bits, and the plots as images."""
     if tracker.run is None:
@@ -92,13 +109,16 @@ def log(
     for n_bits in sorted(curves):
         tracker.log(curves[n_bits])
     tables = {"results": (rows, COLUMNS), "per_layer": (layer_rows, LAYER_COLUMNS)}
-    tracker.log({
-        **{
-            name: wandb.Table(list(columns), [[row[c] for c in columns] for row in of])
-            for name, (of, columns) in tables.items() if of
-        },
-        **{f"plots/{title}": wandb.Image(str(path)) for title, path in drawn.items()},
-    })
+    tracker.log(
+        {
+            **{
+                name: wandb.Table(list(columns), [[row[c] for c in columns] for row in of])
+                for name, (of, columns) in tables.items()
+                if of
+            },
+            **{f"plots/{title}": wandb.Image(str(path)) for title, path in drawn.items()},
+        }
+    )
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -107,10 +127,20 @@ def log(
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 200, "lines.linewidth": 1.6,
-    "lines.markersize": 4.5, "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "figure.constrained_layout.use": True,
 }
 TITLES = {  # bits alone would flatter PWLQ
     "uniform": "uniform, to nearest (2ᵇ levels)",
@@ -121,7 +151,7 @@ TITLES = {  # bits alone would flatter PWLQ
 }
 
 
-def look(i: int) -> dict[str, str]:
+def line_style(i: int) -> dict[str, str]:
     """Return colour and marker of the i-th thing that a figure compares."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
@@ -152,10 +182,16 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
                 of = [r for r in rows if (r["checkpoint"], r["scheme"]) == (checkpoint, scheme)]
                 beside = 0.05 * (i - (len(full) - 1) / 2)  # no error bar hides another
                 axes.errorbar(
-                    [r["bits"] + beside for r in of], [r["accuracy"] for r in of],
-                    [r["accuracy_std"] or 0 for r in of], capsize=2, label=checkpoint, **look(i),
+                    [r["bits"] + beside for r in of],
+                    [r["accuracy"] for r in of],
+                    [r["accuracy_std"] or 0 for r in of],
+                    capsize=2,
+                    label=checkpoint,
+                    **line_style(i),
                 )
-                axes.axhline(accuracy, color=look(i)["color"], linestyle=(0, (4, 3)), linewidth=0.9)
+                axes.axhline(
+                    accuracy, color=line_style(i)["color"], linestyle=(0, (4, 3)), linewidth=0.9
+                )
             axes.set(title=TITLES.get(scheme, scheme), xlabel=bits_label(rows))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[0][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -164,10 +200,12 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
         handles, labels = grid[0][0].get_legend_handles_labels()
         handles.append(Line2D([], [], color="#666666", linestyle=(0, (4, 3)), linewidth=0.9))
         figure.legend(
-            handles, [*labels, "not quantized"], loc="outside lower center",
+            handles,
+            [*labels, "not quantized"],
+            loc="outside lower center",
             ncols=min(len(labels) + 1, max(1, int(size[0] // 2))),
         )
-        files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Tensor:
@@ -178,8 +216,11 @@ def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Ten
 
 
 def histogram_plot(
-    weights: dict[str, Tensor], quantizers: dict[str, Callable[..., Tensor]], n_bits: int,
-    title: str, path: Path,
+    weights: dict[str, Tensor],
+    quantizers: dict[str, Callable[..., Tensor]],
+    n_bits: int,
+    title: str,
+    path: Path,
 ) -> None:
     """Draw a histogram of each layer's weights above the values each scheme can give them."""
     columns = min(5, len(weights))
@@ -187,7 +228,7 @@ def histogram_plot(
     with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
         figure = Figure(figsize=(2.3 * columns, 2.2 * rows + 0.8))
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(weights):]:
+        for axes in grid.flat[len(weights) :]:
             axes.set_visible(False)
         most = dict.fromkeys(quantizers, 0)  # values of a layer
         for axes, (name, w) in zip(grid.flat, weights.items(), strict=False):
@@ -207,4 +248,4 @@ def histogram_plot(
         labels = [f"{scheme}, {n_bits} bits: {n} values" for scheme, n in most.items()]
         figure.legend(lines, labels, loc="outside lower center", ncols=len(lines))
         figure.suptitle(title)
-        files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))

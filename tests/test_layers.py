@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-import fused
+from engine import layers
 
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 GEOMETRIES = [
-    dict(padding=1), dict(stride=2, padding=1), dict(stride=(1, 2)), dict(padding=(2, 0)),
-    dict(dilation=2, padding=2), dict(groups=2),
+    dict(padding=1),
+    dict(stride=2, padding=1),
+    dict(stride=(1, 2)),
+    dict(padding=(2, 0)),
+    dict(dilation=2, padding=2),
+    dict(groups=2),
 ]
 FALLBACKS = [dict(padding_mode="reflect", padding=1), dict(padding="same")]
 
@@ -22,16 +26,16 @@ FALLBACKS = [dict(padding_mode="reflect", padding=1), dict(padding="same")]
 def _eager_and_seeded():
     torch.manual_seed(0)
     yield
-    fused.set_compile(False)
+    layers.set_compile(False)
 
 
 def plain_copy(net: nn.Module) -> nn.Module:
     """Return a copy of net with PyTorch's own modules in place of fused ones."""
     net = copy.deepcopy(net)
     for name, module in list(net.named_modules()):
-        if isinstance(module, fused.Conv2d):
+        if isinstance(module, layers.Conv2d):
             module.__class__ = nn.Conv2d
-        elif isinstance(module, fused.BatchNormReLU):
+        elif isinstance(module, layers.BatchNormReLU):
             module.__class__ = nn.BatchNorm2d
             net.set_submodule(name, nn.Sequential(module, nn.ReLU()))
     return net
@@ -42,9 +46,9 @@ class Blocks(nn.Module):
 
     def __init__(self, stride=2):
         super().__init__()
-        self.conv1 = fused.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.conv2 = fused.Conv2d(8, 16, 3, stride, padding=1, bias=False)
-        self.norm1, self.norm2 = fused.BatchNormReLU(8), fused.BatchNormReLU(16)
+        self.conv1 = layers.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.conv2 = layers.Conv2d(8, 16, 3, stride, padding=1, bias=False)
+        self.norm1, self.norm2 = layers.BatchNormReLU(8), layers.BatchNormReLU(16)
         self.last = nn.Linear(16, 5)
         for norm in (self.norm1, self.norm2):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -61,8 +65,9 @@ def penalised(net, x, labels):
     params = list(net.parameters())
     logits, activations = net(x)
     g = grad(F.cross_entropy(logits, labels), params + activations, create_graph=True)
-    penalty = sum(t.float().square().sum() if t.dtype != torch.float64 else t.square().sum()
-                  for t in g)
+    penalty = sum(
+        t.float().square().sum() if t.dtype != torch.float64 else t.square().sum() for t in g
+    )
     return logits.detach(), [t.detach() for t in g], grad(penalty, params)
 
 
@@ -83,7 +88,7 @@ def test_conv_derivatives(geometry, bias):
     b = (torch.randn(4, dtype=torch.float64, requires_grad=True),) if bias else ()
 
     def conv(x, w, *b):
-        return fused.conv2d(x, w, *(b or (None,)), **geometry)
+        return layers.conv2d(x, w, *(b or (None,)), **geometry)
 
     args = (x, w.requires_grad_(), *b)
     torch.testing.assert_close(conv(*args), F.conv2d(*args[:2], *b, **geometry))
@@ -101,7 +106,7 @@ def test_norm_derivatives(training, layout):
     assert z.abs().min() > 1e-4  # no value at a kink
 
     def norm(x, gamma, beta):
-        return fused.batch_norm_relu(x, gamma, beta, mean.clone(), var.clone(), training)
+        return layers.batch_norm_relu(x, gamma, beta, mean.clone(), var.clone(), training)
 
     args = (x.requires_grad_(), gamma, beta)
     torch.testing.assert_close(norm(*args), z.relu())
@@ -110,7 +115,7 @@ def test_norm_derivatives(training, layout):
 
 def test_third_derivative_is_an_error():
     w = torch.randn(2, 2, 3, 3, requires_grad=True)
-    y = fused.BatchNormReLU(2)(fused.conv2d(torch.randn(1, 2, 5, 5), w))
+    y = layers.BatchNormReLU(2)(layers.conv2d(torch.randn(1, 2, 5, 5), w))
     (g,) = grad(y.square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivative"):
         grad(g.square().sum(), w, create_graph=True)
@@ -118,7 +123,7 @@ def test_third_derivative_is_an_error():
 
 def test_only_what_is_asked_for():
     """Frozen weights, an input without gradient and a detached output all work."""
-    x, conv, norm = torch.randn(4, 3, 6, 6), fused.Conv2d(3, 4, 3), fused.BatchNormReLU(4)
+    x, conv, norm = torch.randn(4, 3, 6, 6), layers.Conv2d(3, 4, 3), layers.BatchNormReLU(4)
     y = norm(conv(x))
     assert not y.detach().requires_grad and conv.weight.requires_grad
     conv.weight.requires_grad_(False)
@@ -142,8 +147,9 @@ def test_nets_agree(dtype, tolerance, layout, training):
     ours, theirs = penalised(net, ours, labels), penalised(plain, x, labels)
     for a, b in zip(ours, theirs, strict=True):
         assert_same([a] if torch.is_tensor(a) else a, [b] if torch.is_tensor(b) else b, tolerance)
-    assert_same([t.to(dtype) for t in net.buffers()], [t.to(dtype) for t in plain.buffers()],
-                tolerance)
+    assert_same(
+        [t.to(dtype) for t in net.buffers()], [t.to(dtype) for t in plain.buffers()], tolerance
+    )
 
 
 def test_bfloat16_under_autocast():
@@ -156,23 +162,23 @@ def test_bfloat16_under_autocast():
         logits, activations = net(x)
     assert all(a.dtype == torch.bfloat16 for a in activations)
     g = grad(F.cross_entropy(logits.float(), labels), params + activations, create_graph=True)
-    gg, g = grad(sum(t.float().square().sum() for t in g), params), g[:len(params)]
+    gg, g = grad(sum(t.float().square().sum() for t in g), params), g[: len(params)]
     assert all(t.dtype == torch.float32 for t in (*g, *gg))
-    for ours, theirs, least in ((g, exact[1][:len(params)], 0.998), (gg, exact[2], 0.98)):
+    for ours, theirs, least in ((g, exact[1][: len(params)], 0.998), (gg, exact[2], 0.98)):
         ours, theirs = (torch.cat([t.flatten() for t in ts]) for ts in (ours, theirs))
         assert F.cosine_similarity(ours, theirs, dim=0) > least
 
 
 def test_compiled_equals_eager():
     """All derivatives agree and repeat bit for bit; a smaller batch compiles nothing more."""
-    if not fused.set_compile(True):
+    if not layers.set_compile(True):
         pytest.skip("no C++ compiler")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    norm, results = fused.BatchNormReLU(4), {}
+    norm, results = layers.BatchNormReLU(4), {}
     x = torch.randn(8, 4, 3, 3).to(memory_format=LAST)
     for compiled in (False, True, True):
-        fused.set_compile(compiled)
+        layers.set_compile(compiled)
         for n in (8, 5):
             part = x[:n].requires_grad_()
             g = grad(norm(part).sin().sum(), (part, norm.weight), create_graph=True)
@@ -189,18 +195,20 @@ def test_compiled_equals_eager():
 @pytest.mark.parametrize("settings", [*GEOMETRIES, *FALLBACKS, dict(bias=False)], ids=str)
 def test_conv_module_is_torchs(settings):
     torch.manual_seed(1)
-    ours = fused.Conv2d(4, 6, 3, **settings)
+    ours = layers.Conv2d(4, 6, 3, **settings)
     torch.manual_seed(1)
     theirs = nn.Conv2d(4, 6, 3, **settings)
     assert_same_module(ours, theirs, torch.randn(2, 4, 7, 6))
     torch.testing.assert_close(ours(torch.ones(4, 7, 6)), theirs(torch.ones(4, 7, 6)))
 
 
-@pytest.mark.parametrize("settings", [
-    {}, dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)],
-    ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)],
+    ids=str,
+)
 def test_norm_module_is_torchs(settings):
-    ours, theirs = fused.BatchNormReLU(4, **settings), nn.BatchNorm2d(4, **settings)
+    ours, theirs = layers.BatchNormReLU(4, **settings), nn.BatchNorm2d(4, **settings)
     for _ in range(3):
         assert_same_module(ours, theirs, 10 + torch.randn(5, 4, 3, 3), nn.ReLU())
     assert_same_module(ours.eval(), theirs.eval(), torch.randn(5, 4, 3, 3), nn.ReLU())
@@ -217,10 +225,10 @@ def assert_same_module(ours, theirs, x, after=lambda y: y):
 
 def test_large_mean_does_not_cancel():
     x = 1000 + torch.randn(16, 2, 8, 8)
-    norm, double = fused.BatchNormReLU(2), nn.BatchNorm2d(2).double()
+    norm, double = layers.BatchNormReLU(2), nn.BatchNorm2d(2).double()
     torch.testing.assert_close(norm(x).double(), double(x.double()).relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_one_value_per_channel_cannot_train():
     with pytest.raises(ValueError, match="more than 1 value"):
-        fused.BatchNormReLU(2)(torch.randn(1, 2, 1, 1))
+        layers.BatchNormReLU(2)(torch.randn(1, 2, 1, 1))

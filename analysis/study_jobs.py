@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import files
+from engine.io import warn_on_error
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 PR_SET_PDEATHSIG = 1
+SCRIPTS = Path(__file__).parent.parent  # folder of the scripts that jobs run
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Job:
         """Whether there is nothing left to do."""
         return all(target.exists() for target in self.targets)
 
-    def lost(self, failed: Set[Path]) -> bool:
+    def blocked(self, failed: Set[Path]) -> bool:
         """Tell whether its target is among the failed ones, or one of what it needs."""
         return not self.done and (
-            self.target in failed or any(job.lost(failed) for job in self.needs)
+            self.target in failed or any(job.blocked(failed) for job in self.needs)
         )
 
     @property
@@ -70,7 +71,7 @@ def pending(jobs: Iterable[Job]) -> list[Job]:
     return list(found.values())
 
 
-def startable(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
+def next_ready_job(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
     """Return the first job that is to be run, not started yet, and has what it needs."""
     for job in pending(jobs):
         if job.target not in started and all(needed.done for needed in job.needs):
@@ -81,22 +82,28 @@ def startable(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
 # --- running ---------------------------------------------------------------------------------
 
 
-class Running:
+class RunningJob:
     """A job that was started: its output goes to <target>.log."""
 
     def __init__(self, job: Job, at_once: int) -> None:
         """Start the job with its share of the cores; when this program is killed, it is stopped."""
         self.job, self.at_once = job, at_once
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        self.whole = not job.target.with_suffix(".ckpt").exists()  # nothing of an earlier attempt
+        self.started_fresh = not job.target.with_suffix(
+            ".ckpt"
+        ).exists()  # nothing of an earlier attempt
         self.began = time.perf_counter()
         threads = max(1, torch.get_num_threads() // at_once)
         with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
             print(f"$ {job.line}", file=log, flush=True)
-            script = Path(__file__).with_name(job.command[0])
+            script = SCRIPTS / job.command[0]
             self.process = subprocess.Popen(
-                [sys.executable, script, *job.command[1:]], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, preexec_fn=stop_with_parent, process_group=0,
+                [sys.executable, script, *job.command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=stop_with_parent,
+                process_group=0,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
 
@@ -118,8 +125,8 @@ class Running:
         job, seconds = self.job, time.perf_counter() - self.began
         if not self.succeeded():
             return False
-        if self.whole:
-            note(out, job, seconds, self.at_once)
+        if self.started_fresh:
+            record_duration(out, job, seconds, self.at_once)
         if job.needs:  # nothing goes on from its checkpoint, as from a trunk's
             for suffix in (".ckpt", ".ckpt.previous"):
                 job.target.with_suffix(suffix).unlink(missing_ok=True)
@@ -133,15 +140,19 @@ def stop_with_parent() -> None:
 
 
 def run(
-    next_job: Callable[[Set[Path]], Job | None], at_once: int, out: Path, failed: set[Path],
-    bar: tqdm, renew: Callable[[Job], None],
+    next_job: Callable[[Set[Path]], Job | None],
+    at_once: int,
+    out: Path,
+    failed: set[Path],
+    bar: tqdm,
+    renew: Callable[[Job], None],
 ) -> None:
     """Run what next_job(targets not to be started) returns, so many at once, until that is None.
 
     `failed` grows by the targets of jobs that fail; after each other one comes `renew`. However
     this ends, the jobs that then still run are stopped, each with a checkpoint.
     """
-    running: list[Running] = []
+    running: list[RunningJob] = []
     try:
         while True:
             over = [each for each in running if each.ended]
@@ -158,7 +169,7 @@ def run(
                 job = next_job({each.job.target for each in running} | failed)
                 if job is None:
                     break
-                running.append(Running(job, at_once))
+                running.append(RunningJob(job, at_once))
                 bar.set_description(", ".join(each.job.title for each in running))
             for each in over:  # while the next ones run
                 if each.job.target not in failed:
@@ -176,10 +187,10 @@ def run(
 # --- times -----------------------------------------------------------------------------------
 
 
-def note(out: Path, job: Job, seconds: float, at_once: int) -> None:
+def record_duration(out: Path, job: Job, seconds: float, at_once: int) -> None:
     """Add a job that was run at one go, beside others, to <out>/jobs.jsonl."""
     line = {"kind": job.kind, "seconds": round(seconds, 1), "at_once": at_once, "command": job.line}
-    with files.told("the job's time was not noted"):
+    with warn_on_error("the job's time was not noted"):
         with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
             print(json.dumps(line), file=file)
 

@@ -1,6 +1,5 @@
-"""Files that are whole or absent: weights, records, and one run to a name."""
+"""Atomic writes of weights and records, safe reading, and one lock per run name."""
 
-import fcntl
 import glob
 import json
 import os
@@ -11,27 +10,28 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import torch
 from torch import nn
 
-import distributed
+from engine import distributed
+from engine.errors import FileError
 
-
-class FileError(RuntimeError):
-    """A file is not what it should be, or cannot be used now; the message is one line."""
+MAX_NAME_BYTES = 255  # of a file, on the file systems in use
+RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, naming the folder, unless a file can be made at path by rank 0."""
-    if distributed.rank():
+    """Raise ValueError, naming the folder, unless rank 0 can create a file at path."""
+    if distributed.get_rank():
         return
     folder = path.parent
     try:
         if not folder.is_dir():
             raise ValueError(f"{path}: there is no folder {folder}: make it first")
-        longest = os.pathconf(folder, "PC_NAME_MAX") - 40  # room for suffixes and temporary names
+        longest = MAX_NAME_BYTES - RESERVED_NAME_BYTES
         if len(os.fsencode(path.name)) > longest:
             raise ValueError(f"{path}: the name is longer than {longest} bytes")
         with tempfile.TemporaryFile(dir=folder):  # which has no name to leave behind
@@ -41,18 +41,24 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Tell an OSError or FileError in one line that begins with `what`, and go on."""
+def warn_on_error(consequence: str) -> Iterator[None]:
+    """Context manager that prints an OSError or FileError as one warning line and continues.
+
+    The line begins with `consequence`, what did not happen because of the error.
+    """
     try:
         yield
     except (OSError, FileError) as error:
         with suppress(OSError):  # where stderr itself is what failed
-            print(f"{what}: {error}", file=sys.stderr)
+            print(f"{consequence}: {error}", file=sys.stderr)
 
 
 @contextmanager
 def read_json(path: Path) -> Iterator[Any]:
-    """Give what is in the file; whatever a bad or missing one leads to is a FileError naming it."""
+    """Context manager that yields the content of a JSON file.
+
+    A missing file, and whatever error a wrong content leads to inside, is a FileError naming it.
+    """
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -61,31 +67,31 @@ def read_json(path: Path) -> Iterator[Any]:
         raise FileError(f"{path} is not what was saved there: {error!r}") from error
 
 
-def write_file(path: Path, write: Callable[[Path], None], keep: Path | None = None) -> None:
+def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
     """Call write(temporary path in the same folder), flush to disk, and rename to path.
 
-    At every moment path holds the old content or the new one, whole. With `keep`, the old one is
+    At every moment path holds the old content or the new one, whole. With `backup`, the old file is
     renamed to that just before: then at every moment one of the two is whole. Of several processes
-    rank 0 writes, and the others do nothing. Raises OSError.
+    rank 0 writes. Raises OSError.
     """
-    if distributed.rank():
+    if distributed.get_rank():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
+        if backup and path.exists():
+            os.replace(path, backup)
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        _fsync_dir(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make renames in the folder last through a power cut, where the file system can do that."""
+def _fsync_dir(folder: Path) -> None:
+    """Make renames in the folder survive a power cut, where the system can do that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -128,14 +134,14 @@ def torch_load(path: Path, device: str = "cpu") -> Any:
 def save_weights(net: nn.Module, path: Path) -> None:
     """Write the network's state_dict, contiguous and on the CPU, as a plain .pt file."""
     state = {key: t.detach().cpu().contiguous() for key, t in net.state_dict().items()}
-    write_file(path, lambda temporary: torch_save(state, temporary))
+    atomic_write(path, lambda temporary: torch_save(state, temporary))
 
 
 def save_json(value: object, path: Path) -> None:
     """Write value as readable JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a file name need not be Unicode
-    write_file(path, lambda temporary: temporary.write_bytes(content))
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -153,60 +159,46 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise FileError(f"{path} is not of this {type(net).__name__}: {reason}") from error
 
 
-# --- one run to a name -----------------------------------------------------------------------
+# --- one run per name ------------------------------------------------------------------------
 
-SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")  # of a run's files
+RUN_FILE_SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")
 
 
 @contextmanager
-def only_run(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
-    """Hold <out>.lock, and clear what a killed run left half-written.
+def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
+    """Context manager that holds <out>.lock and removes what a killed run left half-written.
 
-    Of several processes rank 0 does. Raises FileError where another run holds it, with `instead` as
-    what to give this one, and OSError where it cannot be made.
+    The system frees the lock of a process that dies. Of several processes rank 0 takes it. Raises
+    FileError where another run holds it, with `instead` as what to give this one, and OSError where
+    it cannot be created.
     """
-    if distributed.rank():
+    if distributed.get_rank():
         yield
         return
     path = Path(f"{out}.lock")
-    file = _lock(path, instead)
+    lock = filelock.FileLock(path, timeout=0)
     try:
-        for s in SUFFIXES:
-            for half in path.parent.glob(f".{glob.escape(out.name)}{s}.[0-9]*.tmp"):
-                half.unlink(missing_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise FileError(
+            f"another run is writing to {out}: wait for it, or give this one {instead}"
+        ) from error
+    try:
+        for suffix in RUN_FILE_SUFFIXES:
+            pattern = f".{glob.escape(out.name)}{suffix}.[0-9]*.tmp"
+            for temporary in path.parent.glob(pattern):
+                temporary.unlink(missing_ok=True)
         yield
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # Windows removes it when it is released
             path.unlink()
-        file.close()
+        lock.release()
 
 
-def _lock(path: Path, instead: str) -> IO[str]:
-    """Open the file and lock it; the kernel frees the lock of a process that dies."""
-    while True:
-        file = open(path, "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise FileError(
-                f"another run is writing to {path.with_suffix('')}: wait for it, or give this one "
-                + instead
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            print(f"{path}: cannot be locked, so take care to run this once: {error.strerror}",
-                  file=sys.stderr)
-            return file
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                return file
-        file.close()  # its owner ended and removed it between our two calls
+def backup_existing(names: Sequence[tuple[Path, str]]) -> None:
+    """Rename existing files, each (name, suffix), so that they are not overwritten; print one line.
 
-
-def set_aside(names: Sequence[tuple[Path, str]]) -> None:
-    """Rename those of the files, each (name, suffix), that are there, and say so in one line.
-
-    Nothing is overwritten: name.suffix becomes name_old1.suffix, or the next number for all.
+    name.suffix becomes name_old1.suffix, or the next free number, the same for all.
     """
     present = [(name, s) for name, s in names if os.path.lexists(f"{name}{s}")]
     if not present:

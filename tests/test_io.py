@@ -7,14 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
 import utils
+from engine.io import (
+    RUN_FILE_SUFFIXES,
+    FileError,
+    atomic_write,
+    backup_existing,
+    check_writable,
+    load_weights,
+    run_lock,
+    save_json,
+    save_weights,
+)
 from models import ConvNet
 
 
 def test_saved_weights_are_plain_and_contiguous(tmp_path):
     net = utils.make_net("ConvNet", 10, "cpu")
-    files.save_weights(net, tmp_path / "w.pt")
+    save_weights(net, tmp_path / "w.pt")
     state = torch.load(tmp_path / "w.pt", weights_only=True)
     assert list(state) == list(net.state_dict()) and all(t.is_contiguous() for t in state.values())
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
@@ -22,24 +32,24 @@ def test_saved_weights_are_plain_and_contiguous(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
-    files.save_json({"old": "ü"}, path)
+    save_json({"old": "ü"}, path)
 
     def half(temporary):
         temporary.write_text("{")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_file(path, half)
+        atomic_write(path, half)
     assert json.loads(path.read_text()) == {"old": "ü"}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written_in_is_told(tmp_path):
-    files.check_writable(tmp_path / "x.pt")
+    check_writable(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no folder"):
-        files.check_writable(tmp_path / "missing" / "x.pt")
+        check_writable(tmp_path / "missing" / "x.pt")
     with pytest.raises(ValueError, match="cannot write"):
-        files.check_writable(Path("/proc/x.pt"))
+        check_writable(Path("/proc/x.pt"))
     assert not list(tmp_path.iterdir())
 
 
@@ -49,14 +59,14 @@ def test_a_folder_that_cannot_be_written_in_is_told(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "w.pt"
-    files.save_weights(ConvNet(), path)
+    save_weights(ConvNet(), path)
     return path
 
 
 def test_weights_come_back(saved):
     net, other = ConvNet(), ConvNet()
-    files.load_weights(net, saved)
-    files.load_weights(other, saved)
+    load_weights(net, saved)
+    load_weights(other, saved)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
@@ -77,8 +87,8 @@ def test_code_in_a_file_is_never_run(form, tmp_path):
         torch.save({"layer0.0.weight": Runs(trace)}, path)
     else:
         path.write_bytes(pickle.dumps({"layer0.0.weight": Runs(trace)}, protocol=2))
-    with pytest.raises(files.FileError, match="evil.pt"):
-        files.load_weights(ConvNet(), path)
+    with pytest.raises(FileError, match="evil.pt"):
+        load_weights(ConvNet(), path)
     assert not trace.exists()
 
 
@@ -90,28 +100,36 @@ def test_broken_files_are_refused_in_one_line(saved, tmp_path):
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("hello.txt", "hello")
     cases = {
-        "empty": b"", "cut": whole[: len(whole) // 2], "flipped": bytes(flipped),
-        "text": b"these are no weights", "zip": archive.getvalue(),
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "flipped": bytes(flipped),
+        "text": b"these are no weights",
+        "zip": archive.getvalue(),
     }
     for name, content in cases.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(files.FileError) as refused:
-            files.load_weights(ConvNet(), path)
+        with pytest.raises(FileError) as refused:
+            load_weights(ConvNet(), path)
         assert "\n" not in str(refused.value) and str(path) in str(refused.value)
-    with pytest.raises(files.FileError, match="absent"):
-        files.load_weights(ConvNet(), tmp_path / "absent.pt")
+    with pytest.raises(FileError, match="absent"):
+        load_weights(ConvNet(), tmp_path / "absent.pt")
 
 
-@pytest.mark.parametrize("value", [
-    [1, 2], {"layer0.0.weight": 3}, {"other": torch.zeros(1)},
-    {**ConvNet().state_dict(), "classifier.bias": torch.zeros(3)},
-    {**ConvNet().state_dict(), 5: torch.zeros(3)},
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1, 2],
+        {"layer0.0.weight": 3},
+        {"other": torch.zeros(1)},
+        {**ConvNet().state_dict(), "classifier.bias": torch.zeros(3)},
+        {**ConvNet().state_dict(), 5: torch.zeros(3)},
+    ],
+)
 def test_weights_of_something_else_are_refused_in_one_line(value, tmp_path):
     torch.save(value, tmp_path / "w.pt")
-    with pytest.raises(files.FileError) as refused:
-        files.load_weights(ConvNet(), tmp_path / "w.pt")
+    with pytest.raises(FileError) as refused:
+        load_weights(ConvNet(), tmp_path / "w.pt")
     assert "\n" not in str(refused.value) and "w.pt" in str(refused.value)
 
 
@@ -119,24 +137,24 @@ def test_weights_of_something_else_are_refused_in_one_line(value, tmp_path):
 
 
 def test_a_name_is_held_by_one_run_at_a_time(tmp_path):
-    with files.only_run(tmp_path / "r"):
-        with pytest.raises(files.FileError, match="another run"):
-            with files.only_run(tmp_path / "r"):
+    with run_lock(tmp_path / "r"):
+        with pytest.raises(FileError, match="another run"):
+            with run_lock(tmp_path / "r"):
                 pass
-        with files.only_run(tmp_path / "other"):
+        with run_lock(tmp_path / "other"):
             pass
-    with files.only_run(tmp_path / "r"):
+    with run_lock(tmp_path / "r"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_files_of_an_earlier_run_are_kept_and_it_is_said(tmp_path, capsys):
-    names = [(tmp_path / "r", suffix) for suffix in files.SUFFIXES]
+    names = [(tmp_path / "r", suffix) for suffix in RUN_FILE_SUFFIXES]
     for n in (1, 2):
         for suffix in (".pt", ".json", ".ckpt"):
             (tmp_path / f"r{suffix}").write_text(str(n))
-        files.set_aside(names)
+        backup_existing(names)
         assert f"r_old{n}" in capsys.readouterr().err
         assert (tmp_path / f"r_old{n}.pt").read_text() == str(n)
-    files.set_aside(names)
+    backup_existing(names)
     assert capsys.readouterr().err == "" and len(list(tmp_path.iterdir())) == 6

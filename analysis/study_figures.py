@@ -9,13 +9,26 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import files
-from report import STYLE, accuracy_plot, look
-from study_results import MAIN, Choice, by_seed, comparable, difference, setting, summary
-from study_tables import label
+from analysis.report import STYLE, accuracy_plot, line_style
+from analysis.study_results import (
+    MAIN,
+    Choice,
+    by_seed,
+    difference,
+    restrict_to_shared_seeds,
+    setting,
+    summary,
+)
+from analysis.study_tables import label
+from engine.io import atomic_write
 
 SHOWN = (  # in the figures of curves, which have seven colours
-    "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
+    "control",
+    "l2grad",
+    "stepl2grad",
+    "variancenorm",
+    "rangenorm",
+    "rangenorm_folded",
     "kurtosisnorm",
 )
 
@@ -37,7 +50,7 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         columns = -(-len(MAIN) // lines)
         figure = Figure(figsize=(2 + 2 * columns, lines * (1.1 + 0.2 * len(others))))
         panels = figure.subplots(lines, columns, sharey=True)
-        for axes in panels.flat[len(MAIN):]:
+        for axes in panels.flat[len(MAIN) :]:
             axes.remove()
         for axes, of in zip(panels.flat, MAIN, strict=False):
             of_base = accuracies.get((base, of), {})
@@ -52,13 +65,13 @@ def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 if known := difference(accuracies.get((variant, of), {}), of_base):
                     _, mean, half = known
                     differs = abs(mean) > half
-                    axes.errorbar(100 * mean, y, xerr=100 * half, capsize=2, **look(differs))
+                    axes.errorbar(100 * mean, y, xerr=100 * half, capsize=2, **line_style(differs))
             axes.axvline(0, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
             mean = f"{100 * means[base, of]:.1f} %" if of_base else "–"
             axes.set(title=f"{label(of)}\n{base}: {mean}", xlabel="points more")
         panels.flat[0].set_yticks(range(len(others)), others)
         panels.flat[0].set_ylim(len(others) - 0.5, -0.5)
-        files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def curve_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,7 +89,7 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
     The vertical line is where regularization begins.
     """
     values: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in comparable(tracked):
+    for row in restrict_to_shared_seeds(tracked):
         of = values.setdefault((row["name"], row["variant"]), {})
         of.setdefault(row["epoch"] + 1, []).append(row["value"])
     names = list(dict.fromkeys(name for name, _ in values))
@@ -87,13 +100,13 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
         figure = Figure(figsize=(0.6 + 2.4 * columns, 0.7 + 2 * lines))
         grid = figure.subplots(lines, columns, squeeze=False)
         legend = {}
-        for axes in grid.flat[len(names):]:
+        for axes in grid.flat[len(names) :]:
             axes.remove()
         for axes, name in zip(grid.flat, names, strict=False):
             for i, variant in enumerate(shown):
                 if of := values.get((name, variant)):
                     means = [statistics.fmean(of[epoch]) for epoch in of]
-                    axes.plot(list(of), means, label=variant, **look(i))
+                    axes.plot(list(of), means, label=variant, **line_style(i))
             axes.axvline(first, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,7 +114,7 @@ def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> N
                 axes.set_yscale("log")
             legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
         figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
-        files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 SHOWN_BELOW = 8.0  # points below the control at 4 bits: candidates that lose more are cut off
@@ -114,35 +127,50 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
     is that was taken.
     """
     control = next(iter(choices.values())).control
-    every = [*control, *(accuracy for choice in choices.values()
-                         for of in choice.candidates.values() if of for accuracy in of)]
+    every = [
+        *control,
+        *(
+            accuracy
+            for choice in choices.values()
+            for of in choice.candidates.values()
+            if of
+            for accuracy in of
+        ),
+    ]
     low = max(100 * min(every), 100 * control[1] - SHOWN_BELOW)
     columns = min(5, len(choices))
     lines = -(-len(choices) // columns)
     with rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 2 * columns, 0.7 + 1.8 * lines))
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-        for axes in grid.flat[len(choices):]:
+        for axes in grid.flat[len(choices) :]:
             axes.remove()
         for axes, (variant, choice) in zip(grid.flat, choices.items(), strict=False):
             found = {lmbda: of for lmbda, of in sorted(choice.candidates.items()) if of}
             for i, name in enumerate(("full precision", "uniform 4")):
                 accuracies = [100 * of[i] for of in found.values()]
-                axes.plot(list(found), accuracies, label=name, **look(i))
-                axes.axhline(100 * control[i], color=look(i)["color"], linestyle=(0, (4, 3)),
-                             linewidth=0.9)
+                axes.plot(list(found), accuracies, label=name, **line_style(i))
+                axes.axhline(
+                    100 * control[i],
+                    color=line_style(i)["color"],
+                    linestyle=(0, (4, 3)),
+                    linewidth=0.9,
+                )
             axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
             axes.set(title=variant, xlabel="λ", xscale="log", ylim=(low - 1, 100 * max(every) + 1))
             axes.set_xticks(list(found), [f"{lmbda:g}" for lmbda in found])
             axes.set_xticks([], minor=True)
         grid[0][0].set_ylabel("held-out accuracy, %")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        files.write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def draw(
-    out: Path, rows: Sequence[dict[str, Any]], tracked: Sequence[dict[str, Any]],
-    choices: Mapping[str, Choice], first: int,
+    out: Path,
+    rows: Sequence[dict[str, Any]],
+    tracked: Sequence[dict[str, Any]],
+    choices: Mapping[str, Choice],
+    first: int,
 ) -> None:
     """Draw overview, accuracy, tracked and choice.png into `out`; there is at least one row."""
     overview_plot(rows, out / "overview.png")

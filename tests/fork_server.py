@@ -1,7 +1,7 @@
 """Processes that start in milliseconds, where an interpreter takes seconds to load torch.
 
-They are forks of a server that has loaded other people's packages, and none of our own modules: a
-module that leans on what it does not import itself, of these packages, is not found out.
+They are forks of a server that has loaded other people's packages, and none of our own modules. So
+a module that uses one of these packages without importing it is not detected.
 """
 
 import multiprocessing
@@ -19,7 +19,9 @@ FORKS.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure", "wand
 
 
 def call(
-    function: Callable[..., None], *arguments: object, cwd: Path,
+    function: Callable[..., None],
+    *arguments: object,
+    cwd: Path,
     env: Mapping[str, str] = os.environ,
 ) -> subprocess.CompletedProcess:
     """Call a function of a module in a process of its own, with nothing to read on stdin.

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import files
-from report import UNQUANTIZED
+from analysis.report import UNQUANTIZED
+from engine.io import read_json, save_json
 
 Setting = tuple[str, int, int]
 FULL: Setting = (UNQUANTIZED, 32, 32)
@@ -26,23 +26,41 @@ SCHEME_OF = {  # what a scheme is called in rows, by study.QUANTIZATIONS; or as 
     ("corrected_folded", "pwlq"): "corrected pwlq",
 }
 # Of the first table, and of figures and differences.
-OPENING: list[Setting] = [FULL, *(("uniform", bits, 32) for bits in (4, 3, 2)), ("uniform", 4, 4)]
+SUMMARY_SETTINGS: list[Setting] = [
+    FULL,
+    *(("uniform", bits, 32) for bits in (4, 3, 2)),
+    ("uniform", 4, 4),
+]
 MAIN: list[Setting] = [
-    FULL, *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
+    FULL,
+    *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
     *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
 ]
 PAIRS = (  # beside every variant minus the control
-    ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
-    ("l2grad_frozen", "control_frozen"), ("l2grad_frozen", "stepnoise_frozen"),
-    ("rangenorm", "l2grad"), ("rangenorm", "kurtosisnorm"),
+    ("l2grad", "l1grad"),
+    ("l2grad_weights", "l1grad_weights"),
+    ("stepl2grad", "stepl1grad"),
+    ("l2grad_frozen", "control_frozen"),
+    ("l2grad_frozen", "stepnoise_frozen"),
+    ("rangenorm", "l2grad"),
+    ("rangenorm", "kurtosisnorm"),
     ("rangenorm_folded", "rangenorm"),
-    ("kurtosisnorm_folded", "kurtosisnorm"), ("kurtosisnorm_folded", "rangenorm_folded"),
-    ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
-    ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
-    ("stepl1grad", "stepnoise"), ("stepl2grad", "stepnoise"), ("rangenorm", "stepnoise"),
-    ("stepl2grad", "stepl2grad_held"), ("stepl1grad", "stepl1grad_held"),
-    ("rangenorm", "stepl2grad"), ("rangenorm", "stepl1grad"),
-    ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),
+    ("kurtosisnorm_folded", "kurtosisnorm"),
+    ("kurtosisnorm_folded", "rangenorm_folded"),
+    ("stepnoise_frozen", "control_frozen"),
+    ("stepnoise_frozen", "stepnoise"),
+    ("stepl2grad", "l2grad"),
+    ("stepl1grad", "l1grad"),
+    ("l2grad", "stepnoise"),
+    ("stepl1grad", "stepnoise"),
+    ("stepl2grad", "stepnoise"),
+    ("rangenorm", "stepnoise"),
+    ("stepl2grad", "stepl2grad_held"),
+    ("stepl1grad", "stepl1grad_held"),
+    ("rangenorm", "stepl2grad"),
+    ("rangenorm", "stepl1grad"),
+    ("l2grad_weights", "l2grad"),
+    ("l1grad_weights", "l1grad"),
 )
 # Student's t, 97.5 %, for 1, 2, … degrees of freedom; the last one stands for more, too wide.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
@@ -72,7 +90,7 @@ class Choice:
     @classmethod
     def load(cls, path: Path) -> "Choice":
         """Read what `save` wrote; raises FileError."""
-        with files.read_json(path) as kept:
+        with read_json(path) as kept:
             candidates = {
                 float(lmbda): of and _pair(of) for lmbda, of in kept["candidates"].items()
             }
@@ -82,7 +100,7 @@ class Choice:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        files.save_json(asdict(self), path)
+        save_json(asdict(self), path)
 
 
 def _pair(of: Sequence[Any]) -> tuple[float, float]:
@@ -96,30 +114,43 @@ def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str,
 
     `history` is that of the training's record. Raises FileError.
     """
-    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first:])
+    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first :])
     rows = []
     for how, path in result.quantized.items():
-        with files.read_json(path) as quantized:
+        with read_json(path) as quantized:
             for row in quantized["rows"]:
                 if row["scheme"] == UNQUANTIZED and how != "folded":
                     continue
-                rows.append({
-                    "variant": result.variant, "lmbda": result.lmbda, "seed": result.seed,
-                    "scheme": SCHEME_OF.get((how, row["scheme"]), row["scheme"]),
-                    **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                    **{key: float(row[key])
-                       for key in ("accuracy", "accuracy_change", "squared_error")},
-                    "epoch_seconds": seconds,
-                })
+                rows.append(
+                    {
+                        "variant": result.variant,
+                        "lmbda": result.lmbda,
+                        "seed": result.seed,
+                        "scheme": SCHEME_OF.get((how, row["scheme"]), row["scheme"]),
+                        **{key: row[key] for key in ("bits", "act_bits", "levels")},
+                        **{
+                            key: float(row[key])
+                            for key in ("accuracy", "accuracy_change", "squared_error")
+                        },
+                        "epoch_seconds": seconds,
+                    }
+                )
     return rows
 
 
 def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each value that --track logged of one variant and seed."""
     return [
-        {"variant": result.variant, "seed": result.seed, "epoch": entry["epoch"],
-         "name": key.removeprefix("track_"), "value": value}
-        for entry in history for key, value in entry.items() if key.startswith("track_")
+        {
+            "variant": result.variant,
+            "seed": result.seed,
+            "epoch": entry["epoch"],
+            "name": key.removeprefix("track_"),
+            "value": value,
+        }
+        for entry in history
+        for key, value in entry.items()
+        if key.startswith("track_")
     ]
 
 
@@ -127,7 +158,7 @@ def read(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dict[str
     """Return the rows and the tracked rows of all results; raises FileError."""
     rows, tracked = [], []
     for result in results:
-        with files.read_json(result.record) as record:
+        with read_json(result.record) as record:
             rows += rows_of(result, record["history"])
             tracked += tracked_rows(result, record["history"])
     return rows, tracked
@@ -151,7 +182,7 @@ def by_seed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, Setting], dict[in
     return found
 
 
-def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def restrict_to_shared_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of the seeds that all variants share: means beside each other are of these.
 
     Of a variant with one seed so far every row, and of all where they share none.
@@ -162,7 +193,8 @@ def comparable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     several = [of for of in seeds.values() if len(of) > 1]
     shared = set.intersection(*several) if several else set()
     return [
-        row for row in rows
+        row
+        for row in rows
         if not shared or row["seed"] in shared or len(seeds[row["variant"]]) == 1
     ]
 
@@ -172,11 +204,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     lmbda = {row["variant"]: row["lmbda"] for row in rows}
     return [
         {
-            "variant": variant, "lmbda": lmbda[variant], "scheme": of[0], "bits": of[1],
-            "act_bits": of[2], "n": len(accuracies), "mean": statistics.fmean(accuracies.values()),
+            "variant": variant,
+            "lmbda": lmbda[variant],
+            "scheme": of[0],
+            "bits": of[1],
+            "act_bits": of[2],
+            "n": len(accuracies),
+            "mean": statistics.fmean(accuracies.values()),
             "std": statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
         }
-        for (variant, of), accuracies in by_seed(comparable(rows)).items()
+        for (variant, of), accuracies in by_seed(restrict_to_shared_seeds(rows)).items()
     ]
 
 
@@ -207,7 +244,7 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def accuracy_drops(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what quantization costs each variant: full precision minus quantized, by network."""
     accuracies = by_seed(rows)
     found = []
@@ -221,15 +258,22 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _interval(of: Setting, known: tuple[int, float, float]) -> dict[str, Any]:
     """Return what `difference` found in that setting, as the end of a row."""
     n, mean, half = known
-    return {"scheme": of[0], "bits": of[1], "act_bits": of[2], "n": n, "mean": mean,
-            "low": mean - half, "high": mean + half}
+    return {
+        "scheme": of[0],
+        "bits": of[1],
+        "act_bits": of[2],
+        "n": n,
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
+    }
 
 
 Networks = dict[tuple[str, int], float]  # a number of each network, by variant and seed
-Ends = dict[str, Networks]  # by name
+FinalValues = dict[str, Networks]  # by name
 
 
-def points_lost(rows: Sequence[dict[str, Any]], of: Setting) -> Networks:
+def accuracy_drop(rows: Sequence[dict[str, Any]], of: Setting) -> Networks:
     """Return what that setting costs each network: full precision minus its accuracy there."""
     full, there = (
         {network(row): row["accuracy"] for row in rows if setting(row) == which}
@@ -238,12 +282,12 @@ def points_lost(rows: Sequence[dict[str, Any]], of: Setting) -> Networks:
     return {key: full[key] - there[key] for key in full if key in there}
 
 
-def at_the_end(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> Ends:
+def final_values(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> FinalValues:
     """Return what was tracked after each network's last epoch, and its squared error at 4 bits."""
     last: dict[tuple[str, int], int] = {}
     for row in tracked:
         last[network(row)] = max(row["epoch"], last.get(network(row), 0))
-    ends: Ends = {}
+    ends: FinalValues = {}
     for row in tracked:
         if row["epoch"] == last[network(row)]:
             ends.setdefault(row["name"], {})[network(row)] = row["value"]
@@ -286,6 +330,7 @@ def within_variants(x: Networks, y: Networks) -> list[Points]:
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Return Spearman's ρ, with mean ranks for equal values; None where one of them is constant."""
+
     def ranks(of: Sequence[float]) -> list[float]:
         return [sum(v < u for v in of) + sum(v == u for v in of) / 2 for u in of]
 

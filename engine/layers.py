@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
+from engine import distributed
 
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
@@ -50,7 +50,8 @@ def _compiled(fn: Callable) -> Callable:
     """
     options = {"realize_reads_threshold": 64}
     variant = functools.cache(
-        lambda *shape: torch.compile(fn, options=options, isolate_recompiles=True))
+        lambda *shape: torch.compile(fn, options=options, isolate_recompiles=True)
+    )
 
     @functools.wraps(fn)
     def call(*args):
@@ -66,8 +67,9 @@ def _compiled(fn: Callable) -> Callable:
     return call
 
 
-def _last_derivative(backward: Callable) -> Callable:
+def _forbid_third_derivative(backward: Callable) -> Callable:
     """Raise an error where autograd would have to differentiate this backward too."""
+
     @functools.wraps(backward)
     def call(ctx, *grads):
         if torch.is_grad_enabled():  # once_differentiable lets some wrong third derivatives through
@@ -106,14 +108,20 @@ class _ConvAdjoint(torch.autograd.Function):
         return _conv_adjoint(gy, x, w, geometry, wanted)
 
     @staticmethod
-    @_last_derivative
+    @_forbid_third_derivative
     def backward(ctx, ggx, ggw):
         """Return conv(ggx, w) + conv(x, ggw) for gy, and the adjoints of gy with (ggx, ggw)."""
         (gy, x, w), geometry, (for_gy, for_x, for_w, *_) = (
-            ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad)
+            ctx.saved_tensors,
+            ctx.geometry,
+            ctx.needs_input_grad,
+        )
         for_x, for_w = for_x and ggw is not None, for_w and ggx is not None
-        terms = [F.conv2d(a, b, None, *geometry) for a, b in ((ggx, w), (x, ggw))
-                 if for_gy and a is not None and b is not None]
+        terms = [
+            F.conv2d(a, b, None, *geometry)
+            for a, b in ((ggx, w), (x, ggw))
+            if for_gy and a is not None and b is not None
+        ]
         ggy = functools.reduce(Tensor.add_, terms) if terms else None
         gx, _ = _conv_adjoint(gy, x, ggw, geometry, (True, False)) if for_x else (None, None)
         _, gw = _conv_adjoint(gy, ggx, w, geometry, (False, True)) if for_w else (None, None)
@@ -124,11 +132,19 @@ def _conv_adjoint(gy, x, w, geometry, wanted):
     """Return (gx, gw) of conv(x, w) at gy, None where not wanted."""
     stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
-        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False))[:2]
+        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)
+    )[:2]
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1,
-           groups: int = 1) -> Tensor:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+) -> Tensor:
     """Convolve x (N, C, H, W) with weight (O, C/groups, K, K), as `F.conv2d` does.
 
     `stride`, `padding` and `dilation` are an int or a pair. Under autocast everything is cast to
@@ -156,8 +172,9 @@ class Conv2d(nn.Conv2d):
         """Map x (N, C, H, W) to (N, O, H', W')."""
         if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return super().forward(x)
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation,
-                      self.groups)
+        return conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
 
 
 # --- batch norm + ReLU: pure functions of x (N, C, S), S = H·W ---------------------------------
@@ -166,7 +183,7 @@ class Conv2d(nn.Conv2d):
 # `k` holds one row a coefficient: keeping their arithmetic out of the loops over x halves the time.
 
 
-def _wide(x):
+def _at_least_float32(x):
     """Return x in float32 or, where it is, float64."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -184,15 +201,15 @@ def _sum(x):
 def _masked(gy, x, norm):
     """Return x̂, the mask y > 0 and h."""
     mean, r, gamma, beta = _rows(norm)
-    xhat = (_wide(x) - mean) * r
+    xhat = (_at_least_float32(x) - mean) * r
     mask = xhat * gamma + beta > 0
-    return xhat, mask, torch.where(mask, _wide(gy), 0)
+    return xhat, mask, torch.where(mask, _at_least_float32(gy), 0)
 
 
 @_compiled
 def _statistics(x):
     """Return mean (C) and biased variance (C); each image about its own mean: no cancellation."""
-    x = _wide(x)
+    x = _at_least_float32(x)
     means = x.mean(2)
     mean = means.mean(0)
     within = (x - means[:, :, None]).square().mean(2).mean(0)
@@ -203,7 +220,7 @@ def _statistics(x):
 def _normalize(x, norm):
     """Return y = relu(γ·x̂ + β) in the dtype of x."""
     mean, r, gamma, beta = _rows(norm)
-    return ((_wide(x) - mean) * r * gamma + beta).relu().to(x.dtype)
+    return ((_at_least_float32(x) - mean) * r * gamma + beta).relu().to(x.dtype)
 
 
 @_compiled
@@ -225,7 +242,7 @@ def _adjoint(gy, x, norm, k):
 def _second_sums(v, gy, x, norm):
     """Return Σ v, Σ v·x̂ and Σ v·h."""
     xhat, _, h = _masked(gy, x, norm)
-    v = _wide(v)
+    v = _at_least_float32(v)
     return _sum(v), _sum(v * xhat), _sum(v * h)
 
 
@@ -234,7 +251,7 @@ def _second(v, gy, x, norm, k):
     """Return ∂gy = mask·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
     k0, k1, k2, k3, k4, k5, k6 = _rows(k)
     xhat, mask, h = _masked(gy, x, norm)
-    v = _wide(v)
+    v = _at_least_float32(v)
     ggy = torch.where(mask, k0 * v + k1 * xhat + k2, 0)
     return ggy.to(x.dtype), (k3 * h + k4 * v + k5 * xhat + k6).to(x.dtype)
 
@@ -266,7 +283,7 @@ class _NormReLUAdjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gy, x, gamma, norm, n):
-        gy = _laid_out(gy, x)
+        gy = _match_memory_format(gy, x)
         flat = gy.flatten(2), x.flatten(2), norm
         ggamma, gbeta = _adjoint_sums(*flat)
         mhx, mh = _means((ggamma, gbeta), x, n) if n else torch.zeros_like(norm[:2])
@@ -277,7 +294,7 @@ class _NormReLUAdjoint(torch.autograd.Function):
         return gx.view_as(x), ggamma, gbeta
 
     @staticmethod
-    @_last_derivative
+    @_forbid_third_derivative
     def backward(ctx, v, c, d):
         """Return the cotangents of gy, x and γ, given those of (gx, dγ, dβ): (v, c, d).
 
@@ -287,7 +304,7 @@ class _NormReLUAdjoint(torch.autograd.Function):
         ∂x = r·(q − m(q) − x̂·m(q x̂)) − γ·A·r²·x̂ and ∂γ = N·r·A.
         """
         gy, x, norm, mh, mhx = ctx.saved_tensors
-        flat = _laid_out(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
+        flat = _match_memory_format(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
         _, r, gamma, _ = norm
         sums, n_here = _second_sums(*flat), x.numel() // len(mh)
         if ctx.n:
@@ -312,7 +329,7 @@ def _means(sums, x, n):
     return ((sums if n == x.numel() // x.shape[1] else distributed.batch_sum(sums)) / n).unbind()
 
 
-def _combined(mean, var, n):
+def _merge_rank_stats(mean, var, n):
     """Return mean and biased variance of all ranks' x from each one's and its n, without loss."""
     rows = distributed.gather(torch.cat((mean, var, mean.new_full((1,), n))))  # (ranks, 2C + 1)
     (means, variances), share = rows[:, :-1].unflatten(1, (2, -1)).unbind(1), rows[:, -1:]
@@ -321,7 +338,7 @@ def _combined(mean, var, n):
     return mean, (share * (variances + (means - mean).square())).sum(0)
 
 
-def set_sync(net: nn.Module, enabled: bool) -> None:
+def set_sync_bn(net: nn.Module, enabled: bool) -> None:
     """Have batch norms take their statistics over all processes, or over each one's own share.
 
     Raises SetupError, with its name, for one that can not.
@@ -332,27 +349,36 @@ def set_sync(net: nn.Module, enabled: bool) -> None:
         elif enabled and isinstance(m, nn.modules.batchnorm._BatchNorm):
             raise distributed.SetupError(
                 f"--sync_bn: {name} is a {type(m).__name__}, and only fused.BatchNormReLU takes "
-                "statistics over several processes: use that, or --no-sync_bn")
+                "statistics over several processes: use that, or --no-sync_bn"
+            )
 
 
-def own_statistics(net: nn.Module) -> Iterator[Tensor]:
+def unsynced_bn_buffers(net: nn.Module) -> Iterator[Tensor]:
     """Yield the running statistics that each process makes of its own share of the batches."""
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and not getattr(m, "sync", False):
             yield from m.buffers()
 
 
-def _laid_out(t, like):
+def _match_memory_format(t, like):
     """Return t in the memory format of `like`, copied only if it is in another."""
     channels_last = like.is_contiguous(memory_format=torch.channels_last)
     return t.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
-def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None,
-                    running_mean: Tensor | None, running_var: Tensor | None,
-                    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-                    sync: bool = True) -> Tensor:
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    sync: bool = True,
+) -> Tensor:
     """Return relu(γ·(x − μ)/√(σ² + eps) + β) of x (N, C, H, W) in the dtype of x.
 
     The other tensors are (C), as in `F.batch_norm`: if `training`, μ and σ² are the batch's and
@@ -360,21 +386,21 @@ def batch_norm_relu(x: Tensor, weight: Tensor | None, bias: Tensor | None,
     they are the running ones. Where the batch is shared out to several processes, `sync` takes the
     statistics over all of it. Raises ValueError where a channel has one value to train on.
     """
-    x, n = _laid_out(x, x), 0
+    x, n = _match_memory_format(x, x), 0
     if training:
         n_here = x.numel() // x.shape[1]
-        n = n_here // len(x) * distributed.whole_size(len(x)) if sync else n_here
+        n = n_here // len(x) * distributed.global_batch_size(len(x)) if sync else n_here
         if n < 2:
             raise ValueError(f"expected more than 1 value per channel when training, got {x.shape}")
         with torch.no_grad():
             mean, var = _statistics(x.flatten(2))
             if n > n_here:
-                mean, var = _combined(mean, var, n_here)
+                mean, var = _merge_rank_stats(mean, var, n_here)
             if running_mean is not None:
                 running_mean.lerp_(mean.to(running_mean.dtype), momentum)
                 running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
     else:
-        mean, var = _wide(running_mean), _wide(running_var)
+        mean, var = _at_least_float32(running_mean), _at_least_float32(running_var)
     gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
     return _NormReLU.apply(x, gamma, beta, mean, (var + eps).rsqrt(), n)
@@ -403,4 +429,27 @@ class BatchNormReLU(nn.BatchNorm2d):
         buffers = self.running_mean, self.running_var
         training = self.training or buffers == (None, None)
         return batch_norm_relu(
-            x, self.weight, self.bias, *buffers, training, momentum or 0.0, self.eps, self.sync)
+            x, self.weight, self.bias, *buffers, training, momentum or 0.0, self.eps, self.sync
+        )
+
+
+# --- which layers ----------------------------------------------------------------------------
+
+
+def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Return every convolution and linear layer by name, in module order."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+
+
+def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter that is not frozen by name, in module order."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def penalized_weights(net: nn.Module) -> list[nn.Parameter]:
+    """Return W_l: the weight of every convolution and linear layer, in module order.
+
+    Frozen weights are constants: neither they nor their gradients are penalized.
+    """
+    weights = (layer.weight for layer in quantizable_layers(net).values())
+    return [w for w in weights if w.requires_grad]

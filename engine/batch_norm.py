@@ -1,0 +1,168 @@
+"""Batch norms: folded into convolutions, frozen, or with statistics estimated again.
+
+Folding replaces conv → batch norm by one convolution with the same outputs in evaluation mode:
+ŵ = w·γ/√(σ² + ε) and b̂ = β + (b − μ)·γ/√(σ² + ε), μ and σ² the running statistics.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import NetworkError
+from engine.layers import penalized_weights
+
+
+def freeze_batch_norms(net: nn.Module) -> None:
+    """Have batch norms use their running statistics and keep them, until net.train() is called."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+
+
+# --- folding ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fold_batch_norm(net: nn.Module) -> nn.Module:
+    """Return a copy whose batch norms are folded into the convolutions right before them.
+
+    Outputs in evaluation mode stay the same. What is left of a batch norm is its `activation`
+    attribute, where it has one. "Right before" is the order of a module's children. Raises
+    ValueError where there is nothing to fold.
+    """
+    net = copy.deepcopy(net)
+    pairs = list(_foldable_pairs(net))
+    if not pairs:
+        raise ValueError(f"no batch norm after a convolution in {type(net).__name__}: cannot fold")
+    for parent, conv_name, norm_name in pairs:
+        conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
+        setattr(parent, conv_name, _folded_conv(conv, norm))
+        setattr(parent, norm_name, getattr(norm, "activation", nn.Identity()))
+    return net
+
+
+def folded_weights(net: nn.Module) -> list[Tensor]:
+    """Return Ŵ_l of every convolution and linear layer: W_l where no batch norm follows.
+
+    Differentiable in W_l and γ_l. Raises ValueError for a batch norm without running statistics.
+    """
+    folded = {}
+    for parent, conv_name, norm_name in _foldable_pairs(net):
+        w, norm = getattr(parent, conv_name).weight, getattr(parent, norm_name)
+        folded[w] = w * _gain(norm).to(w.dtype).view(-1, 1, 1, 1)
+    return [folded.get(w, w) for w in penalized_weights(net)]
+
+
+def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Raise NetworkError where batch norms cannot be folded, or folding would change outputs.
+
+    Layers may run in another order than that of their definition, or more than once. Tried on a
+    copy with random parameters and statistics, on random images of `image_shape` (3, H, W).
+    """
+    try:
+        same = _outputs_stay(net, image_shape)
+    except ValueError as error:
+        raise NetworkError(f"--fold_bn: {error}") from error
+    if not same:
+        raise NetworkError(
+            f"--fold_bn: {type(net).__name__}: a batch norm does not run right after the "
+            "convolution that is defined before it, or not only then: cannot fold"
+        )
+
+
+def disable_bn_folding(net: nn.Module) -> None:
+    """Mark every batch norm, in place: in the network and its copies there is nothing to fold."""
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.fold_disabled = True
+
+
+@torch.no_grad()
+def _outputs_stay(net: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Tell whether a copy with random parameters and statistics computes the same when folded."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's stream
+        net = copy.deepcopy(net).cpu().eval()
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for t in (m.running_mean, m.running_var, m.weight, m.bias):
+                    if t is not None:
+                        t.uniform_(0.5, 2)
+            elif hasattr(m, "reset_parameters"):
+                m.reset_parameters()
+        x = torch.randn(2, *image_shape)
+        folded_logits, _ = fold_batch_norm(net)(x)
+        logits, _ = net(x)
+    return bool((folded_logits - logits).abs().max() <= 1e-3 * logits.abs().max())
+
+
+def _foldable_pairs(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield (parent, name of a convolution, name of the batch norm right after it)."""
+    for parent in net.modules():
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if not getattr(norm, "fold_disabled", False):
+                    yield parent, conv_name, norm_name
+
+
+def _gain(norm: nn.BatchNorm2d) -> Tensor:
+    """Return γ/√(σ² + ε) of each channel, in float64; σ² is a constant."""
+    if norm.running_var is None:
+        raise ValueError("cannot fold a batch norm without running statistics")
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * norm.weight.double()
+
+
+def _folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a plain convolution that computes norm(conv(x)) of evaluation mode."""
+    gain = _gain(norm)
+    shift = (0 if conv.bias is None else conv.bias.double()) - norm.running_mean.double()
+    folded = nn.utils.skip_init(
+        nn.Conv2d,
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+    )
+    folded.weight = nn.Parameter((conv.weight.double() * gain.view(-1, 1, 1, 1)).to(conv.weight))
+    bias = shift * gain + (0 if norm.bias is None else norm.bias.double())
+    folded.bias = nn.Parameter(bias.to(conv.weight))
+    return folded.train(conv.training)
+
+
+# --- statistics ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by those of these images, in place.
+
+    `batches` are images (B, 3, H, W). Mean and variance are the means over images of their batch's
+    own, each layer seeing what the quantized ones before it give: quantization shifts both, and
+    statistics of the unquantized network no longer fit. Source: Sun et al., NeurIPS 2019 (hybrid
+    8-bit floating point). Raises ValueError where no batch norm keeps statistics.
+    """
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    if not norms:
+        raise ValueError(f"{type(net).__name__} has no batch-norm statistics to estimate again")
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    n_images = 0
+    for images in batches:
+        n_images += len(images)
+        for norm in norms:
+            norm.momentum = len(images) / n_images  # a mean over all, not a moving one
+        net(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()

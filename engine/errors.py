@@ -1,0 +1,44 @@
+"""Errors that end a script with one line for the user, and which exit code they end it with."""
+
+
+class ReportedError(Exception):
+    """An error whose message is one line that says what is wrong and what would be right.
+
+    Attributes:
+        exit_code: what the script ends with.
+        reported_by: which process prints it: "rank 0" where all of them raise it, "local rank 0"
+            where all of a node do, "every rank" where it is this process's own.
+    """
+
+    exit_code = 1
+    reported_by = "rank 0"
+
+
+class DataError(ReportedError):
+    """A data set is missing, corrupt or could not be fetched."""
+
+    reported_by = "local rank 0"
+
+
+class FileError(ReportedError):
+    """A file is not what it should be, or cannot be used now."""
+
+
+class NetworkError(ReportedError):
+    """A network cannot do what the flags ask for."""
+
+
+class NotFiniteError(ReportedError):
+    """A loss, penalty or gradient became NaN or infinite; the message says which and when."""
+
+
+class SetupError(ReportedError):
+    """The run cannot be divided among these processes; the message says what would work."""
+
+    exit_code = 2
+
+
+class PeerLostError(ReportedError):
+    """Another process of the run has ended, or did not answer in time."""
+
+    reported_by = "every rank"

@@ -1,0 +1,53 @@
+"""The one evaluation: loss, accuracy and penalty over a data set, in evaluation mode."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from engine import distributed
+from engine.batch_norm import folded_weights
+from engine.gradients import first_order, loss_change, needs_double_backward
+from engine.hardware import autocast
+from engine.layers import penalized_weights
+from engine.loader import Loader
+
+
+def evaluate(
+    net: nn.Module,
+    criterion: nn.Module,
+    loader: Loader,
+    dtype: torch.dtype = torch.float32,
+    regularizer: nn.Module | None = None,
+) -> dict[str, float]:
+    """Return the mean "loss", the "accuracy" and, under its name, the mean penalty over the loader.
+
+    `dtype` is that of the convolutions. A penalty of gradients costs one first-order pass a batch;
+    no second-order graph is made. Random numbers that a regularizer draws are a pure function of
+    the batch. With N processes each takes every N-th batch.
+    """
+    net.eval()
+    inputs = regularizer.inputs if regularizer else ()
+    totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    for i, (x, y) in enumerate(loader.batches(0, start=rank, step=world_size)):
+        torch.manual_seed(rank + i * world_size)
+        if needs_double_backward(regularizer):
+            result = first_order(net, criterion, inputs, x, y, dtype)
+            loss, n_correct, tensors = result.loss, result.n_correct, result.tensors
+        else:
+            with torch.inference_mode(), autocast(x.device, dtype):
+                logits, _ = net(x)
+                loss, n_correct = criterion(logits, y), (logits.argmax(dim=1) == y).sum()
+            tensors = {"weights": penalized_weights(net)}
+        penalty = torch.zeros_like(loss)
+        if regularizer:
+            change = partial(loss_change, net, criterion, x, y, dtype, loss, ())
+            folded = folded_weights(net) if "folded_weights" in inputs else []
+            available = {**tensors, "loss_change": change, "folded_weights": folded}
+            with torch.no_grad():
+                penalty = regularizer(*(available[name] for name in inputs))
+        totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty])
+    means = (distributed.all_reduce_sum(totals) / loader.n_images).tolist()
+    names = ["loss", "accuracy", *([regularizer.name] if regularizer else [])]
+    return dict(zip(names, means, strict=False))

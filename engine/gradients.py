@@ -1,0 +1,177 @@
+"""The gradient of loss plus penalty, exactly, where the penalty may itself contain gradients.
+
+With several processes each has a share of the batch, and the gradient is that of the whole batch:
+first-order gradients are summed over the ranks before the penalty sees them, the second backward
+pass starts from the direction of the whole batch, and its result is summed once more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+from torch.func import functional_call
+
+from engine import distributed
+from engine.batch_norm import folded_weights
+from engine.hardware import autocast
+from engine.layers import penalized_weights, trainable_parameters
+
+
+def needs_double_backward(regularizer: nn.Module | None) -> bool:
+    """Tell whether the penalty is a function of gradients."""
+    return regularizer is not None and not {"w_grads", "a_grads"}.isdisjoint(regularizer.inputs)
+
+
+@dataclass
+class FirstOrderResult:
+    """What a forward and a backward pass give.
+
+    Where the batch is shared out to several processes, all of it is this rank's contribution:
+    the sum over the ranks is meant.
+    """
+
+    loss: Tensor  # scalar, contribution to the mean over the batch
+    n_correct: Tensor  # scalar
+    grads: Sequence[Tensor]  # ∂loss/∂p of every trainable parameter p
+    tensors: dict[str, list[Tensor]]  # those of the regularizer's inputs that are lists
+
+
+def first_order(
+    net: nn.Module,
+    criterion: nn.Module,
+    inputs: Sequence[str],
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    create_graph: bool = False,
+) -> FirstOrderResult:
+    """Differentiate the loss of images x (B, 3, H, W) with labels y (B,) once."""
+    with autocast(x.device, dtype):
+        logits, activations = net(x)
+        loss = distributed.to_global_mean(criterion(logits, y), len(x))
+    params, weights = [*trainable_parameters(net).values()], penalized_weights(net)
+    targets = params + (list(activations) if "a_grads" in inputs else [])
+    grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
+    grad_of = dict(zip(params, grads, strict=False))
+    available = {
+        "weights": weights,
+        "w_grads": [grad_of[w] for w in weights],
+        "a_grads": list(grads[len(params) :]),
+    }
+    n_correct = (logits.detach().argmax(dim=1) == y).sum()
+    tensors = {name: available[name] for name in available if name in inputs}
+    return FirstOrderResult(loss.detach(), n_correct, grads[: len(params)], tensors)
+
+
+def loss_change(
+    net: nn.Module,
+    criterion: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    loss: Tensor,
+    grads: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+) -> Tensor:
+    """Return L(W + Δ) − L(W) for a Δ_l of each penalized weight, on the same images.
+
+    `loss` is L(W) and `grads` its derivatives, both of the whole batch, from the first-order pass.
+    L(W + Δ) is one more forward pass, differentiable in Δ and the parameters. In training mode it
+    normalizes by its own batch statistics; the real running statistics stay unchanged.
+    """
+    name_of = {p: name for name, p in net.named_parameters()}
+    perturbed_params = dict(net.named_parameters())
+    for w, delta in zip(penalized_weights(net), deltas, strict=True):
+        perturbed_params[name_of[w]] = w + delta
+    names, tensors = zip(*perturbed_params.items(), strict=True)
+    perturbed_params = dict(zip(names, distributed.copy_to_ranks(*tensors), strict=True))
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    with autocast(x.device, dtype):
+        logits, _ = functional_call(net, {**buffers, **perturbed_params}, (x,))
+        perturbed_loss = distributed.reduce_from_ranks(
+            distributed.to_global_mean(criterion(logits, y), len(x))
+        )
+    # L(W) with the derivatives that are known already: each term has value 0 and derivative g
+    params = trainable_parameters(net).values()
+    zeros = [(g.detach() * (p - p.detach())).sum() for p, g in zip(params, grads, strict=False)]
+    linearized_loss = loss + sum(zeros)
+    return perturbed_loss - linearized_loss
+
+
+def compute_gradients(
+    net: nn.Module,
+    criterion: nn.Module,
+    regularizer: nn.Module | None,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype = torch.float32,
+    penalty_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Set the .grad of every trainable parameter to ∇L + ∇R; return L, R and the number correct.
+
+    x are images (B, 3, H, W), y labels (B,); L is the mean loss, and R is `penalty_scale` times the
+    regularizer. R is a function of tensors t (weights, gradients) that are functions of the
+    parameters p, so ∇R = Σ_t ∂R/∂t · ∂t/∂p, and, through loss_change and folded weights, of p
+    itself. The directions ∂R/∂t are taken on detached copies, which is cheap; for gradients, one
+    vector-Jacobian product through the graph of the first-order pass carries them to the
+    parameters. Batch norms are folded with the running statistics from before this batch.
+    """
+    inputs = regularizer.inputs if regularizer else ()
+    params = [*trainable_parameters(net).values()]
+    folded = folded_weights(net) if "folded_weights" in inputs else []
+    with distributed.overlapped_grad_all_reduce(params) as sum_grads:
+        first = first_order(
+            net, criterion, inputs, x, y, dtype, create_graph=needs_double_backward(regularizer)
+        )
+        grads = sum_grads(first.grads)
+    loss, n_correct = distributed.batch_sum(torch.stack([first.loss, first.n_correct])).unbind()
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    if regularizer is None:
+        return loss, torch.zeros_like(loss), n_correct
+
+    values = dict(first.tensors)  # of the whole batch: what the regularizer is evaluated at
+    if "w_grads" in values:
+        values["w_grads"] = [w.grad for w in penalized_weights(net)]
+    copies = {name: [t.detach().requires_grad_() for t in ts] for name, ts in values.items()}
+    available = {
+        **copies,
+        "loss_change": partial(loss_change, net, criterion, x, y, dtype, loss, grads),
+        "folded_weights": folded,
+    }
+    if "a_grads" in copies:
+        available["a_grads"] = distributed.whole_batch(copies["a_grads"])
+    penalty = penalty_scale * regularizer(*(available[name] for name in inputs))
+    _add_penalty_gradients(params, penalty, first.tensors, copies)
+    return loss, penalty.detach(), n_correct
+
+
+def _add_penalty_gradients(
+    params: Sequence[Tensor],
+    penalty: Tensor,
+    tensors: dict[str, list[Tensor]],
+    copies: dict[str, list[Tensor]],
+) -> None:
+    """Add ∂penalty/∂p to the .grad of every parameter p.
+
+    The penalty was computed from `copies`; `tensors` are the same with their graphs.
+    """
+    sources, leaves = sum(tensors.values(), []), sum(copies.values(), [])
+    directions = grad(penalty, [*leaves, *params], allow_unused=True)
+    vjp_pairs = []
+    for t, direction in zip([*sources, *params], directions, strict=True):
+        if t.requires_grad and direction is not None:
+            if t.is_leaf:  # a parameter
+                t.grad = t.grad + direction
+            else:
+                vjp_pairs.append((t, direction))
+    if vjp_pairs:
+        with distributed.overlapped_grad_all_reduce(params) as sum_grads:
+            outputs, directions = zip(*vjp_pairs, strict=True)
+            penalty_grads = sum_grads(grad(outputs, params, directions, allow_unused=True))
+        for p, g in zip(params, penalty_grads, strict=True):
+            if g is not None:
+                p.grad = p.grad + g

@@ -1,0 +1,64 @@
+"""Stopping on a signal: at once, or after the batch with a checkpoint."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Self
+
+STOP_SIGNALS = [  # Windows has no SIGHUP
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
+
+
+class StoppedBySignal(SystemExit):
+    """The run was asked to stop by a signal. Exits with 128 + signal."""
+
+
+class GracefulShutdown:
+    """Context manager in which a stop signal raises StoppedBySignal: at once, or when deferred.
+
+    `signal` is the number of the last signal that came, None before.
+    """
+
+    signal: int | None = None
+    deferring = False
+
+    def __enter__(self) -> Self:
+        """Take over the stop signals, except ignored ones, as under nohup."""
+        self._handlers_before = {
+            number: signal.signal(number, self._on_signal)
+            for number in STOP_SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the handlers that were there before."""
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Context manager in which a signal only sets `signal`; a second SIGINT stops at once."""
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+        self.raise_if_requested()
+
+    def raise_if_requested(self) -> None:
+        """Raise StoppedBySignal if a signal came."""
+        if self.signal:
+            raise StoppedBySignal(128 + self.signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if not self.deferring:
+            raise StoppedBySignal(128 + number)
+        with suppress(OSError):  # the terminal may be what is gone
+            os.write(2, b"\nfinishing this batch and writing a checkpoint; Ctrl-C stops at once\n")
