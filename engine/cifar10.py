@@ -4,7 +4,6 @@ Whatever the source, every file's MD5 sum is compared with the official one befo
 is parsed.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -81,7 +81,7 @@ def find_or_fetch(data_dir: str) -> Arrays:
 
 
 def _from_disk(root: Path, tried: list[str]) -> Arrays | None:
-    """Return the data of the first whole folder in `root`, or add to `tried` what is wrong."""
+    """Return the data of the first whole folder in `root`, or append to `tried` what is wrong."""
     for name in MD5S:
         if not (root / name).exists():
             tried.append(f"{root / name}: not there")
@@ -116,7 +116,7 @@ def _read(folder: Path) -> Arrays:
 
 
 def _fetch(root: Path, tried: list[str]) -> Arrays | None:
-    """Try the sources in turn, each in a temporary folder; move in the first that is whole."""
+    """Try the sources in turn, each in a temporary folder; install the first whole result."""
     with _temporary_folder(root) as folder:
         data = _from_disk(root, [])  # another process may have fetched it while we waited
         if data is not None:
@@ -138,32 +138,35 @@ def _fetch(root: Path, tried: list[str]) -> Arrays | None:
 
 @contextmanager
 def _temporary_folder(root: Path) -> Iterator[Path]:
-    """Yield an empty folder inside `root` that is gone afterwards, whatever happens.
+    """Context manager that yields an empty folder inside `root` and removes it afterwards.
 
-    One process at a time holds it. The kernel frees the lock of a process that dies, so what lies
-    about once we have the lock was left by dead ones.
+    One process at a time has it. The system frees the lock of a process that dies, so folders that
+    are still there once we hold the lock were left by dead processes.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"CIFAR-10: waiting for another process that is fetching it to {root}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tqdm.write(f"CIFAR-10: waiting for another process that is fetching it to {root}")
+        lock.acquire()
+    try:
         for stale in root.glob(".fetching-*"):
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root) as folder:
             yield Path(folder)
+    finally:
+        lock.release()
 
 
 def _install(fetched: Path, root: Path) -> None:
-    """Rename `fetched` into `root`; a corrupt folder of that name is kept under another one."""
+    """Rename `fetched` into `root`; a corrupt folder of that name is kept under another name."""
     target, number = root / fetched.name, 1
     if os.path.lexists(target):
-        while os.path.lexists(aside := root / f"{target.name}.corrupt-{number}"):
+        while os.path.lexists(backup := root / f"{target.name}.corrupt-{number}"):
             number += 1
-        target.rename(aside)
-        tqdm.write(f"CIFAR-10: the corrupt {target} is kept as {aside}")
+        target.rename(backup)
+        tqdm.write(f"CIFAR-10: the corrupt {target} is kept as {backup}")
     fetched.rename(target)
     tqdm.write(f"CIFAR-10: checked and moved to {target}")
 
@@ -203,7 +206,7 @@ def _with_npm(folder: Path) -> Path:
 
 
 def _npm_pack(folder: Path) -> None:
-    """Run `npm pack` in `folder`; nothing of it is left running, however we leave."""
+    """Run `npm pack` in `folder`; no process of it is left running, whatever happens."""
     npm = shutil.which("npm")
     if npm is None:
         raise DataError("npm is not installed")
@@ -223,11 +226,19 @@ def _npm_pack(folder: Path) -> None:
             raise DataError(f"npm took more than {NPM_TIMEOUT:.0f} s")
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill_with_children(process)
     if process.returncode != 0:
-        said = log.read_text(errors="replace").strip()[-2000:]
-        raise DataError(f"npm ended with exit code {process.returncode} and said:\n{said}")
+        message = log.read_text(errors="replace").strip()[-2000:]
+        raise DataError(f"npm ended with exit code {process.returncode}:\n{message}")
+
+
+def _kill_with_children(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session of its own; on Windows, which has none, it alone."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
 
 
 def _checked_members(tar: tarfile.TarFile, folder: Path) -> dict[str, tarfile.TarInfo]:

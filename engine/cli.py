@@ -4,6 +4,7 @@
 """
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,9 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse the command line and record `explicit_flags`."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a console without λ shows its code
+                stream.reconfigure(errors="backslashreplace")
         words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)}
         self.explicit_flags = {a.dest for a in self._actions if words & set(a.option_strings)}
         return super().parse_args(args, namespace)

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import os
 import pickle
 import sys
@@ -138,10 +139,19 @@ def save_weights(net: nn.Module, path: Path) -> None:
 
 
 def save_json(value: object, path: Path) -> None:
-    """Write value as readable JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Write value as readable JSON; numbers that are not finite, which JSON lacks, become null."""
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a file name need not be Unicode
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -209,5 +219,5 @@ def backup_existing(names: Sequence[tuple[Path, str]]) -> None:
     for name, s in present:
         os.replace(f"{name}{s}", f"{name}_old{n}{s}")
     first = present[0][0]
-    hint = "; --resume goes on with a run" if (first, ".ckpt") in present else ""
+    hint = "; --resume continues a run" if (first, ".ckpt") in present else ""
     print(f"{first}: the files of an earlier run are kept as {first}_old{n}{hint}", file=sys.stderr)

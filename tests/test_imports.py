@@ -29,3 +29,40 @@ def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
     done = fork_server.call(import_alone, module, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def train_without_posix(modules, script, *argv):
+    """Import everything and run a script as if on a system that lacks what only POSIX has."""
+    import os
+    import signal
+
+    for name in POSIX_ONLY:
+        sys.modules[name] = None  # `import name` is then an ImportError
+    for owner, name in ((signal, "SIGHUP"), (os, "killpg"), (os, "pathconf"), (os, "setsid")):
+        delattr(owner, name)
+    for module in modules:
+        importlib.import_module(module)
+    importlib.import_module(script).main(list(argv))
+
+
+def test_everything_imports_and_trains_without_what_only_posix_has(tmp_path):
+    flags = [
+        "--dataset",
+        "Synthetic",
+        "--train_subset",
+        "64",
+        "--batch_size",
+        "32",
+        "--n_epochs",
+        "1",
+        "--regularizer",
+        "L2Grad",
+        "--no-compile",
+        "--device",
+        "cpu",
+        "--run_name",
+        "r",
+    ]
+    done = fork_server.call(train_without_posix, MODULES, "train", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {"r.pt", "r.json", "r.ckpt"} <= {path.name for path in tmp_path.iterdir()}
