@@ -160,6 +160,22 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(content, tmp_path
     assert "\n" not in str(refused.value)
 
 
+def test_a_signal_in_the_last_batches_of_an_epoch_keeps_its_checkpoint(monkeypatch):
+    """On several processes, which compare signals only now and then."""
+    saved = []
+    monkeypatch.setattr(checkpoints.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints.distributed, "all_reduce_max", lambda n: n)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda c, p: saved.append(p))
+    shutdown = GracefulShutdown()
+    saver = Checkpointer(Path("c"), dict, every=5, minutes=1e9, shutdown=shutdown)
+    shutdown.signal = signal.SIGTERM
+    saver.after_batch()
+    assert not saved
+    with pytest.raises(StoppedBySignal):
+        saver.after_epoch(1, is_last=False)
+    assert len(saved) == 1
+
+
 def test_checkpoints_come_when_they_are_due(monkeypatch):
     saved, clock = [], [0.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])

@@ -24,7 +24,7 @@ import train
 from engine import checkpoints, distributed, train_state
 from engine.errors import SetupError
 from engine.loader import Loader
-from regularizers import CombinedReg, make_regularizer
+from regularizers import CombinedReg, Regularizer, make_regularizer
 
 
 def combined():
@@ -34,7 +34,18 @@ def combined():
     )
 
 
+class WholeBatch(Regularizer):
+    """A regularizer of one's own: no sum over images, and nothing about processes in it."""
+
+    name, inputs = "WholeBatch", ("a_grads", "w_grads")
+
+    def forward(self, a_grads, w_grads):
+        total = sum(torch.logsumexp(g.flatten(), 0) / len(g) for g in a_grads)
+        return self.lmbda * (total + w_grads[0].abs().amax())
+
+
 REGULARIZERS = {
+    "one's own": lambda: CombinedReg(WholeBatch(0.5), make_regularizer("L2Grad", 0.3)),
     "none": lambda: None,
     "combined": combined,
     **{

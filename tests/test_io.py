@@ -30,6 +30,13 @@ def test_saved_weights_are_plain_and_contiguous(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
 
 
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    path = tmp_path / "a.json"
+    save_json({"loss": [float("nan"), 1.5, (float("inf"),)], "text": "NaN"}, path)
+    assert json.loads(path.read_text()) == {"loss": [None, 1.5, [None]], "text": "NaN"}
+    assert "Infinity" not in path.read_text()
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
     save_json({"old": "ü"}, path)

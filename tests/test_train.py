@@ -233,6 +233,31 @@ def test_strength_is_a_factor_of_the_penalty(problem):
     torch.testing.assert_close((penalty, net.conv1.weight.grad), (expected, gradient))
 
 
+def test_frozen_parameters_are_constants_and_not_penalized(problem):
+    torch.manual_seed(0)
+    net, plain = [reference.SmoothNet(num_classes=10).double() for _ in range(2)]
+    plain.load_state_dict(net.state_dict())
+    net.conv1.weight.requires_grad_(False)
+    net.norm1.bias.requires_grad_(False)
+    _, penalty, _ = compute_gradients(net, CE, LPGrad(0.3, 2), *problem)
+    assert net.conv1.weight.grad is None and net.norm1.bias.grad is None
+    loss = CE(plain(problem[0])[0], problem[1])
+    frozen_norm = torch.autograd.grad(loss, plain.conv1.weight)[0].norm()
+    _, whole, _ = compute_gradients(plain, CE, LPGrad(0.3, 2), *problem)
+    torch.testing.assert_close(penalty, whole - 0.3 * frozen_norm)
+
+
+@pytest.mark.parametrize("name", ["L2Grad", "StepL1Grad", "with VarianceNorm"])
+def test_a_network_with_frozen_parameters_trains(name):
+    torch.manual_seed(0)
+    net = reference.SmoothNet(num_classes=10)
+    net.conv1.weight.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    small_fit([Phase(0, {**CASES, **NOISES}[name])], 1, net)
+    assert torch.equal(net.conv1.weight, before["conv1.weight"])
+    assert not torch.equal(net.conv2.weight, before["conv2.weight"])
+
+
 class Plain(nn.Module):
     """PyTorch's modules alone: under autocast its logits are bfloat16."""
 
@@ -289,7 +314,8 @@ def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
         ),
         Loader(dataset.test_images[:40], dataset.test_labels[:40], 32, **common),
     ]
-    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=5e-4)
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr, 0.9, weight_decay=5e-4)
     scheduler = utils.make_scheduler("exponential", optimizer, 0.5, "default", n_epochs)
     state = TrainState(net, optimizer, scheduler)
     return net, fit(state, *loaders, phases, FitConfig(n_epochs, **kwargs))
