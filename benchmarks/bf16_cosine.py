@@ -7,9 +7,9 @@ of 128 training images: the median and the least over the batches. For a fresh n
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import _root  # noqa: F401
 import torch
 from torch import nn
 
@@ -20,8 +20,6 @@ from engine.gradients import compute_gradients
 from engine.io import load_weights
 from engine.loader import Loader
 from regularizers import make_regularizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 PENALTIES = ("none", "L1Grad", "L2Grad")
 

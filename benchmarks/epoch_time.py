@@ -9,25 +9,18 @@ batch. They alternate; the ratio is the median over the rounds. The last line is
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
+import _root  # noqa: F401
 import torch
 from torch import nn
 
-import train  # noqa: E402
-import utils  # noqa: E402
-from engine import (
-    hardware,  # noqa: E402
-    layers,  # noqa: E402
-    train_state,  # noqa: E402
-)
-from engine.gradients import compute_gradients  # noqa: E402
-from engine.loader import Loader  # noqa: E402
-from regularizers import make_regularizer  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import train
+import utils
+from engine import hardware, layers, train_state
+from engine.gradients import compute_gradients
+from engine.loader import Loader
+from regularizers import make_regularizer
 
 BATCH = 128
 

@@ -10,18 +10,16 @@ line is one JSON object: `speedup`, `max_breakpoint_difference` (in σ) and `err
 """
 
 import json
-import sys
 import time
-from pathlib import Path
 
+import _root  # noqa: F401
 import numpy as np
 import torch
 from scipy.stats import norm
 from torch import nn
 from torchvision.models import resnet50
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import quant_utils as qu  # noqa: E402
+import quant_utils as qu
 
 N_BITS, ROUNDS = 4, 6
 

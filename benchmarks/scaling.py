@@ -15,25 +15,18 @@ import multiprocessing
 import os
 import socket
 import statistics
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
+import _root  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import utils  # noqa: E402
-from engine import (
-    distributed,  # noqa: E402
-    hardware,  # noqa: E402
-    layers,  # noqa: E402
-)
-from engine.gradients import compute_gradients  # noqa: E402
-from regularizers import make_regularizer  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import utils
+from engine import distributed, hardware, layers
+from engine.gradients import compute_gradients
+from regularizers import make_regularizer
 
 BATCH, ROWS = 128, ("none", "L2Grad")
 

@@ -15,25 +15,20 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _root  # noqa: F401
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import models  # noqa: E402
-import utils  # noqa: E402
-from engine import (
-    hardware,  # noqa: E402
-    layers,  # noqa: E402
-)
-from engine.gradients import compute_gradients, needs_double_backward  # noqa: E402
-from regularizers import Regularizer, make_regularizer  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import models
+import utils
+from engine import hardware, layers
+from engine.gradients import compute_gradients, needs_double_backward
+from regularizers import Regularizer, make_regularizer
 
 ROWS = {
     "none": ("none", {}),

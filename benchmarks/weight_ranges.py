@@ -6,16 +6,15 @@ of W, as a layer before a batch norm is. The last line of a file is the geometri
 """
 
 import statistics
-import sys
 from pathlib import Path
+
+import _root  # noqa: F401
 
 import quant_utils as qu
 from engine import batch_norm, cli, layers
 from engine.io import FileError, load_weights
 from models import MODELS
 from quant_inference import bit_width
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def main() -> None:

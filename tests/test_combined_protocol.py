@@ -3,7 +3,7 @@ import torch
 
 import combined_protocol
 import train
-from combined_protocol import make_parser, parse_phase, protocol
+from combined_protocol import make_parser, parse_phase, published_protocol
 from regularizers import LPGrad, VarianceNorm
 
 
@@ -15,7 +15,7 @@ def test_the_default_is_the_published_protocol():
         0.15,
         "fixed",
     )
-    nothing, variance, both = [parse_phase(text) for text in protocol(args)]
+    nothing, variance, both = [parse_phase(text) for text in published_protocol(args)]
     assert (nothing.start, nothing.regularizer) == (0, None)
     assert (variance.start, variance.regularizer.name, variance.regularizer.lmbda) == (
         70,
@@ -45,9 +45,15 @@ def test_flags_change_the_protocol():
             "--activation_gradients",
         ]
     )
-    assert protocol(args) == ["0:none", "3:VarianceNorm=2.0", "5:VarianceNorm=2.0+L1Grad=0.5"]
+    assert published_protocol(args) == [
+        "0:none",
+        "3:VarianceNorm=2.0",
+        "5:VarianceNorm=2.0+L1Grad=0.5",
+    ]
     args.first_variance_epoch = 0
-    assert protocol(args)[0] == "0:VarianceNorm=2.0" and len(protocol(args)) == 2
+    assert (
+        published_protocol(args)[0] == "0:VarianceNorm=2.0" and len(published_protocol(args)) == 2
+    )
 
 
 def test_any_list_of_phases(monkeypatch):
