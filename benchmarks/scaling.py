@@ -64,10 +64,7 @@ class Meter:
 
 
 def serve(pipe, rank: int, n: int, port: int) -> None:
-    """Be that rank of n, and answer (row, dtype, steps) with the seconds and the meter's counts.
-
-    In float64 the answer is the weights.
-    """
+    """Be that rank of n: answer each (regularizer, exact, steps) with what `measure` returns."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -79,47 +76,40 @@ def serve(pipe, rank: int, n: int, port: int) -> None:
     }
     hardware.tune_glibc_malloc()
     meter = Meter()
-    fast = hardware.resolve_precision("auto", "cpu")
     with distributed.process_group("cpu"):
         while request := pipe.recv():
-            row, exact, steps = request
-            layers.set_compile(not exact)
-            torch.manual_seed(0)
-            net = utils.make_net("ConvNet", 10, "cpu")
-            x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-            x = x.contiguous(memory_format=torch.channels_last)
-            if exact:
-                net, x = net.double(), x.double()
-            optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9)
-            regularizer, criterion = make_regularizer(row, 0.01), nn.CrossEntropyLoss()
-            share = slice(BATCH * rank // n, BATCH * (rank + 1) // n)
+            pipe.send(measure(meter, rank, n, *request))
 
-            def step(
-                net=net,
-                x=x[share],
-                y=y[share],
-                optimizer=optimizer,
-                reg=regularizer,
-                criterion=criterion,
-                dtype=torch.float64 if exact else fast,
-            ):
-                with distributed.sharded(BATCH):
-                    compute_gradients(net, criterion, reg, x, y, dtype)
-                optimizer.step()
 
-            if not exact:
-                step()
-            meter.clear()
-            began = time.perf_counter()
-            for _ in range(steps):
-                step()
-            seconds = (time.perf_counter() - began) / steps
-            if exact:
-                pipe.send({key: t.clone() for key, t in net.state_dict().items()})
-            else:
-                pipe.send(
-                    (seconds, meter.messages / steps, meter.bytes / steps, meter.seconds / steps)
-                )
+def measure(meter: Meter, rank: int, n: int, name: str, exact: bool, steps: int):
+    """Return the seconds of a step and the meter's counts; if `exact`, in float64, the weights."""
+    layers.set_compile(not exact)
+    torch.manual_seed(0)
+    net = utils.make_net("ConvNet", 10, "cpu")
+    x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    x = x.contiguous(memory_format=torch.channels_last)
+    if exact:
+        net, x = net.double(), x.double()
+    dtype = torch.float64 if exact else hardware.resolve_precision("auto", "cpu")
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9)
+    regularizer, criterion = make_regularizer(name, 0.01), nn.CrossEntropyLoss()
+    share = slice(*distributed.share_bounds(BATCH, rank, n))
+
+    def step() -> None:
+        with distributed.sharded(BATCH):
+            compute_gradients(net, criterion, regularizer, x[share], y[share], dtype)
+        optimizer.step()
+
+    if not exact:
+        step()  # compiles
+    meter.clear()
+    started_at = time.perf_counter()
+    for _ in range(steps):
+        step()
+    seconds = (time.perf_counter() - started_at) / steps
+    if exact:
+        return {key: t.clone() for key, t in net.state_dict().items()}
+    return seconds, meter.messages / steps, meter.bytes / steps, meter.seconds / steps
 
 
 def start(n: int) -> list:
