@@ -250,18 +250,18 @@ def check_options(parser: Parser, args: argparse.Namespace, names: Iterable[str]
 
     Nor one that is tracked.
     """
-    known = regularizer_options()
+    declared = regularizer_options()
     options = regularizer_options_from(args)
     for option in options:
-        candidates = [*names, *(args.track if known[option].tracked else ())]
+        candidates = [*names, *(args.track if declared[option].tracked else ())]
         if not any(option in accepted_options(name, options) for name in candidates):
             parser.error(f"--{option}: {', '.join(candidates)} does not take it")
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
     """Make the regularizers that --track names; ValueError for an option with a bad value."""
-    known = regularizer_options()
-    options = {k: v for k, v in regularizer_options_from(args).items() if known[k].tracked}
+    declared = regularizer_options()
+    options = {k: v for k, v in regularizer_options_from(args).items() if declared[k].tracked}
     return [make_regularizer(name, 1.0, **accepted_options(name, options)) for name in args.track]
 
 

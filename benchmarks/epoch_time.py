@@ -60,11 +60,11 @@ def make_work(regularizer: str, batches: int, device: str) -> tuple:
 
 def seconds(work) -> float:
     """Time one call, the device's work included."""
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - started_at
 
 
 def main() -> None:

@@ -46,11 +46,11 @@ class Meter:
 
     def _timed(self, call):
         def timed(*arguments, **options):
-            began = time.perf_counter()
+            started_at = time.perf_counter()
             try:
                 return call(*arguments, **options)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds += time.perf_counter() - started_at
 
         return timed
 

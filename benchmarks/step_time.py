@@ -57,13 +57,13 @@ def plain_step(
     """Do a training step by plain autograd."""
     logits, activations = net(x)
     loss = nn.functional.cross_entropy(logits, labels)
-    weights, fed = layers.penalized_weights(net), {}
+    weights, inputs_by_name = layers.penalized_weights(net), {}
     if reg and needs_double_backward(reg):
-        wanted = weights + (activations if "a_grads" in reg.inputs else [])
-        grads = torch.autograd.grad(loss, wanted, create_graph=True)
-        fed = {"w_grads": grads[: len(weights)], "a_grads": grads[len(weights) :]}
+        inputs = weights + (activations if "a_grads" in reg.inputs else [])
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        inputs_by_name = {"w_grads": grads[: len(weights)], "a_grads": grads[len(weights) :]}
     if reg:
-        loss = loss + reg(*({"weights": weights, **fed}[name] for name in reg.inputs))
+        loss = loss + reg(*({"weights": weights, **inputs_by_name}[name] for name in reg.inputs))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -97,11 +97,11 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
 
 def milliseconds(step: Callable[[], object]) -> float:
     """Time one call, the device's work included."""
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     step()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * (time.perf_counter() - started_at)
 
 
 def peak_megabytes(step: Callable[[], None]) -> float:

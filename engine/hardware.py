@@ -12,8 +12,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 def default_device() -> str:
     """Return the name of the accelerator where there is one with float64, else "cpu"."""
     has_one = torch.accelerator.is_available()
-    found = torch.accelerator.current_accelerator() if has_one else None
-    return found.type if found and found.type != "mps" else "cpu"
+    device = torch.accelerator.current_accelerator() if has_one else None
+    return device.type if device and device.type != "mps" else "cpu"
 
 
 def parse_device(text: str) -> str:

@@ -101,11 +101,11 @@ class _ConvAdjoint(torch.autograd.Function):
     """(gx, gw), the adjoints of y = conv(x, w) at gy; bilinear in (gy, w) and (gy, x)."""
 
     @staticmethod
-    def forward(ctx, gy, x, w, geometry, wanted):
+    def forward(ctx, gy, x, w, geometry, output_mask):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gy, x, w)
         ctx.geometry = geometry
-        return _conv_adjoint(gy, x, w, geometry, wanted)
+        return _conv_adjoint(gy, x, w, geometry, output_mask)
 
     @staticmethod
     @_forbid_third_derivative
@@ -128,11 +128,11 @@ class _ConvAdjoint(torch.autograd.Function):
         return ggy, gx, gw, None, None
 
 
-def _conv_adjoint(gy, x, w, geometry, wanted):
+def _conv_adjoint(gy, x, w, geometry, output_mask):
     """Return (gx, gw) of conv(x, w) at gy, None where not wanted."""
     stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
-        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*wanted, False)
+        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*output_mask, False)
     )[:2]
 
 

@@ -56,16 +56,16 @@ def check_settings(
 ) -> None:
     """Print which of the settings differ from the checkpoint's; FileError where that matters."""
     validate_structure(checkpoint, {"settings": dict, "run_id": str, "seconds": float}, path)
-    now, then = vars(args), {**LEGACY_DEFAULTS, **checkpoint["settings"]}
-    for name, value in then.items():
+    current, saved = vars(args), {**LEGACY_DEFAULTS, **checkpoint["settings"]}
+    for name, value in saved.items():
         values = value if isinstance(value, list) else [value]
         validate_structure([name], [str], f"{path}: settings")
         validate_structure(values, [int | float | str | None], f"{path}: settings")
     if not (checkpoint["run_id"].isalnum() and math.isfinite(checkpoint["seconds"])):
         raise FileError(f"{path}: run_id or seconds is not what a run would have saved")
-    changed = sorted(name for name in names if (now[name] or None) != (then.get(name) or None))
+    changed = sorted(name for name in names if (current[name] or None) != (saved.get(name) or None))
     for name in changed:
-        print(f"--{name} is {now[name]!r}, was {then.get(name)!r} in {path}", file=sys.stderr)
+        print(f"--{name} is {current[name]!r}, was {saved.get(name)!r} in {path}", file=sys.stderr)
     matter = [f"--{name}" for name in changed if name not in MAY_CHANGE_ON_RESUME]
     if matter and not args.allow_changed_settings:
         raise FileError(

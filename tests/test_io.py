@@ -100,15 +100,15 @@ def test_code_in_a_file_is_never_run(form, tmp_path):
 
 
 def test_broken_files_are_refused_in_one_line(saved, tmp_path):
-    whole = saved.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
+    intact = saved.read_bytes()
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 1
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as z:
         z.writestr("hello.txt", "hello")
     cases = {
         "empty": b"",
-        "cut": whole[: len(whole) // 2],
+        "cut": intact[: len(intact) // 2],
         "flipped": bytes(flipped),
         "text": b"these are no weights",
         "zip": archive.getvalue(),

@@ -220,9 +220,13 @@ def test_combined_takes_lists_that_no_term_needs():
 def test_combined_with_noise_is_the_sum():
     weights, w_grads = tensors(0), tensors(1)
     both = CombinedReg(StepNoise(0.5), LPGrad(0.05, 2, only_weight_grads=True))
-    fed = {"weights": weights, "w_grads": w_grads, "loss_change": lambda deltas: torch.tensor(3.0)}
+    inputs_by_name = {
+        "weights": weights,
+        "w_grads": w_grads,
+        "loss_change": lambda deltas: torch.tensor(3.0),
+    }
     expected = reference.lp_grad(w_grads, [], 0.05, 2) + 1.5
-    torch.testing.assert_close(both(*(fed[name] for name in both.inputs)), expected)
+    torch.testing.assert_close(both(*(inputs_by_name[name] for name in both.inputs)), expected)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +297,11 @@ def test_options_go_to_those_that_take_them():
 
 
 def test_an_annotated_argument_is_an_option(monkeypatch):
-    takers = ("StepL1Grad", "StepL2Grad", "StepNoise")
+    names = ("StepL1Grad", "StepL2Grad", "StepNoise")
     found = regularizer_options()
     assert set(found) == {"fold_bn", "target_bits", "hold_step"}
     assert (found["target_bits"].kind, found["target_bits"].default) == (int, 4)
-    assert (found["hold_step"].kind, found["hold_step"].regularizer_names) == (bool, takers)
+    assert (found["hold_step"].kind, found["hold_step"].regularizer_names) == (bool, names)
     assert {name for name in found if not found[name].tracked} == {"fold_bn", "hold_step"}
 
     class MyNorm(Regularizer):
@@ -305,7 +309,7 @@ def test_an_annotated_argument_is_an_option(monkeypatch):
             super().__init__(lmbda)
 
     monkeypatch.setitem(REGULARIZERS, "MyNorm", MyNorm)
-    assert regularizer_options()["target_bits"].regularizer_names == (*takers, "MyNorm")
+    assert regularizer_options()["target_bits"].regularizer_names == (*names, "MyNorm")
 
 
 def test_a_new_regularizer_is_a_class_and_a_line(monkeypatch):

@@ -63,7 +63,7 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
-    done = subprocess.run(  # epochs of two batches
+    completed = subprocess.run(  # epochs of two batches
         [sys.executable, train.__file__, *map(str, flags)],
         cwd=tmp_path,
         text=True,
@@ -71,8 +71,8 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
         stdin=subprocess.DEVNULL,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    assert "wandb leet" in done.stdout and "wandb sync" in done.stdout
+    assert completed.returncode == 0, completed.stderr
+    assert "wandb leet" in completed.stdout and "wandb sync" in completed.stdout
     rows = logged_rows(tmp_path)
     epoch, _ = [row for row in rows if "train_loss" in row]
     assert {
@@ -92,14 +92,14 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
 
 
 def test_online_without_a_key_goes_on_offline(script, no_key):
-    done = script("train.py", *FAST, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
-    assert done.returncode == 0, done.stderr
-    assert "Weights & Biases, online:" in done.stderr and "saved" in done.stdout
+    completed = script("train.py", *FAST, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert completed.returncode == 0, completed.stderr
+    assert "Weights & Biases, online:" in completed.stderr and "saved" in completed.stdout
 
 
 def test_disabled_writes_nothing(script, tmp_path):
-    done = script("train.py", *FAST, WANDB_MODE="disabled")
-    assert done.returncode == 0 and not (tmp_path / "wandb").exists()
+    completed = script("train.py", *FAST, WANDB_MODE="disabled")
+    assert completed.returncode == 0 and not (tmp_path / "wandb").exists()
 
 
 class Broken:
@@ -124,11 +124,11 @@ def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, mon
     tracker.run = tracker.wandb = Broken(call)
     tracker.healthy, tracker.folder = True, tmp_path / "run-1-x"
     tracker.folder.mkdir()
-    began = time.monotonic()
+    started_at = time.monotonic()
     for epoch in range(9):
         tracker.log({"epoch": epoch})
     assert capsys.readouterr().err.count("Weights & Biases: ") == 1
-    assert f"wandb sync {tracker.folder}" in tracker.finish() and time.monotonic() - began < 5
+    assert f"wandb sync {tracker.folder}" in tracker.finish() and time.monotonic() - started_at < 5
 
 
 def test_the_environment_is_described():

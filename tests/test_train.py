@@ -63,13 +63,13 @@ def penalty_of(regularizer):
     """The regularizer as a function of everything it might be fed."""
 
     def call(weights, w_grads, a_grads):
-        given = {
+        available = {
             "weights": weights,
             "w_grads": w_grads,
             "a_grads": a_grads,
             "loss_change": lambda deltas: torch.zeros((), dtype=weights[0].dtype),
         }
-        return regularizer(*(given[name] for name in regularizer.inputs))
+        return regularizer(*(available[name] for name in regularizer.inputs))
 
     return call
 
@@ -100,11 +100,13 @@ def test_noise_costs_the_loss_change_at_other_weights(name, problem):
     torch.manual_seed(5)
     weights = reference.penalized_weights(plain)
     steps = [reference.step(w.detach() if name == "held" else w, 3) for w in weights]
-    moved = [w + s * (torch.rand_like(w) - 0.5) for w, s in zip(weights, steps, strict=True)]
+    perturbed = [w + s * (torch.rand_like(w) - 0.5) for w, s in zip(weights, steps, strict=True)]
     clean = CE(plain(x)[0], y)
     running = plain.norm1.running_mean.clone()
     names = ("conv1.weight", "conv2.weight", "linear.weight")
-    noisy = CE(torch.func.functional_call(plain, dict(zip(names, moved, strict=True)), (x,))[0], y)
+    noisy = CE(
+        torch.func.functional_call(plain, dict(zip(names, perturbed, strict=True)), (x,))[0], y
+    )
     (clean + 0.7 * (noisy - clean)).backward()
     torch.testing.assert_close((loss, penalty), (clean.detach(), 0.7 * (noisy - clean).detach()))
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
@@ -128,9 +130,9 @@ def test_the_range_of_folded_weights_moves_weights_and_batch_norm(beside, proble
     loss, penalty, _ = compute_gradients(net, CE, regularizer, *problem, penalty_scale=0.5)
 
     largest = sum(w.abs().max() for w in reference.folded_weights(plain))
-    rest = penalty_of(beside) if beside else lambda *fed: 0.0
+    rest = penalty_of(beside) if beside else lambda *lists: 0.0
     expected = reference.backward_twice(
-        plain, CE, lambda *fed: 0.5 * (0.7 * largest + rest(*fed)), *problem
+        plain, CE, lambda *lists: 0.5 * (0.7 * largest + rest(*lists)), *problem
     )
     torch.testing.assert_close((loss, penalty), expected)
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
@@ -168,8 +170,8 @@ def test_evaluated_noise_is_the_loss_change_without_a_trace_and_the_same_every_t
     with torch.no_grad():
         for w in reference.penalized_weights(net):
             w += reference.step(w, 4) * (torch.rand_like(w) - 0.5)
-    moved = evaluate(net, CE, loader)
-    assert values["StepNoise"] == pytest.approx(2 * (moved["loss"] - values["loss"]), rel=1e-4)
+    perturbed = evaluate(net, CE, loader)
+    assert values["StepNoise"] == pytest.approx(2 * (perturbed["loss"] - values["loss"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [*CASES, *NOISES])
@@ -243,8 +245,8 @@ def test_frozen_parameters_are_constants_and_not_penalized(problem):
     assert net.conv1.weight.grad is None and net.norm1.bias.grad is None
     loss = CE(plain(problem[0])[0], problem[1])
     frozen_norm = torch.autograd.grad(loss, plain.conv1.weight)[0].norm()
-    _, whole, _ = compute_gradients(plain, CE, LPGrad(0.3, 2), *problem)
-    torch.testing.assert_close(penalty, whole - 0.3 * frozen_norm)
+    _, unfrozen_penalty, _ = compute_gradients(plain, CE, LPGrad(0.3, 2), *problem)
+    torch.testing.assert_close(penalty, unfrozen_penalty - 0.3 * frozen_norm)
 
 
 @pytest.mark.parametrize("name", ["L2Grad", "StepL1Grad", "with VarianceNorm"])
@@ -548,8 +550,8 @@ def test_train_from_flags_to_saved_weights(script, tmp_path):
         0.01,
         *FAST,
     )
-    done = script("train.py", *flags)
-    assert done.returncode == 0, done.stderr
+    completed = script("train.py", *flags)
+    assert completed.returncode == 0, completed.stderr
     weights = torch.load(tmp_path / "r.pt", weights_only=True)
     before = torch.load(tmp_path / "r_preregul.pt", weights_only=True)
     utils.make_net("ConvNet", 10, "cpu").load_state_dict(weights)
@@ -559,7 +561,7 @@ def test_train_from_flags_to_saved_weights(script, tmp_path):
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert [("train_L2Grad" in entry) for entry in record["history"]] == [False, True]
     assert record["final_accuracy"] == record["history"][-1]["test_accuracy"]  # both in float32
-    assert len([line for line in done.stdout.splitlines() if line.startswith("epoch ")]) == 2
+    assert len([line for line in completed.stdout.splitlines() if line.startswith("epoch ")]) == 2
 
     again = script("train.py", *flags, "--save_file", "again.pt")
     assert again.returncode == 0, again.stderr
@@ -572,7 +574,7 @@ def test_train_from_flags_to_saved_weights(script, tmp_path):
 
 
 def test_combined_protocol_from_flags_to_saved_weights(script, tmp_path):
-    done = script(
+    completed = script(
         "combined_protocol.py",
         "--n_epochs",
         3,
@@ -586,7 +588,7 @@ def test_combined_protocol_from_flags_to_saved_weights(script, tmp_path):
         "c",
         *FAST,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     history = json.loads((tmp_path / "c.json").read_text())["history"]
     penalties = [
         [key for key in entry if key.startswith("train_") and "Norm" in key] for entry in history
@@ -649,12 +651,12 @@ def test_begin_where_another_run_is(script, tmp_path):
         2,
     )
     branch = script("train.py", "--run_name", "branch", "--init_from", "stem.ckpt", *late, *common)
-    whole = script("train.py", "--run_name", "whole", *late, *common, *tracked)
-    assert branch.returncode == whole.returncode == 0, branch.stderr + whole.stderr
+    uninterrupted = script("train.py", "--run_name", "uninterrupted", *late, *common, *tracked)
+    assert branch.returncode == uninterrupted.returncode == 0, branch.stderr + uninterrupted.stderr
     first = torch.load(tmp_path / "branch.pt", weights_only=True)
-    second = torch.load(tmp_path / "whole.pt", weights_only=True)
+    second = torch.load(tmp_path / "uninterrupted.pt", weights_only=True)
     assert all(torch.equal(first[key], second[key]) for key in first)
-    history = json.loads((tmp_path / "whole.json").read_text())["history"]
+    history = json.loads((tmp_path / "uninterrupted.json").read_text())["history"]
     names = {"track_VarianceNorm", "track_StepNoise", "track_L2Grad"}
     assert all(entry.keys() >= names for entry in history)
     weights = [w for w in second.values() if w.dim() in (2, 4)]
@@ -666,7 +668,7 @@ def test_begin_where_another_run_is(script, tmp_path):
     assert other.returncode == 1 and "--holdout, --lr" in other.stderr.splitlines()[-1]
     assert "Traceback" not in other.stderr
 
-    for flags, said in (
+    for flags, message in (
         (("--n_epochs", 2), "nothing to train"),
         ((*late, "--first_regularized_epoch", 1), "cannot begin at epoch 1"),
         ((*late, "--milestones", "halfway"), "(--milestones, --n_epochs)"),
@@ -674,7 +676,7 @@ def test_begin_where_another_run_is(script, tmp_path):
         ((*late, "--init_from", "stem.pt"), "stem.pt is not a checkpoint"),
     ):
         vain = script("train.py", "--run_name", "vain", "--init_from", "stem.ckpt", *common, *flags)
-        assert vain.returncode == 1 and said in vain.stderr.splitlines()[-1]
+        assert vain.returncode == 1 and message in vain.stderr.splitlines()[-1]
 
 
 def test_a_branch_has_no_part_of_an_epoch_before_it():
@@ -687,16 +689,16 @@ def test_a_branch_has_no_part_of_an_epoch_before_it():
 
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):
     args = train.make_parser().parse_args(["--dataset", "Synthetic", "--holdout", "100"])
-    whole, held = synthetic("", args.seed), utils.load_dataset(args)
-    assert torch.equal(held.test_images, whole.train_images[-100:])
-    assert torch.equal(held.train_images, whole.train_images[:-100])
+    everything, held = synthetic("", args.seed), utils.load_dataset(args)
+    assert torch.equal(held.test_images, everything.train_images[-100:])
+    assert torch.equal(held.train_images, everything.train_images[:-100])
     args.holdout = 2000
     with pytest.raises(DataError, match="--holdout 2000"):
         utils.load_dataset(args)
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"),
+    ("layers", "message"),
     [
         ([nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(3072, 10)], "no batch norm after a conv"),
         (
@@ -710,7 +712,9 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
         ),
     ],
 )
-def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch, capsys, tmp_path):
+def test_a_network_whose_batch_norms_cannot_be_folded(
+    layers, message, monkeypatch, capsys, tmp_path
+):
     class Net(nn.Sequential):
         def forward(self, x):
             return super().forward(x), []
@@ -733,13 +737,15 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch,
                 "--fold_bn",
             ]
         )
-    told = capsys.readouterr().err
-    assert refused.value.code == 1 and told.count("\n") == 1 and f"--fold_bn: {said}" in told
+    printed = capsys.readouterr().err
+    assert (
+        refused.value.code == 1 and printed.count("\n") == 1 and f"--fold_bn: {message}" in printed
+    )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--model", "Foo"], "ConvNet"),
         (["--dataset", "MNIST"], "CIFAR10, Synthetic"),
@@ -797,12 +803,12 @@ def test_a_network_whose_batch_norms_cannot_be_folded(layers, said, monkeypatch,
         (["--init_from", "no.ckpt"], "no.ckpt"),
     ],
 )
-def test_bad_flags_of_train(flags, said, capsys, tmp_path, monkeypatch):
+def test_bad_flags_of_train(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(train.main, flags, said, capsys)
+    assert_refused(train.main, flags, message, capsys)
 
 
-def assert_refused(main, flags, said, capsys):
+def assert_refused(main, flags, message, capsys):
     """Exit code 2, one line that names the value, and nothing written or fetched."""
     from pathlib import Path
 
@@ -810,11 +816,11 @@ def assert_refused(main, flags, said, capsys):
         main(flags)
     captured = capsys.readouterr()
     assert refused.value.code == 2 and captured.out == "" and not list(Path.cwd().iterdir())
-    assert captured.err.count("\n") == 1 and said in captured.err
+    assert captured.err.count("\n") == 1 and message in captured.err
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--n_epochs", "80"], "epoch 90"),
         (["--phases", "0:Foo=1"], "Foo"),
@@ -833,6 +839,6 @@ def assert_refused(main, flags, said, capsys):
         (["--gradient_lmbda", "nan"], "nan"),
     ],
 )
-def test_bad_flags_of_combined_protocol(flags, said, capsys, tmp_path, monkeypatch):
+def test_bad_flags_of_combined_protocol(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(combined_protocol.main, flags, said, capsys)
+    assert_refused(combined_protocol.main, flags, message, capsys)

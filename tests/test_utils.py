@@ -36,8 +36,8 @@ def test_multistep_multiplies_the_rate_at_the_milestones(name, n, expected):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    wanted = [0.1 ** sum(epoch >= m for m in expected) for epoch in range(n)]
-    assert rates == pytest.approx(wanted)
+    expected_rates = [0.1 ** sum(epoch >= m for m in expected) for epoch in range(n)]
+    assert rates == pytest.approx(expected_rates)
 
 
 @pytest.mark.parametrize("text", ["6,", "8,6", "6,6", "0,6", "-1", "6, 8", "late", "", "6;8"])

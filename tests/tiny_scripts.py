@@ -56,12 +56,12 @@ class TinyFused(nn.Module):
         return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
 
 
-whole = data.synthetic()
+dataset = data.synthetic()
 TINY = data.ImageDataset(
-    whole.train_images[:160, :, :8, :8].clone(),
-    whole.train_labels[:160],
-    whole.test_images[:64, :, :8, :8].clone(),
-    whole.test_labels[:64],
+    dataset.train_images[:160, :, :8, :8].clone(),
+    dataset.train_labels[:160],
+    dataset.test_images[:64, :, :8, :8].clone(),
+    dataset.test_labels[:64],
 )
 models.MODELS |= {"Tiny": Tiny, "TinyFused": TinyFused}
 data.DATASETS["Tiny"] = lambda data_dir, seed: TINY
@@ -84,7 +84,7 @@ FLAGS = [
 ]
 
 
-def break_write(number: int, how: str) -> None:
+def break_write(number: int, mode: str) -> None:
     """Break the number-th call that writes: it fails as on a full disk, or the process dies."""
     n_calls = 0
 
@@ -94,7 +94,7 @@ def break_write(number: int, how: str) -> None:
             n_calls += 1
             if n_calls == number:
                 os.write(2, b"the write breaks\n")
-            if n_calls == number and how == "fail":
+            if n_calls == number and mode == "fail":
                 raise kind(28, "No space left on device")
             if n_calls == number:
                 os.kill(os.getpid(), signal.SIGKILL)
