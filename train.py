@@ -7,6 +7,7 @@ a run. The step itself, ∇L + ∇R, is `engine.gradients.compute_gradients`.
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from data import ImageDataset
 from engine import distributed, layers
 from engine.batch_norm import check_folding, freeze_batch_norms
 from engine.checkpoints import Checkpointer
-from engine.cli import Parser, bounded_number, exit_codes, refuse_unused_flags
+from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
 from engine.environment import describe_environment
 from engine.errors import FileError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
@@ -227,13 +228,16 @@ class Run:
     started_at: float
     logger: WandbLogger
     checkpointer: Checkpointer | None = None
+    histogram_seconds: float = 0.0  # spent on --watch in this process
 
     def after_batch(self, progress: TrainProgress) -> None:
         """Log histograms and write a checkpoint where they are due."""
         n_batches = len(self.train_loader)
         n_done = progress.epoch * n_batches + progress.batch
         if self.args.watch and n_done % self.args.watch_freq == 0:
+            started_at = time.perf_counter()
             self.logger.log_histograms(self.state.net, progress.epoch + progress.batch / n_batches)
+            self.histogram_seconds += time.perf_counter() - started_at
         self.checkpointer.after_batch()
 
     def after_epoch(self, progress: TrainProgress) -> None:
@@ -253,6 +257,11 @@ class Run:
         with warn_on_error(f"{self.out}.json was not written, the training goes on"):
             tqdm.write(summary_line(entry, regularizer and regularizer.name))
             save_json({**self.record, "history": progress.history}, Path(f"{self.out}.json"))
+        if self.histogram_seconds and progress.epoch == 1:
+            tqdm.write(
+                f"histograms took {self.histogram_seconds:.1f} s of this epoch's "
+                f"{entry['epoch_seconds']:.1f} s: --watch_freq N logs them every N batches only"
+            )
         is_last = progress.epoch == self.config.n_epochs
         self.checkpointer.after_epoch(progress.epoch, is_last)
 
@@ -472,11 +481,24 @@ def summary_line(entry: dict[str, Any], penalty: str | None) -> str:
 # --- the script ------------------------------------------------------------------------------
 
 
-def validate_and_run(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
-    """Check what the flags say together, before anything is fetched or trained, and run."""
+def validate_and_run(
+    parser: Parser,
+    args: argparse.Namespace,
+    phases: Sequence[Phase],
+    epoch_flags: str,
+    requirements: Sequence[Requirement] = (),
+) -> None:
+    """Check what the flags say together, before anything is fetched or trained, and run.
+
+    `epoch_flags` are those that say when phases begin; `requirements` are those of the script's own
+    flags, for `warn_unused_flags`.
+    """
     out = output_path(parser, args)
+    phases = reachable_phases(parser, args, phases, epoch_flags)
+    warn_without_effect(parser, args, phases, requirements)
     phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
-    check_flags(parser, args, phases)
+    if args.init_from and not os.path.exists(args.init_from):
+        parser.error(f"--init_from: there is no file {args.init_from}")
     if args.save_preregularized_model:
         first = next(p for p in phases if p.regularizer)
         before = replace(first, save_as=Path(f"{out}_preregul.pt"))
@@ -501,6 +523,34 @@ def validate_and_run(parser: Parser, args: argparse.Namespace, phases: Sequence[
         run(args, phases, out, shutdown)
 
 
+def reachable_phases(
+    parser: Parser, args: argparse.Namespace, phases: Sequence[Phase], epoch_flags: str
+) -> list[Phase]:
+    """Return the phases that begin within the run; name later epochs in one warning line."""
+    late = [f"{epoch_flags} {p.start}" for p in phases if p.start >= args.n_epochs]
+    late += [f"--milestones {epoch}" for epoch in utils.late_milestones(args)]
+    if late and distributed.get_rank() == 0:
+        last = args.n_epochs - 1
+        print(
+            f"{parser.prog}: never reached, the last epoch is {last}: {', '.join(late)}",
+            file=sys.stderr,
+        )
+    return [p for p in phases if p.start < args.n_epochs]
+
+
+def warn_without_effect(
+    parser: Parser,
+    args: argparse.Namespace,
+    phases: Sequence[Phase],
+    requirements: Sequence[Requirement],
+) -> None:
+    """Print one warning line for flags that have no effect, and ignore them."""
+    regularized = [p for p in phases if p.regularizer]
+    names = [name for p in regularized for name in p.regularizer.name.split("+")]
+    common = utils.training_requirements(args, names)
+    warn_unused_flags(parser, args, [*requirements, *common])
+
+
 def output_path(parser: Parser, args: argparse.Namespace) -> Path:
     """Return the run's files without their suffix; end the program where that is no file name."""
     name = (args.save_file or args.run_name).removesuffix(".pt")
@@ -514,29 +564,6 @@ def output_path(parser: Parser, args: argparse.Namespace) -> Path:
     except UnicodeError as error:
         parser.error(str(error))
     return out
-
-
-def check_flags(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
-    """End the program where flags contradict each other or have no effect."""
-    has_regularizer = any(p.regularizer for p in phases)
-    requirements = (
-        ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
-        ("watch_freq", "--watch", args.watch),
-        ("allow_changed_settings", "--resume or --init_from", args.resume or args.init_from),
-        ("lmbda_warmup", "a regularizer", has_regularizer),
-    )
-    refuse_unused_flags(parser, requirements)
-    starts = [("a phase starts at epoch", p.start) for p in phases]
-    for what, epoch in [*starts, ("--freeze_bn_from", args.freeze_bn_from or 0)]:
-        if epoch >= args.n_epochs:
-            parser.error(
-                f"{what} {epoch}: the run has epochs 0 to {args.n_epochs - 1} "
-                f"(--n_epochs {args.n_epochs})"
-            )
-    if args.save_preregularized_model and not has_regularizer:
-        parser.error("--save_preregularized_model: no phase has a regularizer")
-    if args.init_from and not os.path.exists(args.init_from):
-        parser.error(f"--init_from: there is no file {args.init_from}")
 
 
 def default_name(args: argparse.Namespace, what: str) -> str:
@@ -588,17 +615,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
-    utils.check_options(parser, args, [args.regularizer])
     requirements = [
         ("lmbda", "a --regularizer", regularizer),
         ("first_regularized_epoch", "a --regularizer", regularizer),
         ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in accepted),
     ]
-    refuse_unused_flags(parser, requirements)
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
-    phases = [Phase(args.first_regularized_epoch, regularizer)]
-    validate_and_run(parser, args, phases if phases[0].start == 0 else [Phase(0), *phases])
+    phases = [Phase(args.first_regularized_epoch, regularizer)] if regularizer else [Phase(0)]
+    phases = phases if phases[0].start == 0 else [Phase(0), *phases]
+    validate_and_run(parser, args, phases, "--first_regularized_epoch", requirements)
 
 
 if __name__ == "__main__":

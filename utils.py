@@ -3,7 +3,7 @@
 import argparse
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 import data
 from engine import distributed
-from engine.cli import Parser, add_choice, bounded_number, choice_ignoring_case
+from engine.cli import Requirement, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
 from engine.hardware import PRECISIONS, default_device, parse_device
 from models import MODELS
@@ -28,11 +28,21 @@ MILESTONES: dict[str, Callable[[int], list[int]]] = {
     "fixed": lambda n: [25, 50],
 }
 
+# Of (optimizer, γ, milestones, number of epochs); each steps once an epoch.
 SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
-    "exponential": lambda optimizer, gamma, _: lr_scheduler.ExponentialLR(optimizer, gamma),
-    "multistep": lambda optimizer, gamma, epochs: lr_scheduler.MultiStepLR(
+    "none": lambda optimizer, *_: lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
+    "exponential": lambda optimizer, gamma, *_: lr_scheduler.ExponentialLR(optimizer, gamma),
+    "multistep": lambda optimizer, gamma, epochs, _: lr_scheduler.MultiStepLR(
         optimizer, epochs, gamma
     ),
+    "cosine": lambda optimizer, gamma, epochs, n: lr_scheduler.CosineAnnealingLR(optimizer, n),
+}
+# The settings that each schedule depends on, besides its name.
+SCHEDULE_SETTINGS = {
+    "none": set(),
+    "exponential": {"gamma"},
+    "multistep": {"gamma", "milestones"},
+    "cosine": {"n_epochs"},
 }
 
 
@@ -107,7 +117,13 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         help="continue from a checkpoint although settings have changed since",
     )
     add("--watch", action="store_true", help="log histograms of every parameter and gradient")
-    add("--watch_freq", type=positive, default=100, help="log histograms every N batches")
+    add(
+        "--watch_freq",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --watch, log histograms every N batches",
+    )
 
 
 def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
@@ -118,7 +134,13 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     add_choice(group, "--criterion", CRITERIA, "CE", "loss, without the penalty")
     add("--n_epochs", type=bounded_number(int, at_least=1), default=25, help="epochs to train")
     add("--lr", type=positive, default=0.1, help="learning rate at the start")
-    add_choice(group, "--scheduler", SCHEDULERS, "exponential", "learning-rate schedule")
+    add_choice(
+        group,
+        "--scheduler",
+        SCHEDULERS,
+        "none",
+        "learning-rate schedule; none: constant; cosine: to 0 over the run",
+    )
     add(
         "--gamma",
         type=positive,
@@ -210,7 +232,7 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
 def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where a run is logged in Weights & Biases."""
     group = parser.add_argument_group("Weights & Biases (offline where no key is configured)")
-    group.add_argument("--wandb_project", default="regulquant", help="project to log to")
+    group.add_argument("--wandb_project", default="RegulQuant", help="project to log to")
     group.add_argument("--wandb_entity", help="user or team that owns the project")
 
 
@@ -245,17 +267,27 @@ def regularizer_options_from(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_options(parser: Parser, args: argparse.Namespace, names: Iterable[str]) -> None:
-    """End the program where an option is given that no regularizer of these names accepts.
+def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> list[Requirement]:
+    """Return what the flags of a training need for an effect, for `warn_unused_flags`.
 
-    Nor one that is tracked.
+    `names` are the regularizers that the run trains with.
     """
-    declared = regularizer_options()
-    options = regularizer_options_from(args)
+    declared, options = regularizer_options(), regularizer_options_from(args)
+    requirements = [
+        ("gamma", "--scheduler exponential or multistep", "gamma" in schedule_settings(args)),
+        ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
+        ("watch_freq", "--watch", args.watch),
+        ("allow_changed_settings", "--resume or --init_from", args.resume or args.init_from),
+        ("lmbda_warmup", "a regularizer", names),
+        ("save_preregularized_model", "a regularizer", names),
+        ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
+    ]
     for option in options:
-        candidates = [*names, *(args.track if declared[option].tracked else ())]
-        if not any(option in accepted_options(name, options) for name in candidates):
-            parser.error(f"--{option}: {', '.join(candidates)} does not take it")
+        users = [*names, *(args.track if declared[option].tracked else ())]
+        accepted = any(option in accepted_options(name, options) for name in users)
+        owners = " or ".join(declared[option].regularizer_names)
+        requirements.append((option, f"--regularizer {owners}", accepted))
+    return requirements
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
@@ -296,7 +328,7 @@ def make_scheduler(
     name: str, optimizer: torch.optim.Optimizer, gamma: float, milestones: str, n_epochs: int
 ) -> lr_scheduler.LRScheduler:
     """Make the schedule of that name in SCHEDULERS; it steps once an epoch."""
-    return SCHEDULERS[name](optimizer, gamma, milestone_epochs(milestones, n_epochs))
+    return SCHEDULERS[name](optimizer, gamma, milestone_epochs(milestones, n_epochs), n_epochs)
 
 
 def milestone_epochs(milestones: str, n_epochs: int) -> list[int]:
@@ -306,11 +338,18 @@ def milestone_epochs(milestones: str, n_epochs: int) -> list[int]:
     return list(map(int, milestones.split(",")))
 
 
+def late_milestones(args: argparse.Namespace) -> list[int]:
+    """Return the milestones that lie beyond the run, where they were given as epochs."""
+    if args.scheduler != "multistep" or args.milestones in ("default", "halfway"):
+        return []
+    epochs = milestone_epochs(args.milestones, args.n_epochs)
+    return [epoch for epoch in epochs if epoch >= args.n_epochs]
+
+
 def schedule_settings(args: argparse.Namespace) -> set[str]:
-    """Return which settings, besides its name and γ, the learning-rate schedule depends on."""
-    if args.scheduler != "multistep":
-        return set()
-    return {"milestones", "n_epochs"} if args.milestones in MILESTONES else {"milestones"}
+    """Return which settings, besides its name, the learning-rate schedule depends on."""
+    needs_length = args.scheduler == "multistep" and args.milestones in MILESTONES
+    return SCHEDULE_SETTINGS[args.scheduler] | ({"n_epochs"} if needs_length else set())
 
 
 def seed_everything(seed: int) -> None:

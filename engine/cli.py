@@ -134,11 +134,30 @@ def add_choice(
     )
 
 
-def refuse_unused_flags(parser: Parser, requirements: Iterable[tuple[str, str, object]]) -> None:
-    """End the program where a flag is given that has no effect.
+Requirement = tuple[str, str, object]  # flag, what it needs in words, whether that is there
 
-    `requirements` are (flag, what it needs in words, whether that is there).
+
+def warn_unused_flags(
+    parser: Parser, args: argparse.Namespace, requirements: Iterable[Requirement]
+) -> None:
+    """Print one warning line for flags that have no effect, and set them to their defaults.
+
+    Loops and sweeps give every flag every time: a flag with its default value is not mentioned.
     """
+    unused: dict[str, str] = {}
+    for flag, needed, is_met in requirements:
+        if getattr(args, flag) != parser.get_default(flag) and not is_met:
+            unused.setdefault(flag, f"--{flag} (needs {needed})")
+    for flag in unused:
+        setattr(args, flag, parser.get_default(flag))
+    if unused and distributed.get_rank() == 0:
+        print(
+            f"{parser.prog}: ignored, without effect: {', '.join(unused.values())}", file=sys.stderr
+        )
+
+
+def refuse_unused_flags(parser: Parser, requirements: Iterable[Requirement]) -> None:
+    """End the program where a flag is given that has no effect."""
     for flag, needed, is_met in requirements:
         if flag in parser.explicit_flags and not is_met:
             parser.error(f"--{flag} needs {needed}")

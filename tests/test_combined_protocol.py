@@ -59,7 +59,7 @@ def test_flags_change_the_protocol():
 def test_any_list_of_phases(monkeypatch):
     started = []
     monkeypatch.setattr(
-        train, "validate_and_run", lambda parser, args, phases: started.extend(phases)
+        train, "validate_and_run", lambda parser, args, phases, *_: started.extend(phases)
     )
     combined_protocol.main(
         [

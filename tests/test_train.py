@@ -602,7 +602,7 @@ def test_options_reach_those_that_take_them(monkeypatch):
     monkeypatch.setattr(
         train,
         "validate_and_run",
-        lambda parser, args, phases: started.update(vars(args), phases=phases),
+        lambda parser, args, phases, *_: started.update(vars(args), phases=phases),
     )
     options = ["--target_bits", "3"]
     train.main(["--regularizer", "stepl2grad", *options, "--hold_step", "--track", "L2grad"])
@@ -750,21 +750,14 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--model", "Foo"], "ConvNet"),
         (["--dataset", "MNIST"], "CIFAR10, Synthetic"),
         (["--criterion", "L1"], "CE"),
-        (["--scheduler", "cosine"], "exponential, multistep"),
+        (["--scheduler", "step"], "none, exponential, multistep, cosine"),
+        (["--regularizer", "L2.5Grad"], "must be a whole number"),
         (["--milestones", "never"], "default, halfway, fixed"),
         (["--regularizer", "Foo"], "VarianceNorm"),
         (["--regularizer", "L0Grad"], "L0Grad"),
         (["--regularizer", "L99999999999999999999Grad"], "1,000,000"),
         (["--save_file", "folder/"], "'folder/'"),
-        (["--milestones", "halfway"], "--milestones needs --scheduler multistep"),
-        (["--watch_freq", "7"], "--watch_freq needs --watch"),
-        (["--override"], "--allow_changed_settings needs --resume or --init_from"),
-        (["--lmbda", "0.1"], "--lmbda needs a --regularizer"),
-        (["--lmbda", "0.01"], "--lmbda needs a --regularizer"),  # the default, but given
-        (["--first_regularized_epoch", "2"], "--first_regularized_epoch needs a --regularizer"),
         (["--lmbd", "0.1", "--regularizer", "L1Grad"], "--lmbd"),
-        (["--no_activation_gradients"], "--no_activation_gradients needs --regularizer L<P>Grad"),
-        (["--lmbda_warmup", "2"], "--lmbda_warmup needs a regularizer"),
         (["--run_name", ".pt"], "''"),
         (["--run_name", "two\nlines"], "two"),
         (["--run_name", "two\nlines", "--save_file", "one"], "two"),
@@ -780,12 +773,8 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--seed", str(2**64)], str(2**64)),
         (["--device", "abacus"], "abacus"),
         (["--first_regularized_epoch", "-1"], "'-1'"),
-        (["--first_regularized_epoch", "25", "--regularizer", "L1Grad"], "epoch 25"),
-        (["--regularizer", "VarianceNorm", "--no_activation_gradients"], "needs --regularizer"),
         (["--target_bits", "3.5"], "'3.5' is not a whole number"),
-        (["--freeze_bn_from", "25"], "epochs 0 to 24"),
         (["--freeze_bn_from", "0"], "at least 1"),
-        (["--save_preregularized_model"], "--save_preregularized_model"),
         (["--save_file", "no/such/folder/x"], "no/such/folder"),
         (["--train_subset", "0"], "'0'"),
         (["--holdout", "0"], "'0'"),
@@ -793,19 +782,127 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--lmbda_warmup", "nan"], "'nan'"),
         (["--track", "none"], "'none'"),
         (["--track", "L2Grad", "L0Grad"], "'L0Grad'"),
-        (["--target_bits", "3"], "--target_bits"),
-        (["--regularizer", "L2Grad", "--target_bits", "3"], "L2Grad"),
         (["--regularizer", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
         (["--track", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
-        (["--regularizer", "VarianceNorm", "--hold_step"], "--hold_step"),
-        (["--track", "StepL2Grad", "--hold_step"], "--hold_step"),
-        (["--track", "RangeNorm", "--fold_bn"], "--fold_bn"),
         (["--init_from", "no.ckpt"], "no.ckpt"),
     ],
 )
 def test_bad_flags_of_train(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(train.main, flags, message, capsys)
+
+
+# Flags without effect, with what the warning says of each.
+UNUSED = [
+    (["--milestones", "halfway"], "--milestones (needs --scheduler multistep)"),
+    (["--gamma", "0.5"], "--gamma (needs --scheduler exponential or multistep)"),
+    (["--watch_freq", "7"], "--watch_freq (needs --watch)"),
+    (["--override"], "--allow_changed_settings (needs --resume or --init_from)"),
+    (["--lmbda", "0.1"], "--lmbda (needs a --regularizer)"),
+    (["--first_regularized_epoch", "2"], "--first_regularized_epoch (needs a --regularizer)"),
+    (["--no_activation_gradients"], "--no_activation_gradients (needs --regularizer L<P>Grad)"),
+    (["--lmbda_warmup", "2"], "--lmbda_warmup (needs a regularizer)"),
+    (["--regularizer", "VarianceNorm", "--no_activation_gradients"], "--no_activation_gradients"),
+    (["--freeze_bn_from", "25"], "--freeze_bn_from (needs a longer run)"),
+    (["--save_preregularized_model"], "--save_preregularized_model (needs a regularizer)"),
+    (["--target_bits", "3"], "--target_bits (needs --regularizer StepL1Grad or StepL2Grad"),
+    (["--regularizer", "L2Grad", "--target_bits", "3"], "--target_bits"),
+    (["--regularizer", "VarianceNorm", "--hold_step"], "--hold_step"),
+    (["--track", "StepL2Grad", "--hold_step"], "--hold_step"),
+    (["--track", "RangeNorm", "--fold_bn"], "--fold_bn (needs --regularizer KurtosisNorm or Range"),
+]
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Work in an empty folder; the settings and phases of runs that would start are put in here."""
+    runs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", lambda args, phases, out, stop: runs.append((args, phases)))
+    return runs
+
+
+@pytest.mark.parametrize(("flags", "message"), UNUSED)
+def test_flags_without_effect_are_named_and_ignored(flags, message, started, capsys):
+    train.main(flags)
+    printed, [(args, _)] = capsys.readouterr().err, started
+    assert printed.count("\n") == 1 and "ignored, without effect: " in printed
+    assert message in printed
+    flag = flags[-1] if flags[-1].startswith("--") else flags[-2]
+    name = "allow_changed_settings" if flag == "--override" else flag[2:]
+    assert vars(args)[name] == train.make_parser().get_default(name)
+
+
+def test_all_flags_without_effect_are_one_line_and_defaults_none(started, capsys):
+    every = ["--lmbda", "0.5", "--first_regularized_epoch", "3", "--milestones", "6,8",
+             "--target_bits", "3", "--watch_freq", "9"]  # fmt: skip
+    train.main(every)
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and all(flag in printed for flag in every[::2])
+    train.main(["--lmbda", "0.01", "--first_regularized_epoch", "0", "--milestones", "default"])
+    assert capsys.readouterr().err == "" and len(started) == 2
+
+
+def test_a_loop_over_regularizers_may_give_every_flag_every_time(started, capsys):
+    names = ["none", "L1Grad", "L2Grad", "VarianceNorm"]
+    flags = ["--lmbda", "0.1", "--first_regularized_epoch", "5", "--no_activation_gradients"]
+    for name in names:
+        train.main(["--regularizer", name, *flags])
+    assert [args.regularizer for args, _ in started] == names
+    starts = [[p.start for p in phases if p.regularizer] for _, phases in started]
+    assert starts == [[], [5], [5], [5]]
+    only = [phases[-1].regularizer for _, phases in started[1:3]]
+    assert all(regularizer.only_weight_grads for regularizer in only)
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (train.main, ["--regularizer", "L1Grad", "--first_regularized_epoch", "25"],
+         "the last epoch is 24: --first_regularized_epoch 25"),
+        (train.main, ["--scheduler", "multistep", "--milestones", "6,30"], "--milestones 30"),
+        (combined_protocol.main, ["--n_epochs", "80"], "--first_gradient_epoch 90"),
+        (combined_protocol.main, ["--n_epochs", "60", "--phases", "0:none", "70:L1Grad=1"],
+         "--phases 70"),
+    ],
+)  # fmt: skip
+def test_epochs_beyond_the_run_are_named(main, flags, message, started, capsys):
+    main(flags)
+    printed, [(args, phases)] = capsys.readouterr().err, started
+    assert printed.count("\n") == 1 and "never reached" in printed and message in printed
+    assert all(p.start < args.n_epochs for p in phases)
+
+
+PUBLISHED = {
+    "model": "ConvNet", "dataset": "CIFAR10", "n_epochs": 25, "lr": 0.1, "criterion": "CE",
+    "scheduler": "none", "gamma": 0.99, "regularizer": "none", "lmbda": 0.01, "seed": 242,
+    "batch_size": 128, "watch": False, "watch_freq": 1, "wandb_project": "RegulQuant",
+    "save_preregularized_model": False,
+}  # fmt: skip
+
+
+def test_the_published_command_line_means_what_it_meant(started):
+    train.main([])
+    train.main(
+        [
+            "--MODEL".lower(),
+            "convnet",
+            "--dataset",
+            "cifar10",
+            "--criterion",
+            "ce",
+            "--scheduler",
+            "EXPONENTIAL",
+            "--regularizer",
+            "none",
+            "--lambda",
+            "0.01",
+        ]
+    )
+    train.main(["--regularizer", "None", "--scheduler", "None"])
+    for args, _ in (started[0], started[2]):
+        assert {name: vars(args)[name] for name in PUBLISHED} == PUBLISHED
+    assert started[1][0].scheduler == "exponential" and started[1][0].model == "ConvNet"
 
 
 def assert_refused(main, flags, message, capsys):
@@ -822,7 +919,6 @@ def assert_refused(main, flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--n_epochs", "80"], "epoch 90"),
         (["--phases", "0:Foo=1"], "Foo"),
         (["--phases", "0:L2Grad"], "L2Grad"),
         (["--phases", "0:L2Grad=x"], "L2Grad=x"),
@@ -834,7 +930,6 @@ def assert_refused(main, flags, message, capsys):
         (["--phases", "5:none", "5:L1Grad=1"], "[5, 5]"),
         (["--phases", "0:none", "--P", "1"], "--P"),
         (["--P", "0"], "'0'"),
-        (["--target_bits", "3"], "--target_bits"),
         (["--phases", "0:StepNoise=1", "--target_bits", "1"], "target_bits is 1"),
         (["--gradient_lmbda", "nan"], "nan"),
     ],

@@ -40,6 +40,21 @@ def test_multistep_multiplies_the_rate_at_the_milestones(name, n, expected):
     assert rates == pytest.approx(expected_rates)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("none", [1, 1, 1, 1]), ("cosine", [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])],
+)
+def test_schedules_that_have_no_gamma(name, expected):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)
+    scheduler = utils.make_scheduler(name, optimizer, 0.1, "default", 4)
+    rates = []
+    for _ in expected:
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("text", ["6,", "8,6", "6,6", "0,6", "-1", "6, 8", "late", "", "6;8"])
 def test_milestones_are_a_name_or_rising_epochs(text):
     with pytest.raises(argparse.ArgumentTypeError, match="epochs"):
