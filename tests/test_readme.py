@@ -1,7 +1,9 @@
-"""What README and docs say is so: commands parse, files exist, numbers are the study's, code runs."""
+"""README and docs: commands parse, files exist, numbers are those of the records, code runs."""
 
 import csv
+import gzip
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -31,7 +33,6 @@ PAGES = {
     )
 }
 README = PAGES["README.md"]
-LOGS = [path for path in (ROOT / "results").rglob("*.md") if path.name in ("LOG.md", "README.md")]
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -163,19 +164,29 @@ def test_the_readme_lists_every_page():
     assert {page for page in PAGES if page.startswith("docs/")} <= set(links(README))
 
 
-def test_packed_records_are_read_as_the_logs_say():
-    blocks = {
-        block
-        for path in LOGS
-        for block in re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
-        if "records.jsonl.gz" in block
-    }
-    assert len(blocks) >= 3
-    for block in blocks:
-        names: dict = {}
-        source = re.sub(r'"(results/[^"]+)"', lambda of: repr(str(ROOT / of[1])), block)
-        exec(source, names)
-        assert any(isinstance(value, dict) and len(value) > 2 for value in names.values())
+@pytest.mark.parametrize("folder", ["precision", "quantize", "training"])
+def test_packed_records_are_read_as_the_log_says(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    log = (ROOT / "results" / folder / "LOG.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", log, re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    records = names["records"]
+    assert list(records) == sorted(records) and len(records) > 5
+    for path, record in records.items():
+        assert isinstance(record, dict if path.endswith(".json") else str)
+
+
+@pytest.mark.parametrize("folder", ["precision", "quantize"])
+def test_the_merged_table_is_that_of_the_records(folder):
+    path = ROOT / "results" / folder / "records.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        records = [json.loads(line)["record"] for line in file]
+    rows = [row for record in records if "rows" in record for row in record["rows"]]
+    kept = sorted([str(row["accuracy"]), str(row["squared_error"])] for row in rows)
+    with open(path.with_name("results.csv"), newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert sorted([row["accuracy"], row["squared_error"]] for row in table) == kept
 
 
 # --- the answer ------------------------------------------------------------------------------
@@ -248,6 +259,23 @@ def test_correlations_that_are_quoted_are_those_of_the_study():
         [text] = re.findall(rf"\*\*{title}.*?\. ", page)
         quoted = re.findall(r"(squared error|\w+) (−?0\.\d\d)", text)
         assert len(quoted) > 3 and all(correlations(title)[name] == rho for name, rho in quoted)
+
+
+def test_times_that_are_quoted_are_those_of_the_benchmark():
+    log = (ROOT / "results" / "speed" / "step_time.log").read_text(encoding="utf-8")
+    measured = json.loads(log.splitlines()[-1])
+    [price, speedup] = re.search(
+        r"step takes ([\d.]+) plain ones and is ([\d.]+)\stimes", README
+    ).groups()
+    assert price == f"{measured['penalty_ratio']:.1f}"
+    assert speedup == f"{measured['l2grad_speedup']:.1f}"
+    rows = dict(re.findall(r"\n\| ([^|]+) \|([^\n]+) \|", PAGES["docs/fast_step.md"]))
+    names = {"no regularizer": "none", "L2Grad, weights only": "L2Grad, no activations"}
+    for name in ("no regularizer", "L1Grad", "L2Grad", "L2Grad, weights only"):
+        found = re.findall(rf"\n{names.get(name, name)} +\w+ +([\d.]+) +([\d.]+) .* (\d+)", log)
+        (slow, _, most), (full, *_), (fast, ratio, least) = found
+        times = " | ".join(f"{float(ms):.0f} ms" for ms in (slow, full, fast))
+        assert rows[name].strip() == f"{times} | {float(ratio):.1f} | {most} → {least}"
 
 
 # --- the code of docs/extending.md -----------------------------------------------------------
