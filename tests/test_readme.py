@@ -182,7 +182,8 @@ def test_the_merged_table_is_that_of_the_records(folder):
     path = ROOT / "results" / folder / "records.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         records = [json.loads(line)["record"] for line in file]
-    rows = [row for record in records if "rows" in record for row in record["rows"]]
+    records = [record for record in records if isinstance(record, dict)]
+    rows = [row for record in records for row in record.get("rows", ())]
     kept = sorted([str(row["accuracy"]), str(row["squared_error"])] for row in rows)
     with open(path.with_name("results.csv"), newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
