@@ -181,7 +181,7 @@ def test_packed_records_are_read_as_the_log_says(folder, monkeypatch):
 def test_the_merged_table_is_that_of_the_records(folder):
     path = ROOT / "results" / folder / "records.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        records = [json.loads(line)["record"] for line in file]
+        records = [json.loads(line)["content"] for line in file]
     records = [record for record in records if isinstance(record, dict)]
     rows = [row for record in records for row in record.get("rows", ())]
     kept = sorted([str(row["accuracy"]), str(row["squared_error"])] for row in rows)
