@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Real CIFAR-10: the same runs in bfloat16 and in float32, control and late L2Grad, then quantized.
-# Run from the repository's root as `run.sh PRECISION SEED`; logs and records land beside this file.
+# Run from the root of the repository as `run.sh PRECISION SEED`; files are written to runs/precision.
 # The runs of one seed share their first 8 of 10 epochs. Finished runs are skipped.
 set -euo pipefail
 precision=$1 seed=$2
-out=results/precision
+out=runs/precision
+mkdir -p "$out"
 python=${PYTHON:-python}
 
 run() { # NAME FLAGS…
     name=${1}_${precision}_$seed
     [ -f "$out/$name.done" ] && return
-    "$python" train.py --run_name "$name" --save_file "$out/$name" --resume --seed "$seed" --lr 0.1 --gamma 0.7 \
+    "$python" train.py --run_name "$name" --save_file "$out/$name" --resume --seed "$seed" --lr 0.1 --scheduler exponential --gamma 0.7 \
         --precision "$precision" "${@:2}" 2>&1 | tee -a "$out/$name.log"
     touch "$out/$name.done"
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Real CIFAR-10: what quantization costs the control and the late L2Grad run of results/training.
-# Run from the repository's root, after results/training/run.sh.
+# Run from the root of the repository, after results/training/run.sh; files are written to runs/quantize.
 set -euo pipefail
 python=${PYTHON:-python}
 
 run() { # NAME FLAGS…
-    mkdir -p "results/quantize/$1"
-    "$python" quant_inference.py results/training/control_10.pt results/training/l2grad_10.pt \
-        --output "results/quantize/$1" "${@:2}" 2>&1 | tee "results/quantize/$1/run.log"
+    mkdir -p "runs/quantize/$1"
+    "$python" quant_inference.py runs/training/control_10.pt runs/training/l2grad_10.pt \
+        --output "runs/quantize/$1" "${@:2}" 2>&1 | tee "runs/quantize/$1/run.log"
 }
 
 case ${1:-all} in

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Real CIFAR-10: a 10-epoch control, one epoch of every regularizer from a fresh start, late L2Grad.
-# Run from the repository's root; logs and records land beside this file. Finished runs are skipped.
+# Run from the root of the repository; files are written to runs/training. Finished runs are skipped.
 set -euo pipefail
-out=results/training
+out=runs/training
+mkdir -p "$out"
 python=${PYTHON:-python}
 
 run() { # NAME FLAGS…
