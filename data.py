@@ -5,6 +5,7 @@ The function takes (data_dir, seed). A data set is held in memory as uint8.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from engine import cifar10 as cifar10_files
 from engine.errors import DataError
 from engine.loader import seeded_generator
 
+PROJECT_DATA = Path(__file__).with_name("data")  # where --data_dir is by default
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -38,7 +40,7 @@ def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
 
     Raises DataError where no source worked; the message lists what was tried.
     """
-    return ImageDataset(*cifar10_files.find_or_fetch(data_dir))
+    return ImageDataset(*cifar10_files.find_or_fetch(data_dir, PROJECT_DATA))
 
 
 def synthetic(data_dir: str = "", seed: int = 0) -> ImageDataset:

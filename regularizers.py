@@ -67,6 +67,11 @@ class Regularizer(nn.Module):
             raise ValueError(f"lmbda is {lmbda}: it must be finite and at least 0")
         self.lmbda = lmbda
 
+    @property
+    def label(self) -> str:
+        """Name and λ, as a plan shows them: "L2Grad λ=0.01"."""
+        return f"{self.name} λ={self.lmbda:g}"
+
 
 # Marks an option that --track ignores: what is tracked means the same whatever is penalized.
 PENALTY_ONLY = "of the penalty only"
@@ -91,6 +96,11 @@ class LPGrad(Regularizer):
         self.only_weight_grads = only_weight_grads
         self.name = f"L{self.P}Grad"
         self.inputs = ("w_grads",) if only_weight_grads else ("w_grads", "a_grads")
+
+    @property
+    def label(self) -> str:
+        """Name and λ; "@weights" where the gradients of activations are left out."""
+        return f"{self.name}{'@weights' if self.only_weight_grads else ''} λ={self.lmbda:g}"
 
     def forward(self, w_grads: Tensors, a_grads: Tensors = ()) -> Tensor:
         """Return the penalty (scalar) of w_grads and, unless only_weight_grads, of a_grads."""
@@ -277,6 +287,11 @@ class CombinedReg(Regularizer):
         n_lists = max((i for i, name in enumerate(INPUTS[:3], start=1) if name in taken), default=0)
         self.inputs = INPUTS[:n_lists] + tuple(name for name in INPUTS[3:] if name in taken)
 
+    @property
+    def label(self) -> str:
+        """The labels of both terms."""
+        return " + ".join(term.label for term in self.terms)
+
     def forward(self, *inputs: Tensors | LossChange, **named: Tensors | LossChange) -> Tensor:
         """Return the sum of the penalties (scalar) of (weights, w_grads, a_grads), or of `inputs`.
 
@@ -318,7 +333,23 @@ def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer 
     make, numbers = _lookup(name)
     for option in options.keys() - inspect.signature(make).parameters.keys():
         raise ValueError(f"{name} has no option {option}")
-    return make(lmbda, **numbers, **options)
+    try:
+        regularizer = make(lmbda, **numbers, **options)
+    except TypeError as error:  # the constructor takes other arguments
+        raise ValueError(f"{name}: {error}") from error
+    return check_regularizer(regularizer, name)
+
+
+def check_regularizer(regularizer: Regularizer, name: str) -> Regularizer:
+    """Return the regularizer; ValueError where its class does not say what it must."""
+    if not isinstance(regularizer, Regularizer):
+        raise ValueError(f"{name} in REGULARIZERS makes no Regularizer")
+    if not isinstance(getattr(regularizer, "name", None), str):
+        raise ValueError(f"{name}: the class needs a `name`, the key in REGULARIZERS")
+    inputs = getattr(regularizer, "inputs", None)
+    if not isinstance(inputs, tuple) or not set(inputs) <= set(INPUTS):
+        raise ValueError(f"{name}: `inputs` is {inputs!r}: a tuple out of {', '.join(INPUTS)}")
+    return regularizer
 
 
 def _lookup(name: str) -> tuple[Callable[..., Regularizer], dict[str, int]]:

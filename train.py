@@ -9,7 +9,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from engine.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
     check_writable,
+    load_weights,
     run_lock,
     save_json,
     save_weights,
@@ -40,14 +42,14 @@ from engine.io import (
 )
 from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
+from engine.progress import EpochDisplay
 from engine.run_settings import load_for_resume, load_init_from
 from engine.signals import GracefulShutdown
 from engine.tracking import WandbLogger, new_run_id, sweep_run_id
 from engine.train_state import TrainProgress, TrainState
 from regularizers import REGULARIZERS, Regularizer, accepted_options, make_regularizer
 
-METRICS_SECONDS = 0.5  # between updates of the progress bar, which wait for the device
-METRICS_SYNC_INTERVAL = 20  # batches between them in a run of several processes
+DIVERGED = 10.0  # times the loss of guessing: beyond it a training counts as diverged
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def run_epoch(
     net.train()
     if config.freeze_bn_from is not None and progress.epoch >= config.freeze_bn_from:
         freeze_batch_norms(net)
-    started_at, shown_at = time.perf_counter() - progress.epoch_seconds, 0.0
-    with progress_bar(progress, len(loader)) as bar:
+    started_at = time.perf_counter() - progress.epoch_seconds
+    with EpochDisplay(progress, len(loader), loader.n_images) as display:
         for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
             torch.manual_seed(hash((loader.seed, progress.epoch, progress.batch)))
             scale = phase.penalty_scale(progress.epoch + progress.batch / len(loader))
@@ -122,10 +124,9 @@ def run_epoch(
             state.optimizer.step()
             progress.batch += 1
             progress.epoch_seconds = time.perf_counter() - started_at
-            if metrics_are_due(progress, shown_at):
-                shown_at = progress.epoch_seconds
-                bar.set_postfix(summarize(state, regularizer), refresh=False)
-            bar.update()
+            if display.is_due():
+                display.show(summarize(state, regularizer))
+            display.bar.update()
             config.after_batch(progress)
     return summarize(state, regularizer)
 
@@ -134,25 +135,6 @@ def summarize(state: TrainState, regularizer: Regularizer | None) -> dict[str, f
     """Return the epoch's means so far; NotFiniteError if a number is not finite."""
     progress = state.progress
     return epoch_means(state.net, regularizer, progress.epoch, progress.batch_metrics)
-
-
-def metrics_are_due(progress: TrainProgress, shown_at: float) -> bool:
-    """Tell whether to look at the numbers; all processes look after the same batch."""
-    if distributed.get_world_size() > 1:
-        return progress.batch % METRICS_SYNC_INTERVAL == 0
-    return progress.epoch_seconds - shown_at > METRICS_SECONDS
-
-
-def progress_bar(progress: TrainProgress, n_batches: int) -> tqdm:
-    """Return the bar of an epoch: on a terminal, of rank 0."""
-    return tqdm(
-        total=n_batches,
-        initial=progress.batch,
-        desc=f"epoch {progress.epoch}",
-        unit="batch",
-        disable=None if distributed.get_rank() == 0 else True,
-        leave=False,
-    )
 
 
 def fit(
@@ -223,6 +205,7 @@ class Run:
     train_loader: Loader
     test_loader: Loader
     fixed_batch: Loader  # what --track is measured on
+    num_classes: int
     record: dict[str, Any]  # settings, versions and machine
     run_id: str
     started_at: float
@@ -285,6 +268,9 @@ def run(
         with shutdown.deferred():
             fit(this.state, this.train_loader, this.test_loader, phases, this.config)
         finish(this)
+    except BaseException as error:
+        this.logger.fail(error)
+        raise
     finally:
         print(this.logger.finish(), flush=True)
 
@@ -311,6 +297,7 @@ def set_up(
     if checkpoint:
         state.load_state_dict(checkpoint, args.n_epochs, len(train_loader))
         check_phases(state.progress, phases, args, is_own)
+        print(where_it_continues(state.progress, args, is_own))
         run_id, started_at = checkpoint["run_id"] or run_id, started_at - checkpoint["seconds"]
     if not args.resume:
         files = [(out, suffix) for suffix in RUN_FILE_SUFFIXES]
@@ -322,8 +309,8 @@ def set_up(
     logger = WandbLogger(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     this = Run(
-        args, out, phases, state, config, train_loader, test_loader, fixed_batch, record, run_id,
-        started_at, logger,
+        args, out, phases, state, config, train_loader, test_loader, fixed_batch,
+        dataset.num_classes, record, run_id, started_at, logger,
     )  # fmt: skip
     this.config = replace(config, after_batch=this.after_batch, after_epoch=this.after_epoch)
     this.checkpointer = Checkpointer(
@@ -349,6 +336,12 @@ def finish(this: Run) -> None:
     images = "held-out" if this.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
+    chance = math.log(this.num_classes)  # the loss of equal probabilities
+    if final["final_loss"] > DIVERGED * chance:
+        print(
+            f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
+            f"{chance:.3g}; a smaller --lr or --lmbda may help"
+        )
 
 
 # --- what a run is made of -------------------------------------------------------------------
@@ -395,6 +388,8 @@ def make_state(
 ) -> TrainState:
     """Make the network, SGD and the learning-rate schedule that the flags say."""
     net = utils.make_net(args.model, dataset.num_classes, args.device)
+    if args.init_weights:
+        load_weights(net, Path(args.init_weights))
     optimizer = torch.optim.SGD(
         layers.trainable_parameters(net).values(),
         args.lr,
@@ -414,8 +409,17 @@ def make_state(
 
 def find_checkpoint(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any] | None, bool]:
     """Return the checkpoint to continue from, if any, and whether it is of this very run."""
-    own = load_for_resume(args, out) if args.resume else None
-    return own or load_init_from(args, utils.schedule_settings(args)), own is not None
+    schedule = utils.schedule_settings(args)
+    own = load_for_resume(args, out, schedule) if args.resume else None
+    return own or load_init_from(args, schedule), own is not None
+
+
+def where_it_continues(progress: TrainProgress, args: argparse.Namespace, is_own: bool) -> str:
+    """Return which batch the run continues at, as a line of text."""
+    if progress.epoch == args.n_epochs:
+        return f"all {args.n_epochs} epochs are done: nothing left to train"
+    how = "resuming" if is_own else f"continuing {args.init_from}"
+    return f"{how} at epoch {progress.epoch}, batch {progress.batch}"
 
 
 def check_phases(
@@ -450,11 +454,11 @@ def check_init_from(
 def describe_plan(
     args: argparse.Namespace, phases: Sequence[Phase], dtype: torch.dtype, compiled: bool
 ) -> str:
-    """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad; …"."""
-    names = [p.regularizer.name if p.regularizer else "no regularizer" for p in phases]
+    """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad λ=0.01; …"."""
+    labels = [p.regularizer.label if p.regularizer else "no regularizer" for p in phases]
     parts = [
-        f"from epoch {p.start}: {name}" if p.start else name
-        for p, name in zip(phases, names, strict=True)
+        f"from epoch {p.start}: {label}" if p.start else label
+        for p, label in zip(phases, labels, strict=True)
     ]
     kernels = "compiled" if compiled else "eager"
     precision = str(dtype).removeprefix("torch.")
@@ -497,8 +501,11 @@ def validate_and_run(
     phases = reachable_phases(parser, args, phases, epoch_flags)
     warn_without_effect(parser, args, phases, requirements)
     phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
-    if args.init_from and not os.path.exists(args.init_from):
-        parser.error(f"--init_from: there is no file {args.init_from}")
+    for flag in ("init_from", "init_weights"):
+        if (path := getattr(args, flag)) and not os.path.exists(path):
+            parser.error(f"--{flag}: there is no file {path}")
+    if args.init_from and args.init_weights:
+        parser.error("--init_from has weights already: it does not go with --init_weights")
     if args.save_preregularized_model:
         first = next(p for p in phases if p.regularizer)
         before = replace(first, save_as=Path(f"{out}_preregul.pt"))
@@ -517,10 +524,19 @@ def validate_and_run(
         exit_codes(parser, hint),
         GracefulShutdown() as shutdown,
         distributed.process_group(args.device),
-        run_lock(out),
+        output_lock(out),
     ):
         args.resume = distributed.restarted() or args.resume
         run(args, phases, out, shutdown)
+
+
+@contextmanager
+def output_lock(out: Path) -> Iterator[None]:
+    """Context manager that makes the folder of the run's files and holds their lock."""
+    if distributed.get_rank() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with run_lock(out):
+        yield
 
 
 def reachable_phases(

@@ -28,6 +28,8 @@ MILESTONES: dict[str, Callable[[int], list[int]]] = {
     "fixed": lambda n: [25, 50],
 }
 
+RELATIVE_MILESTONES = ("default", "halfway")  # those that depend on n
+
 # Of (optimizer, γ, milestones, number of epochs); each steps once an epoch.
 SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
     "none": lambda optimizer, *_: lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
@@ -110,6 +112,7 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="CKPT",
         help="start from another run's checkpoint: its weights, momentum, schedule and epoch",
     )
+    add("--init_weights", metavar="PT", help="start from the weights in a .pt file, at epoch 0")
     add(
         "--allow_changed_settings",
         "--override",
@@ -340,7 +343,7 @@ def milestone_epochs(milestones: str, n_epochs: int) -> list[int]:
 
 def late_milestones(args: argparse.Namespace) -> list[int]:
     """Return the milestones that lie beyond the run, where they were given as epochs."""
-    if args.scheduler != "multistep" or args.milestones in ("default", "halfway"):
+    if args.scheduler != "multistep" or args.milestones in RELATIVE_MILESTONES:
         return []
     epochs = milestone_epochs(args.milestones, args.n_epochs)
     return [epoch for epoch in epochs if epoch >= args.n_epochs]
@@ -348,7 +351,7 @@ def late_milestones(args: argparse.Namespace) -> list[int]:
 
 def schedule_settings(args: argparse.Namespace) -> set[str]:
     """Return which settings, besides its name, the learning-rate schedule depends on."""
-    needs_length = args.scheduler == "multistep" and args.milestones in MILESTONES
+    needs_length = args.scheduler == "multistep" and args.milestones in RELATIVE_MILESTONES
     return SCHEDULE_SETTINGS[args.scheduler] | ({"n_epochs"} if needs_length else set())
 
 

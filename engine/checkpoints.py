@@ -62,7 +62,9 @@ def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any] | None:
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     content = torch_load(path)
     if not (isinstance(content, dict) and "format" in content):
-        raise FileError(f"{path} is not a checkpoint (.ckpt): weights alone (.pt) are not enough")
+        raise FileError(
+            f"{path} is not a checkpoint (.ckpt); weights alone (.pt) go with --init_weights"
+        )
     if content["format"] != CHECKPOINT_VERSION:
         raise FileError(f"{path} is not a checkpoint of this version")
     return content

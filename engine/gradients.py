@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from engine import distributed
 from engine.batch_norm import folded_weights
+from engine.errors import PenaltyError
 from engine.hardware import autocast
 from engine.layers import penalized_weights, trainable_parameters
 
@@ -144,7 +145,11 @@ def compute_gradients(
     }
     if "a_grads" in copies:
         available["a_grads"] = distributed.whole_batch(copies["a_grads"])
-    penalty = penalty_scale * regularizer(*(available[name] for name in inputs))
+    penalty = regularizer(*(available[name] for name in inputs))
+    if not isinstance(penalty, Tensor) or penalty.dim():
+        shape = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
+        raise PenaltyError(f"{regularizer.name} returned {shape}: it must return a scalar tensor")
+    penalty = penalty_scale * penalty
     _add_penalty_gradients(params, penalty, first.tensors, copies)
     return loss, penalty.detach(), n_correct
 

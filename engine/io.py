@@ -22,16 +22,22 @@ from engine.errors import FileError
 
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
+MAX_REASON = 120  # characters of PyTorch's own message in an error
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, naming the folder, unless rank 0 can create a file at path."""
+    """Raise ValueError, naming the folder, unless rank 0 can create a file at path.
+
+    Folders above it need not exist, if they can be made.
+    """
     if distributed.get_rank():
         return
     folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
     try:
         if not folder.is_dir():
-            raise ValueError(f"{path}: there is no folder {folder}: make it first")
+            raise ValueError(f"{path}: {folder} is not a folder")
         longest = MAX_NAME_BYTES - RESERVED_NAME_BYTES
         if len(os.fsencode(path.name)) > longest:
             raise ValueError(f"{path}: the name is longer than {longest} bytes")
@@ -165,8 +171,19 @@ def load_weights(net: nn.Module, path: Path) -> None:
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise FileError(f"{path} is not of this {type(net).__name__}: {reason}") from error
+        reason = str(error).splitlines()[1].strip().split(", ")[0]
+        raise FileError(
+            f"{path} is not of this {type(net).__name__}: {reason[:MAX_REASON]}{_made_for(path)}"
+        ) from error
+
+
+def _made_for(path: Path) -> str:
+    """Return which network the record beside a .pt file names, as the end of an error's line."""
+    record = path.with_suffix(".json")
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        model = json.loads(record.read_text(encoding="utf-8"))["settings"]["model"]
+        return f"; made for {model} ({record.name}): --model {model}"
+    return ""
 
 
 # --- one run per name ------------------------------------------------------------------------

@@ -24,14 +24,21 @@ MUST_MATCH_INIT_FROM = {
 LEGACY_DEFAULTS = {"sync_bn": True}  # of settings that older checkpoints do not have
 
 
-def load_for_resume(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
-    """Return this run's checkpoint, None where there is none; FileError if settings differ."""
+def load_for_resume(
+    args: argparse.Namespace, out: Path, schedule: Iterable[str]
+) -> dict[str, Any] | None:
+    """Return this run's checkpoint, None where there is none; FileError if settings differ.
+
+    `schedule` are the settings that the learning-rate schedule depends on: n_epochs may change
+    where it is not among them.
+    """
     checkpoint = load_checkpoint(Path(f"{out}.ckpt"), repair=True)
     if checkpoint is None:
         print(f"{out}.ckpt: no checkpoint yet, this is the beginning")
         return None
     names = vars(args).keys() - {"resume", "allow_changed_settings"}
-    check_settings(args, checkpoint, f"{out}.ckpt", names)
+    free = {"n_epochs", "gamma", "milestones"} - set(schedule)
+    check_settings(args, checkpoint, f"{out}.ckpt", names - free)
     return checkpoint
 
 

@@ -21,6 +21,8 @@ INIT_SECONDS, LOG_SECONDS, FINISH_SECONDS = 30.0, 30.0, 60.0  # time limits of t
 class WandbLogger:
     """A Weights & Biases run that never stops a training: after a failure it only warns."""
 
+    exit_code = 0  # that the run ends with
+
     def __init__(
         self, project: str, entity: str | None, name: str, config: dict[str, Any], run_id: str
     ) -> None:
@@ -97,12 +99,22 @@ class WandbLogger:
                 values[f"gradients/{name}"] = histogram(p.grad.float().cpu().numpy())
         self.log(values)
 
+    def fail(self, error: BaseException) -> None:
+        """Have the run end as failed or interrupted, with the reason in its summary."""
+        code = getattr(error, "code", None)  # of SystemExit
+        self.exit_code = code if isinstance(code, int) else 1
+        reason = str(error).split("\n")[0]
+        if self.exit_code > 128 or isinstance(error, KeyboardInterrupt):
+            reason = f"interrupted {reason}"
+        if self.run is not None and self.healthy:
+            self._attempt(LOG_SECONDS, self.run.summary.update, {"failure": reason})
+
     def finish(self) -> str:
         """Close the run within a time limit; return lines that say how to open it."""
         if self.run is None or self.run.disabled:
             return "Weights & Biases: nothing logged"
         run = self.run
-        self._attempt(2 * FINISH_SECONDS, run.finish)
+        self._attempt(2 * FINISH_SECONDS, run.finish, self.exit_code)
         self._attempt(2 * FINISH_SECONDS, self.wandb.teardown)  # else it waits at exit
         if self.healthy and not run.offline:
             return f"dashboard: {run.url}"

@@ -89,6 +89,7 @@ class World:
         monkeypatch.setenv("PATH", f"{self.bin}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", N)
         monkeypatch.setattr(cifar10, "MD5S", self.official.md5s())
+        monkeypatch.setattr(data, "PROJECT_DATA", tmp_path / "project" / "data")
         monkeypatch.setattr(torchvision.datasets, "CIFAR10", self.torchvision)
         self.downloads = []
         self.download = None
@@ -142,6 +143,12 @@ def test_a_folder_that_is_there_is_read_and_left_alone(world, folder):
     world.official.write(world.root, folder)
     assert world.is_official(world.load())
     assert world.left() == [folder] and not world.downloads
+
+
+def test_the_projects_own_data_is_found_from_another_working_directory(world):
+    world.official.write(data.PROJECT_DATA, "cifar-10-batches-bin")
+    assert world.is_official(world.load())
+    assert not world.root.exists() and not world.downloads
 
 
 def test_torchvision_comes_next(world, capsys):

@@ -12,14 +12,15 @@ import combined_protocol
 import train
 import utils
 from data import synthetic
-from engine import gradients, hardware
-from engine.errors import DataError, FileError, NotFiniteError
+from engine import gradients, hardware, progress
+from engine.errors import DataError, FileError, NotFiniteError, PenaltyError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
 from engine.loader import Loader
 from engine.train_state import TrainProgress, TrainState
 from models import ConvNet
 from regularizers import (
+    REGULARIZERS,
     CombinedReg,
     InverseVarianceNorm,
     KurtosisNorm,
@@ -30,6 +31,7 @@ from regularizers import (
     StepL2Grad,
     StepNoise,
     VarianceNorm,
+    make_regularizer,
 )
 from train import FitConfig, Phase, fit
 
@@ -775,7 +777,9 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--first_regularized_epoch", "-1"], "'-1'"),
         (["--target_bits", "3.5"], "'3.5' is not a whole number"),
         (["--freeze_bn_from", "0"], "at least 1"),
-        (["--save_file", "no/such/folder/x"], "no/such/folder"),
+        (["--save_file", "/proc/x/y"], "cannot write"),
+        (["--init_weights", "no.pt"], "no.pt"),
+        (["--init_weights", "/dev/null", "--init_from", "/dev/null"], "has weights already"),
         (["--train_subset", "0"], "'0'"),
         (["--holdout", "0"], "'0'"),
         (["--lmbda_warmup", "-1"], "'-1'"),
@@ -937,3 +941,77 @@ def assert_refused(main, flags, message, capsys):
 def test_bad_flags_of_combined_protocol(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(combined_protocol.main, flags, message, capsys)
+
+
+# --- what a run prints and where it continues ------------------------------------------------
+
+
+def test_a_run_names_its_penalties_and_where_it_resumes(script, tmp_path):
+    flags = ("--lr", 0.01, "--run_name", "new/r", *FAST)
+    phases = ("0:VarianceNorm=1.5+L1Grad=0.001+L1Grad@weights=0.002", "3:none")
+    first = script("combined_protocol.py", "--n_epochs", 1, "--phases", *phases, *flags)
+    assert first.returncode == 0, first.stderr
+    assert "VarianceNorm λ=1.5 + L1Grad λ=0.001 + L1Grad@weights λ=0.002" in first.stdout
+    again = script("combined_protocol.py", "--n_epochs", 1, "--phases", *phases, *flags, "--resume")
+    assert again.returncode == 0 and "nothing left to train" in again.stdout, again.stderr
+    longer = script(  # no schedule depends on the length
+        "combined_protocol.py", "--n_epochs", 2, "--phases", *phases, *flags, "--resume"
+    )
+    assert longer.returncode == 0 and "resuming at epoch 1, batch 0" in longer.stdout
+    assert len(json.loads((tmp_path / "new" / "r.json").read_text())["history"]) == 2
+
+
+def test_any_run_can_start_from_weights_alone(script, tmp_path):
+    flags = ("--n_epochs", 1, "--lr", 1e-12, "--momentum", 0, *FAST)
+    first = script("train.py", "--run_name", "a", "--seed", 7, *flags)
+    second = script("train.py", "--run_name", "b", "--seed", 8, "--init_weights", "a.pt", *flags)
+    assert first.returncode == second.returncode == 0, second.stderr
+    a, b = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "ab"]
+    assert torch.allclose(a["layer0.0.weight"], b["layer0.0.weight"])
+    wrong = script("train.py", "--run_name", "c", "--init_from", "a.pt", *flags)
+    assert wrong.returncode == 1 and "--init_weights" in wrong.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("limit", [0.5, 10.0])
+def test_a_training_that_diverged_says_so(limit, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "DIVERGED", limit)
+    train.main(["--n_epochs", "1", "--lr", "0.01", "--device", "cpu", *map(str, FAST)])
+    assert ("the training diverged" in capsys.readouterr().out) == (limit < 1)
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(
+        progress.time, "monotonic", lambda: clock.append(clock[-1] + 20) or clock[-1]
+    )
+    small_fit([Phase(0, LPGrad(0.1, 2))], 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert 2 <= len(lines) < 15
+    assert all("batch" in line and "L2Grad" in line and "s left" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"inputs": ("weights",)}, "needs a `name`"),
+        ({"name": "MyNorm", "inputs": ("gradients",)}, r"`inputs` is \('gradients',\)"),
+        ({"name": "MyNorm", "inputs": "weights"}, "`inputs` is 'weights'"),
+        ({"name": "MyNorm"}, "`inputs` is None"),
+        ({"name": "MyNorm", "inputs": (), "__init__": lambda self: None}, "argument"),
+    ],
+)
+def test_a_class_that_is_no_regularizer_is_refused_when_it_is_made(
+    attributes, message, monkeypatch
+):
+    monkeypatch.setitem(REGULARIZERS, "MyNorm", type("MyNorm", (Regularizer,), attributes))
+    with pytest.raises(ValueError, match=message):
+        make_regularizer("mynorm", 1.0)
+
+
+@pytest.mark.parametrize(("value", "shape"), [(torch.ones(3), r"\(3,\)"), (2.0, "float")])
+def test_a_penalty_that_is_no_scalar_is_named(value, shape, problem):
+    attributes = {"name": "Odd", "inputs": ("weights",), "forward": lambda self, weights: value}
+    odd = type("Odd", (Regularizer,), attributes)(1.0)
+    with pytest.raises(PenaltyError, match=f"Odd returned {shape}"):
+        compute_gradients(reference.SmoothNet().double(), CE, odd, *problem)
