@@ -358,6 +358,7 @@ def _lookup(name: str) -> tuple[Callable[..., Regularizer], dict[str, int]]:
         pattern = re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", template)
         if match := re.fullmatch(pattern, name, re.IGNORECASE):
             return make, {key: int(digits) for key, digits in match.groupdict().items()}
+    for template in REGULARIZERS:
         if re.fullmatch(re.sub(r"<\w+>", ".+", template), name, re.IGNORECASE):
             raise ValueError(f"{name}: <P> in {template} must be a whole number, such as 2")
     raise ValueError(f"unknown regularizer {name!r}: choose none, {', '.join(REGULARIZERS)}")
