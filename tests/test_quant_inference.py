@@ -15,7 +15,8 @@ from torch import nn
 import data
 import quant_inference as qi
 import quant_utils as qu
-from analysis import report
+from analysis import figures, report
+from analysis.taylor import taylor_terms
 from engine import layers
 from engine.io import save_weights
 from engine.loader import Loader
@@ -163,20 +164,19 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         ["--act_bits", "3"],
         ["--act_bits", "same", "--calibration", "percentile"],
         ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
-        ["--bn_images", "64"],
+        ["--recalibrate_bn_images", "64"],
     ],
     ids=" ".join,
 )
-def test_every_option_changes_the_result(tiny, monkeypatch, flags):
-    monkeypatch.setattr(qi, "draw", lambda *arguments: {})
+def test_every_option_changes_the_result(tiny, flags):
     save_weights(make_net(), Path("a.pt"))
-    common = ["a.pt", "--bits", 4, "--schemes", "pwlq"]
+    common = ["a.pt", "--bits", 4, "--schemes", "pwlq", "--no_plots"]
     assert main(*common) == 0
     plain = results()["rows"]
     assert main(*common, *flags) == 0
     changed = results()["rows"]
     assert plain[0]["accuracy"] == changed[0]["accuracy"]
-    key = "loss" if flags[0] in ("--act_bits", "--bn_images") else "squared_error"
+    key = "loss" if flags[0] in ("--act_bits", "--recalibrate_bn_images") else "squared_error"
     assert plain[1][key] != changed[1][key] and math.isfinite(changed[1]["loss"])
 
 
@@ -201,12 +201,12 @@ def test_16_bits_everywhere_are_as_good_as_none(tiny):
     assert {row["act_bits"] for row in rows} == {16} and full["act_bits"] == 32
 
 
-def test_ready_folds_what_is_quantized_without_changing_the_outputs(tiny):
+def test_folding_for_evaluation_after_quantizing_changes_no_output(tiny):
     net, _ = qu.quantize_model(make_net(), qu.uniform, 3)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            qi.prepare_for_eval(net, "cpu")(x)[0], net(x)[0], rtol=1e-4, atol=1e-4
+            qi.prepare_for_eval(net, "cpu", fold=True)(x)[0], net(x)[0], rtol=1e-4, atol=1e-4
         )
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
@@ -372,7 +372,7 @@ def test_earlier_results_are_kept(tiny, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--bn_images", 97],
+        ["--recalibrate_bn_images", 97],
         ["--act_bits", 8, "--calibration_images", 97],
         ["--per_layer", "--per_layer_images", 97],
         ["--act_bits", 8, "--calibration_images", 512],
@@ -441,7 +441,7 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
         (["--calibration", "minmax"], "--calibration needs --act_bits"),
         (["--precision", "bf16", "--act_bits", "8"], "--act_bits needs --precision fp32"),
-        (["--bn_images", "64", "--fold_bn"], "--bn_images needs batch norms"),
+        (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images needs batch norms"),
         (["--precision", "bf16", "--per_layer"], "--per_layer needs --precision fp32"),
         (["--dataset", "MNIST"], "CIFAR10"),
         (["--model", "VGG"], "ConvNet"),
@@ -488,7 +488,7 @@ def test_expansion_of_the_loss_is_autograds():
         logits, _ = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
         return F.cross_entropy(logits, y)
 
-    for delta, terms in zip(deltas, qi.taylor_terms(net, loader, deltas), strict=True):
+    for delta, terms in zip(deltas, taylor_terms(net, loader, deltas), strict=True):
         at = tuple(params[key].detach() for key in delta)
         f, d = partial(loss, keys=list(delta)), tuple(delta.values())
         g = torch.autograd.functional.jacobian(f, at)
@@ -549,17 +549,17 @@ def test_table_is_aligned():
 
 def test_plot_says_how_many_bits_the_activations_have():
     rows = make_rows()
-    assert report.bits_label(rows) == "bits of a weight, b"
+    assert figures.bits_label(rows) == "bits of a weight, b"
     changed = [row | {"act_bits": 8} for row in rows]
-    assert report.bits_label(changed) == "bits of a weight, b (activations: 8)"
+    assert figures.bits_label(changed) == "bits of a weight, b (activations: 8)"
     same = [row | {"bits": b, "act_bits": b} for b in (4, 6) for row in rows]
-    assert report.bits_label(same) == "bits of weights and activations, b"
+    assert figures.bits_label(same) == "bits of weights and activations, b"
 
 
 def test_rows_plots_and_curves_are_logged(tmp_path):
     logged, defined = [], {}
     rows, picture = make_rows(), tmp_path / "accuracy.png"
-    report.accuracy_plot(rows, picture)
+    figures.accuracy_plot(rows, picture)
     tracker = SimpleNamespace(
         run=object(),
         define=lambda name, step: defined.update({name: step}),

@@ -121,7 +121,7 @@ def test_dorefa_goes_to_one_of_the_two_neighbours(w, n_bits):
 def test_pwlq_is_off_by_half_a_step_of_its_piece_at_most(w, n_bits, overlapping):
     rows, int_max = w.reshape(1, -1), 2 ** (n_bits - 1) - 1
     m = qu.abs_max(rows)
-    p = qu.breakpoint_of(rows, m, qu.DISTRIBUTIONS["norm"], False, overlapping)
+    p = qu.breakpoint_from_distribution(rows, m, qu.DISTRIBUTIONS["norm"], False, overlapping)
     tail = m / (int_max + 0.5) if overlapping else (m - p) / int_max
     step = torch.where(rows.abs() < p, p / (int_max + 0.5), tail)
     error = qu.pwlq(w, n_bits, overlapping=overlapping).reshape(1, -1) - rows
