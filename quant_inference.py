@@ -12,7 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import quant_utils as qu
 import utils
 from analysis import figures, report
-from analysis.report import UNQUANTIZED, Row, Trial
+from analysis.report import UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from data import ImageDataset
 from engine import distributed
@@ -358,23 +358,6 @@ def print_error(message: object) -> None:
 # --- a run -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Results:
-    """The rows measured so far, of all networks."""
-
-    rows: list[Row] = field(default_factory=list)
-    layer_rows: list[Row] = field(default_factory=list)
-
-    def checkpoints(self) -> set[str]:
-        """Return the names of the networks that have rows."""
-        return {row["checkpoint"] for row in self.rows}
-
-    def discard(self, name: str) -> None:
-        """Remove the rows of a network."""
-        self.rows = [row for row in self.rows if row["checkpoint"] != name]
-        self.layer_rows = [row for row in self.layer_rows if row["checkpoint"] != name]
-
-
 def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> bool:
     """Measure every file and report into the folder; return whether all could be measured."""
     dataset = utils.load_dataset(args)
@@ -495,8 +478,9 @@ def make_parser() -> Parser:
 
 def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for network, schemes and bit-widths."""
+    add = group.add_argument
     add_choice(group, "--model", MODELS, "ConvNet", "network whose weights the files hold")
-    group.add_argument(
+    add(
         "--bits",
         type=bit_width,
         nargs="+",
@@ -504,7 +488,7 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="bits of a weight, each from 2 to 16",
     )
-    group.add_argument(
+    add(
         "--schemes",
         type=choice_ignoring_case(qu.QUANTIZERS),
         nargs="+",
@@ -513,14 +497,14 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         help="quantizers of weights; dorefa rounds at random, and pwlq has the levels of one bit "
         "more than it is given",
     )
-    group.add_argument(
+    add(
         "--trials",
         type=bounded_number(int, at_least=1),
         default=3,
         metavar="N",
         help="repeat quantizers that round at random N times, each with a seed of its own",
     )
-    group.add_argument(
+    add(
         "--per_channel",
         action="store_true",
         help="one range per output channel; without it one per layer",
@@ -529,12 +513,13 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_repair_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for batch norms and for what repairs quantized weights."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--fold_bn",
         action="store_true",
         help="fold batch norms into the convolutions first; biases then keep full precision",
     )
-    group.add_argument(
+    add(
         "--recalibrate_bn_images",
         "--bn_images",
         type=bounded_number(int, at_least=2),
@@ -558,6 +543,7 @@ def add_repair_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_pwlq_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of piecewise linear quantization."""
+    add = group.add_argument
     add_choice(
         group,
         "--distribution",
@@ -566,12 +552,12 @@ def add_pwlq_arguments(group: argparse._ArgumentGroup) -> None:
         "breakpoint of least expected error for normal or Laplace weights, or of least measured "
         "error (search)",
     )
-    group.add_argument(
+    add(
         "--approximate",
         action="store_true",
         help="breakpoint from the paper's closed form instead of the exact optimum",
     )
-    group.add_argument(
+    add(
         "--overlapping",
         action="store_true",
         help="quantize the tails on the uniform grid of the whole range instead of grids of "
@@ -581,7 +567,8 @@ def add_pwlq_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags of activation quantization."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--act_bits",
         type=act_bit_width,
         metavar="{2..16,same}",
@@ -596,7 +583,7 @@ def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
         "range of an input: median of its 10 largest and smallest values, or all but 0.01 %% of "
         "values on each side, each averaged over batches, or the extremes",
     )
-    group.add_argument(
+    add(
         "--calibration_images",
         type=bounded_number(int, at_least=1),
         default=N_IMAGES,
@@ -607,18 +594,19 @@ def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_measurement_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for what is measured of quantized networks."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--avg_in_layer",
         action="store_true",
         help="divide each layer's squared error by its number of weights",
     )
-    group.add_argument(
+    add(
         "--per_layer",
         action="store_true",
         help="also quantize the weights of one layer at a time and expand the loss in their "
         "change; activations and batch-norm statistics then stay as they are",
     )
-    group.add_argument(
+    add(
         "--per_layer_images",
         type=bounded_number(int, at_least=1),
         default=N_IMAGES,
@@ -637,12 +625,13 @@ def add_measurement_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for files."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--output",
         metavar="DIR",
         help="folder for tables and plots; None: that of the first file of weights",
     )
-    group.add_argument("--no_plots", action="store_true", help="write tables only, no plots")
+    add("--no_plots", action="store_true", help="write tables only, no plots")
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:

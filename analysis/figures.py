@@ -68,10 +68,11 @@ def line_style(i: int) -> dict[str, str]:
 class PercentTickFormatter(Formatter):
     """Tick labels in percent, with as many decimals as tell neighbouring ticks apart."""
 
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        """Return the label of the tick at x, a fraction of 1; none for an accuracy above that."""
-        steps = [b - a for a, b in zip(self.locs, self.locs[1:], strict=False)]
-        return f"{x:.{percent_decimals(min(steps, default=1))}%}" if x < 1 + 1e-9 else ""
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """Return the labels of ticks at fractions of 1; none for an accuracy above 1."""
+        steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+        n_decimals = percent_decimals(min(steps, default=1))
+        return [f"{x:.{n_decimals}%}" if x < 1 + 1e-9 else "" for x in values]
 
 
 def percent_decimals(step: float) -> int:

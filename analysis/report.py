@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -81,6 +82,23 @@ def make_row(
         "loss": fmean(losses),
         "act_bits": act_bits,
     }
+
+
+@dataclass
+class Results:
+    """The rows measured so far, of all networks."""
+
+    rows: list[Row] = field(default_factory=list)
+    layer_rows: list[Row] = field(default_factory=list)
+
+    def checkpoints(self) -> set[str]:
+        """Return the names of the networks that have rows."""
+        return {row["checkpoint"] for row in self.rows}
+
+    def discard(self, name: str) -> None:
+        """Remove the rows of a network."""
+        self.rows = [row for row in self.rows if row["checkpoint"] != name]
+        self.layer_rows = [row for row in self.layer_rows if row["checkpoint"] != name]
 
 
 # --- tables ----------------------------------------------------------------------------------

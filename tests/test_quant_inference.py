@@ -2,9 +2,7 @@ import csv
 import json
 import math
 import os
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import reference
@@ -15,11 +13,8 @@ from torch import nn
 import data
 import quant_inference as qi
 import quant_utils as qu
-from analysis import figures, report
-from analysis.taylor import taylor_terms
 from engine import layers
 from engine.io import save_weights
-from engine.loader import Loader
 from models import ConvNet
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -466,43 +461,6 @@ def test_no_files_is_told_in_one_line(capsys):
 # --- layer by layer --------------------------------------------------------------------------
 
 
-def test_expansion_of_the_loss_is_autograds():
-    """Against the full Hessian of a small smooth network in float64, over several batches."""
-    torch.manual_seed(1)
-
-    class Net(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x.double()), []
-
-    net = Net(nn.Conv2d(3, 2, 3, stride=5), nn.Softplus(), nn.Flatten(), nn.Linear(72, 10)).double()
-    images = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8)
-    loader = Loader(images, torch.arange(7), 3, (0.5,) * 3, (0.2,) * 3)
-    params = dict(net.named_parameters())
-    deltas = [
-        {key: torch.randn_like(params[key]) for key in keys}
-        for keys in (("0.weight", "0.bias"), ("3.bias",), ("0.weight",))
-    ]
-
-    def loss(*values, keys):
-        x, y = (torch.cat(part) for part in zip(*loader.batches(0), strict=True))
-        logits, _ = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
-        return F.cross_entropy(logits, y)
-
-    for delta, terms in zip(deltas, taylor_terms(net, loader, deltas), strict=True):
-        at = tuple(params[key].detach() for key in delta)
-        f, d = partial(loss, keys=list(delta)), tuple(delta.values())
-        g = torch.autograd.functional.jacobian(f, at)
-        hessian = torch.autograd.functional.hessian(f, at)
-        first = sum((a * b).sum() for a, b in zip(g, d, strict=True))
-        bound = sum(a.abs().sum() for a in g) * max(b.abs().max() for b in d)
-        second = sum(
-            d[i].flatten() @ block.reshape(d[i].numel(), -1) @ d[j].flatten() / 2
-            for i, row in enumerate(hessian)
-            for j, block in enumerate(row)
-        )
-        assert terms == pytest.approx([first.item(), bound.item(), second.item()], rel=1e-6)
-
-
 def test_per_layer(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     flags = ["--schemes", "uniform", "--bits", 9, "--per_layer", "--per_layer_images", 48]
@@ -516,58 +474,3 @@ def test_per_layer(tiny, capsys):
     assert missed < 0.1 * total
     assert "one layer at a time" in capsys.readouterr().out
     assert len(Path("per_layer.csv").read_text().splitlines()) == 11
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-def make_rows():
-    def row(checkpoint, scheme, bits, accuracy, std=None):
-        return dict.fromkeys(report.COLUMNS) | {
-            "checkpoint": checkpoint,
-            "scheme": scheme,
-            "bits": bits,
-            "accuracy": accuracy,
-            "accuracy_change": accuracy - 0.9,
-            "squared_error": 1.0,
-            "accuracy_std": std,
-            "act_bits": 32,
-        }
-
-    return [
-        row(name, *rest)
-        for name in ("a/net", "b")
-        for rest in (("none", 32, 0.9), ("uniform", 4, 0.5), ("dorefa", 4, 0.4, 0.02))
-    ]
-
-
-def test_table_is_aligned():
-    lines = report.table(make_rows(), report.COLUMNS[:7]).splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + 2 + 6
-    assert "40.00% ± 2.00" in lines[4] and "-50.00 pp" in lines[4]
-
-
-def test_plot_says_how_many_bits_the_activations_have():
-    rows = make_rows()
-    assert figures.bits_label(rows) == "bits of a weight, b"
-    changed = [row | {"act_bits": 8} for row in rows]
-    assert figures.bits_label(changed) == "bits of a weight, b (activations: 8)"
-    same = [row | {"bits": b, "act_bits": b} for b in (4, 6) for row in rows]
-    assert figures.bits_label(same) == "bits of weights and activations, b"
-
-
-def test_rows_plots_and_curves_are_logged(tmp_path):
-    logged, defined = [], {}
-    rows, picture = make_rows(), tmp_path / "accuracy.png"
-    figures.accuracy_plot(rows, picture)
-    tracker = SimpleNamespace(
-        run=object(),
-        define=lambda name, step: defined.update({name: step}),
-        wandb=SimpleNamespace(Table=lambda columns, cells: cells, Image=lambda path: path),
-        log=logged.append,
-    )
-    report.log(tracker, rows, [], {"accuracy": picture})
-    curve, rest = logged
-    assert curve["bits"] == 4 and curve["accuracy/a_net/uniform"] == 0.5
-    assert set(defined) == set(curve) - {"bits"} and set(defined.values()) == {"bits"}
-    assert len(rest["results"]) == len(rows) and rest["plots/accuracy"] == str(picture)
