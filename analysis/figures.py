@@ -1,7 +1,7 @@
 """Figures of quantized networks, and the style that all figures share."""
 
 import math
-import textwrap
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -81,8 +81,16 @@ def percent_decimals(step: float) -> int:
 
 
 def wrap(text: str, width: int) -> str:
-    """Return the text in lines of at most `width` characters, with no formula in it."""
-    return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
+    """Return the text in lines of at most `width` characters, with no formula in it.
+
+    Lines end after a space, "_", "/" or "-" where they can.
+    """
+    lines = [""]
+    for piece in re.findall(rf"[^ _/-]{{0,{width - 1}}}[ _/-]|[^ _/-]{{1,{width}}}", text):
+        if len(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:

@@ -126,6 +126,12 @@ def test_weights_plot_has_a_panel_a_layer(drawn, per_channel):
         else ["0: 108 weights", "2: 72 weights"]
     )
     assert "uniform, 4 bits: 16 values" in [t.get_text() for t in figure.legends[0].get_texts()]
-    title = figure.get_suptitle()
-    assert title.replace("\n", "").replace(" ", "").startswith(name)
-    assert ("first output channel" in title.replace("\n", " ")) == per_channel
+    title = figure.get_suptitle().replace("\n", "")
+    assert title.startswith(f"{name}: weights")
+    assert ("first output channel" in title) == per_channel
+
+
+def test_names_wrap_after_a_separator_and_lose_nothing():
+    assert figures.wrap("net_of_many_words/and_more", 10) == "net_of_\nmany_\nwords/and_\nmore"
+    assert figures.wrap("W" * 25, 10) == "\n".join(["W" * 10, "W" * 10, "W" * 5])
+    assert figures.wrap("short", 10) == "short" and figures.wrap("", 10) == ""

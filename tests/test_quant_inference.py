@@ -265,7 +265,7 @@ def test_calibration_does_not_depend_on_the_batch_size(tiny):
     assert tables[0] == tables[1]
 
 
-def test_what_cannot_be_quantized_or_is_interrupted_loses_nothing_else(tiny, capsys, monkeypatch):
+def test_an_error_or_an_interruption_keeps_all_other_results(tiny, capsys, monkeypatch):
     for name in ("first", "second", "third"):
         save_weights(make_net(), Path(f"{name}.pt"))
     plain, calls = qi.evaluate, []
@@ -315,8 +315,8 @@ def test_globs_and_names(tiny):
     for path in ("a/net.pt", "b/net.pt", "b/[1].pt", "net.1", "net.2"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).touch()
-    found = qi.resolve_paths(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
-    assert found == {
+    paths = qi.resolve_paths(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
+    assert paths == {
         "a/net.pt": Path("a/net.pt"),
         "b/net.pt": Path("b/net.pt"),
         "[1]": Path("b/[1].pt"),
@@ -329,8 +329,8 @@ def test_globs_and_names(tiny):
 def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "a", "x" * 300, "--bits", 4, "--schemes", "uniform") == 1
-    told = capsys.readouterr().err
-    assert "a: No such file" in told and "x: File name too long" in told
+    message = capsys.readouterr().err
+    assert "a: No such file" in message and "x: File name too long" in message
     assert [row["checkpoint"] for row in results()["rows"]] == ["a.pt", "a.pt"]
 
 
@@ -349,11 +349,11 @@ def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, c
     assert results()["rows"][0]["loss"] == pytest.approx(loss, rel=1e-4)
     capsys.readouterr()
     assert main(*flags, "--fold_bn") == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in message
 
 
-def test_earlier_results_are_kept(tiny, capsys):
+def test_earlier_results_are_renamed(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     flags = ["a.pt", "--bits", 4, "--schemes", "uniform"]
     assert main(*flags, "--per_layer", "--per_layer_images", 8) == 0
@@ -376,9 +376,9 @@ def test_earlier_results_are_kept(tiny, capsys):
 def test_more_images_than_there_are(tiny, capsys, flags):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", *flags) == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert f"{flags[-2]} {flags[-1]}: there are 96 training images" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{flags[-2]} {flags[-1]}: there are 96 training images" in message
 
 
 def test_tables_without_plots(tiny, capsys):
@@ -387,13 +387,13 @@ def test_tables_without_plots(tiny, capsys):
     assert "plots:" not in capsys.readouterr().out and not list(Path(".").glob("*.png"))
 
 
-def test_levels_of_overlapping_regions_are_not_known(tiny):
+def test_levels_of_overlapping_regions_are_unknown(tiny):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 3, "--schemes", "uniform", "pwlq", "--overlapping") == 0
     assert [row["levels"] for row in results()["rows"]] == [None, 8, None]
 
 
-def test_constant_and_zero_layers_are_no_trouble(tiny):
+def test_constant_and_zero_layers_give_finite_results(tiny):
     net = make_net()
     net.layer2[0].weight.data.zero_()
     net.layer5[0].weight.data.fill_(0.01)
@@ -413,8 +413,8 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         )
         == 0
     )
-    found = results()
-    for row in found["rows"] + found["per_layer"]:
+    record = results()
+    for row in record["rows"] + record["per_layer"]:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
 
 
@@ -422,7 +422,7 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (["--bits", "1"], "2 to 16"),
         (["--bits", "17"], "2 to 16"),
@@ -443,15 +443,15 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         (["--output", "a.pt/out"], "--output"),
     ],
 )
-def test_bad_flags_are_told_in_one_line(tiny, capsys, flags, told):
+def test_bad_flags_end_with_one_line(tiny, capsys, flags, expected):
     Path("a.pt").touch()
     with pytest.raises(SystemExit) as caught:
         qi.main(["a.pt", *flags])
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.count("\n") == 1 and told in message
+    assert caught.value.code == 2 and message.count("\n") == 1 and expected in message
 
 
-def test_no_files_is_told_in_one_line(capsys):
+def test_no_files_end_with_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
         qi.main([])
     message = capsys.readouterr().err

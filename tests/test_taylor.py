@@ -9,7 +9,7 @@ from analysis.taylor import taylor_terms
 from engine.loader import Loader
 
 
-def test_expansion_of_the_loss_is_autograds():
+def test_taylor_terms_are_those_of_autograd():
     """Against the full Hessian of a small smooth network in float64, over several batches."""
     torch.manual_seed(1)
 
