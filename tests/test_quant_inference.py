@@ -451,6 +451,22 @@ def test_bad_flags_end_with_one_line(tiny, capsys, flags, expected):
     assert caught.value.code == 2 and message.count("\n") == 1 and expected in message
 
 
+def test_the_old_spelling_of_a_renamed_flag_works():
+    parser = qi.make_parser()
+    assert parser.parse_args(["a.pt", "--bn_images", "64"]).recalibrate_bn_images == 64
+    assert parser.explicit_flags == {"recalibrate_bn_images"}
+
+
+def test_a_quantizer_gets_the_flags_that_it_takes(monkeypatch):
+    def clipped(w, n_bits, *, per_channel=False, seed=0):
+        return w.clamp(-seed, seed) if per_channel else w
+
+    monkeypatch.setitem(qu.QUANTIZERS, "clipped", clipped)
+    args = qi.make_parser().parse_args(["a.pt", "--per_channel", "--seed", "3"])
+    assert qi.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
+    assert not qi.is_stochastic("clipped")
+
+
 def test_no_files_end_with_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
         qi.main([])
