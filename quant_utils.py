@@ -3,13 +3,15 @@
 A quantizer is a pure function `(w, n_bits, …) -> w_q`: same shape, values on a grid, `w` untouched.
 It chooses a range, rounds to integers and goes back to float, in that order. All of them take
 
-- `per_channel`: a range for each slice `w[i]` (an output channel) instead of one for the tensor;
+- `per_channel`: one range for each slice `w[i]` (an output channel) instead of one for the tensor;
 - `range_of`: the tensor whose range is used, `w` itself by default: a bias is quantized on the grid
   of its weight. Values beyond the grid go to its nearest end.
 
-They raise ValueError for `n_bits` outside 2…16 and for tensors that are empty or not finite. A new
-quantizer is one such function and one line in `QUANTIZERS`. Inside, a tensor is (rows, elements),
-one row a range, and what belongs to a row is (rows, 1).
+A quantizer that rounds stochastically takes a `generator`. They raise ValueError for `n_bits`
+outside 2…16 and for tensors that are empty or not finite. A new quantizer is one such function and
+one line in `QUANTIZERS`; flags of quant_inference.py that are named like its arguments reach it.
+
+Inside, a tensor is `rows`, (rows, elements), with one range m for each row, (rows, 1).
 """
 
 import copy
@@ -26,9 +28,7 @@ from engine.layers import quantizable_layers
 
 Quantizer = Callable[..., Tensor]
 MIN_BITS, MAX_BITS = 2, 16
-MIN_RELATIVE_STD = (
-    1e-6  # a standard deviation this small beside max|w| is rounding: all values are equal
-)
+MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
 
 
 # --- ranges and integers ---------------------------------------------------------------------
@@ -41,9 +41,9 @@ def check_bits(n_bits: int) -> None:
 
 
 def to_2d(w: Tensor, per_channel: bool) -> Tensor:
-    """View w as (rows, elements): a row for each w[i], or one row for the whole tensor.
+    """View w as (rows, elements): one row for each w[i], or a single one for the whole tensor.
 
-    Raises ValueError where there is nothing, or something else than floating-point numbers.
+    Raises ValueError for an empty tensor, and for one that is not of floating-point numbers.
     """
     if w.numel() == 0 or not w.is_floating_point():
         raise ValueError(f"cannot quantize {w.numel()} values of {w.dtype}")
@@ -58,21 +58,24 @@ def abs_max(rows: Tensor) -> Tensor:
     return m
 
 
-def rows_and_range(
-    w: Tensor, per_channel: bool, range_of: Tensor | None
+def clamp_to_range(
+    w: Tensor, per_channel: bool, range_of: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return w in its range and the tensor that gives the range, both as rows, and m of that."""
+    """Return w as rows clamped to [−m, m], their m, and the rows that have this m = max|·|.
+
+    Those are w's own, or `range_of`'s. Raises ValueError where w or `range_of` is not finite.
+    """
     rows = to_2d(w, per_channel)
     m = abs_max(rows)
     if range_of is None:
-        return rows, rows, m
-    source = to_2d(range_of, per_channel)
-    m = abs_max(source)
-    return rows.clamp(-m, m), source, m
+        return rows, m, rows
+    range_rows = to_2d(range_of, per_channel)
+    m = abs_max(range_rows)
+    return rows.clamp(-m, m), m, range_rows
 
 
 def safe_divisor(scale: Tensor) -> Tensor:
-    """Return the scale to divide by: a tiny one instead of 0, so that 0 / 0 does not arise."""
+    """Return the scale, or the smallest normal number in place of 0: then 0 / scale is 0."""
     return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
@@ -84,7 +87,7 @@ def uniform(
 ) -> Tensor:
     """Round to the nearest point of the symmetric grid of step 2m / (2^n_bits − 1) through 0."""
     check_bits(n_bits)
-    rows, _, m = rows_and_range(w, per_channel, range_of)
+    rows, m, _ = clamp_to_range(w, per_channel, range_of)
     int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
     scale = m / (int_max + 0.5)
     x_int = (rows / safe_divisor(scale)).round_().clamp_(int_min, int_max)
@@ -105,7 +108,7 @@ def dorefa(
     Source: DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160), without its tanh.
     """
     check_bits(n_bits)
-    rows, _, m = rows_and_range(w, per_channel, range_of)
+    rows, m, _ = clamp_to_range(w, per_channel, range_of)
     int_max = 2**n_bits - 1
     scale = m / (int_max / 2)
     noise = torch.rand(rows.shape, dtype=w.dtype, device=w.device, generator=generator).sub_(0.5)
@@ -123,32 +126,37 @@ def pwlq(
     approximate: bool = False,
     overlapping: bool = False,
 ) -> Tensor:
-    """Piecewise linear quantization: a fine grid up to the breakpoint p, a coarse one beyond it.
+    """Round on a fine grid up to the breakpoint p and on a coarse one beyond it (PWLQ).
 
     Source: Fang et al., ECCV 2020, arXiv 2002.00104. The centre (−p, p) has 2^n_bits − 1 points and
     each tail 2^(n_bits − 1) points from p to m; `overlapping`: the tails use the uniform grid of
     [−m, m] instead. `distribution`: "norm" or "laplace" puts p where the expected error is least
-    (`approximate`: at the paper's closed form), "search" where the measured one is.
+    (`approximate`: at the paper's closed form), "search" where the measured error is.
     """
     check_bits(n_bits)
-    rows, source, m = rows_and_range(w, per_channel, range_of)
+    rows, m, range_rows = clamp_to_range(w, per_channel, range_of)
     if distribution == "search":
-        p = search_breakpoint(source, m, n_bits, overlapping)
+        p = search_breakpoint(range_rows, m, n_bits, overlapping)
     else:
-        p = breakpoint_of(source, m, DISTRIBUTIONS[distribution], approximate, overlapping)
+        density = DISTRIBUTIONS[distribution]
+        p = breakpoint_from_distribution(range_rows, m, density, approximate, overlapping)
     return pwlq_with_breakpoint(rows, m, p, n_bits, overlapping).reshape(w.shape)
 
 
 def pwlq_with_breakpoint(
     rows: Tensor, m: Tensor, p: Tensor, n_bits: int, overlapping: bool
 ) -> Tensor:
-    """Quantize each row with the breakpoint p, 0 ≤ p ≤ m. In magnitude, both grids have int_max."""
+    """Quantize each row with the breakpoint p, 0 ≤ p ≤ m.
+
+    Of magnitudes, both grids have the integers 0…int_max.
+    """
     int_max = 2 ** (n_bits - 1) - 1
     centre_scale = safe_divisor(p / (int_max + 0.5))
     tail_scale = safe_divisor(m / (int_max + 0.5) if overlapping else (m - p) / int_max)
     magnitude = rows.abs()
-    in_tail = torch.ge(magnitude, p, out=torch.empty_like(magnitude))  # 0 or 1, to multiply by:
-    scale = (in_tail * (tail_scale - centre_scale)).add_(centre_scale)  # torch.where is slow
+    # 0.0 or 1.0, a factor: torch.where takes several times as long.
+    in_tail = torch.ge(magnitude, p, out=torch.empty_like(magnitude))
+    scale = (in_tail * (tail_scale - centre_scale)).add_(centre_scale)
     offset = 0 if overlapping else in_tail.mul_(p)
     x_int = magnitude.sub_(offset).div_(scale).round_().clamp_(max=int_max)
     return x_int.mul_(scale).add_(offset).copysign_(rows)
@@ -158,12 +166,12 @@ def pwlq_with_breakpoint(
 
 
 class Distribution(NamedTuple):
-    """A density f, symmetric about 0 with variance 1, and the paper's closed form for p, in σ."""
+    """Density f of weights in σ, symmetric about 0, and the paper's closed form of p."""
 
     pdf: Callable[[Tensor], Tensor]  # f
     survival: Callable[[Tensor], Tensor]  # 1 − F
     decay: Callable[[Tensor], Tensor | float]  # −f′ / f, for x > 0
-    closed_form: Callable[[Tensor], Tensor]  # m, in σ → p, in σ
+    closed_form: Callable[[Tensor], Tensor]  # m → p, both in σ
 
 
 DISTRIBUTIONS = {
@@ -182,10 +190,13 @@ DISTRIBUTIONS = {
 }
 
 
-def breakpoint_of(
+def breakpoint_from_distribution(
     rows: Tensor, m: Tensor, distribution: Distribution, approximate: bool, overlapping: bool
 ) -> Tensor:
-    """Return p of each row, in w's units, from m / σ. A row of equal values counts as m = σ."""
+    """Return the p of least expected error of each row, in w's units.
+
+    It depends on m / σ alone. A row of equal values counts as m = σ.
+    """
     x = rows / safe_divisor(m)  # in [−1, 1], so that no square overflows
     std = torch.linalg.vector_norm(x.sub_(x.mean(dim=1, keepdim=True)), dim=1, keepdim=True)
     std = std.double() / math.sqrt(rows.shape[1])
@@ -205,54 +216,62 @@ def optimal_breakpoint(m: Tensor, distribution: Distribution, overlapping: bool 
     once between 0 and m: Newton's method, or bisection where that leaves the bracket; float64.
     """
     m = m.double()
-    beyond, dt = distribution.survival(m), 0 if overlapping else -1
+    survival_at_m, dt = distribution.survival(m), 0 if overlapping else -1
     low, high = torch.zeros_like(m), m
     p = torch.minimum(distribution.closed_form(m), m)
     for _ in range(200):
         t = m if overlapping else m - p
         f, s = distribution.pdf(p), distribution.survival(p)
-        bend, mass = f * (p * p - t * t), s - beyond
-        value = bend + p * (1 - 2 * s) + 2 * t * dt * mass
-        slope = 4 * f * (p - t * dt) + 1 - 2 * s + 2 * dt * dt * mass - distribution.decay(p) * bend
-        low, high = torch.where(value < 0, p, low), torch.where(value < 0, high, p)
-        newton = p - value / slope
-        inside = (newton >= low) & (newton <= high)
-        last, p = p, torch.where(inside, newton, (low + high) / 2)
-        if (p - last).abs().max() < 1e-6:  # Newton's next step would be its square
+        f_term, tail_mass = f * (p * p - t * t), s - survival_at_m
+        d1 = f_term + p * (1 - 2 * s) + 2 * t * dt * tail_mass  # E′ / 2
+        d2 = 4 * f * (p - t * dt) + 1 - 2 * s + 2 * dt * dt * tail_mass
+        d2 = d2 - distribution.decay(p) * f_term  # E″ / 2
+        low, high = torch.where(d1 < 0, p, low), torch.where(d1 < 0, high, p)
+        newton = p - d1 / d2
+        in_bracket = (newton >= low) & (newton <= high)
+        previous, p = p, torch.where(in_bracket, newton, (low + high) / 2)
+        if (p - previous).abs().max() < 1e-6:  # Newton's next step would be its square
             break
     return p
 
 
 def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -> Tensor:
-    """Return the p of least measured error of each row: out of 33, then out of finer and finer."""
+    """Return the p of least measured error of each row.
+
+    Out of those of the distributions and 31 steps of m / 32, then out of finer and finer ones.
+    """
 
     def error(p: Tensor) -> Tensor:
-        off_by = pwlq_with_breakpoint(rows, m, p, n_bits, overlapping) - rows
-        return off_by.div_(safe_divisor(m)).square_().sum(dim=1, keepdim=True)
+        difference = pwlq_with_breakpoint(rows, m, p, n_bits, overlapping) - rows
+        return difference.div_(safe_divisor(m)).square_().sum(dim=1, keepdim=True)
 
-    def better(best: tuple[Tensor, Tensor], p: Tensor) -> tuple[Tensor, Tensor]:
-        found = error(p)
-        return torch.where(found < best[1], p, best[0]), torch.minimum(found, best[1])
+    best_p = m / 2
+    least = error(best_p)
 
-    best = (m / 2, error(m / 2))
+    def try_breakpoint(p: Tensor) -> None:
+        nonlocal best_p, least
+        e = error(p)
+        best_p, least = torch.where(e < least, p, best_p), torch.minimum(e, least)
+
     for distribution in DISTRIBUTIONS.values():
-        best = better(best, breakpoint_of(rows, m, distribution, False, overlapping))
+        try_breakpoint(breakpoint_from_distribution(rows, m, distribution, False, overlapping))
     for i in range(1, 32):
-        best = better(best, m * (i / 32))
+        try_breakpoint(m * (i / 32))
     for width in (1 / 32, 1 / 192, 1 / 1152):
-        centre = best[0]
+        centre = best_p
         for i in (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5):
-            best = better(best, (centre + m * (width * i / 6)).clamp(min=0).minimum(m))
-    return best[0]
+            try_breakpoint((centre + m * (width * i / 6)).clamp(min=0).minimum(m))
+    return best_p
 
 
 QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
 
 
 def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
-    """Return how many values a tensor can take; PWLQ has those of one more bit, less one.
+    """Return how many values a tensor quantized with the scheme can take.
 
-    None for PWLQ with overlapping regions, where it depends on the breakpoint.
+    PWLQ has as many as a uniform quantizer of one more bit, less one; None with overlapping
+    regions, where it depends on the breakpoint.
     """
     if scheme != "pwlq":
         return 2**n_bits
@@ -263,7 +282,7 @@ def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
 
 
 class LayerError(NamedTuple):
-    """What quantization did to one layer: Σ(w_q − w)² over its weight, and how many weights."""
+    """Squared quantization error Σ(w_q − w)² of one layer's weight, and its number of weights."""
 
     name: str
     squared_error: float
@@ -271,11 +290,14 @@ class LayerError(NamedTuple):
 
 
 def model_error(layers: list[LayerError], avg_in_layer: bool = False) -> float:
-    """Return the mean over layers of the squared error; `avg_in_layer`: of that per weight."""
+    """Return the mean over layers of their squared errors.
+
+    `avg_in_layer`: divide each layer's by its number of weights first.
+    """
     return sum(e.squared_error / (e.n_weights if avg_in_layer else 1) for e in layers) / len(layers)
 
 
-Correction = Callable[[Tensor, Tensor], Tensor]  # of (w, w_q), weights of one shape
+Correction = Callable[[Tensor, Tensor], Tensor]  # (w, w_q) → corrected w_q, all of one shape
 
 
 @torch.no_grad()
@@ -285,17 +307,18 @@ def quantize_layer(
     n_bits: int,
     *,
     biases: bool = True,
-    correct: Correction | None = None,
+    correction: Correction | None = None,
 ) -> float:
     """Quantize the layer in place and return the squared error of its weight.
 
-    `biases`: also the bias, on its weight's grid. `correct`: make this of the quantized weight.
+    `biases`: quantize the bias, too, on its weight's grid. `correction`: applied to the quantized
+    weight, as `mean_correction` is.
     """
     w = layer.weight.detach().clone()
     if biases and layer.bias is not None:
         layer.bias.copy_(quantizer(layer.bias, n_bits, range_of=w))
     w_q = quantizer(w, n_bits)
-    layer.weight.copy_(correct(w, w_q) if correct else w_q)
+    layer.weight.copy_(correction(w, w_q) if correction else w_q)
     return (layer.weight - w).double().square().sum().item()
 
 
@@ -305,29 +328,31 @@ def quantize_model(
     n_bits: int,
     *,
     biases: bool = True,
-    correct: Correction | None = None,
+    correction: Correction | None = None,
 ) -> tuple[nn.Module, list[LayerError]]:
     """Return a copy of the network with quantized layers, and the error of each layer.
 
-    The quantizer's options are bound before: `partial(pwlq, per_channel=True)`. For `biases` and
-    `correct` see `quantize_layer`. Raises ValueError, naming the layer, where one has NaN weights.
+    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `biases` and
+    `correction` see `quantize_layer`. Raises ValueError, naming the layer, for NaN weights.
     """
     net = copy.deepcopy(net)
     errors = []
     for name, layer in quantizable_layers(net).items():
         try:
-            error = quantize_layer(layer, quantizer, n_bits, biases=biases, correct=correct)
-        except ValueError as reason:
-            raise ValueError(f"{name}: {reason}") from reason
-        errors.append(LayerError(name, error, layer.weight.numel()))
+            squared_error = quantize_layer(
+                layer, quantizer, n_bits, biases=biases, correction=correction
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        errors.append(LayerError(name, squared_error, layer.weight.numel()))
     return net, errors
 
 
 def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:
     """Return w_q with each output channel's mean shifted to w's: w_q + mean(w) − mean(w_q).
 
-    For inputs of one mean, that removes what quantization adds to the mean of a channel's output:
-    the first half of `bias_correction`.
+    Where all inputs of a channel have one mean, its output keeps its mean. This is the first half
+    of `bias_correction`.
     """
     rows, rows_q = to_2d(w, True), to_2d(w_q, True)
     shift = rows.mean(dim=1, keepdim=True) - rows_q.mean(dim=1, keepdim=True)
@@ -335,11 +360,11 @@ def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:
 
 
 def bias_correction(w: Tensor, w_q: Tensor) -> Tensor:
-    """Return w_q with each output channel's mean shifted to w's, then scaled to its deviation.
+    """Return w_q with each output channel's mean shifted to w's, then its spread scaled to w's.
 
     Source: Banner et al., NeurIPS 2019, arXiv 1810.05723, section 4: (w_q + mean(w) − mean(w_q)) ·
-    std(w) / std(w_q). The scale moves the mean again. A channel whose values all round to one has
-    no spread to correct.
+    std(w) / std(w_q). Scaling moves the mean again. A channel whose values all round to one value
+    has no spread to scale.
     """
     rows, rows_q = to_2d(w, True), to_2d(w_q, True)
     std, std_q = (r.std(dim=1, correction=0, keepdim=True) for r in (rows, rows_q))
@@ -354,19 +379,19 @@ Range = tuple[float, float]
 
 
 def topk_median(x: Tensor, k: int = 10) -> Range:
-    """Return the median of the k smallest and of the k largest values."""
+    """Return the median of the k smallest values of x and that of its k largest."""
     k, x = min(k, x.numel()), x.flatten().float()
     return tuple(x.topk(k, largest=top).values.quantile(0.5).item() for top in (False, True))
 
 
 def percentile(x: Tensor, tail: float = 1e-4) -> Range:
-    """Return the values that a fraction `tail` of all is below, and above."""
+    """Return the two values of x beyond which a fraction `tail` of all values lies."""
     k, x = max(1, round(tail * x.numel())), x.flatten().float()
     return tuple(x.topk(k, largest=top).values[-1].item() for top in (False, True))
 
 
 def minmax(x: Tensor) -> Range:
-    """Return the extremes."""
+    """Return the smallest and the largest value of x."""
     return tuple(extreme.item() for extreme in torch.aminmax(x))
 
 
@@ -383,15 +408,16 @@ def calibrate(
 ) -> dict[str, Range]:
     """Return the range of the input of every convolution, linear layer and pooling, by name.
 
-    `batches` are images (B, 3, H, W). The range is the mean over batches, of "minmax" the extremes.
+    `batches` are images (B, 3, H, W). A range is the mean of those of the batches, with "minmax"
+    the one that holds them all.
     """
-    found: dict[str, list[Range]] = {}
+    batch_ranges: dict[str, list[Range]] = {}
 
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.setdefault(name, []).append(CALIBRATIONS[method](args[0]))
+    def record_range(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        batch_ranges.setdefault(name, []).append(CALIBRATIONS[method](args[0]))
 
     handles = [
-        module.register_forward_pre_hook(partial(note, name))
+        module.register_forward_pre_hook(partial(record_range, name))
         for name, module in net.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear | POOLINGS)
     ]
@@ -399,24 +425,28 @@ def calibrate(
         net(images)
     for handle in handles:
         handle.remove()
-    of_lows, of_highs = (min, max) if method == "minmax" else (fmean, fmean)
+    reduce_low, reduce_high = (min, max) if method == "minmax" else (fmean, fmean)
     return {
-        name: (of_lows(low for low, _ in ranges), of_highs(high for _, high in ranges))
-        for name, ranges in found.items()
+        name: (reduce_low(low for low, _ in ranges), reduce_high(high for _, high in ranges))
+        for name, ranges in batch_ranges.items()
     }
 
 
 def quantize_activation(x: Tensor, n_bits: int, low: float, high: float) -> Tensor:
-    """Round x on the uniform grid of [0, high] where low ≥ 0, else on the symmetric one."""
+    """Round x on the uniform grid of [0, high] where low ≥ 0, else on that of ±max(high, −low)."""
     check_bits(n_bits)
-    n = 2**n_bits - 1
-    m, int_min, int_max = (high, 0, n) if low >= 0 else (max(high, -low), -(n + 1) // 2, n // 2)
-    scale = torch.tensor(m / (n if low >= 0 else n / 2), dtype=x.dtype, device=x.device)
+    n_steps = 2**n_bits - 1
+    if low >= 0:
+        int_min, int_max, scale = 0, n_steps, high / n_steps
+    else:
+        int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+        scale = max(high, -low) / (n_steps / 2)
+    scale = torch.tensor(scale, dtype=x.dtype, device=x.device)
     return (x / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
 
 
 def quantize_activations(net: nn.Module, n_bits: int, ranges: dict[str, Range]) -> None:
-    """From now on, quantize the input of each named module of the network: forward pre-hooks."""
+    """Install hooks, in place, that quantize the input of each module that `ranges` names."""
     check_bits(n_bits)
     for name, (low, high) in ranges.items():
         hook = partial(_quantize_input, n_bits, low, high)
@@ -426,4 +456,5 @@ def quantize_activations(net: nn.Module, n_bits: int, ranges: dict[str, Range]) 
 def _quantize_input(
     n_bits: int, low: float, high: float, module: nn.Module, args: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
+    """Return the module's arguments with the first one quantized: a forward pre-hook."""
     return quantize_activation(args[0], n_bits, low, high), *args[1:]

@@ -1,22 +1,19 @@
-"""The quantization report: rows as table, CSV and curves, and figures that share one look."""
+"""The quantization report: rows, and how they are printed, saved and logged."""
 
 import csv
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
-import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import Tensor
-
-from engine.io import atomic_write
+from engine.environment import describe_environment
+from engine.io import atomic_write, backup_existing, save_json
 from engine.tracking import WandbLogger
 
 Row = dict[str, Any]
-UNQUANTIZED = "none"  # the scheme, in the rows, of the weights as they are
+UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained
 COLUMNS = (
     "checkpoint",
     "scheme",
@@ -30,6 +27,8 @@ COLUMNS = (
     "loss",
     "act_bits",
 )
+PRINTED_COLUMNS = COLUMNS[:7]
+CURVES = ("accuracy", "accuracy_change", "squared_error")  # logged against bits
 LAYER_COLUMNS = (
     "checkpoint",
     "scheme",
@@ -42,9 +41,67 @@ LAYER_COLUMNS = (
     "first_order_bound",
     "second_order",
 )
+# Files of earlier results that are renamed before new ones are written: (stem, suffix).
+FILES = (("results", ".csv"), ("results", ".json"), ("per_layer", ".csv"), ("accuracy", ".png"))
+
+
+class Trial(NamedTuple):
+    """What was measured of one quantized network, or of the unquantized one."""
+
+    accuracy: float
+    loss: float
+    squared_error: float = 0.0  # of its weights
 
 
 # --- rows ------------------------------------------------------------------------------------
+
+
+def make_row(
+    checkpoint: str,
+    scheme: str,
+    n_bits: int,
+    trials: Sequence[Trial],
+    full_accuracy: float,
+    *,
+    levels: int | None = None,
+    act_bits: int = 32,
+) -> Row:
+    """Return a row with the means over the trials; `full_accuracy` is that without quantizing."""
+    accuracies, losses, errors = zip(*trials, strict=True)
+    accuracy = fmean(accuracies)
+    return {
+        "checkpoint": checkpoint,
+        "scheme": scheme,
+        "bits": n_bits,
+        "levels": levels,
+        "accuracy": accuracy,
+        "accuracy_change": accuracy - full_accuracy,
+        "squared_error": fmean(errors),
+        "accuracy_std": stdev(accuracies) if len(trials) > 1 else None,
+        "trials": len(trials),
+        "loss": fmean(losses),
+        "act_bits": act_bits,
+    }
+
+
+@dataclass
+class Results:
+    """The rows measured so far, of all networks."""
+
+    rows: list[Row] = field(default_factory=list)
+    layer_rows: list[Row] = field(default_factory=list)
+
+    def checkpoints(self) -> set[str]:
+        """Return the names of the networks that have rows."""
+        return {row["checkpoint"] for row in self.rows}
+
+    def discard(self, name: str) -> None:
+        """Remove the rows of a network."""
+        self.rows = [row for row in self.rows if row["checkpoint"] != name]
+        self.layer_rows = [row for row in self.layer_rows if row["checkpoint"] != name]
+
+
+# --- tables ----------------------------------------------------------------------------------
 
 
 def format_cell(key: str, value: Any, row: Row) -> str:
@@ -61,27 +118,36 @@ def format_cell(key: str, value: Any, row: Row) -> str:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Return the rows as aligned text, a rule before each checkpoint's; numbers to the right."""
-    lines = [[column.replace("_", " ") for column in columns]]
-    lines += [[format_cell(column, row[column], row) for column in columns] for row in rows]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    words = [isinstance(rows[0][column], str) for column in columns]
+    """Return the rows as aligned text, with a rule before each checkpoint's first."""
+    header = [column.replace("_", " ") for column in columns]
+    body = [[format_cell(column, row[column], row) for column in columns] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(header, *body, strict=True)]
+    justify = [str.ljust if isinstance(rows[0][c], str) else str.rjust for c in columns]
     lines = [
-        "  ".join(
-            cell.ljust(width) if word else cell.rjust(width)
-            for cell, width, word in zip(line, widths, words, strict=True)
-        ).rstrip()
-        for line in lines
+        "  ".join(f(cell, w) for f, cell, w in zip(justify, cells, widths, strict=True)).rstrip()
+        for cells in (header, *body)
     ]
-    rule, text = "─" * max(map(len, lines)), lines[0]
-    for i, line in enumerate(lines[1:]):
-        new = i == 0 or rows[i]["checkpoint"] != rows[i - 1]["checkpoint"]
-        text += f"\n{rule}\n{line}" if new else f"\n{line}"
-    return text
+    rule = "─" * max(map(len, lines))
+    return "\n".join(_with_rules(rows, lines, rule))
+
+
+def _with_rules(rows: Sequence[Row], lines: Sequence[str], rule: str) -> Iterator[str]:
+    """Yield the header line, then the line of each row, with the rule where a checkpoint begins."""
+    header, *body = lines
+    yield header
+    previous = None
+    for row, line in zip(rows, body, strict=True):
+        if row["checkpoint"] != previous:
+            yield rule
+        yield line
+        previous = row["checkpoint"]
+
+
+# --- files -----------------------------------------------------------------------------------
 
 
 def save_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    """Write the rows, nothing for None."""
+    """Write the rows as CSV, with an empty cell for None."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -92,160 +158,64 @@ def save_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     atomic_write(path, write)
 
 
-def log(
-    tracker: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], drawn: dict[str, Path]
+def save_tables(
+    rows: Sequence[Row], layer_rows: Sequence[Row], settings: Row, folder: Path
 ) -> None:
-    """Log the rows as tables, curves against bits, and the plots as images."""
-    if tracker.run is None:
+    """Write results.csv, results.json and, where there are layer rows, per_layer.csv.
+
+    Files of earlier results are renamed first.
+    """
+    backup_existing([(folder / stem, suffix) for stem, suffix in FILES])
+    save_csv(rows, COLUMNS, folder / "results.csv")
+    record = {
+        "settings": {**settings, **describe_environment()},
+        "rows": [finite_or_none(row) for row in rows],
+    }
+    if layer_rows:
+        save_csv(layer_rows, LAYER_COLUMNS, folder / "per_layer.csv")
+        record["per_layer"] = [finite_or_none(row) for row in layer_rows]
+    save_json(record, folder / "results.json")
+
+
+def finite_or_none(row: Row) -> Row:
+    """Return the row with None for NaN and infinity, which JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+
+
+# --- dashboard -------------------------------------------------------------------------------
+
+
+def log(
+    logger: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], plots: dict[str, Path]
+) -> None:
+    """Log tables, curves against bits, and the plots, paths by title, as images."""
+    if logger.run is None:
         return
-    wandb = tracker.wandb
+    log_curves(logger, rows)
+    wandb, values = logger.wandb, {}
+    for name, table_rows, columns in (
+        ("results", rows, COLUMNS),
+        ("per_layer", layer_rows, LAYER_COLUMNS),
+    ):
+        if table_rows:
+            cells = [[row[column] for column in columns] for row in table_rows]
+            values[name] = wandb.Table(list(columns), cells)
+    images = {f"plots/{title}": wandb.Image(str(path)) for title, path in plots.items()}
+    logger.log(values | images)
+
+
+def log_curves(logger: WandbLogger, rows: Sequence[Row]) -> None:
+    """Log each of CURVES for each checkpoint and scheme, with the bits as x axis."""
     curves: dict[int, dict[str, float]] = {}
     for row in rows:
-        if row["scheme"] != UNQUANTIZED:
-            for key in ("accuracy", "accuracy_change", "squared_error"):
-                name = f"{key}/{row['checkpoint'].replace('/', '_')}/{row['scheme']}"
-                tracker.define(name, "bits")
-                curves.setdefault(row["bits"], {"bits": row["bits"]})[name] = row[key]
+        if row["scheme"] == UNQUANTIZED:
+            continue
+        for key in CURVES:
+            name = f"{key}/{row['checkpoint'].replace('/', '_')}/{row['scheme']}"
+            logger.define(name, "bits")
+            curves.setdefault(row["bits"], {"bits": row["bits"]})[name] = row[key]
     for n_bits in sorted(curves):
-        tracker.log(curves[n_bits])
-    tables = {"results": (rows, COLUMNS), "per_layer": (layer_rows, LAYER_COLUMNS)}
-    tracker.log(
-        {
-            **{
-                name: wandb.Table(list(columns), [[row[c] for c in columns] for row in of])
-                for name, (of, columns) in tables.items()
-                if of
-            },
-            **{f"plots/{title}": wandb.Image(str(path)) for title, path in drawn.items()},
-        }
-    )
-
-
-# --- figures ---------------------------------------------------------------------------------
-
-# Okabe and Ito's palette: told apart also by colour-blind readers. Markers repeat the distinction.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4.5,
-    "figure.constrained_layout.use": True,
-}
-TITLES = {  # bits alone would flatter PWLQ
-    "uniform": "uniform, to nearest (2ᵇ levels)",
-    "dorefa": "DoReFa, stochastic (2ᵇ levels)",
-    "pwlq": "PWLQ (2ᵇ⁺¹ − 1 levels)",
-    "recalibrated": "uniform, new batch-norm statistics",
-    "corrected": "uniform, means corrected",
-}
-
-
-def line_style(i: int) -> dict[str, str]:
-    """Return colour and marker of the i-th thing that a figure compares."""
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-
-
-def bits_label(rows: Sequence[Row]) -> str:
-    """Return what the b of the rows is, with the bits of the activations where they have fewer."""
-    act_bits = {row["act_bits"] for row in rows if row["scheme"] != UNQUANTIZED}
-    if act_bits == {32}:
-        return "bits of a weight, b"
-    if len(act_bits) == 1:
-        return f"bits of a weight, b (activations: {act_bits.pop()})"
-    return "bits of weights and activations, b"
-
-
-def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against bits: a panel a scheme, a line a checkpoint, dashed without quantizing.
-
-    `rows` are those of results.json. An error bar is one `accuracy_std`: over trials, or seeds.
-    """
-    full = {row["checkpoint"]: row["accuracy"] for row in rows if row["scheme"] == UNQUANTIZED}
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows if row["scheme"] != UNQUANTIZED))
-    with rc_context(STYLE):
-        size = (1 + 2.7 * len(schemes), 3.1 + 0.17 * len(full))
-        figure = Figure(figsize=size)
-        grid = figure.subplots(1, len(schemes), sharey=True, squeeze=False)
-        for axes, scheme in zip(grid[0], schemes, strict=True):
-            for i, (checkpoint, accuracy) in enumerate(full.items()):
-                of = [r for r in rows if (r["checkpoint"], r["scheme"]) == (checkpoint, scheme)]
-                beside = 0.05 * (i - (len(full) - 1) / 2)  # no error bar hides another
-                axes.errorbar(
-                    [r["bits"] + beside for r in of],
-                    [r["accuracy"] for r in of],
-                    [r["accuracy_std"] or 0 for r in of],
-                    capsize=2,
-                    label=checkpoint,
-                    **line_style(i),
-                )
-                axes.axhline(
-                    accuracy, color=line_style(i)["color"], linestyle=(0, (4, 3)), linewidth=0.9
-                )
-            axes.set(title=TITLES.get(scheme, scheme), xlabel=bits_label(rows))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        grid[0][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        grid[0][0].set_ylabel("test accuracy")
-        grid[0][0].set_ylim(top=min(1.02, grid[0][0].get_ylim()[1]))
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        handles.append(Line2D([], [], color="#666666", linestyle=(0, (4, 3)), linewidth=0.9))
-        figure.legend(
-            handles,
-            [*labels, "not quantized"],
-            loc="outside lower center",
-            ncols=min(len(labels) + 1, max(1, int(size[0] // 2))),
-        )
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Tensor:
-    """Return every value that the quantizer gives to numbers in the range of w, in order."""
-    m = w.abs().max().item()
-    n = 2 ** max(17, n_bits + 5)  # closer than the grid
-    return quantizer(torch.linspace(-m, m, n + 1), n_bits, range_of=w).unique()
-
-
-def histogram_plot(
-    weights: dict[str, Tensor],
-    quantizers: dict[str, Callable[..., Tensor]],
-    n_bits: int,
-    title: str,
-    path: Path,
-) -> None:
-    """Draw a histogram of each layer's weights above the values each scheme can give them."""
-    columns = min(5, len(weights))
-    rows = -(-len(weights) // columns)
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
-        figure = Figure(figsize=(2.3 * columns, 2.2 * rows + 0.8))
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(weights) :]:
-            axes.set_visible(False)
-        most = dict.fromkeys(quantizers, 0)  # values of a layer
-        for axes, (name, w) in zip(grid.flat, weights.items(), strict=False):
-            heights, edges = torch.histogram(w.flatten().float().cpu(), bins=80)
-            axes.stairs(heights / heights.max(), edges, fill=True, color="#9a9a9a")
-            for i, (scheme, quantizer) in enumerate(quantizers.items()):
-                values, low = grid_values(quantizer, w, n_bits), -0.12 * (i + 1) - 0.02
-                most[scheme] = max(most[scheme], len(values))
-                if len(values) < 200:
-                    axes.vlines(values, low, low + 0.09, COLOURS[i], linewidth=0.8)
-                else:  # closer than a pixel
-                    axes.fill_between(values[[0, -1]], low, low + 0.09, color=COLOURS[i])
-            axes.set(title=f"{name}: {w.numel():,} weights", yticks=[])
-            axes.locator_params(axis="x", nbins=4)
-            axes.tick_params(labelsize=8)
-        lines = [Line2D([], [], color=COLOURS[i], linewidth=2) for i in range(len(quantizers))]
-        labels = [f"{scheme}, {n_bits} bits: {n} values" for scheme, n in most.items()]
-        figure.legend(lines, labels, loc="outside lower center", ncols=len(lines))
-        figure.suptitle(title)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+        logger.log(curves[n_bits])

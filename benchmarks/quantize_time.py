@@ -59,8 +59,50 @@ def breakpoints(w: torch.Tensor) -> torch.Tensor:
     """Return the breakpoint of every channel, in σ."""
     rows = qu.to_2d(w, per_channel=True)
     m = qu.abs_max(rows)
-    p = qu.breakpoint_of(rows, m, qu.DISTRIBUTIONS["norm"], approximate=False, overlapping=False)
+    p = qu.breakpoint_from_distribution(
+        rows, m, qu.DISTRIBUTIONS["norm"], approximate=False, overlapping=False
+    )
     return p.flatten().double() / rows.double().std(dim=1, correction=0)
+
+
+def time_ours(weights: list[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
+    """Return the quantized weights and the seconds of the fastest round."""
+    seconds = []
+    for threads in (1, torch.get_num_threads()):
+        torch.set_num_threads(threads)
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            quantized = [qu.pwlq(w, N_BITS, per_channel=True) for w in weights]
+            seconds.append(time.perf_counter() - began)
+        shown = ", ".join(f"{s:.3f}" for s in seconds[-ROUNDS:])
+        print(f"vectorised, {threads} thread(s): {shown} s")
+    return quantized, min(seconds)
+
+
+def time_reference(weights: list[torch.Tensor]) -> tuple[list[list], float]:
+    """Return what the loop makes of each channel of each weight, and its seconds."""
+    began = time.perf_counter()
+    layers = [[reference_quantize(channel) for channel in w.numpy()] for w in weights]
+    seconds = time.perf_counter() - began
+    print(f"loop: {seconds:.2f} s")
+    return layers, seconds
+
+
+def reference_error(layers: list[list], weights: list[torch.Tensor]) -> float:
+    """Return Σ(w_q − w)² of the loop over all weights."""
+    return sum(
+        np.square(q - w, dtype=np.float64).sum()
+        for layer, weight in zip(layers, weights, strict=True)
+        for (q, _), w in zip(layer, weight.numpy(), strict=True)
+    )
+
+
+def max_breakpoint_difference(layers: list[list], weights: list[torch.Tensor]) -> float:
+    """Return by how much the two breakpoints of a channel differ at most, in σ."""
+    return max(
+        (breakpoints(w) - torch.tensor([p for _, p in layer])).abs().max().item()
+        for layer, w in zip(layers, weights, strict=True)
+    )
 
 
 def main() -> None:
@@ -73,41 +115,15 @@ def main() -> None:
         f"{len(weights)} layers, {n_channels:,} channels, {n_weights:,} weights; "
         f"torch {torch.__version__}"
     )
-
-    seconds = []
-    for threads in (1, torch.get_num_threads()):
-        torch.set_num_threads(threads)
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            ours = [qu.pwlq(w, N_BITS, per_channel=True) for w in weights]
-            seconds.append(time.perf_counter() - began)
-        shown = ", ".join(f"{s:.3f}" for s in seconds[-ROUNDS:])
-        print(f"vectorised, {threads} thread(s): {shown} s")
-
-    began = time.perf_counter()
-    channels = [[reference_quantize(channel) for channel in w.numpy()] for w in weights]
-    reference_seconds = time.perf_counter() - began
-    print(f"loop: {reference_seconds:.2f} s")
-
+    ours, seconds = time_ours(weights)
+    layers, reference_seconds = time_reference(weights)
     error = sum((q - w).double().square().sum().item() for q, w in zip(ours, weights, strict=True))
-    reference_error = sum(
-        np.square(q - w, dtype=np.float64).sum()
-        for layer, weight in zip(channels, weights, strict=True)
-        for (q, _), w in zip(layer, weight.numpy(), strict=True)
-    )
-    difference = max(
-        (breakpoints(w) - torch.tensor([p for _, p in layer])).abs().max().item()
-        for layer, w in zip(channels, weights, strict=True)
-    )
-    print(
-        json.dumps(
-            {
-                "speedup": reference_seconds / min(seconds),
-                "max_breakpoint_difference": difference,
-                "error_ratio": error / reference_error,
-            }
-        )
-    )
+    record = {
+        "speedup": reference_seconds / seconds,
+        "max_breakpoint_difference": max_breakpoint_difference(layers, weights),
+        "error_ratio": error / reference_error(layers, weights),
+    }
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

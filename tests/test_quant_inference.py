@@ -2,9 +2,7 @@ import csv
 import json
 import math
 import os
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import reference
@@ -15,10 +13,8 @@ from torch import nn
 import data
 import quant_inference as qi
 import quant_utils as qu
-from analysis import report
 from engine import layers
 from engine.io import save_weights
-from engine.loader import Loader
 from models import ConvNet
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -163,20 +159,19 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         ["--act_bits", "3"],
         ["--act_bits", "same", "--calibration", "percentile"],
         ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
-        ["--bn_images", "64"],
+        ["--recalibrate_bn_images", "64"],
     ],
     ids=" ".join,
 )
-def test_every_option_changes_the_result(tiny, monkeypatch, flags):
-    monkeypatch.setattr(qi, "draw", lambda *arguments: {})
+def test_every_option_changes_the_result(tiny, flags):
     save_weights(make_net(), Path("a.pt"))
-    common = ["a.pt", "--bits", 4, "--schemes", "pwlq"]
+    common = ["a.pt", "--bits", 4, "--schemes", "pwlq", "--no_plots"]
     assert main(*common) == 0
     plain = results()["rows"]
     assert main(*common, *flags) == 0
     changed = results()["rows"]
     assert plain[0]["accuracy"] == changed[0]["accuracy"]
-    key = "loss" if flags[0] in ("--act_bits", "--bn_images") else "squared_error"
+    key = "loss" if flags[0] in ("--act_bits", "--recalibrate_bn_images") else "squared_error"
     assert plain[1][key] != changed[1][key] and math.isfinite(changed[1]["loss"])
 
 
@@ -201,12 +196,12 @@ def test_16_bits_everywhere_are_as_good_as_none(tiny):
     assert {row["act_bits"] for row in rows} == {16} and full["act_bits"] == 32
 
 
-def test_ready_folds_what_is_quantized_without_changing_the_outputs(tiny):
+def test_folding_for_evaluation_after_quantizing_changes_no_output(tiny):
     net, _ = qu.quantize_model(make_net(), qu.uniform, 3)
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            qi.prepare_for_eval(net, "cpu")(x)[0], net(x)[0], rtol=1e-4, atol=1e-4
+            qi.prepare_for_eval(net, "cpu", fold=True)(x)[0], net(x)[0], rtol=1e-4, atol=1e-4
         )
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
@@ -270,7 +265,7 @@ def test_calibration_does_not_depend_on_the_batch_size(tiny):
     assert tables[0] == tables[1]
 
 
-def test_what_cannot_be_quantized_or_is_interrupted_loses_nothing_else(tiny, capsys, monkeypatch):
+def test_an_error_or_an_interruption_keeps_all_other_results(tiny, capsys, monkeypatch):
     for name in ("first", "second", "third"):
         save_weights(make_net(), Path(f"{name}.pt"))
     plain, calls = qi.evaluate, []
@@ -320,8 +315,8 @@ def test_globs_and_names(tiny):
     for path in ("a/net.pt", "b/net.pt", "b/[1].pt", "net.1", "net.2"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).touch()
-    found = qi.resolve_paths(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
-    assert found == {
+    paths = qi.resolve_paths(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
+    assert paths == {
         "a/net.pt": Path("a/net.pt"),
         "b/net.pt": Path("b/net.pt"),
         "[1]": Path("b/[1].pt"),
@@ -334,8 +329,8 @@ def test_globs_and_names(tiny):
 def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "a", "x" * 300, "--bits", 4, "--schemes", "uniform") == 1
-    told = capsys.readouterr().err
-    assert "a: No such file" in told and "x: File name too long" in told
+    message = capsys.readouterr().err
+    assert "a: No such file" in message and "x: File name too long" in message
     assert [row["checkpoint"] for row in results()["rows"]] == ["a.pt", "a.pt"]
 
 
@@ -354,11 +349,11 @@ def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, c
     assert results()["rows"][0]["loss"] == pytest.approx(loss, rel=1e-4)
     capsys.readouterr()
     assert main(*flags, "--fold_bn") == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in message
 
 
-def test_earlier_results_are_kept(tiny, capsys):
+def test_earlier_results_are_renamed(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     flags = ["a.pt", "--bits", 4, "--schemes", "uniform"]
     assert main(*flags, "--per_layer", "--per_layer_images", 8) == 0
@@ -372,7 +367,7 @@ def test_earlier_results_are_kept(tiny, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--bn_images", 97],
+        ["--recalibrate_bn_images", 97],
         ["--act_bits", 8, "--calibration_images", 97],
         ["--per_layer", "--per_layer_images", 97],
         ["--act_bits", 8, "--calibration_images", 512],
@@ -381,9 +376,9 @@ def test_earlier_results_are_kept(tiny, capsys):
 def test_more_images_than_there_are(tiny, capsys, flags):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", *flags) == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert f"{flags[-2]} {flags[-1]}: there are 96 training images" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{flags[-2]} {flags[-1]}: there are 96 training images" in message
 
 
 def test_tables_without_plots(tiny, capsys):
@@ -392,13 +387,13 @@ def test_tables_without_plots(tiny, capsys):
     assert "plots:" not in capsys.readouterr().out and not list(Path(".").glob("*.png"))
 
 
-def test_levels_of_overlapping_regions_are_not_known(tiny):
+def test_levels_of_overlapping_regions_are_unknown(tiny):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 3, "--schemes", "uniform", "pwlq", "--overlapping") == 0
     assert [row["levels"] for row in results()["rows"]] == [None, 8, None]
 
 
-def test_constant_and_zero_layers_are_no_trouble(tiny):
+def test_constant_and_zero_layers_give_finite_results(tiny):
     net = make_net()
     net.layer2[0].weight.data.zero_()
     net.layer5[0].weight.data.fill_(0.01)
@@ -418,8 +413,8 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         )
         == 0
     )
-    found = results()
-    for row in found["rows"] + found["per_layer"]:
+    record = results()
+    for row in record["rows"] + record["per_layer"]:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
 
 
@@ -427,7 +422,7 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (["--bits", "1"], "2 to 16"),
         (["--bits", "17"], "2 to 16"),
@@ -441,22 +436,38 @@ def test_constant_and_zero_layers_are_no_trouble(tiny):
         (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
         (["--calibration", "minmax"], "--calibration needs --act_bits"),
         (["--precision", "bf16", "--act_bits", "8"], "--act_bits needs --precision fp32"),
-        (["--bn_images", "64", "--fold_bn"], "--bn_images needs batch norms"),
+        (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images needs batch norms"),
         (["--precision", "bf16", "--per_layer"], "--per_layer needs --precision fp32"),
         (["--dataset", "MNIST"], "CIFAR10"),
         (["--model", "VGG"], "ConvNet"),
         (["--output", "a.pt/out"], "--output"),
     ],
 )
-def test_bad_flags_are_told_in_one_line(tiny, capsys, flags, told):
+def test_bad_flags_end_with_one_line(tiny, capsys, flags, expected):
     Path("a.pt").touch()
     with pytest.raises(SystemExit) as caught:
         qi.main(["a.pt", *flags])
     message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.count("\n") == 1 and told in message
+    assert caught.value.code == 2 and message.count("\n") == 1 and expected in message
 
 
-def test_no_files_is_told_in_one_line(capsys):
+def test_the_old_spelling_of_a_renamed_flag_works():
+    parser = qi.make_parser()
+    assert parser.parse_args(["a.pt", "--bn_images", "64"]).recalibrate_bn_images == 64
+    assert parser.explicit_flags == {"recalibrate_bn_images"}
+
+
+def test_a_quantizer_gets_the_flags_that_it_takes(monkeypatch):
+    def clipped(w, n_bits, *, per_channel=False, seed=0):
+        return w.clamp(-seed, seed) if per_channel else w
+
+    monkeypatch.setitem(qu.QUANTIZERS, "clipped", clipped)
+    args = qi.make_parser().parse_args(["a.pt", "--per_channel", "--seed", "3"])
+    assert qi.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
+    assert not qi.is_stochastic("clipped")
+
+
+def test_no_files_end_with_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
         qi.main([])
     message = capsys.readouterr().err
@@ -464,43 +475,6 @@ def test_no_files_is_told_in_one_line(capsys):
 
 
 # --- layer by layer --------------------------------------------------------------------------
-
-
-def test_expansion_of_the_loss_is_autograds():
-    """Against the full Hessian of a small smooth network in float64, over several batches."""
-    torch.manual_seed(1)
-
-    class Net(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x.double()), []
-
-    net = Net(nn.Conv2d(3, 2, 3, stride=5), nn.Softplus(), nn.Flatten(), nn.Linear(72, 10)).double()
-    images = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8)
-    loader = Loader(images, torch.arange(7), 3, (0.5,) * 3, (0.2,) * 3)
-    params = dict(net.named_parameters())
-    deltas = [
-        {key: torch.randn_like(params[key]) for key in keys}
-        for keys in (("0.weight", "0.bias"), ("3.bias",), ("0.weight",))
-    ]
-
-    def loss(*values, keys):
-        x, y = (torch.cat(part) for part in zip(*loader.batches(0), strict=True))
-        logits, _ = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
-        return F.cross_entropy(logits, y)
-
-    for delta, terms in zip(deltas, qi.taylor_terms(net, loader, deltas), strict=True):
-        at = tuple(params[key].detach() for key in delta)
-        f, d = partial(loss, keys=list(delta)), tuple(delta.values())
-        g = torch.autograd.functional.jacobian(f, at)
-        hessian = torch.autograd.functional.hessian(f, at)
-        first = sum((a * b).sum() for a, b in zip(g, d, strict=True))
-        bound = sum(a.abs().sum() for a in g) * max(b.abs().max() for b in d)
-        second = sum(
-            d[i].flatten() @ block.reshape(d[i].numel(), -1) @ d[j].flatten() / 2
-            for i, row in enumerate(hessian)
-            for j, block in enumerate(row)
-        )
-        assert terms == pytest.approx([first.item(), bound.item(), second.item()], rel=1e-6)
 
 
 def test_per_layer(tiny, capsys):
@@ -516,58 +490,3 @@ def test_per_layer(tiny, capsys):
     assert missed < 0.1 * total
     assert "one layer at a time" in capsys.readouterr().out
     assert len(Path("per_layer.csv").read_text().splitlines()) == 11
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-def make_rows():
-    def row(checkpoint, scheme, bits, accuracy, std=None):
-        return dict.fromkeys(report.COLUMNS) | {
-            "checkpoint": checkpoint,
-            "scheme": scheme,
-            "bits": bits,
-            "accuracy": accuracy,
-            "accuracy_change": accuracy - 0.9,
-            "squared_error": 1.0,
-            "accuracy_std": std,
-            "act_bits": 32,
-        }
-
-    return [
-        row(name, *rest)
-        for name in ("a/net", "b")
-        for rest in (("none", 32, 0.9), ("uniform", 4, 0.5), ("dorefa", 4, 0.4, 0.02))
-    ]
-
-
-def test_table_is_aligned():
-    lines = report.table(make_rows(), report.COLUMNS[:7]).splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + 2 + 6
-    assert "40.00% ± 2.00" in lines[4] and "-50.00 pp" in lines[4]
-
-
-def test_plot_says_how_many_bits_the_activations_have():
-    rows = make_rows()
-    assert report.bits_label(rows) == "bits of a weight, b"
-    changed = [row | {"act_bits": 8} for row in rows]
-    assert report.bits_label(changed) == "bits of a weight, b (activations: 8)"
-    same = [row | {"bits": b, "act_bits": b} for b in (4, 6) for row in rows]
-    assert report.bits_label(same) == "bits of weights and activations, b"
-
-
-def test_rows_plots_and_curves_are_logged(tmp_path):
-    logged, defined = [], {}
-    rows, picture = make_rows(), tmp_path / "accuracy.png"
-    report.accuracy_plot(rows, picture)
-    tracker = SimpleNamespace(
-        run=object(),
-        define=lambda name, step: defined.update({name: step}),
-        wandb=SimpleNamespace(Table=lambda columns, cells: cells, Image=lambda path: path),
-        log=logged.append,
-    )
-    report.log(tracker, rows, [], {"accuracy": picture})
-    curve, rest = logged
-    assert curve["bits"] == 4 and curve["accuracy/a_net/uniform"] == 0.5
-    assert set(defined) == set(curve) - {"bits"} and set(defined.values()) == {"bits"}
-    assert len(rest["results"]) == len(rows) and rest["plots/accuracy"] == str(picture)

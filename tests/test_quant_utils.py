@@ -121,7 +121,7 @@ def test_dorefa_goes_to_one_of_the_two_neighbours(w, n_bits):
 def test_pwlq_is_off_by_half_a_step_of_its_piece_at_most(w, n_bits, overlapping):
     rows, int_max = w.reshape(1, -1), 2 ** (n_bits - 1) - 1
     m = qu.abs_max(rows)
-    p = qu.breakpoint_of(rows, m, qu.DISTRIBUTIONS["norm"], False, overlapping)
+    p = qu.breakpoint_from_distribution(rows, m, qu.DISTRIBUTIONS["norm"], False, overlapping)
     tail = m / (int_max + 0.5) if overlapping else (m - p) / int_max
     step = torch.where(rows.abs() < p, p / (int_max + 0.5), tail)
     error = qu.pwlq(w, n_bits, overlapping=overlapping).reshape(1, -1) - rows
@@ -253,11 +253,11 @@ def test_breakpoint_is_where_scipy_finds_the_least_expected_error(name, overlapp
     f = SCIPY[name]
     at = torch.tensor([m], dtype=torch.float64)
     p = qu.optimal_breakpoint(at, qu.DISTRIBUTIONS[name], overlapping).item()
-    found = minimize_scalar(
+    optimum = minimize_scalar(
         expected_error, bounds=(0, m), args=(m, f, overlapping), options={"xatol": 1e-10}
     )
     brute = expected_error(m * np.linspace(0.001, 1, 1000), m, f, overlapping).min()
-    assert expected_error(p, m, f, overlapping) <= min(found.fun, brute) * (1 + 1e-9)
+    assert expected_error(p, m, f, overlapping) <= min(optimum.fun, brute) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", SCIPY)
@@ -292,9 +292,9 @@ def test_expected_error_relative_to_uniform_is_below_lemma_2(name, n_bits):
         p = qu.optimal_breakpoint(at, qu.DISTRIBUTIONS[name]).item()
         relative = c_ratio * expected_error(p, m, f) / (1 - 2 * f.sf(m)) / (2 * m) ** 2
         assert relative < c_ratio / 16
-        known = {3.0: 0.236, 6.0: 0.136, 10.0: 0.073}
-        if name == "norm" and n_bits == 4 and m in known:
-            assert relative == pytest.approx(known[m], abs=1e-3)
+        published = {3.0: 0.236, 6.0: 0.136, 10.0: 0.073}
+        if name == "norm" and n_bits == 4 and m in published:
+            assert relative == pytest.approx(published[m], abs=1e-3)
 
 
 @pytest.mark.parametrize("cut", [3.0, 6.0])
@@ -366,8 +366,8 @@ def test_bias_shares_the_levels_of_its_weight_or_stays(net):
     net.classifier.bias.data.mul_(100)
     layer = qu.quantize_model(net, qu.uniform, 3)[0].classifier
     assert len(torch.cat([layer.weight.flatten(), layer.bias]).unique()) <= 2**3
-    kept = qu.quantize_model(net, qu.uniform, 3, biases=False)[0].classifier
-    assert torch.equal(kept.bias, net.classifier.bias)
+    layer = qu.quantize_model(net, qu.uniform, 3, biases=False)[0].classifier
+    assert torch.equal(layer.bias, net.classifier.bias)
 
 
 def test_nan_weights_name_the_layer(net):

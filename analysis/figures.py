@@ -1,0 +1,258 @@
+"""Figures of quantized networks, and the style that all figures share."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.ticker import Formatter
+from torch import Tensor, nn
+
+from analysis.report import UNQUANTIZED, Row
+from engine.io import atomic_write
+from engine.layers import quantizable_layers
+
+# --- style -----------------------------------------------------------------------------------
+
+# Okabe and Ito's palette: told apart also by colour-blind readers. Markers repeat the distinction.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+LINES = ("-", ":", "-.")
+REFERENCE_LINES = ((0, (4, 3)), (0, (4, 2, 1, 2)), (0, (1, 3)))  # thin ones, beside LINES
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "figure.constrained_layout.use": True,
+}
+TITLES = {  # with levels: bits alone would flatter PWLQ
+    "uniform": "uniform, to nearest (2ᵇ levels)",
+    "dorefa": "DoReFa, stochastic (2ᵇ levels)",
+    "pwlq": "PWLQ (2ᵇ⁺¹ − 1 levels)",
+    "recalibrated": "uniform, new batch-norm statistics",
+    "corrected": "uniform, means corrected",
+}
+MIN_ACCURACY_SPAN = 0.02  # of the y axis: else a difference of one image fills the panel
+LABEL_CHARACTERS = 40  # of a line of the legend
+
+
+def line_style(i: int) -> dict[str, str]:
+    """Return colour, marker and line style of the i-th thing that a figure compares.
+
+    The first 147 differ: after each 7 the markers move on by one and the line style changes.
+    """
+    turn = i // len(COLOURS)
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[(i + turn) % len(MARKERS)],
+        "linestyle": LINES[turn % len(LINES)],
+    }
+
+
+class PercentTickFormatter(Formatter):
+    """Tick labels in percent, with as many decimals as tell neighbouring ticks apart."""
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """Return the labels of ticks at fractions of 1; none for an accuracy above 1."""
+        steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+        n_decimals = percent_decimals(min(steps, default=1))
+        return [f"{x:.{n_decimals}%}" if x < 1 + 1e-9 else "" for x in values]
+
+
+def percent_decimals(step: float) -> int:
+    """Return the decimals that show a multiple of the step, a fraction of 1, exactly in percent."""
+    return next((n for n in range(6) if math.isclose(round(100 * step, n), 100 * step)), 6)
+
+
+def wrap(text: str, width: int) -> str:
+    """Return the text in lines of at most `width` characters, with no formula in it.
+
+    Lines end after a space, "_", "/" or "-" where they can.
+    """
+    lines = [""]
+    for piece in re.findall(rf"[^ _/-]{{0,{width - 1}}}[ _/-]|[^ _/-]{{1,{width}}}", text):
+        if len(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
+    """Put a legend below the panels in as many columns as fit; the figure grows by its height.
+
+    Long labels are wrapped.
+    """
+    labels = [wrap(label, LABEL_CHARACTERS) for label in labels]
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    fit_to_legend(figure, legend)
+
+
+def fit_to_legend(figure: Figure, legend: Legend) -> None:
+    """Enlarge the figure by the height of the legend, and to its width where it is narrower."""
+    extent, (width, height) = legend.get_window_extent(), figure.get_size_inches()
+    figure.set_size_inches(
+        max(width, extent.width / figure.dpi), height + extent.height / figure.dpi
+    )
+
+
+# --- accuracy --------------------------------------------------------------------------------
+
+
+def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw accuracy against bits: a panel a scheme, a line a checkpoint, dashed without quantizing.
+
+    `rows` are those of results.json. An error bar is one `accuracy_std`: over trials, or seeds.
+    """
+    full = {row["checkpoint"]: row["accuracy"] for row in rows if row["scheme"] == UNQUANTIZED}
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows if row["scheme"] != UNQUANTIZED))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1 + 2.7 * len(schemes), 2.9))
+        panels = figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0]
+        for axes, scheme in zip(panels, schemes, strict=True):
+            accuracy_panel(axes, [row for row in rows if row["scheme"] == scheme], full)
+            axes.set(title=TITLES.get(scheme, scheme), xlabel=bits_label(rows))
+        panels[0].set_ylabel("test accuracy")
+        set_accuracy_limits(panels[0])
+        handles, labels = panels[0].get_legend_handles_labels()
+        handles.append(Line2D([], [], color="#666666", linestyle=REFERENCE_LINES[0], linewidth=0.9))
+        place_legend(figure, handles, [*labels, "not quantized"])
+        save_png(figure, path)
+
+
+def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -> None:
+    """Draw the rows of one scheme; `full` is each checkpoint's accuracy without quantizing."""
+    step = min(0.05, 0.5 / len(full))  # beside each other: no error bar hides another
+    for i, (checkpoint, accuracy) in enumerate(full.items()):
+        points, style = [r for r in rows if r["checkpoint"] == checkpoint], line_style(i)
+        axes.errorbar(
+            [r["bits"] + step * (i - (len(full) - 1) / 2) for r in points],
+            [r["accuracy"] for r in points],
+            [r["accuracy_std"] or math.nan for r in points],  # which draws nothing
+            capsize=2,
+            label=checkpoint,
+            **style,
+        )
+        dashes = REFERENCE_LINES[LINES.index(style["linestyle"])]
+        axes.axhline(accuracy, color=style["color"], linestyle=dashes, linewidth=0.9)
+    bits = sorted({row["bits"] for row in rows})
+    axes.set_xticks(bits)
+    axes.set_xlim(bits[0] - 0.5, bits[-1] + 0.5)
+
+
+def set_accuracy_limits(axes: Axes) -> None:
+    """Show at least MIN_ACCURACY_SPAN of accuracies and little beyond 100 %, and label in percent.
+
+    Decimals follow the ticks: 48.5 % and 49 % are not both 49 %.
+    """
+    low, high = axes.get_ylim()
+    grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2
+    axes.set_ylim(low - grow, min(1.02, high + grow))
+    axes.yaxis.set_major_formatter(PercentTickFormatter())
+
+
+def bits_label(rows: Sequence[Row]) -> str:
+    """Return what the b of the rows is, with the bits of the activations where they have fewer."""
+    act_bits = {row["act_bits"] for row in rows if row["scheme"] != UNQUANTIZED}
+    if act_bits == {32}:
+        return "bits of a weight, b"
+    if len(act_bits) == 1:
+        return f"bits of a weight, b (activations: {act_bits.pop()})"
+    return "bits of weights and activations, b"
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Tensor:
+    """Return every value that the quantizer gives to numbers in the range of w, in order."""
+    m = w.abs().max().item()
+    n = 2 ** max(17, n_bits + 5)  # closer than the grid
+    return quantizer(torch.linspace(-m, m, n + 1), n_bits, range_of=w).unique()
+
+
+def histogram_plot(
+    weights: Mapping[str, Tensor],
+    quantizers: Mapping[str, Callable[..., Tensor]],
+    n_bits: int,
+    title: str,
+    path: Path,
+) -> None:
+    """Draw a histogram of each layer's weights above the values that each scheme can give them."""
+    columns = min(5, len(weights))
+    lines = -(-len(weights) // columns)
+    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+        figure = Figure(figsize=(2.3 * columns, 2.2 * lines + 0.6))
+        panels = figure.subplots(lines, columns, squeeze=False).flat
+        for axes in panels[len(weights) :]:
+            axes.set_visible(False)
+        n_values = dict.fromkeys(quantizers, 0)
+        for axes, (layer, w) in zip(panels, weights.items(), strict=False):
+            grids = {scheme: grid_values(q, w, n_bits) for scheme, q in quantizers.items()}
+            histogram_panel(axes, w, list(grids.values()))
+            axes.set_title(f"{layer}: {w.numel():,} weights")
+            n_values = {scheme: max(n, len(grids[scheme])) for scheme, n in n_values.items()}
+        handles = [Line2D([], [], color=COLOURS[i], linewidth=2) for i in range(len(quantizers))]
+        labels = [f"{scheme}, {n_bits} bits: {n} values" for scheme, n in n_values.items()]
+        figure.suptitle(wrap(title, 20 * columns))
+        place_legend(figure, handles, labels)
+        save_png(figure, path)
+
+
+def weights_plot(
+    name: str,
+    net: nn.Module,
+    quantizers: Mapping[str, Callable[..., Tensor]],
+    n_bits: int,
+    per_channel: bool,
+    path: Path,
+) -> None:
+    """Draw the weights of a network and the values that quantization leaves of them.
+
+    `per_channel`: only the first output channel of each layer, which has a range of its own.
+    """
+    weights = {key: layer.weight.detach() for key, layer in quantizable_layers(net).items()}
+    title = f"{name}: weights, and the values that quantization leaves"
+    if per_channel:
+        weights = {f"{key}[0]": w[:1] for key, w in weights.items()}
+        title += " (first output channel of each layer)"
+    histogram_plot(weights, quantizers, n_bits, title, path)
+
+
+def histogram_panel(axes: Axes, w: Tensor, grids: Sequence[Tensor]) -> None:
+    """Draw a histogram of w, and below it a row of ticks for each grid of values."""
+    heights, edges = torch.histogram(w.flatten().float().cpu(), bins=80)
+    axes.stairs(heights / heights.max(), edges, fill=True, color="#9a9a9a")
+    for i, values in enumerate(grids):
+        low = -0.12 * (i + 1) - 0.02
+        if len(values) < 200:
+            axes.vlines(values, low, low + 0.09, COLOURS[i], linewidth=0.8)
+        else:  # closer than a pixel
+            axes.fill_between(values[[0, -1]], low, low + 0.09, color=COLOURS[i])
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=4)
+    axes.tick_params(labelsize=8)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG."""
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -1,0 +1,83 @@
+"""Taylor expansion of the loss in the change that quantization makes to the weights.
+
+With g the gradient of the mean loss, H its Hessian and Δ the change of some parameters:
+L(W + Δ) − L(W) ≈ g·Δ + ½·ΔᵀHΔ, and |g·Δ| ≤ ‖g‖₁·‖Δ‖_∞.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from engine import distributed
+from engine.loader import Loader
+
+Delta = dict[str, Tensor]  # the change of parameters, by their names
+
+
+class TaylorTerms(NamedTuple):
+    """Terms of the loss change for one Δ; the fields are columns of per_layer.csv."""
+
+    first_order: float  # g·Δ
+    first_order_bound: float  # ‖g‖₁·‖Δ‖_∞, over the parameters that Δ changes
+    second_order: float  # ½·ΔᵀHΔ
+
+
+def parameter_change(new: nn.Module, old: nn.Module, layer: str) -> Delta:
+    """Return Δ of the named layer's parameters between two networks of one architecture."""
+    changed = new.get_submodule(layer).named_parameters(layer)
+    return {key: (p - old.get_parameter(key)).detach() for key, p in changed}
+
+
+def taylor_terms(net: nn.Module, loader: Loader, deltas: Sequence[Delta]) -> list[TaylorTerms]:
+    """Return the terms of the mean loss over the loader's images for each Δ.
+
+    The network is in eval mode, so that the loss is a mean over images.
+    """
+    params = dict(net.named_parameters())
+    deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
+    g, second_order = gradient_and_curvatures(net, loader, deltas)
+    return [
+        TaylorTerms(dot(g, delta).item(), bound(g, delta), curvature)
+        for delta, curvature in zip(deltas, second_order, strict=True)
+    ]
+
+
+def gradient_and_curvatures(
+    net: nn.Module, loader: Loader, deltas: Sequence[Delta]
+) -> tuple[Delta, list[float]]:
+    """Return g of every parameter, by name, and ½·ΔᵀHΔ of each Δ.
+
+    H is never formed: HΔ is the gradient of g·Δ, a double backward through the parameters that Δ
+    changes. With N processes each takes every N-th batch.
+    """
+    params = dict(net.named_parameters())
+    g = {key: torch.zeros_like(p) for key, p in params.items()}
+    curvatures = [0.0] * len(deltas)
+    for x, y in loader.batches(0, distributed.get_rank(), distributed.get_world_size()):
+        logits, _ = net(x)
+        loss = F.cross_entropy(logits, y, reduction="sum") / loader.n_images
+        grads = dict(zip(params, grad(loss, list(params.values()), create_graph=True), strict=True))
+        for i, delta in enumerate(deltas):
+            slope, changed = dot(grads, delta), [params[key] for key in delta]
+            product = dict(zip(delta, grad(slope, changed, retain_graph=True), strict=True))
+            curvatures[i] += dot(product, delta).item() / 2
+        for key in g:
+            g[key] += grads[key].detach()
+    g = {key: distributed.all_reduce_sum(partial_sum) for key, partial_sum in g.items()}
+    totals = torch.tensor(curvatures, dtype=torch.float64, device=loader.labels.device)
+    return g, distributed.all_reduce_sum(totals).tolist()
+
+
+def dot(a: Delta, delta: Delta) -> Tensor:
+    """Return a·Δ over the parameters that Δ changes."""
+    return sum((a[key] * d).sum() for key, d in delta.items())
+
+
+def bound(g: Delta, delta: Delta) -> float:
+    """Return ‖g‖₁·‖Δ‖_∞ over the parameters that Δ changes."""
+    l1_norm = sum(g[key].abs().sum().item() for key in delta)
+    return l1_norm * max(d.abs().max().item() for d in delta.values())
