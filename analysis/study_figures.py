@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.report import STYLE, accuracy_plot, line_style
+from analysis.figures import STYLE, accuracy_plot, line_style
 from analysis.study_results import (
     MAIN,
     Choice,

@@ -72,13 +72,6 @@ def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
         )
 
 
-def disable_bn_folding(net: nn.Module) -> None:
-    """Mark every batch norm, in place: in the network and its copies there is nothing to fold."""
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.fold_disabled = True
-
-
 @torch.no_grad()
 def _outputs_stay(net: nn.Module, image_shape: tuple[int, int, int]) -> bool:
     """Tell whether a copy with random parameters and statistics computes the same when folded."""
@@ -104,8 +97,7 @@ def _foldable_pairs(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                if not getattr(norm, "fold_disabled", False):
-                    yield parent, conv_name, norm_name
+                yield parent, conv_name, norm_name
 
 
 def _gain(norm: nn.BatchNorm2d) -> Tensor:
