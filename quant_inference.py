@@ -36,6 +36,7 @@ from engine.cli import (
     choice_ignoring_case,
     exit_codes,
     refuse_unused_flags,
+    warn_unused_flags,
 )
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
@@ -635,25 +636,28 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """End with one line where a flag would be without effect; sort bits, drop repeated schemes."""
-    is_fp32 = args.precision == "fp32"  # another precision would round beside what is measured
-    has_pwlq = "pwlq" in args.schemes
-    refuse_unused_flags(
-        parser,
-        (
-            ("act_bits", "--precision fp32", is_fp32),
-            ("per_layer", "--precision fp32", is_fp32),
-            ("recalibrate_bn_images", "batch norms: leave out --fold_bn", not args.fold_bn),
-            ("approximate", "pwlq among --schemes", has_pwlq),
-            ("overlapping", "pwlq among --schemes", has_pwlq),
-            ("distribution", "pwlq among --schemes", has_pwlq),
-            ("approximate", "--distribution norm or laplace", args.distribution != "search"),
-            ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
-            ("calibration", "--act_bits", args.act_bits),
-            ("calibration_images", "--act_bits", args.act_bits),
-            ("per_layer_images", "--per_layer", args.per_layer),
-        ),
+    """Refuse flags that contradict each other, ignore those without effect; sort bits and schemes.
+
+    Activations and layers are measured in float32: another precision would round beside them.
+    """
+    is_fp32, has_pwlq = args.precision == "fp32", "pwlq" in args.schemes
+    contradictions = (
+        ("act_bits", "--precision fp32", is_fp32),
+        ("per_layer", "--precision fp32", is_fp32),
     )
+    refuse_unused_flags(parser, contradictions)
+    requirements = (
+        ("recalibrate_bn_images", "batch norms: leave out --fold_bn", not args.fold_bn),
+        ("approximate", "pwlq among --schemes", has_pwlq),
+        ("overlapping", "pwlq among --schemes", has_pwlq),
+        ("distribution", "pwlq among --schemes", has_pwlq),
+        ("approximate", "--distribution norm or laplace", args.distribution != "search"),
+        ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
+        ("calibration", "--act_bits", args.act_bits),
+        ("calibration_images", "--act_bits", args.act_bits),
+        ("per_layer_images", "--per_layer", args.per_layer),
+    )
+    warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
 
 

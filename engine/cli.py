@@ -150,6 +150,7 @@ def warn_unused_flags(
             unused.setdefault(flag, f"--{flag} (needs {needed})")
     for flag in unused:
         setattr(args, flag, parser.get_default(flag))
+        parser.explicit_flags.discard(flag)
     if unused and distributed.get_rank() == 0:
         print(
             f"{parser.prog}: ignored, without effect: {', '.join(unused.values())}", file=sys.stderr

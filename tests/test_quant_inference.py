@@ -422,6 +422,26 @@ def test_constant_and_zero_layers_give_finite_results(tiny):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--schemes", "uniform", "--overlapping"], "--overlapping (needs pwlq among --schemes)"),
+        (["--distribution", "search", "--approximate"], "--approximate (needs --distribution"),
+        (["--schemes", "uniform", "--trials", "5"], "--trials (needs a stochastic scheme)"),
+        (["--calibration", "minmax"], "--calibration (needs --act_bits)"),
+        (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images (needs batch norms"),
+    ],
+)
+def test_flags_without_effect_are_named_and_ignored(flags, message, capsys):
+    parser = qi.make_parser()
+    args = parser.parse_args(["x.pt", *flags])
+    qi.check_flags(parser, args)
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and message in printed
+    name = message.split()[0][2:]
+    assert vars(args)[name] == parser.get_default(name)
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--bits", "1"], "2 to 16"),
@@ -431,12 +451,7 @@ def test_constant_and_zero_layers_give_finite_results(tiny):
         (["--act_bits", "1"], "2 to 16"),
         (["--calibration", "mean"], "topk_median"),
         (["--trials", "0"], "at least 1"),
-        (["--schemes", "uniform", "--overlapping"], "--overlapping needs pwlq"),
-        (["--distribution", "search", "--approximate"], "--approximate needs --distribution"),
-        (["--schemes", "uniform", "--trials", "5"], "--trials needs a stochastic scheme"),
-        (["--calibration", "minmax"], "--calibration needs --act_bits"),
         (["--precision", "bf16", "--act_bits", "8"], "--act_bits needs --precision fp32"),
-        (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images needs batch norms"),
         (["--precision", "bf16", "--per_layer"], "--per_layer needs --precision fp32"),
         (["--dataset", "MNIST"], "CIFAR10"),
         (["--model", "VGG"], "ConvNet"),
