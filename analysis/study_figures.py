@@ -51,6 +51,7 @@ ANSWER_SETTINGS: dict[str, Setting] = {
     **{str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)},
 }
 ANSWER_4_4: Setting = ("uniform", 4, 4)
+ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
 CHANCE = 10.0  # % of ten classes
 REFERENCE_LINE = {"color": "#666666", "linestyle": (0, (4, 3)), "linewidth": 0.9}
 SHOWN_BELOW = 8.0  # points below the control at 4 bits: candidates that drop more are cut off
@@ -208,8 +209,8 @@ def spread_labels(positions: Sequence[float], distance: float) -> Iterator[float
 def answer_plot(statistics: Statistics, path: Path) -> None:
     """Draw what the study found, for the README: the variants that matter, labelled directly.
 
-    Left, accuracy against bits of a weight, mean and the range over seeds; right, each seed's with
-    4-bit weights and activations. Of the seeds that all variants share, in %.
+    Left, accuracy against bits of a weight; right, with 4-bit weights and activations, where folded
+    variants join in. Means and ranges over the seeds that all variants share, in %.
     """
     accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
     variants = accuracies.index.unique("variant")
@@ -227,14 +228,15 @@ Look = tuple[str, str, str]  # name, colour and marker
 
 
 def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, Look]) -> None:
-    """Draw accuracy against bits with a band over seeds, and a label at the end of each line."""
+    """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
     x, ends = np.arange(len(shown)), {}
-    for name, (_, colour, marker) in reversed(curves.items()):
-        of_seeds = accuracies.loc[name, list(shown.values())]
-        mean = of_seeds.mean()
-        axes.fill_between(x, of_seeds.min(), of_seeds.max(), color=colour, alpha=0.16, linewidth=0)
-        axes.plot(x, mean, color=colour, marker=marker)
+    for i, (name, (_, colour, marker)) in enumerate(reversed(curves.items())):
+        seeds = accuracies.loc[name, list(shown.values())]
+        mean = seeds.mean()
+        beside = x + 0.05 * (i - (len(curves) - 1) / 2)  # no bar hides another
+        axes.vlines(beside, seeds.min(), seeds.max(), colour, linewidth=2.5, alpha=0.45)
+        axes.plot(beside, mean, color=colour, marker=marker)
         ends[name] = mean.iloc[-1]
     axes.plot(x[[0, -1]], [CHANCE, CHANCE], **REFERENCE_LINE)
     axes.annotate("chance", (0, CHANCE), (0, 3), textcoords="offset points", color="#666666")
@@ -242,33 +244,31 @@ def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[st
     heights = spread_labels([ends[name] for name in lowest_first], distance=6)
     for name, height in zip(lowest_first, heights, strict=True):
         text, colour, _ = curves[name]
-        axes.text(x[-1] + 0.12, height, text, color=colour, va="center", weight="bold")
+        axes.text(x[-1] + 0.2, height, text, color=colour, va="center", weight="bold")
     axes.set_xticks(x, shown)
-    axes.set(xlim=(-0.2, x[-1] + 1.4), ylim=(0, 92))
-    axes.set(xlabel="bits of a weight (uniform, per tensor)", ylabel="test accuracy, %")
-    axes.set_title("Quantized weights: mean and range over seeds")
+    axes.set(xlim=(-0.2, x[-1] + 1.5), ylim=(0, 92))
+    axes.set(xlabel="bits of a weight (uniform, per tensor)", ylabel=ANSWER_AXIS)
+    axes.set_title("Quantized weights")
 
 
 def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, Look]) -> None:
-    """Draw the accuracies at (4,4), a line of dots for each variant, best mean on top."""
+    """Draw the accuracies at (4,4), a dot and a bar for each variant, the best on top."""
     means = accuracies[ANSWER_4_4].groupby(level="variant").mean()
     order = sorted(dots, key=means.get)
     for y, name in enumerate(order):
         _, colour, marker = dots[name]
         values = accuracies.loc[name, ANSWER_4_4]
-        style = {"color": colour, "marker": marker, "linestyle": ""}
-        axes.plot([values.min(), values.max()], [y, y], color=colour, alpha=0.35, linewidth=3)
-        axes.plot(values, [y] * len(values), **style, alpha=0.5, markersize=3.5)
-        axes.plot(means[name], y, **style, markersize=7)
+        axes.hlines(y, values.min(), values.max(), colour, linewidth=2.5, alpha=0.45)
+        axes.plot(means[name], y, color=colour, marker=marker, markersize=7)
         axes.annotate(
             f"{means[name]:.1f}", (means[name], y), (0, 6), textcoords="offset points", ha="center"
         )
     axes.set_yticks(range(len(order)), [dots[name][0] for name in order])
     for tick, name in zip(axes.get_yticklabels(), order, strict=True):
         tick.set(color=dots[name][1], weight="bold")
-    axes.set(ylim=(-0.6, len(order) - 0.3), xlabel="test accuracy, %, batch norms folded")
+    axes.set(ylim=(-0.6, len(order) - 0.3), xlabel=ANSWER_AXIS)
     axes.grid(False, axis="y")
-    axes.set_title("4-bit weights and activations: mean and seeds")
+    axes.set_title("4-bit weights and activations")
 
 
 def draw(out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int) -> None:
