@@ -10,7 +10,7 @@ interrupted ones resume.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -266,9 +266,16 @@ def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> N
         print(f"{name}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
         for job in todo:
             print(f"  {duration(job.seconds)}  {job.line}")
+    print_retrained(plan, total.values())
     time = duration(sum(job.seconds for job in total.values()))
     rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores"
     print(f"in all {len(total)} jobs, about {time}, with {rate}")
+
+
+def print_retrained(plan: StudyPlan, jobs: Iterable[Job]) -> None:
+    """Say which trainings are done but have to be repeated, if any."""
+    if titles := [job.title for job in plan.retrained(jobs)]:
+        print(f"trained again, because their weights are not here: {', '.join(titles)}")
 
 
 def duration(seconds: float) -> str:
@@ -287,6 +294,7 @@ def run_all(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int], max_par
                 update_report(plan)
 
     jobs = [job for name in names for job in plan.planned(name, seeds)[0]]
+    print_retrained(plan, jobs)
     seconds = sum(job.seconds for job in pending(jobs))
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=seconds, bar_format=bar_format, disable=None) as bar:
@@ -346,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = not (args.tables or args.forget)
     unused = [(flag, "something to run", runs) for flag in ("only", "seeds", "jobs")]
     refuse_unused_flags(parser, [*unused, ("epoch_seconds", "--plan", args.plan)])
-    with exit_codes(parser, lambda: "; the same command resumes"), GracefulShutdown():
+    hint = "; the same command resumes" if runs and not args.plan else ""
+    with exit_codes(parser, lambda: hint), GracefulShutdown():
         code = run_mode(parser, args)
     if code or not (args.plan or args.tables):
         sys.exit(code)

@@ -88,9 +88,8 @@ def overview_plot(statistics: Statistics, path: Path) -> None:
     others = [variant for variant in variants if variant != base]
     means = statistics.summary.set_index(["variant", *SETTING])["mean"]
     with rc_context(STYLE):
-        figure, grid = panels(
-            len(MAIN), -(-len(MAIN) // 2), 2, 0.9 + 0.2 * len(others), sharey=True
-        )
+        columns = -(-len(MAIN) // 2)
+        figure, grid = panels(len(MAIN), columns, 2.35, 0.8 + 0.2 * len(others), sharey=True)
         for axes, setting in zip(grid, MAIN, strict=True):
             _draw_differences(axes, statistics.accuracies, setting, base, others)
             mean = f"{100 * means[base, *setting]:.1f} %" if (base, *setting) in means else "–"
@@ -273,9 +272,9 @@ def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, L
 
 def draw(out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int) -> None:
     """Draw the study's figures into `out`, as PNG; there is at least one result."""
-    figures: dict[str, Callable[[Path], None]] = {
-        "overview": lambda path: overview_plot(statistics, path)
-    }
+    figures: dict[str, Callable[[Path], None]] = {}
+    if len(statistics.accuracies.index.unique("variant")) > 1:
+        figures["overview"] = lambda path: overview_plot(statistics, path)
     if curves := curve_rows(statistics.summary):
         figures["accuracy"] = lambda path: accuracy_plot(curves, path)
     if statistics.tracked["variant"].isin(SHOWN).any():

@@ -220,6 +220,13 @@ class StudyPlan:
         finals = [self.quantized(trained, how) for how in self.final_quantizations]
         return job.target in {each.target for each in finals} and all(each.done for each in finals)
 
+    def retrained(self, jobs: Iterable[Job]) -> list[Job]:
+        """Return the pending trainings whose record is there but whose weights are not.
+
+        As in a fresh clone: they are trained again, because a job needs their weights.
+        """
+        return [job for job in study_jobs.pending(jobs) if self.records.archived(job.record)]
+
     def planned(self, name: str, seeds: Iterable[int]) -> tuple[list[Job], bool]:
         """Return the variant's jobs, and whether its λ is known; else its first one stands in."""
         try:

@@ -59,9 +59,8 @@ class StudyRecords:
         try:
             yield self._archived[self._key(path)]
         except CONTENT_ERRORS as error:
-            raise FileError(
-                f"{self.archive}: {path} is not what it should be: {error!r}"
-            ) from error
+            message = f"{path} in {self.archive} is not what was saved there: {error!r}"
+            raise FileError(message) from error
 
     def add(self, *paths: Path) -> None:
         """Copy the files at `paths` into the compact file; raises FileError and OSError."""
@@ -112,7 +111,10 @@ def _read_archive(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        lines = gzip.decompress(path.read_bytes()).splitlines()
+        content = path.read_bytes()
+        if not content:  # which gzip takes for nothing compressed
+            raise EOFError("it is empty")
+        lines = gzip.decompress(content).splitlines()
         return {line["path"]: line["content"] for line in map(json.loads, lines)}
     except (OSError, EOFError, zlib.error, *CONTENT_ERRORS) as error:
         raise FileError(f"{path} is damaged: {error}") from error

@@ -116,26 +116,14 @@ class AccuracyTables:
         self.lmbdas = first["lmbda"].map(lambda lmbda: "" if pd.isna(lmbda) else f"{lmbda:g}")
         self.seeds = first["n"].map(str)
 
-    def _line(self, name: str, settings: Sequence[Setting]) -> list[str]:
-        cells = self.cells.loc[name]
-        return [*(cells.get(setting, MISSING) for setting in settings), self.times[name]]
-
-    def table(self, settings: Sequence[Setting]) -> str:
-        """Return the table of all variants, with λ, the number of seeds and the epoch time."""
-        header = ["", "λ", "seeds", *map(label, settings), "epoch time"]
-        return markdown(
-            header,
-            (
-                [name, self.lmbdas[name], self.seeds[name], *self._line(name, settings)]
-                for name in self.times.index
-            ),
-        )
-
-    def answer(self) -> str:
-        """Return the README's table: the ANSWER_VARIANTS that were run, without λ and seeds."""
-        names = [name for name in ANSWER_VARIANTS if name in self.times]
-        header = ["", *map(label, SUMMARY_SETTINGS), "epoch time"]
-        return markdown(header, ([name, *self._line(name, SUMMARY_SETTINGS)] for name in names))
+    def table(self, settings: Sequence[Setting], only: Sequence[str] = ()) -> str:
+        """Return the table with λ, seeds and epoch time, of all variants or `only` some."""
+        lines = []
+        for name in (name for name in only or self.times.index if name in self.times):
+            cells = self.cells.loc[name]
+            head = [name, self.lmbdas[name], self.seeds[name]]
+            lines.append([*head, *(cells.get(s, MISSING) for s in settings), self.times[name]])
+        return markdown(["", "λ", "seeds", *map(label, settings), "epoch time"], lines)
 
 
 def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
@@ -303,7 +291,7 @@ def write(
     accuracies = AccuracyTables(statistics)
     pages = {
         "tables": document(statistics, accuracies, results, choices),
-        "answer": accuracies.answer() + "\n",
+        "answer": accuracies.table(SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
     }
     for name, page in pages.items():
         content = page.encode()

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -240,18 +242,18 @@ def test_the_plan_runs_nothing(scripts, capsys):
             "90",
         ]
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert not Path("out").exists() and not scripts()
-    assert said.count("--run_name study_tuning_trunk ") == 1
-    assert said.count("--run_name study_seed4_trunk ") == 1
+    assert output.count("--run_name study_tuning_trunk ") == 1
+    assert output.count("--run_name study_seed4_trunk ") == 1
     training = (6 + 3 + 3 * 3 * 3.3) + (6 + 3 + 3 * 3.3)  # epochs of the control
     seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60 + 8 + 12)
-    assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in said
-    assert "--run_name study_seed4_l2grad_0.01 " in said
+    assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in output
+    assert "--run_name study_seed4_l2grad_0.01 " in output
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reason"),
     [
         (["--only", "l3grad"], "l3grad"),
         (["--seeds", "-1"], "-1"),
@@ -265,12 +267,12 @@ def test_the_plan_runs_nothing(scripts, capsys):
         (["--tables"], "no results in results/study yet"),
     ],
 )
-def test_bad_flags(flags, told, scripts, capsys):
+def test_bad_flags(flags, reason, scripts, capsys):
     Path("file").touch()
     with pytest.raises(SystemExit) as refused:
         study.main(flags)
-    said = capsys.readouterr().err
-    assert refused.value.code in (1, 2) and said.count("\n") == 1 and told in said
+    output = capsys.readouterr().err
+    assert refused.value.code in (1, 2) and output.count("\n") == 1 and reason in output
     assert not scripts()
 
 
@@ -286,8 +288,8 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     assert "--n_epochs 6 " in Path("out/tables.md").read_text(encoding="utf-8")
     with run_lock(Path("out/study")):
         assert main("--only", "control", "--seeds", "1") == 1
-    said = capsys.readouterr().err
-    assert "out/study" in said and "another --out" in said and not Path("out/seed1").exists()
+    output = capsys.readouterr().err
+    assert "out/study" in output and "another --out" in output and not Path("out/seed1").exists()
     for old in (study.TRAINING, "--lr 0.3"):
         settings = json.loads(Path("out/study.json").read_text())
         Path("out/study.json").write_text(json.dumps({**settings, "TRAINING": old}))
@@ -296,7 +298,7 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reason"),
     [
         ({"n_epochs": 2}, "'2'"),
         ({"n_epochs": "9"}, "n_epochs"),
@@ -314,23 +316,25 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--plan"], ["--tables"]])
-def test_settings_that_are_none(changed, told, mode, scripts, capsys):
+def test_a_settings_file_that_holds_something_else(changed, reason, mode, scripts, capsys):
     Path("out").mkdir()
     content = json.dumps({**study.SETTINGS, **changed} if isinstance(changed, dict) else changed)
     Path("out/study.json").write_text("not JSON" if changed == "not JSON" else content)
     with pytest.raises(SystemExit) as refused:
         study.main(["--out", "out", *mode])
-    said = capsys.readouterr().err
-    assert refused.value.code == 2 and said.count("\n") == 1
-    assert "out/study.json: error: " in said and told in said and not scripts()
+    output = capsys.readouterr().err
+    assert refused.value.code == 2 and output.count("\n") == 1
+    assert "out/study.json: error: " in output and reason in output and not scripts()
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reason"),
     [
         ("--train_flags=--bogus 1", "--bogus"),
         ("--train_flags=--lr much", "'much'"),
         ("--train_flags=--seed 7", "--train_flags: --seed"),
+        ("--train_flags=--allow_changed_settings", "--train_flags: --allow_changed_settings"),
+        ("--train_flags=--override", "--train_flags: --allow_changed_settings"),
         ("--train_flags=--seed 242", "--train_flags: --seed"),  # the default of train.py
         ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
@@ -341,10 +345,12 @@ def test_settings_that_are_none(changed, told, mode, scripts, capsys):
         ("--data_flags=--lr 1", "--lr"),
     ],
 )
-def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, told, scripts, capsys):
+def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, reason, scripts, capsys):
     assert main(flags) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and told in said and not Path("out").exists() and not scripts()
+    output = capsys.readouterr().err
+    assert (
+        output.count("\n") == 1 and reason in output and not Path("out").exists() and not scripts()
+    )
 
 
 CHOICE = '{"control": [0.9, 0.8], "candidates": {"0.03": %s}, "lmbda": %s}'
@@ -380,18 +386,18 @@ TEXT_FOR_NUMBER = json.dumps(
         ("seed0/control_folded/results.json", '{"rows": [{"scheme": "uniform"}]}'),
     ],
 )
-def test_a_result_that_cannot_be_read_is_told_in_a_line(path, content, finished, capsys):
+def test_a_result_that_cannot_be_read_is_reported_in_a_line(path, content, finished, capsys):
     if content is None:
         Path("out", path).unlink()
         Path("out/records.jsonl.gz").unlink()  # which has it, too
     else:
         Path("out", path).write_text(content)
     assert main("--tables") == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"out/{path}" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and f"out/{path}" in output
 
 
-def test_tables_keep_what_was_chosen_from_other_lambdas(finished, scripts, monkeypatch):
+def test_tables_keep_a_lambda_chosen_from_other_candidates(finished, scripts, monkeypatch):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     other = study.Variant("--regularizer L2Grad", (0.02, 0.03), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", other)
@@ -453,7 +459,7 @@ def test_a_row_has_the_command_that_it_was_run_with(scripts, monkeypatch):
     assert Path("out/tables.md").read_text(encoding="utf-8") == before
 
 
-def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
+def test_jobs_that_were_run_predict_how_long_the_next_ones_take(scripts):
     assert main("--only", "control", "--seeds", "0") == 0
     with open("out/jobs.jsonl", "ab") as file:
         file.write(b'{}\n7\n\xff\n{"kind": "trunk", "seconds": 1, "at_once": 0}\n{"kind": "tru')
@@ -465,16 +471,16 @@ def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
 
 @pytest.mark.parametrize("max_parallel", ["1", "3"])
 @pytest.mark.parametrize(("failing", "taken"), [("0.01", 0.03), ("0.03", 0.01), ("0.1", 0.03)])
-def test_a_candidate_that_fails_is_left_out_and_told(
+def test_a_candidate_that_fails_is_left_out_and_reported(
     failing, taken, max_parallel, scripts, monkeypatch, capsys
 ):
     monkeypatch.setenv("FAILS", f"out/tuning/l2grad_{failing} out/seed1/trunk")
     flags = ["--only", "l2grad", "--seeds", "0", "1"]
     assert main(*flags, "--jobs", max_parallel) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     training = study.TRAINING.format(first=4, last=5)
-    assert f"FAILED: python train.py {training} --run_name study_tuning_l2grad_{failing}" in said
-    assert f"not run, for it needs what failed: seed1/l2grad_{taken}" in said
+    assert f"FAILED: python train.py {training} --run_name study_tuning_l2grad_{failing}" in output
+    assert f"not run, for it needs what failed: seed1/l2grad_{taken}" in output
     assert "not finite" in Path(f"out/tuning/l2grad_{failing}.log").read_text()
     tables = Path("out/tables.md").read_text(encoding="utf-8")
     assert "| l2grad | " + failing + " | failed | – |  |" in tables
@@ -484,12 +490,12 @@ def test_a_candidate_that_fails_is_left_out_and_told(
     monkeypatch.delenv("FAILS")
     assert main(*flags) == 0  # what is done with is not tried again
     assert scripts()[before:] == ["out/seed1/trunk", f"out/seed1/l2grad_{taken}"]
-    said = capsys.readouterr().out
-    assert f"λ = {failing} failed and is left out; to try it again, remove out/tuning/" in said
+    output = capsys.readouterr().out
+    assert f"λ = {failing} failed and is left out; to try it again, remove out/tuning/" in output
 
 
 @pytest.mark.parametrize("folder", ["out/tuning/l2grad_0.03_tuning", "out/seed0/control_weights"])
-def test_half_a_quantization_is_none(folder, scripts, monkeypatch):
+def test_half_a_quantization_does_not_count(folder, scripts, monkeypatch):
     monkeypatch.setenv("HALF", folder)
     flags = ["--only", "control", "l2grad", "--seeds", "0"]
     assert main(*flags) == 1
@@ -506,7 +512,7 @@ def test_without_a_control_no_lambda_is_chosen(scripts, monkeypatch, capsys):
     assert not Path("out/seed0").exists() and "no λ to choose" in capsys.readouterr().out
 
 
-def test_a_study_that_was_killed_goes_on(scripts, monkeypatch):
+def test_a_study_that_was_killed_resumes(scripts, monkeypatch):
     monkeypatch.setenv("SLOW", "out/seed0/control")
 
     def kill():
@@ -548,6 +554,118 @@ def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
     wait_for("stopped")
     assert main("--only", "control", "--seeds", "0") == 0
     assert scripts() == ["out/seed0/trunk", "out/seed0/control", "out/seed0/control"]
+
+
+def test_jobs_are_started_apart_from_the_study_on_every_system(monkeypatch):
+    assert study_jobs.detached_process()["process_group"] == 0
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    monkeypatch.setattr(study_jobs, "os", SimpleNamespace(name="nt"))
+    assert study_jobs.detached_process() == {"creationflags": 512}  # Windows knows no others
+
+
+@pytest.mark.parametrize(
+    ("flags", "holdout"),
+    [([], 200), (["--holdout", "64"], 64), (["--data_flags=--dataset CIFAR10"], 5000)],
+)
+def test_a_small_data_set_limits_the_number_of_images(flags, holdout, capsys):
+    plan = make_plan("--data_flags=--dataset Synthetic", *flags)
+    output = capsys.readouterr().out
+    small = holdout != 5000
+    assert plan.holdout == holdout
+    bn_flags = f"--bn_images {2000 if small else 4000} "
+    assert bn_flags in plan.quantizations["recalibrated"].flags
+    assert output.count("Synthetic has 2000 training images") == small + (holdout == 200)
+
+
+def test_more_held_out_images_than_there_are_leave_no_study(scripts, capsys):
+    assert main("--data_flags=--dataset Synthetic", "--holdout", "2000") == 2
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "2000: Synthetic has 2000 training images" in output
+    assert not Path("out").exists() and not scripts()
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_clone(finished):
+    """The finished study as a fresh clone has it: its folders of jobs are not there."""
+    for name in ("seed0", "tuning"):
+        shutil.rmtree(Path("out", name))
+
+
+def test_a_fresh_clone_renews_its_tables_and_knows_what_is_done(fresh_clone, scripts, capsys):
+    tables = sorted({*Path("out").glob("*.csv"), *Path("out").glob("*.md")})
+    before = {path: path.read_bytes() for path in tables}
+    assert len(before) >= 5
+    for path in tables:
+        path.unlink()
+    study.main(["--out", "out", "--tables"])
+    assert {path: path.read_bytes() for path in tables} == before
+    capsys.readouterr()
+    flags = ["--only", "control", "l2grad", "--seeds", "0"]
+    study.main(["--out", "out", "--plan", *flags])
+    assert "in all 0 jobs" in capsys.readouterr().out and not Path("out/seed0").exists()
+    n_trainings = len(scripts())
+    assert main(*flags) == 0 and len(scripts()) == n_trainings
+    assert main(*flags, "1") == 0  # another seed has the λ that was chosen
+    seed1 = [f"out/seed1/{name}" for name in ("trunk", "control", "l2grad_0.03")]
+    assert scripts()[n_trainings:] == seed1
+
+
+def test_a_fresh_clone_trains_again_where_a_job_needs_the_weights(fresh_clone, scripts, capsys):
+    study.main(["--out", "out", "--plan", "--only", "control", "--seeds", "0"])
+    assert "trained again" not in capsys.readouterr().out  # nothing is missing
+    assert main("--forget", "seed0/control_weights/*") == 0
+    assert "seed0/control_weights/results.json" in capsys.readouterr().out
+    n_trainings = len(scripts())
+    assert main("--only", "control", "--seeds", "0") == 0
+    assert scripts()[n_trainings:] == ["out/seed0/trunk", "out/seed0/control"]
+    assert sorted(path.name for path in Path("out/seed0").glob("*/")) == ["control_weights"]
+    output = capsys.readouterr().out
+    assert "because their weights are not here: seed0/trunk, seed0/control\n" in output
+
+
+def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
+    page = Path("out/tables.md").read_text(encoding="utf-8")
+    assert main("--forget", "tuning/l2grad_0.03*", "tuning/*_choice.json", "seed0/l2grad*") == 0
+    assert not list(Path("out/tuning").glob("l2grad_0.03.pt"))
+    n_trainings = len(scripts())
+    assert main("--only", "l2grad", "--seeds", "0") == 0
+    assert scripts()[n_trainings:] == ["out/tuning/l2grad_0.03", "out/seed0/l2grad_0.03"]
+    assert Path("out/tables.md").read_text(encoding="utf-8") == page
+    assert main("--forget", "no/such/*") == 0
+    assert "no record matches" in capsys.readouterr().out
+
+
+def test_the_same_records_are_the_same_bytes(finished):
+    archive = Path("out/records.jsonl.gz")
+    before = archive.read_bytes()
+    archive.unlink()
+    time.sleep(1.1)  # a time stamp would differ
+    assert main("--only", "control", "--seeds", "0") == 0
+    assert archive.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(b'{"path": 1}\n')])
+@pytest.mark.parametrize("mode", [[], ["--plan"], ["--tables"]])
+def test_damaged_records_are_reported_in_a_line(content, mode, finished, scripts, capsys):
+    Path("out/records.jsonl.gz").write_bytes(content)
+    n_trainings = len(scripts())
+    assert main(*mode) == 1
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "out/records.jsonl.gz is damaged" in output
+    assert len(scripts()) == n_trainings
+
+
+def test_a_wrong_record_is_reported_in_a_line(fresh_clone, capsys):
+    archive = Path("out/records.jsonl.gz")
+    lines = map(json.loads, gzip.decompress(archive.read_bytes()).splitlines())
+    changed = [{**r, "content": []} if r["path"] == "seed0/control.json" else r for r in lines]
+    archive.write_bytes(gzip.compress("\n".join(map(json.dumps, changed)).encode()))
+    assert main("--tables") == 1
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "out/seed0/control.json in out/records.jsonl.gz" in output
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -614,6 +732,10 @@ def test_tables_of_means_deviations_and_commands(scripts):
     draw(Path("out"), study_results.Statistics.of_rows(*tables), choices, plan.epochs["first"])
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
         assert Path("out", plot).stat().st_size > 10_000
+    answer = Path("out/answer.md").read_text(encoding="utf-8").splitlines()
+    assert answer[0] == lines[2] and answer[2:] == [
+        line for line in lines[4:6] if line.startswith(("| control |", "| l2grad |"))
+    ]
     Path("out/tables.md").unlink()
     study.main(["--out", "out", "--n_epochs", "6", "--tables"])
     assert Path("out/tables.md").read_text(encoding="utf-8") == page
@@ -736,6 +858,10 @@ def test_accuracy_drops_are_those_of_the_same_network():
     half = scipy.stats.t.ppf(0.975, 1) * 0.03
     assert (drop["scheme"], drop["bits"], drop["n"]) == ("uniform", 4, 2)
     assert (drop["mean"], drop["high"]) == pytest.approx((0.07, 0.07 + half), abs=1e-5)
+
+
+def test_labels_of_a_figure_do_not_overlap():
+    assert list(study_figures.spread_labels([10, 10, 12, 58], distance=6)) == [10, 16, 22, 58]
 
 
 @pytest.mark.slow
