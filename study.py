@@ -176,9 +176,9 @@ def make_parser() -> Parser:
     }
     group = parser.add_argument_group("what the study is: set by the first run in --out")
     for name, text in helps.items():
-        group.add_argument(
-            f"--{name}", type=SETTING_TYPES[name], help=f"{text}; new studies: {SETTINGS[name]!r}"
-        )
+        text += f" (default for a new study: {SETTINGS[name]!r})"
+        parse = SETTING_TYPES[name]
+        group.add_argument(f"--{name}", type=parse, default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -200,7 +200,7 @@ def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Sett
     data_args = check_flags(parser, settings)
     bn_images = BN_IMAGES
     if not args.tables:
-        may_shrink = saved is None and args.holdout is None
+        may_shrink = saved is None and requested["holdout"] is None
         bn_images = fit_to_data(parser, settings, data_args, may_shrink)
     quantizations = {
         name: Quantization(each.flags.format(bn_images=bn_images), each.seconds)

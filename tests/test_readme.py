@@ -73,7 +73,7 @@ def test_the_table_of_the_answer_is_the_first_of_the_study():
 )
 def test_every_interval_that_is_quoted_is_of_the_study(text):
     known = set()
-    for name in ("differences.csv", "accuracy_drops.csv"):
+    for name in ("differences.csv", "losses.csv"):
         with open(STUDY / name, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 mean, low = 100 * float(row["mean"]), 100 * float(row["low"])
