@@ -1,49 +1,41 @@
-"""Run the study: every regularizer with every seed, quantized, as tables and plots.
+"""Run the study: every regularizer with every seed, quantized, as tables and figures.
 
 The first two thirds of a run are without a penalty and the same for every variant of a seed: they
-are trained once, and each variant goes on from that checkpoint (--init_from), bit for bit as if it
-had trained them itself. λ is chosen once per variant on held-out training images, see `choose`;
-the test set is looked at only afterwards. What is done is skipped; what was killed goes on.
+are trained once, and each variant continues from that checkpoint (--init_from), exactly as if it
+had trained them itself. λ is chosen once per variant on held-out training images, see
+analysis/study_lambda.py; the test set is looked at only afterwards. Finished jobs are skipped,
+interrupted ones resume.
 """
 
 import argparse
-import json
-import re
 import shlex
-import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+import data
 import quant_inference
 import train
-from analysis import study_figures, study_jobs, study_results, study_tables
-from analysis.study_jobs import Job, pending
-from engine.cli import Parser, bounded_number, choice_ignoring_case, refuse_unused_flags
+from analysis.study_jobs import Job, JobRunner, pending
+from analysis.study_plan import NotChosen, Quantization, StudyPlan, Variant
+from analysis.study_report import update_report
+from analysis.study_settings import SETTING_TYPES, Settings, load_settings, resolve_settings
+from engine.cli import Parser, bounded_number, choice_ignoring_case, exit_codes, refuse_unused_flags
 from engine.errors import FileError
-from engine.io import read_json, run_lock, save_json, warn_on_error
+from engine.io import run_lock, save_json, warn_on_error
+from engine.signals import GracefulShutdown
+
+SCRIPTS = Path(__file__).parent  # folder of the scripts that jobs run
 
 # --- the grid --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is done in the last third of a run."""
-
-    flags: str  # of train.py, or, where they say --phases (with {lmbda}), of combined_protocol.py
-    lmbdas: tuple[float, ...] = ()  # to choose from; () where the flags say it all
-    cost: float = 1.0  # of an epoch, in epochs of the control: for estimates before the first one
-    lambda_from: str = ""  # the variant whose λ this one takes over
-
 
 SECOND_ORDER = 3.3
 # In the order of the tables; they run in the order in which --only names them. Of the two λ of a
 # gradient penalty the first makes λ·R 0.5 to 0.8 where regularization begins, in evaluation mode,
-# the second about three times that, which often costs more accuracy than MAX_LOSS allows (_frozen:
-# a third of both does, so that a tenth is tried, too).
+# the second about three times that, which often costs more accuracy than MAX_ACCURACY_DROP allows
+# (_frozen: a third of both does, so that a tenth is tried, too).
 # _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
 VARIANTS = {
     "control": Variant("--regularizer none"),
@@ -90,378 +82,44 @@ TRAINING = (
     "--lr 0.1 --scheduler multistep --gamma 0.1 --milestones {first},{last} --no_test_penalty "
     "--track L1Grad L2Grad VarianceNorm KurtosisNorm RangeNorm StepL1Grad StepL2Grad StepNoise"
 )
-QUANTIZATIONS = {  # flags of quant_inference.py
-    "tuning": "--bits 4 --schemes uniform",
-    "weights": "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16",
-    "recalibrated": "--bits 2 3 4 --schemes uniform --bn_images 4000 --precision bf16",
-    "folded": "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same",
-    "corrected": "--bits 2 3 4 --schemes uniform --mean_correction --precision bf16",
-    "corrected_folded": "--bits 4 --schemes uniform pwlq --mean_correction --fold_bn "
-    "--act_bits same --calibration percentile",
+BN_IMAGES = 4000  # to recalibrate batch norms with, or as many as there are
+# "tuning" is on held-out images, to choose λ by; all others are on the test set.
+QUANTIZATIONS = {
+    "tuning": Quantization("--bits 4 --schemes uniform", 20.0),
+    "weights": Quantization(
+        "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16", 40.0
+    ),
+    "recalibrated": Quantization(
+        "--bits 2 3 4 --schemes uniform --bn_images {bn_images} --precision bf16", 20.0
+    ),
+    "folded": Quantization("--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same", 60.0),
+    "corrected": Quantization(
+        "--bits 2 3 4 --schemes uniform --mean_correction --precision bf16", 8.0
+    ),
+    "corrected_folded": Quantization(
+        "--bits 4 --schemes uniform pwlq --mean_correction --fold_bn --act_bits same "
+        "--calibration percentile",
+        12.0,
+    ),
 }
-FINAL = ("weights", "recalibrated", "folded", "corrected", "corrected_folded")  # on the test set
-TUNING_SEED = 0
-MAX_ACCURACY_DROP = 0.01  # of full-precision accuracy, on held-out images
-
-EPOCH_SECONDS = 60.0  # of the control on 2 cores in bfloat16, until one is measured
-QUANTIZATION_SECONDS = {
-    "tuning": 20.0,
-    "weights": 40.0,
-    "recalibrated": 20.0,
-    "folded": 60.0,
-    "corrected": 8.0,
-    "corrected_folded": 12.0,
-}
-
-
-def tuned_name(name: str) -> str:
-    """Return the variant whose λ this one has: itself, or the one it takes it over from."""
-    return VARIANTS[name].lambda_from or name
-
-
-def select_lambda(candidates: Mapping[float, tuple[float, float]], control: float) -> float:
-    """Return the λ to use, given each λ's (full-precision, 4-bit uniform) held-out accuracy.
-
-    The best 4-bit accuracy among those that lose less than MAX_LOSS of the control's full-precision
-    accuracy; the best full-precision accuracy where all lose more. Of equal ones the smallest λ.
-    """
-    kept = {
-        lmbda: a for lmbda, a in candidates.items() if control - a[0] < MAX_ACCURACY_DROP - 1e-9
-    }
-    column = 1 if kept else 0
-    return max(kept or candidates, key=lambda lmbda: (candidates[lmbda][column], -lmbda))
-
-
-class NotChosen(Exception):
-    """A variant's λ is not known yet, or cannot be; the message is one line."""
-
-
-# --- the jobs --------------------------------------------------------------------------------
-
-
-def epoch_names(n_epochs: int) -> dict[str, int]:
-    """Return the epochs that flags name: the first regularized one, and later ones."""
-    n_regularized = n_epochs // 3
-    first = n_epochs - n_regularized
-    late, last = first + n_regularized // 2, first + n_regularized * 2 // 3
-    return {"first": first, "late": late, "last": last}
-
-
-class StudyPlan:
-    """The jobs of the study in the folder `out`, from VARIANTS and the command line."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Take the folder, the length of the runs, and further flags for the scripts."""
-        self.out, self.n_epochs = Path(args.out), args.n_epochs
-        self.epochs = epoch_names(args.n_epochs)
-        self.first = self.epochs["first"]
-        self.holdout = args.holdout
-        self.data_flags = shlex.split(args.data_flags)
-        training = args.TRAINING.format(**self.epochs) + " " + args.train_flags
-        self.training = [*shlex.split(training), *self.data_flags]
-        self.measured = {} if args.epoch_seconds else study_jobs.job_seconds(self.out)
-        trunk = self.measured.get("trunk", 0) / self.first
-        self.epoch_seconds = args.epoch_seconds or trunk or EPOCH_SECONDS
-        self.failed: set[Path] = set()  # targets, since this program was started
-
-    def trunk(self, seed: int, tuning: bool) -> Job:
-        """Return the training that all variants of a seed have in common."""
-        flags = ["--n_epochs", str(self.first)]
-        return self._training("train.py", "trunk", "trunk", flags, seed, tuning, self.first)
-
-    def branch(self, name: str, seed: int, lmbda: float | None, tuning: bool = False) -> Job:
-        """Return the last third of a variant's run; λ is None where there is none to choose."""
-        variant, trunk = VARIANTS[name], self.trunk(seed, tuning)
-        flags = variant.flags.format(**self.epochs, lmbda=f"{lmbda or 0:g}").split()
-        script = "combined_protocol.py" if "--phases" in flags else "train.py"
-        if lmbda is not None and script == "train.py":
-            flags += ["--lmbda", f"{lmbda:g}", "--first_regularized_epoch", str(self.first)]
-        flags += ["--n_epochs", str(self.n_epochs), "--init_from", f"{self._stem(trunk)}.ckpt"]
-        stem = name if lmbda is None else f"{name}_{lmbda:g}"
-        cost = variant.cost * (self.n_epochs - self.first)
-        return self._training(script, name, stem, flags, seed, tuning, cost, (trunk,))
-
-    def _training(
-        self,
-        script: str,
-        kind: str,
-        stem: str,
-        flags: Sequence[str],
-        seed: int,
-        tuning: bool,
-        cost: float,
-        needs: tuple[Job, ...] = (),
-    ) -> Job:
-        """Return the job of a training that costs that many epochs of the control."""
-        folder = self.out / ("tuning" if tuning else f"seed{seed}")
-        held = ["--holdout", str(self.holdout)] if tuning else []
-        command = (  # of a flag that is given twice the last one counts
-            script,
-            *self.training,
-            "--run_name",
-            f"study_{folder.name}_{stem}",
-            "--save_file",
-            str(folder / stem),
-            "--resume",
-            "--seed",
-            str(seed),
-            *flags,
-            *held,
-        )
-        targets = (folder / f"{stem}.pt",)
-        if not needs:  # others go on from its checkpoint
-            targets += (folder / f"{stem}.ckpt",)
-        seconds = self.measured.get(kind, cost * self.epoch_seconds)
-        return Job(kind, targets, command, seconds, needs)
-
-    def quantized(self, trained: Job, how: str) -> Job:
-        """Return the quantization of what was trained, in one of the QUANTIZATIONS."""
-        folder = Path(f"{self._stem(trained)}_{how}")
-        held = ["--holdout", str(self.holdout)] if how == "tuning" else []
-        flags = [*self.data_flags, *QUANTIZATIONS[how].split(), *held]
-        command = (
-            "quant_inference.py",
-            str(trained.target),
-            *flags,
-            "--no_plots",
-            "--output",
-            str(folder),
-        )
-        seconds = self.measured.get(f"quantize {how}", QUANTIZATION_SECONDS[how])
-        return Job(f"quantize {how}", (folder / "results.json",), command, seconds, (trained,))
-
-    @staticmethod
-    def _stem(trained: Job) -> str:
-        return str(trained.target.with_suffix(""))
-
-    def tuning(self, name: str) -> dict[float | None, Job]:
-        """Return the jobs that the choice of the variant's λ rests on: the control's under None."""
-        name = tuned_name(name)
-        lmbdas = VARIANTS[name].lmbdas
-        if not lmbdas:
-            return {}
-        tried = {None: ("control", None), **{lmbda: (name, lmbda) for lmbda in lmbdas}}
-        return {
-            key: self.quantized(self.branch(of, TUNING_SEED, lmbda, tuning=True), "tuning")
-            for key, (of, lmbda) in tried.items()
-        }
-
-    def saved_choice(self, name: str) -> study_results.Choice | None:
-        """Return the choice of the variant's λ that was made last, or None; raises FileError."""
-        path = self._choice_path(name)
-        return study_results.Choice.load(path) if path.exists() else None
-
-    def _choice_path(self, name: str) -> Path:
-        return self.out / "tuning" / f"{tuned_name(name)}_choice.json"
-
-    def choice(self, name: str, keep: bool = False) -> study_results.Choice | None:
-        """Return what λ was chosen from, and which; `keep` saves it, and it is not made again.
-
-        None where there is nothing to choose. Raises NotChosen before all that it rests on has
-        been run, and where that failed. A failed candidate is left out, for good once it is saved.
-        """
-        jobs = self.tuning(name)
-        if not jobs:
-            return None
-        kept = self.saved_choice(name)
-        if kept and list(kept.candidates) == [lmbda for lmbda in jobs if lmbda is not None]:
-            return kept
-        if not all(job.done or job.blocked(self.failed) for job in jobs.values()):
-            raise NotChosen(f"{name}: λ is not chosen yet")
-        found = {
-            key: read_holdout_accuracy(job.target) if job.done else None
-            for key, job in jobs.items()
-        }
-        control = found.pop(None)
-        whole = {lmbda: accuracies for lmbda, accuracies in found.items() if accuracies}
-        if not control or not whole:
-            raise NotChosen(f"{name}: no λ to choose from: the control or all candidates failed")
-        made = study_results.Choice(control, found, select_lambda(whole, control[0]))
-        if keep:
-            made.save(self._choice_path(name))
-        return made
-
-    def warn_failed_candidates(self, name: str) -> None:
-        """Print which candidates the variant's λ was chosen without."""
-        choice = self.saved_choice(name)
-        for lmbda, accuracies in choice.candidates.items() if choice else ():
-            if not accuracies:
-                tqdm.write(
-                    f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove "
-                    f"{self._choice_path(name)}"
-                )
-
-    def chosen(self, name: str, keep: bool = False) -> float | None:
-        """Return the variant's λ, None where there is none to choose; may raise NotChosen."""
-        choice = self.choice(name, keep)
-        return choice.lmbda if choice else None
-
-    def final(self, name: str, seeds: Iterable[int], lmbda: float | None) -> list[Job]:
-        """Return the quantizations of the variant on the test set: what the tables are made of."""
-        branches = [self.branch(name, seed, lmbda) for seed in seeds]
-        return [self.quantized(branch, how) for branch in branches for how in FINAL]
-
-    def planned(self, name: str, seeds: Iterable[int]) -> tuple[list[Job], bool]:
-        """Return the variant's jobs, and whether its λ is known; else its first one stands in."""
-        try:
-            return self.final(name, seeds, self.chosen(name)), True
-        except NotChosen:
-            lmbda = VARIANTS[tuned_name(name)].lmbdas[0]
-            return [*self.tuning(name).values(), *self.final(name, seeds, lmbda)], False
-
-    def next_job(
-        self, names: Sequence[str], seeds: Sequence[int], started: Set[Path]
-    ) -> Job | None:
-        """Return the first job that can be started now: those that λ rests on, then the final."""
-        for name in names:
-            try:
-                jobs = self.final(name, seeds, self.chosen(name, keep=True))
-            except NotChosen:
-                jobs = self.tuning(name).values()
-            if job := study_jobs.next_ready_job(jobs, started):
-                return job
-        return None
-
-
-def read_holdout_accuracy(path: Path) -> tuple[float, float]:
-    """Return the full-precision and the 4-bit uniform accuracy of a result; raises FileError."""
-    with read_json(path) as results:
-        accuracy = {row["bits"]: row["accuracy"] for row in results["rows"]}
-        return accuracy[32], accuracy[4]
-
-
-# --- what is done with them ------------------------------------------------------------------
-
-
-def run_all(grid: StudyPlan, names: Sequence[str], seeds: Sequence[int], at_once: int) -> bool:
-    """Run every variant, renew the tables as results come, and return whether all succeeded."""
-    jobs = [job for name in names for job in grid.planned(name, seeds)[0]]
-    total = sum(job.seconds for job in pending(jobs))
-
-    def renew_after(job: Job) -> None:
-        if job.kind.split()[-1] in FINAL:
-            with warn_on_error("tables and plots were not renewed"):
-                update_report(grid)
-
-    form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
-    with tqdm(total=total, bar_format=form, disable=None) as bar:
-        study_jobs.run(
-            lambda started: grid.next_job(names, seeds, started),
-            at_once,
-            grid.out,
-            grid.failed,
-            bar,
-            renew_after,
-        )
-    update_report(grid)
-    complete = not grid.failed
-    for name in names:
-        try:
-            left = pending(grid.final(name, seeds, grid.chosen(name)))
-        except NotChosen as error:
-            tqdm.write(str(error))
-            complete = False
-            continue
-        for job in left:
-            tqdm.write(f"not run, for it needs what failed: {job.title}")
-        grid.warn_failed_candidates(name)
-    return complete
-
-
-def update_report(grid: StudyPlan) -> bool:
-    """Write tables and plots of what there is; return whether there is anything.
-
-    Of each variant with the λ that was chosen last. Raises FileError and OSError.
-    """
-    results, choices = [], {}
-    for name, variant in VARIANTS.items():
-        has_choice = bool(VARIANTS[tuned_name(name)].lmbdas)
-        choice = grid.saved_choice(name) if has_choice else None
-        if choice and not variant.lambda_from:
-            choices[name] = choice
-        if choice or not has_choice:
-            results += finished(grid, name, choice.lmbda if choice else None)
-    if results:
-        rows, tracked = study_results.read(results)
-        study_tables.write(grid.out, results, rows, tracked, choices)
-        study_figures.draw(grid.out, rows, tracked, choices, grid.first)
-    return bool(results)
-
-
-def finished(grid: StudyPlan, name: str, lmbda: float | None) -> Iterator[study_results.Result]:
-    """Yield every final result there is of a variant, of all seeds."""
-    folders = [re.fullmatch("seed(0|[1-9][0-9]*)", path.name) for path in grid.out.glob("seed*")]
-    for seed in sorted(int(match[1]) for match in folders if match):
-        branch = grid.branch(name, seed, lmbda)
-        jobs = {how: grid.quantized(branch, how) for how in FINAL}
-        if all(job.done for job in jobs.values()):
-            yield study_results.Result(
-                name,
-                lmbda,
-                seed,
-                branch.target.with_suffix(".json"),
-                {how: job.target for how, job in jobs.items()},
-                [
-                    f"mkdir -p {branch.target.parent}",
-                    *(
-                        reproduction_command(job.target.with_suffix(".json"))
-                        for job in (*branch.needs, branch, *jobs.values())
-                    ),
-                ],
-                grid.first,
-            )
-
-
-def reproduction_command(path: Path) -> str:
-    """Return the command of a training's record or of a results.json; raises FileError.
-
-    With its number of threads: sums are taken in that order.
-    """
-    with read_json(path) as record:
-        ran = record["settings"] | record  # a results.json has them among its settings
-        threads, command = ran["machine"]["threads"], shlex.join(ran["command"])
-    return f"OMP_NUM_THREADS={threads} python {command}"
-
-
-def plan(grid: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Print what would run, and how long that would take."""
-    seen: dict[Path, Job] = {}
-    for name in names:
-        jobs, known = grid.planned(name, seeds)
-        todo = [job for job in pending(jobs) if job.target not in seen]
-        seen |= {job.target: job for job in todo}
-        note = "" if known else "; the final ones with the λ that is chosen then"
-        print(f"{name}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
-        for job in todo:
-            print(f"  {duration(job.seconds)}  {job.line}")
-    total = duration(sum(job.seconds for job in seen.values()))
-    how = f"{grid.epoch_seconds:.0f} s an epoch of the control, on all cores"
-    print(f"in all {len(seen)} jobs, about {total}, with {how}")
-
-
-def duration(seconds: float) -> str:
-    """Return the time as hours and minutes."""
-    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f} h"
-
 
 # --- the script ------------------------------------------------------------------------------
 
-# What a study is: the same for all of a folder. Each with its default; TRAINING is no flag.
-SETTINGS = {
+# What a study is, with defaults: the same for all runs in a folder. All but TRAINING are flags.
+SETTINGS: Settings = {
     "n_epochs": 9,
     "holdout": 5000,
     "train_flags": "",
     "data_flags": "",
     "TRAINING": TRAINING,
 }
-# Flags that --data_flags may give, and those that --train_flags may not, for the study gives them.
-DATA_FLAGS = {"dataset", "data_dir", "device", "model"}
-RESERVED_FLAGS = {
+DATA_FLAGS = {"dataset", "data_dir", "device", "model"}  # that --data_flags may give
+RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "run_name",
     "save_file",
     "resume",
     "init_from",
-    "override",
+    "allow_changed_settings",
     "seed",
     "n_epochs",
     "holdout",
@@ -479,158 +137,228 @@ RESERVED_FLAGS = {
 
 def make_parser() -> Parser:
     """Make the parser of study.py."""
-    parser = Parser("Run the study: variants × seeds, as tables and plots; see VARIANTS.")
+    parser = Parser("Run the study: variants × seeds, as tables and figures; see VARIANTS.")
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--plan", action="store_true", help="print what would run and how long it takes; run none"
     )
     mode.add_argument(
-        "--tables", action="store_true", help="only renew tables and plots from what there is"
+        "--tables", action="store_true", help="only renew tables and figures from existing results"
     )
-    add(
-        "--only",
-        type=choice_ignoring_case(VARIANTS),
+    mode.add_argument(
+        "--forget",
         nargs="+",
-        default=list(VARIANTS),
-        metavar="NAME",
-        help="variants",
+        metavar="PATTERN",
+        help="delete the records whose path in the study matches, such as 'seed0/*_folded/*', so "
+        "that the next run makes them again",
     )
+    names = choice_ignoring_case(VARIANTS)
+    add("--only", type=names, nargs="+", default=list(VARIANTS), metavar="NAME", help="variants")
     add("--seeds", type=bounded_number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
     add(
         "--jobs",
         type=bounded_number(int, at_least=1),
         default=1,
-        help="at once; they share the cores, and the times of one tell little while others run",
+        help="how many jobs run in parallel; they share the cores, so that times say little",
     )
     add("--out", default="results/study", help="folder of everything that is written")
     add(
         "--epoch_seconds",
         type=bounded_number(float, above=0),
-        help="of the control on all cores, for --plan; None: as measured",
+        help="for --plan: seconds of an epoch of the control on all cores; None: as measured",
     )
+    helps = {
+        "n_epochs": "epochs of a run, of which the last third is regularized",
+        "holdout": "training images that λ is chosen by and that are not trained on then",
+        "train_flags": "flags of every training, as in --train_flags='--lr 0.05'",
+        "data_flags": "flags of all trainings and quantizations: --data_flags='--device cuda'",
+    }
     group = parser.add_argument_group("what the study is: set by the first run in --out")
-    add = group.add_argument
-    add(
-        "--n_epochs",
-        type=bounded_number(int, at_least=6),
-        help="of which a third is regularized, the last",
-    )
-    add("--holdout", type=bounded_number(int, at_least=1), help="images for λ")
-    add(
-        "--train_flags", type=shell_words, help="of every training, as in --train_flags='--lr 0.05'"
-    )
-    add(
-        "--data_flags",
-        type=shell_words,
-        help="of every training and quantization, as in --data_flags='--device cuda'",
-    )
+    for name, text in helps.items():
+        text += f" (default for a new study: {SETTINGS[name]!r})"
+        parse = SETTING_TYPES[name]
+        group.add_argument(f"--{name}", type=parse, default=argparse.SUPPRESS, help=text)
     return parser
 
 
-def shell_words(text: str) -> str:
-    """Return text that a shell could split into flags: an argparse type."""
-    try:
-        shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    return text
+def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
+    """Return the plan of the study in --out, or of a new one, and its settings.
 
-
-def resolve_settings(parser: Parser, args: argparse.Namespace) -> dict[str, object]:
-    """Fill in what the study in --out is, or the defaults of a new one, and return that.
-
-    Ends with one line where a flag contradicts it: runs of other lengths are another study.
+    Ends the program where flags contradict the study; raises FileError and OSError.
     """
-    kept = load_settings(Path(args.out) / "study.json")
-    for name, default in SETTINGS.items():
-        given = getattr(args, name, None)
-        if kept and given is not None and given != kept[name]:
-            parser.error(
-                f"--{name} {given}: the study in {args.out} has {kept[name]!r}: choose "
-                "another --out"
-            )
-        setattr(args, name, kept[name] if kept else default if given is None else given)
-    if args.TRAINING != TRAINING:
-        print(f"{args.out} goes on with the flags that it was begun with: {args.TRAINING}")
-    check_flags(parser, args)
-    return {name: getattr(args, name) for name in SETTINGS}
-
-
-def load_settings(path: Path) -> dict[str, object] | None:
-    """Return what a study.json holds, None where there is none; ends with one line if it is bad."""
-    checker = make_parser()
-    checker.prog += f": {path}"
+    path = Path(args.out) / "study.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        checker.error(str(error))
-    if not isinstance(kept, dict) or kept.keys() != SETTINGS.keys():
-        checker.error(f"these are not the settings of a study: {', '.join(SETTINGS)}")
-    try:
-        shlex.split(kept["TRAINING"].format(**epoch_names(6)))
-    except (LookupError, ValueError, AttributeError) as error:
-        checker.error(f"TRAINING cannot be {kept['TRAINING']!r}: {error!r}")
-    flags = [f"--{name}={value}" for name, value in kept.items() if name != "TRAINING"]
-    parsed = {**kept, **vars(checker.parse_args(flags))}
-    for name, default in SETTINGS.items():
-        if parsed[name] != kept[name] or type(kept[name]) is not type(default):
-            checker.error(f"{name} cannot be {kept[name]!r}")
-    return kept
-
-
-def check_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """End the program where --train_flags or --data_flags hold what they should not."""
-    data_flags, train_flags = shlex.split(args.data_flags), shlex.split(args.train_flags)
-    of_training, of_quantization = train.make_parser(), quant_inference.make_parser()
-    of_quantization.parse_args(["weights.pt", *data_flags])  # they end it where there is no such
-    refused = {
-        "data": flags_in(of_training, data_flags) - DATA_FLAGS,
-        "train": flags_in(of_training, train_flags) & (RESERVED_FLAGS | DATA_FLAGS),
+        saved = load_settings(path)
+    except FileError as error:
+        parser.prog += f": {path}"
+        parser.error(str(error))
+    requested = {name: getattr(args, name, None) for name in SETTINGS}
+    settings = resolve_settings(args.out, saved, requested, SETTINGS)
+    if settings["TRAINING"] != TRAINING:
+        print(f"{args.out} continues with the training flags it began with: {settings['TRAINING']}")
+    data_args = check_flags(parser, settings)
+    bn_images = BN_IMAGES
+    if not args.tables:
+        may_shrink = saved is None and requested["holdout"] is None
+        bn_images = fit_to_data(parser, settings, data_args, may_shrink)
+    quantizations = {
+        name: Quantization(each.flags.format(bn_images=bn_images), each.seconds)
+        for name, each in QUANTIZATIONS.items()
     }
+    out = Path(args.out)
+    return StudyPlan(out, settings, VARIANTS, quantizations, args.epoch_seconds), settings
+
+
+def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
+    """End the program where --train_flags or --data_flags hold what they may not.
+
+    Returns what --data_flags mean for a training.
+    """
+    data_flags, train_flags = map(shlex.split, (settings["data_flags"], settings["train_flags"]))
+    quant_inference.make_parser().parse_args(["weights.pt", *data_flags])
+    train_parser = train.make_parser()  # it ends the program at a flag that it does not know
+    train_parser.parse_args(train_flags)
+    refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}
+    data_args = train_parser.parse_args(data_flags)
+    refused["data"] = train_parser.explicit_flags - DATA_FLAGS
     for kind, names in refused.items():
         if names:
-            parser.error(f"--{kind}_flags: --{sorted(names)[0]} is not for it to say")
+            parser.error(
+                f"--{kind}_flags: --{min(names)} is set by the study and cannot be given here"
+            )
+    return data_args
 
 
-def flags_in(parser: Parser, words: Sequence[str]) -> set[str]:
-    """Return the names of the flags that the words give."""
-    parser.parse_args(words)
-    return parser.explicit_flags
+def fit_to_data(
+    parser: Parser, settings: Settings, data_args: argparse.Namespace, may_shrink: bool
+) -> int:
+    """Make the default of --holdout at most a tenth of the training images, and say so.
+
+    Ends the program where --holdout asks for more than there are. Returns how many images batch
+    norms are recalibrated with.
+    """
+    n_images = 50_000  # of CIFAR-10, which need not be fetched to be counted
+    if data_args.dataset != "CIFAR10":
+        n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
+    have = f"{data_args.dataset} has {n_images} training images"
+    if may_shrink and settings["holdout"] > n_images // 10:
+        settings["holdout"] = max(1, n_images // 10)
+        print(f"{have}: λ is chosen with {settings['holdout']} of them")
+    if settings["holdout"] >= n_images:
+        parser.error(f"--holdout {settings['holdout']}: {have}")
+    if BN_IMAGES > n_images:
+        print(f"{have}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
+    return min(BN_IMAGES, n_images)
+
+
+# --- what it does ----------------------------------------------------------------------------
+
+
+def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Print what would run, and how long that would take."""
+    total: dict[Path, Job] = {}
+    for name in names:
+        jobs, is_chosen = plan.planned(name, seeds)
+        todo = [job for job in pending(jobs) if job.target not in total]
+        total |= {job.target: job for job in todo}
+        note = "" if is_chosen else "; the final ones with the λ that is chosen then"
+        print(f"{name}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
+        for job in todo:
+            print(f"  {duration(job.seconds)}  {job.line}")
+    print_retrained(plan, total.values())
+    time = duration(sum(job.seconds for job in total.values()))
+    rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores"
+    print(f"in all {len(total)} jobs, about {time}, with {rate}")
+
+
+def print_retrained(plan: StudyPlan, jobs: Iterable[Job]) -> None:
+    """Say which trainings are done but have to be repeated, if any."""
+    if titles := [job.title for job in plan.retrained(jobs)]:
+        print(f"trained again, because their weights are not here: {', '.join(titles)}")
+
+
+def duration(seconds: float) -> str:
+    """Return the time as hours and minutes."""
+    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f} h"
+
+
+def run_all(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int], max_parallel: int) -> bool:
+    """Run every variant, renew the tables as results come, and return whether all succeeded."""
+    plan.records.add_all()
+
+    def on_success(job: Job) -> None:
+        with warn_on_error("records, tables and figures were not renewed"):
+            plan.records.add(job.record)
+            if plan.completes_network(job):
+                update_report(plan)
+
+    jobs = [job for name in names for job in plan.planned(name, seeds)[0]]
+    print_retrained(plan, jobs)
+    seconds = sum(job.seconds for job in pending(jobs))
+    bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
+    with tqdm(total=seconds, bar_format=bar_format, disable=None) as bar:
+        JobRunner(
+            next_job=lambda started: plan.next_job(names, seeds, started),
+            on_success=on_success,
+            max_parallel=max_parallel,
+            scripts=SCRIPTS,
+            out=plan.out,
+            failed=plan.failed,
+            bar=bar,
+        ).run()
+    update_report(plan)
+    return report_failures(plan, names, seeds)
+
+
+def report_failures(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> bool:
+    """Print what was not run, and which λ were left out; return whether no job failed."""
+    complete = not plan.failed
+    for name in names:
+        try:
+            jobs = pending(plan.final(name, seeds, plan.chosen_lambda(name)))
+        except NotChosen as error:
+            tqdm.write(str(error))
+            complete = False
+            continue
+        for job in jobs:
+            tqdm.write(f"not run, for it needs what failed: {job.title}")
+        plan.warn_failed_candidates(name)
+    return complete
+
+
+def run_mode(parser: Parser, args: argparse.Namespace) -> int:
+    """Plan, run or tabulate, as the flags say; return the exit code."""
+    plan, settings = make_plan(parser, args)
+    if args.plan:
+        print_plan(plan, args.only, args.seeds)
+        return 0
+    if args.tables:
+        if not update_report(plan):
+            parser.exit_with(1, f"error: there are no results in {plan.out} yet")
+        return 0
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with run_lock(plan.out / "study", instead="another --out"):
+        if args.forget:
+            forgotten = plan.records.forget(args.forget)
+            print("\n".join(["forgotten:", *forgotten]) if forgotten else "no record matches")
+            return 0
+        save_json(settings, plan.out / "study.json")
+        return 0 if run_all(plan, args.only, args.seeds, args.jobs) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run or tabulate; exit with 1 if a job failed."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    refuse_unused_flags(
-        parser,
-        (
-            *((flag, "something to run", not args.tables) for flag in ("only", "seeds", "jobs")),
-            ("epoch_seconds", "--plan", args.plan),
-        ),
-    )
-    settings = resolve_settings(parser, args)
-    grid = StudyPlan(args)
-    try:
-        if args.plan:
-            return plan(grid, args.only, args.seeds)
-        if args.tables:
-            if not update_report(grid):
-                parser.exit_with(1, f"error: there are no results in {grid.out} yet")
-            return None
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        grid.out.mkdir(parents=True, exist_ok=True)
-        with run_lock(grid.out / "study", instead="another --out"):
-            save_json(settings, grid.out / "study.json")
-            complete = run_all(grid, args.only, args.seeds, args.jobs)
-    except (FileError, OSError) as error:
-        parser.exit_with(1, f"error: {error}")
-    except KeyboardInterrupt:
-        parser.exit_with(130, "stopped")
-    sys.exit(0 if complete else 1)
+    runs = not (args.tables or args.forget)
+    unused = [(flag, "something to run", runs) for flag in ("only", "seeds", "jobs")]
+    refuse_unused_flags(parser, [*unused, ("epoch_seconds", "--plan", args.plan)])
+    hint = "; the same command resumes" if runs and not args.plan else ""
+    with exit_codes(parser, lambda: hint), GracefulShutdown():
+        code = run_mode(parser, args)
+    if code or not (args.plan or args.tables):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""The figures of the study: every variant beside the control."""
+"""The figures of the study: every variant beside the control, and what the study found."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import STYLE, accuracy_plot, line_style
+from analysis.study_lambda import Choice
 from analysis.study_results import (
+    FULL,
     MAIN,
-    Choice,
-    by_seed,
-    difference,
+    SETTING,
+    Setting,
+    Statistics,
+    mean_intervals,
     restrict_to_shared_seeds,
-    setting,
-    summary,
 )
 from analysis.study_tables import label
 from engine.io import atomic_write
@@ -31,93 +34,131 @@ SHOWN = (  # in the figures of curves, which have seven colours
     "rangenorm_folded",
     "kurtosisnorm",
 )
+# The README's figure: variants with the name, colour (Okabe and Ito's) and marker they have in it.
+ANSWER_CURVES = {
+    "kurtosisnorm": ("KurtosisNorm", "#009E73", "^"),
+    "rangenorm": ("RangeNorm", "#0072B2", "s"),
+    "stepnoise": ("StepNoise", "#E69F00", "D"),
+    "l2grad": ("L2Grad", "#D55E00", "v"),
+    "control": ("control", "#444444", "o"),
+}
+ANSWER_FOLDED = {  # drawn in the right panel only
+    "kurtosisnorm_folded": ("KurtosisNorm, folded", "#009E73", "^"),
+    "rangenorm_folded": ("RangeNorm, folded", "#0072B2", "s"),
+}
+ANSWER_SETTINGS: dict[str, Setting] = {
+    "full": FULL,
+    **{str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)},
+}
+ANSWER_4_4: Setting = ("uniform", 4, 4)
+ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
+CHANCE = 10.0  # % of ten classes
+REFERENCE_LINE = {"color": "#666666", "linestyle": (0, (4, 3)), "linewidth": 0.9}
+SHOWN_BELOW = 8.0  # points below the control at 4 bits: candidates that drop more are cut off
 
 
-def overview_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG; raises OSError."""
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def panels(n: int, columns: int, width: float, height: float, **share: Any) -> tuple[Figure, list]:
+    """Return a figure and its n panels, in rows of so many columns; sizes are of one, in inches."""
+    columns = min(columns, n)
+    lines = -(-n // columns)
+    figure = Figure(figsize=(0.6 + width * columns, 0.7 + height * lines))
+    grid = figure.subplots(lines, columns, squeeze=False, **share).flat
+    for axes in grid[n:]:
+        axes.remove()
+    return figure, list(grid[:n])
+
+
+# --- differences from the control ------------------------------------------------------------
+
+
+def overview_plot(statistics: Statistics, path: Path) -> None:
     """Draw a panel for each main setting: how many points more than the control a variant has.
 
     Paired by seed: each seed a tick, the mean a marker with its 95 % interval, which may go beyond
     the frame: a circle where it holds 0, a square where it does not. In a study without the control
     its first variant takes that place.
     """
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    variants = list(statistics.accuracies.index.unique("variant"))
     base = "control" if "control" in variants else variants[0]
     others = [variant for variant in variants if variant != base]
-    accuracies = by_seed(rows)
-    means = {(s["variant"], setting(s)): s["mean"] for s in summary(rows)}
+    means = statistics.summary.set_index(["variant", *SETTING])["mean"]
     with rc_context(STYLE):
-        lines = 2
-        columns = -(-len(MAIN) // lines)
-        figure = Figure(figsize=(2 + 2 * columns, lines * (1.1 + 0.2 * len(others))))
-        panels = figure.subplots(lines, columns, sharey=True)
-        for axes in panels.flat[len(MAIN) :]:
-            axes.remove()
-        for axes, of in zip(panels.flat, MAIN, strict=False):
-            of_base = accuracies.get((base, of), {})
-            for y, variant in enumerate(others):
-                found = accuracies.get((variant, of), {})
-                points = [100 * (found[seed] - of_base[seed]) for seed in found if seed in of_base]
-                axes.plot(points, [y] * len(points), "|", color="#999999")
-            axes.margins(x=0.25)
-            axes.autoscale_view()
-            axes.autoscale(False, axis="x")
-            for y, variant in enumerate(others):
-                if known := difference(accuracies.get((variant, of), {}), of_base):
-                    _, mean, half = known
-                    differs = abs(mean) > half
-                    axes.errorbar(100 * mean, y, xerr=100 * half, capsize=2, **line_style(differs))
-            axes.axvline(0, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
-            mean = f"{100 * means[base, of]:.1f} %" if of_base else "–"
-            axes.set(title=f"{label(of)}\n{base}: {mean}", xlabel="points more")
-        panels.flat[0].set_yticks(range(len(others)), others)
-        panels.flat[0].set_ylim(len(others) - 0.5, -0.5)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+        columns = -(-len(MAIN) // 2)
+        figure, grid = panels(len(MAIN), columns, 2.35, 0.8 + 0.2 * len(others), sharey=True)
+        for axes, setting in zip(grid, MAIN, strict=True):
+            _draw_differences(axes, statistics.accuracies, setting, base, others)
+            mean = f"{100 * means[base, *setting]:.1f} %" if (base, *setting) in means else "–"
+            axes.set(title=f"{label(setting)}\n{base}: {mean}", xlabel="points more")
+        grid[0].set_yticks(range(len(others)), others)
+        grid[0].set_ylim(len(others) - 0.5, -0.5)
+        save_figure(figure, path)
 
 
-def curve_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _draw_differences(
+    axes: Axes, accuracies: pd.DataFrame, setting: Setting, base: str, others: Sequence[str]
+) -> None:
+    """Draw the differences of the other variants from the base in one setting, a line each."""
+    points = pd.DataFrame(index=accuracies.index.unique("seed"), columns=others, dtype=float)
+    if setting in accuracies:
+        by_seed = 100 * accuracies[setting].unstack("variant")
+        points = by_seed[others].sub(by_seed[base], axis="index")
+    for y, variant in enumerate(others):
+        axes.plot(points[variant], [y] * len(points), "|", color="#999999")
+    axes.margins(x=0.25)
+    axes.autoscale_view()
+    axes.autoscale(False, axis="x")  # an interval of two seeds would hide all others
+    intervals = mean_intervals(points)
+    for y, variant in enumerate(others):
+        if variant in intervals.index:
+            mean, high = intervals.loc[variant, ["mean", "high"]]
+            differs = abs(mean) > high - mean
+            axes.errorbar(mean, y, xerr=high - mean, capsize=2, **line_style(differs))
+    axes.axvline(0, **REFERENCE_LINE)
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the means over seeds of the SHOWN variants as rows that accuracy_plot takes."""
-    shown = [s for s in summary(rows) if s["variant"] in SHOWN and s["act_bits"] == 32]
-    return [
-        {**s, "checkpoint": s["variant"], "accuracy": s["mean"], "accuracy_std": s["std"]}
-        for s in sorted(shown, key=lambda s: (SHOWN.index(s["variant"]), s["bits"]))
+    shown = summary[summary["variant"].isin(SHOWN) & (summary["act_bits"] == 32)]
+    rows = [
+        {**row, "checkpoint": row["variant"], "accuracy": row["mean"], "accuracy_std": row["std"]}
+        for row in shown.astype(object).where(shown.notna(), None).to_dict("records")
     ]
+    return sorted(rows, key=lambda row: (SHOWN.index(row["variant"]), row["bits"]))
 
 
-def tracked_plot(tracked: Sequence[dict[str, Any]], first: int, path: Path) -> None:
+def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
     """Draw what was tracked against epochs: a panel each, a line for the mean of a SHOWN variant.
 
-    The vertical line is where regularization begins.
+    The vertical line is where regularization begins, after the epoch before `first`.
     """
-    values: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in restrict_to_shared_seeds(tracked):
-        of = values.setdefault((row["name"], row["variant"]), {})
-        of.setdefault(row["epoch"] + 1, []).append(row["value"])
-    names = list(dict.fromkeys(name for name, _ in values))
-    shown = [variant for variant in SHOWN if any(of == variant for _, of in values)]
-    columns = min(4, len(names))
-    lines = -(-len(names) // columns)
+    tracked = tracked[tracked["variant"].isin(SHOWN)]
+    groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
+    means, names = groups["value"].mean(), list(tracked["name"].unique())
     with rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 2.4 * columns, 0.7 + 2 * lines))
-        grid = figure.subplots(lines, columns, squeeze=False)
+        figure, grid = panels(len(names), 4, 2.4, 2)
         legend = {}
-        for axes in grid.flat[len(names) :]:
-            axes.remove()
-        for axes, name in zip(grid.flat, names, strict=False):
-            for i, variant in enumerate(shown):
-                if of := values.get((name, variant)):
-                    means = [statistics.fmean(of[epoch]) for epoch in of]
-                    axes.plot(list(of), means, label=variant, **line_style(i))
-            axes.axvline(first, color="#666666", linestyle=(0, (4, 3)), linewidth=0.9)
+        for axes, name in zip(grid, names, strict=True):
+            variants = means[name].index.unique("variant")
+            for i, variant in enumerate(v for v in SHOWN if v in set(tracked["variant"])):
+                if variant in variants:
+                    curve = means[name, variant]
+                    axes.plot(curve.index + 1, curve, label=variant, **line_style(i))
+            axes.axvline(first, **REFERENCE_LINE)
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if all(row["value"] > 0 for row in tracked if row["name"] == name):
+            if (tracked.loc[tracked["name"] == name, "value"] > 0).all():
                 axes.set_yscale("log")
             legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
         figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-SHOWN_BELOW = 8.0  # points below the control at 4 bits: candidates that lose more are cut off
+        save_figure(figure, path)
 
 
 def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
@@ -127,56 +168,120 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
     is that was taken.
     """
     control = next(iter(choices.values())).control
-    every = [
-        *control,
-        *(
-            accuracy
-            for choice in choices.values()
-            for of in choice.candidates.values()
-            if of
-            for accuracy in of
-        ),
-    ]
-    low = max(100 * min(every), 100 * control[1] - SHOWN_BELOW)
-    columns = min(5, len(choices))
-    lines = -(-len(choices) // columns)
+    tried = [a for choice in choices.values() for a in choice.candidates.values() if a]
+    low = max(100 * min(map(min, [control, *tried])), 100 * control.quantized - SHOWN_BELOW)
+    high = 100 * max(map(max, [control, *tried]))
     with rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + 2 * columns, 0.7 + 1.8 * lines))
-        grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-        for axes in grid.flat[len(choices) :]:
-            axes.remove()
-        for axes, (variant, choice) in zip(grid.flat, choices.items(), strict=False):
-            found = {lmbda: of for lmbda, of in sorted(choice.candidates.items()) if of}
-            for i, name in enumerate(("full precision", "uniform 4")):
-                accuracies = [100 * of[i] for of in found.values()]
-                axes.plot(list(found), accuracies, label=name, **line_style(i))
-                axes.axhline(
-                    100 * control[i],
-                    color=line_style(i)["color"],
-                    linestyle=(0, (4, 3)),
-                    linewidth=0.9,
-                )
-            axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
-            axes.set(title=variant, xlabel="λ", xscale="log", ylim=(low - 1, 100 * max(every) + 1))
-            axes.set_xticks(list(found), [f"{lmbda:g}" for lmbda in found])
-            axes.set_xticks([], minor=True)
-        grid[0][0].set_ylabel("held-out accuracy, %")
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+        figure, grid = panels(len(choices), 5, 2, 1.8, sharey=True)
+        for axes, (variant, choice) in zip(grid, choices.items(), strict=True):
+            _draw_candidates(axes, choice, control)
+            axes.set(title=variant, xlabel="λ", ylim=(low - 1, high + 1))
+        grid[0].set_ylabel("held-out accuracy, %")
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        save_figure(figure, path)
 
 
-def draw(
-    out: Path,
-    rows: Sequence[dict[str, Any]],
-    tracked: Sequence[dict[str, Any]],
-    choices: Mapping[str, Choice],
-    first: int,
-) -> None:
-    """Draw overview, accuracy, tracked and choice.png into `out`; there is at least one row."""
-    overview_plot(rows, out / "overview.png")
-    if curves := curve_rows(rows):
-        accuracy_plot(curves, out / "accuracy.png")
-    if shown := [row for row in tracked if row["variant"] in SHOWN]:
-        tracked_plot(shown, first, out / "tracked.png")
+def _draw_candidates(axes: Axes, choice: Choice, control: Sequence[float]) -> None:
+    """Draw the held-out accuracies of one variant's candidates, and of the control."""
+    candidates = {lmbda: a for lmbda, a in sorted(choice.candidates.items()) if a}
+    for i, name in enumerate(("full precision", "uniform 4")):
+        accuracies = [100 * accuracy[i] for accuracy in candidates.values()]
+        axes.plot(list(candidates), accuracies, label=name, **line_style(i))
+        axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": line_style(i)["color"]})
+    axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
+    axes.set_xscale("log")
+    axes.set_xticks(list(candidates), [f"{lmbda:g}" for lmbda in candidates])
+    axes.set_xticks([], minor=True)
+
+
+# --- the answer ------------------------------------------------------------------------------
+
+
+def spread_labels(positions: Sequence[float], distance: float) -> Iterator[float]:
+    """Yield positions for labels, from the lowest to the highest, at least `distance` apart."""
+    last = -np.inf
+    for position in positions:
+        last = max(position, last + distance)
+        yield last
+
+
+def answer_plot(statistics: Statistics, path: Path) -> None:
+    """Draw what the study found, for the README: the variants that matter, labelled directly.
+
+    Left, accuracy against bits of a weight; right, with 4-bit weights and activations, where folded
+    variants join in. Means and ranges over the seeds that all variants share, in %.
+    """
+    accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
+    variants = accuracies.index.unique("variant")
+    curves = {name: look for name, look in ANSWER_CURVES.items() if name in variants}
+    dots = {n: look for n, look in (ANSWER_FOLDED | curves).items() if n in variants}
+    with rc_context({**STYLE, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
+        figure = Figure(figsize=(9.6, 3.9))
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        _draw_answer_curves(left, accuracies, curves)
+        _draw_answer_dots(right, accuracies, dots)
+        save_figure(figure, path)
+
+
+Look = tuple[str, str, str]  # name, colour and marker
+
+
+def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, Look]) -> None:
+    """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
+    shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
+    x, ends = np.arange(len(shown)), {}
+    for i, (name, (_, colour, marker)) in enumerate(reversed(curves.items())):
+        seeds = accuracies.loc[name, list(shown.values())]
+        mean = seeds.mean()
+        beside = x + 0.05 * (i - (len(curves) - 1) / 2)  # no bar hides another
+        axes.vlines(beside, seeds.min(), seeds.max(), colour, linewidth=2.5, alpha=0.45)
+        axes.plot(beside, mean, color=colour, marker=marker)
+        ends[name] = mean.iloc[-1]
+    axes.plot(x[[0, -1]], [CHANCE, CHANCE], **REFERENCE_LINE)
+    axes.annotate("chance", (0, CHANCE), (0, 3), textcoords="offset points", color="#666666")
+    lowest_first = sorted(ends, key=ends.get)
+    heights = spread_labels([ends[name] for name in lowest_first], distance=6)
+    for name, height in zip(lowest_first, heights, strict=True):
+        text, colour, _ = curves[name]
+        axes.text(x[-1] + 0.2, height, text, color=colour, va="center", weight="bold")
+    axes.set_xticks(x, shown)
+    axes.set(xlim=(-0.2, x[-1] + 1.5), ylim=(0, 92))
+    axes.set(xlabel="bits of a weight (uniform, per tensor)", ylabel=ANSWER_AXIS)
+    axes.set_title("Quantized weights")
+
+
+def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, Look]) -> None:
+    """Draw the accuracies at (4,4), a dot and a bar for each variant, the best on top."""
+    means = accuracies[ANSWER_4_4].groupby(level="variant").mean()
+    order = sorted(dots, key=means.get)
+    for y, name in enumerate(order):
+        _, colour, marker = dots[name]
+        values = accuracies.loc[name, ANSWER_4_4]
+        axes.hlines(y, values.min(), values.max(), colour, linewidth=2.5, alpha=0.45)
+        axes.plot(means[name], y, color=colour, marker=marker, markersize=7)
+        axes.annotate(
+            f"{means[name]:.1f}", (means[name], y), (0, 6), textcoords="offset points", ha="center"
+        )
+    axes.set_yticks(range(len(order)), [dots[name][0] for name in order])
+    for tick, name in zip(axes.get_yticklabels(), order, strict=True):
+        tick.set(color=dots[name][1], weight="bold")
+    axes.set(ylim=(-0.6, len(order) - 0.3), xlabel=ANSWER_AXIS)
+    axes.grid(False, axis="y")
+    axes.set_title("4-bit weights and activations")
+
+
+def draw(out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int) -> None:
+    """Draw the study's figures into `out`, as PNG; there is at least one result."""
+    figures: dict[str, Callable[[Path], None]] = {}
+    if len(statistics.accuracies.index.unique("variant")) > 1:
+        figures["overview"] = lambda path: overview_plot(statistics, path)
+    if curves := curve_rows(statistics.summary):
+        figures["accuracy"] = lambda path: accuracy_plot(curves, path)
+    if statistics.tracked["variant"].isin(SHOWN).any():
+        figures["tracked"] = lambda path: tracked_plot(statistics.tracked, first, path)
     if choices:
-        choice_plot(choices, out / "choice.png")
+        figures["choice"] = lambda path: choice_plot(choices, path)
+    if "control" in statistics.accuracies.index and ANSWER_4_4 in statistics.accuracies:
+        figures["answer"] = lambda path: answer_plot(statistics, path)
+    for name, plot in figures.items():
+        plot(out / f"{name}.png")

@@ -1,4 +1,4 @@
-"""Jobs of the study: commands that need each other's files, several at once, that can be killed."""
+"""Jobs of the study: commands that need each other's files, several in parallel, that can stop."""
 
 import ctypes
 import json
@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from engine.io import warn_on_error
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 PR_SET_PDEATHSIG = 1
-SCRIPTS = Path(__file__).parent.parent  # folder of the scripts that jobs run
+POLL_SECONDS = 0.05  # between looks at whether a job has ended
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Job:
     kind: str  # jobs of one kind take about as long
     targets: tuple[Path, ...]  # the first one gives the job its name and its log
     command: tuple[str, ...]  # a script of this project and its flags
-    seconds: float  # estimated, of the whole machine
+    seconds: float  # estimated, on the whole machine
     needs: tuple["Job", ...] = ()
+    recorded: bool = False  # its result is in the study's records: done without the files
 
     @property
     def target(self) -> Path:
@@ -40,12 +42,17 @@ class Job:
         return self.targets[0]
 
     @property
+    def record(self) -> Path:
+        """The JSON file that the job writes about itself."""
+        return self.target.with_suffix(".json")
+
+    @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        return all(target.exists() for target in self.targets)
+        return self.recorded or all(target.exists() for target in self.targets)
 
     def blocked(self, failed: Set[Path]) -> bool:
-        """Tell whether its target is among the failed ones, or one of what it needs."""
+        """Return whether its target, or that of a job it needs, is among the failed ones."""
         return not self.done and (
             self.target in failed or any(job.blocked(failed) for job in self.needs)
         )
@@ -62,17 +69,17 @@ class Job:
 
 
 def pending(jobs: Iterable[Job]) -> list[Job]:
-    """Return what is to be run, in order: nothing that is done, nor what only that needed."""
-    found: dict[Path, Job] = {}
+    """Return the jobs to run, in order: those not done, each after those it needs."""
+    ordered: dict[Path, Job] = {}
     for job in jobs:
         if not job.done:
-            found |= {needed.target: needed for needed in pending(job.needs)}
-            found[job.target] = job
-    return list(found.values())
+            ordered |= {needed.target: needed for needed in pending(job.needs)}
+            ordered[job.target] = job
+    return list(ordered.values())
 
 
 def next_ready_job(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
-    """Return the first job that is to be run, not started yet, and has what it needs."""
+    """Return the first pending job that was not started yet and has all it needs, or None."""
     for job in pending(jobs):
         if job.target not in started and all(needed.done for needed in job.needs):
             return job
@@ -83,28 +90,25 @@ def next_ready_job(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
 
 
 class RunningJob:
-    """A job that was started: its output goes to <target>.log."""
+    """A job that was started as a process; its output goes to <target>.log."""
 
-    def __init__(self, job: Job, at_once: int) -> None:
-        """Start the job with its share of the cores; when this program is killed, it is stopped."""
-        self.job, self.at_once = job, at_once
+    def __init__(self, job: Job, scripts: Path, max_parallel: int) -> None:
+        """Start the job, a script in the folder `scripts`, with its share of the cores."""
+        self.job, self.max_parallel = job, max_parallel
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        self.started_fresh = not job.target.with_suffix(
-            ".ckpt"
-        ).exists()  # nothing of an earlier attempt
+        # Only then is its time worth recording: nothing of an earlier attempt is there.
+        self.started_fresh = not job.target.with_suffix(".ckpt").exists()
         self.began = time.perf_counter()
-        threads = max(1, torch.get_num_threads() // at_once)
+        threads = max(1, torch.get_num_threads() // max_parallel)
         with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
             print(f"$ {job.line}", file=log, flush=True)
-            script = SCRIPTS / job.command[0]
             self.process = subprocess.Popen(
-                [sys.executable, script, *job.command[1:]],
+                [sys.executable, scripts / job.command[0], *job.command[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=stop_with_parent,
-                process_group=0,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                **detached_process(),
             )
 
     @property
@@ -113,7 +117,7 @@ class RunningJob:
         return self.process.poll() is not None
 
     def succeeded(self) -> bool:
-        """Wait, and return whether all targets are there; else what is there is set aside."""
+        """Wait, and return whether all targets are there; if not, rename a half-made one."""
         if self.process.wait() == 0 and self.job.done:
             return True
         if self.job.target.exists():
@@ -121,90 +125,120 @@ class RunningJob:
         return False
 
     def finish(self, out: Path) -> bool:
-        """Note the time of a job that is over, clear up, and return whether it succeeded."""
+        """Return whether the job, which is over, succeeded; record its time and clean up."""
         job, seconds = self.job, time.perf_counter() - self.began
         if not self.succeeded():
             return False
         if self.started_fresh:
-            record_duration(out, job, seconds, self.at_once)
-        if job.needs:  # nothing goes on from its checkpoint, as from a trunk's
+            record_duration(out, job, seconds, self.max_parallel)
+        if job.needs:  # nothing continues from its checkpoint, as from a trunk's
             for suffix in (".ckpt", ".ckpt.previous"):
                 job.target.with_suffix(suffix).unlink(missing_ok=True)
         return True
 
 
-def stop_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when the one that started it dies; Linux only."""
-    if LIBC:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def detached_process() -> dict[str, Any]:
+    """Return arguments of Popen that keep Ctrl-C from a job: the study stops its jobs itself.
 
-
-def run(
-    next_job: Callable[[Set[Path]], Job | None],
-    at_once: int,
-    out: Path,
-    failed: set[Path],
-    bar: tqdm,
-    renew: Callable[[Job], None],
-) -> None:
-    """Run what next_job(targets not to be started) returns, so many at once, until that is None.
-
-    `failed` grows by the targets of jobs that fail; after each other one comes `renew`. However
-    this ends, the jobs that then still run are stopped, each with a checkpoint.
+    On Linux a job is stopped, too, when the study is killed without a chance to do so.
     """
-    running: list[RunningJob] = []
-    try:
-        while True:
-            over = [each for each in running if each.ended]
-            running = [each for each in running if each not in over]
-            for each in over:
-                if each.finish(out):
-                    tqdm.write(f"done: {each.job.line}")
-                else:
-                    failed.add(each.job.target)
-                    log = each.job.target.with_suffix(".log")
-                    tqdm.write(f"FAILED: {each.job.line}\n  see {log}")
-                bar.update(each.job.seconds)
-            while len(running) < at_once:
-                job = next_job({each.job.target for each in running} | failed)
-                if job is None:
+    if os.name == "nt":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"process_group": 0, "preexec_fn": stop_with_parent if LIBC else None}
+
+
+def stop_with_parent() -> None:
+    """Ask the Linux kernel to send this process SIGTERM when the one that started it dies."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@dataclass
+class JobRunner:
+    """Runs jobs, at most `max_parallel` at a time, until `next_job` returns none.
+
+    `next_job` takes the targets that must not be started, which run or have failed. `failed` grows
+    by the targets of jobs that fail; `on_success` is called with each other job.
+    """
+
+    next_job: Callable[[Set[Path]], Job | None]
+    on_success: Callable[[Job], None]
+    max_parallel: int
+    scripts: Path  # folder of the scripts that jobs run
+    out: Path  # folder of the study
+    failed: set[Path]
+    bar: tqdm
+    running: list[RunningJob] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run all jobs. However this ends, those that still run are stopped, with a checkpoint."""
+        try:
+            while True:
+                succeeded = self._finish_ended()
+                self._start_ready()
+                for job in succeeded:  # while the next ones run
+                    self.on_success(job)
+                if not self.running:
                     break
-                running.append(RunningJob(job, at_once))
-                bar.set_description(", ".join(each.job.title for each in running))
-            for each in over:  # while the next ones run
-                if each.job.target not in failed:
-                    renew(each.job)
-            if not running:
+                time.sleep(POLL_SECONDS)
+        finally:
+            for each in self.running:
+                each.process.terminate()
+            for each in self.running:
+                each.succeeded()
+
+    def _finish_ended(self) -> list[Job]:
+        """Return the jobs that have ended well since the last call; print what became of all."""
+        ended = [each for each in self.running if each.ended]
+        self.running = [each for each in self.running if each not in ended]
+        succeeded = []
+        for each in ended:
+            if each.finish(self.out):
+                tqdm.write(f"done: {each.job.line}")
+                succeeded.append(each.job)
+            else:
+                self.failed.add(each.job.target)
+                log = each.job.target.with_suffix(".log")
+                tqdm.write(f"FAILED: {each.job.line}\n  see {log}")
+            self.bar.update(each.job.seconds)
+        return succeeded
+
+    def _start_ready(self) -> None:
+        """Start jobs until enough are running or none is ready."""
+        while len(self.running) < self.max_parallel:
+            job = self.next_job({each.job.target for each in self.running} | self.failed)
+            if job is None:
                 break
-            time.sleep(0.05)
-    finally:
-        for each in running:
-            each.process.terminate()
-        for each in running:
-            each.succeeded()
+            self.running.append(RunningJob(job, self.scripts, self.max_parallel))
+            self.bar.set_description(", ".join(each.job.title for each in self.running))
 
 
 # --- times -----------------------------------------------------------------------------------
 
 
-def record_duration(out: Path, job: Job, seconds: float, at_once: int) -> None:
-    """Add a job that was run at one go, beside others, to <out>/jobs.jsonl."""
-    line = {"kind": job.kind, "seconds": round(seconds, 1), "at_once": at_once, "command": job.line}
-    with warn_on_error("the job's time was not noted"):
+def record_duration(out: Path, job: Job, seconds: float, max_parallel: int) -> None:
+    """Add a line about a job that ran without interruption to <out>/jobs.jsonl."""
+    line = {
+        "kind": job.kind,
+        "seconds": round(seconds, 1),
+        "at_once": max_parallel,
+        "command": job.line,
+    }
+    with warn_on_error("the job's time was not recorded"):
         with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
             print(json.dumps(line), file=file)
 
 
 def job_seconds(out: Path) -> dict[str, float]:
-    """Return, by kind, the median time that <out>/jobs.jsonl knows: a share of it if beside others.
+    """Return, by kind, the median time of the jobs in <out>/jobs.jsonl, in seconds.
 
-    A line that a killed program left half-written counts for nothing.
+    The time of a job that ran beside others counts by its share of the machine. Lines that are
+    half-written, by a program that was killed, are skipped.
     """
-    found: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
     path = out / "jobs.jsonl"
     lines = path.read_bytes().splitlines() if path.exists() else ()
     for line in lines:
         with suppress(ValueError, LookupError, TypeError, ArithmeticError):
             job = json.loads(line)
-            found.setdefault(job["kind"], []).append(job["seconds"] / job["at_once"])
-    return {kind: statistics.median(seconds) for kind, seconds in found.items()}
+            seconds.setdefault(job["kind"], []).append(job["seconds"] / job["at_once"])
+    return {kind: statistics.median(values) for kind, values in seconds.items()}

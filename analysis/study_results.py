@@ -1,42 +1,47 @@
-"""The results of the study as rows, and what they say: means, paired differences, correlations.
+"""The results of the study as tables, and what they say: means, paired differences, correlations.
 
-A setting is (scheme, bits of weights, bits of activations): ("none", 32, 32) is full precision.
-Networks whose activations are quantized have their batch norms folded. "recalibrated" are those
-whose batch-norm statistics were estimated again after uniform quantization, "corrected" (of uniform
-quantization) and "corrected pwlq" those whose channels of weights keep their means, with outliers
-among the activations clipped.
+Rows have a network, its variant and seed, and a setting, (scheme, bits of weights, bits of
+activations): ("none", 32, 32) is full precision. Networks whose activations are quantized have
+their batch norms folded. "recalibrated" are those whose batch-norm statistics were estimated again
+after uniform quantization, "corrected" (of uniform quantization) and "corrected pwlq" those whose
+channels of weights keep their means, with outliers among the activations clipped.
 """
 
-import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import scipy.stats
+
 from analysis.report import UNQUANTIZED
-from engine.io import read_json, save_json
+from analysis.study_records import StudyRecords
 
 Setting = tuple[str, int, int]
 FULL: Setting = (UNQUANTIZED, 32, 32)
-SCHEME_OF = {  # what a scheme is called in rows, by study.QUANTIZATIONS; or as it is
+UNIFORM_4: Setting = ("uniform", 4, 32)
+SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others keep their scheme's
     ("recalibrated", "uniform"): "recalibrated",
     ("corrected", "uniform"): "corrected",
     ("corrected_folded", "uniform"): "corrected",
     ("corrected_folded", "pwlq"): "corrected pwlq",
 }
-# Of the first table, and of figures and differences.
+# Of the first table and of the README's.
 SUMMARY_SETTINGS: list[Setting] = [
     FULL,
     *(("uniform", bits, 32) for bits in (4, 3, 2)),
     ("uniform", 4, 4),
 ]
+# Of the tables of differences and the overview figure.
 MAIN: list[Setting] = [
     FULL,
     *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
     *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
 ]
-PAIRS = (  # beside every variant minus the control
+PAIRS = (  # compared beside every variant minus the control
     ("l2grad", "l1grad"),
     ("l2grad_weights", "l1grad_weights"),
     ("stepl2grad", "stepl1grad"),
@@ -62,279 +67,266 @@ PAIRS = (  # beside every variant minus the control
     ("l2grad_weights", "l2grad"),
     ("l1grad_weights", "l1grad"),
 )
-# Student's t, 97.5 %, for 1, 2, … degrees of freedom; the last one stands for more, too wide.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+CONFIDENCE = 0.95  # of every interval
+
+NETWORK = ["variant", "seed"]
+SETTING = ["scheme", "bits", "act_bits"]
+ROW_COLUMNS = [
+    *("variant", "lmbda", "seed", *SETTING, "levels"),
+    *("accuracy", "accuracy_change", "squared_error", "epoch_seconds"),
+]
+TRACKED_COLUMNS = ["variant", "seed", "epoch", "name", "value"]
+
+
+# --- reading ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where the final results of one variant and seed are, and how to have them again."""
+    """Where the final results of one variant and seed are, and how to reproduce them."""
 
     variant: str
     lmbda: float | None
     seed: int
-    record: Path  # of the training
-    quantized: dict[str, Path]  # the results.json of each of study.FINAL
-    lines: list[str]  # the commands
-    first: int  # regularized epoch
+    training: Path  # its record
+    quantized: dict[str, Path]  # the results.json of each final quantization, by its name
+    commands: list[str]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How the λ of a variant was chosen: (full-precision, 4-bit uniform) held-out accuracies."""
+def quantization_rows(
+    result: Result, records: StudyRecords, epoch_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each setting of one network; full precision as in float32.
 
-    control: tuple[float, float]
-    candidates: dict[float, tuple[float, float] | None]  # by λ; None: the training failed
-    lmbda: float
-
-    @classmethod
-    def load(cls, path: Path) -> "Choice":
-        """Read what `save` wrote; raises FileError."""
-        with read_json(path) as kept:
-            candidates = {
-                float(lmbda): of and _pair(of) for lmbda, of in kept["candidates"].items()
-            }
-            if not candidates[kept["lmbda"]]:
-                raise ValueError("the λ that was taken has no accuracies")
-            return cls(_pair(kept["control"]), candidates, float(kept["lmbda"]))
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        save_json(asdict(self), path)
-
-
-def _pair(of: Sequence[Any]) -> tuple[float, float]:
-    """Return both accuracies as numbers; raises ValueError or TypeError."""
-    full, quantized = map(float, of)
-    return full, quantized
-
-
-def rows_of(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each setting of one variant and seed; full precision as in float32.
-
-    `history` is that of the training's record. Raises FileError.
+    `epoch_seconds` is the time of a regularized epoch. Raises FileError.
     """
-    seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[result.first :])
-    rows = []
     for how, path in result.quantized.items():
-        with read_json(path) as quantized:
+        with records.open(path) as quantized:
             for row in quantized["rows"]:
-                if row["scheme"] == UNQUANTIZED and how != "folded":
+                if row["scheme"] == UNQUANTIZED and how != "folded":  # "folded" is in float32
                     continue
-                rows.append(
-                    {
-                        "variant": result.variant,
-                        "lmbda": result.lmbda,
-                        "seed": result.seed,
-                        "scheme": SCHEME_OF.get((how, row["scheme"]), row["scheme"]),
-                        **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                        **{
-                            key: float(row[key])
-                            for key in ("accuracy", "accuracy_change", "squared_error")
-                        },
-                        "epoch_seconds": seconds,
-                    }
-                )
-    return rows
+                numbers = ("accuracy", "accuracy_change", "squared_error")
+                yield {
+                    "variant": result.variant,
+                    "lmbda": result.lmbda,
+                    "seed": result.seed,
+                    "scheme": SCHEME_NAMES.get((how, row["scheme"]), row["scheme"]),
+                    **{key: row[key] for key in ("bits", "act_bits", "levels")},
+                    **{key: float(row[key]) for key in numbers},
+                    "epoch_seconds": epoch_seconds,
+                }
 
 
-def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each value that --track logged of one variant and seed."""
-    return [
-        {
-            "variant": result.variant,
-            "seed": result.seed,
-            "epoch": entry["epoch"],
-            "name": key.removeprefix("track_"),
-            "value": value,
-        }
-        for entry in history
-        for key, value in entry.items()
-        if key.startswith("track_")
-    ]
+def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each value that --track logged of one network."""
+    for entry in history:
+        for key, value in entry.items():
+            if key.startswith("track_"):
+                values = (result.variant, result.seed, entry["epoch"], key.removeprefix("track_"))
+                yield dict(zip(TRACKED_COLUMNS, (*values, value), strict=True))
 
 
-def read(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows and the tracked rows of all results; raises FileError."""
+def read(
+    results: Sequence[Result], records: StudyRecords, first: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of all results, and what was tracked; raises FileError.
+
+    `first` is the first regularized epoch.
+    """
     rows, tracked = [], []
     for result in results:
-        with read_json(result.record) as record:
-            rows += rows_of(result, record["history"])
-            tracked += tracked_rows(result, record["history"])
-    return rows, tracked
+        with records.open(result.training) as record:
+            history = record["history"]
+            seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[first:])
+            tracked += tracked_rows(result, history)
+        rows += quantization_rows(result, records, seconds)
+    frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
+    return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)
 
 
-def setting(row: dict[str, Any]) -> Setting:
-    """Return the setting of a row."""
-    return row["scheme"], row["bits"], row["act_bits"]
+# --- means and differences -------------------------------------------------------------------
 
 
-def network(row: dict[str, Any]) -> tuple[str, int]:
-    """Return the network of a row, as variant and seed."""
-    return row["variant"], row["seed"]
+def restrict_to_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of seeds that all variants have, so that means are of the same seeds.
 
-
-def by_seed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, Setting], dict[int, float]]:
-    """Return the accuracies of each variant and setting, by seed."""
-    found: dict[tuple[str, Setting], dict[int, float]] = {}
-    for row in rows:
-        found.setdefault((row["variant"], setting(row)), {})[row["seed"]] = row["accuracy"]
-    return found
-
-
-def restrict_to_shared_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the seeds that all variants share: means beside each other are of these.
-
-    Of a variant with one seed so far every row, and of all where they share none.
+    Variants with one seed so far do not count for that and keep their rows. Where no seed is shared
+    all rows stay.
     """
-    seeds: dict[str, set[int]] = {}
-    for row in rows:
-        seeds.setdefault(row["variant"], set()).add(row["seed"])
-    several = [of for of in seeds.values() if len(of) > 1]
+    seeds = rows.groupby("variant", sort=False)["seed"].agg(set)
+    several = [seeds_of_one for seeds_of_one in seeds if len(seeds_of_one) > 1]
     shared = set.intersection(*several) if several else set()
-    return [
-        row
-        for row in rows
-        if not shared or row["seed"] in shared or len(seeds[row["variant"]]) == 1
-    ]
+    if not shared:
+        return rows
+    single = seeds.index[seeds.map(len) == 1]
+    return rows[rows["seed"].isin(shared) | rows["variant"].isin(single)]
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean and standard deviation over comparable seeds of each variant and setting."""
-    lmbda = {row["variant"]: row["lmbda"] for row in rows}
-    return [
-        {
-            "variant": variant,
-            "lmbda": lmbda[variant],
-            "scheme": of[0],
-            "bits": of[1],
-            "act_bits": of[2],
-            "n": len(accuracies),
-            "mean": statistics.fmean(accuracies.values()),
-            "std": statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
-        }
-        for (variant, of), accuracies in by_seed(restrict_to_shared_seeds(rows)).items()
-    ]
+def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
+    """Return n, mean and standard deviation of the accuracy of each variant and setting."""
+    groups = shared_rows.groupby(["variant", *SETTING], sort=False)
+    table = groups["accuracy"].agg(n="count", mean="mean", std="std").reset_index()
+    lmbda = shared_rows.drop_duplicates("variant").set_index("variant")["lmbda"]
+    table.insert(1, "lmbda", table["variant"].map(lmbda))
+    return table
 
 
-def difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, float, float] | None:
-    """Return, of a − b over the seeds that both have: n, the mean, and half its 95 % interval.
-
-    Paired, because variants of one seed grow out of the same network; Student's t. None below two.
-    """
-    differences = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    n = len(differences)
-    if n < 2:
-        return None
-    t = T975[min(n - 1, len(T975)) - 1]
-    return n, statistics.fmean(differences), t * statistics.stdev(differences) / math.sqrt(n)
-
-
-def differences(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every paired difference: of PAIRS, and of each variant from the control."""
-    accuracies = by_seed(rows)
-    variants = dict.fromkeys(row["variant"] for row in rows)
-    pairs = [*PAIRS, *((v, "control") for v in variants if v != "control")]
-    found = []
-    for a, b in pairs:
-        for of in dict.fromkeys(map(setting, rows)):
-            known = difference(accuracies.get((a, of), {}), accuracies.get((b, of), {}))
-            if known:
-                found.append({"variant": a, "minus": b, **_interval(of, known)})
-    return found
-
-
-def accuracy_drops(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what quantization costs each variant: full precision minus quantized, by network."""
-    accuracies = by_seed(rows)
-    found = []
-    for (variant, of), quantized in accuracies.items():
-        known = difference(accuracies.get((variant, FULL), {}), quantized)
-        if known and of != FULL:
-            found.append({"variant": variant, **_interval(of, known)})
-    return found
-
-
-def _interval(of: Setting, known: tuple[int, float, float]) -> dict[str, Any]:
-    """Return what `difference` found in that setting, as the end of a row."""
-    n, mean, half = known
-    return {
-        "scheme": of[0],
-        "bits": of[1],
-        "act_bits": of[2],
-        "n": n,
-        "mean": mean,
-        "low": mean - half,
-        "high": mean + half,
-    }
-
-
-Networks = dict[tuple[str, int], float]  # a number of each network, by variant and seed
-FinalValues = dict[str, Networks]  # by name
-
-
-def accuracy_drop(rows: Sequence[dict[str, Any]], of: Setting) -> Networks:
-    """Return what that setting costs each network: full precision minus its accuracy there."""
-    full, there = (
-        {network(row): row["accuracy"] for row in rows if setting(row) == which}
-        for which in (FULL, of)
+def accuracy_matrix(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies with a line per network and a column per setting, as both appear."""
+    matrix = rows.pivot(index=NETWORK, columns=SETTING, values="accuracy")
+    networks, settings = rows[NETWORK].drop_duplicates(), rows[SETTING].drop_duplicates()
+    return matrix.reindex(
+        index=pd.MultiIndex.from_frame(networks), columns=pd.MultiIndex.from_frame(settings)
     )
-    return {key: full[key] - there[key] for key in full if key in there}
 
 
-def final_values(tracked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> FinalValues:
-    """Return what was tracked after each network's last epoch, and its squared error at 4 bits."""
-    last: dict[tuple[str, int], int] = {}
-    for row in tracked:
-        last[network(row)] = max(row["epoch"], last.get(network(row), 0))
-    ends: FinalValues = {}
-    for row in tracked:
-        if row["epoch"] == last[network(row)]:
-            ends.setdefault(row["name"], {})[network(row)] = row["value"]
-    for row in rows:
-        if setting(row) == ("uniform", 4, 32):
-            ends.setdefault("squared error", {})[network(row)] = row["squared_error"]
-    return ends
+def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
+    """Return n, mean and its 95 % confidence interval, low to high, of each column.
+
+    By Student's t; a column with fewer than two values is left out.
+    """
+    values = values.loc[:, values.count() > 1]
+    n = values.count()
+    # Correctly rounded: a sum in another order would tip published means that end in half a digit.
+    means = [statistics.fmean(column.dropna()) for _, column in values.items()]
+    mean = pd.Series(means, values.columns, dtype=float)
+    t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    half = t * values.std() / np.sqrt(n)
+    return pd.DataFrame({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
 
 
-Points = list[tuple[float, float]]  # (x, y) of networks
+def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Return every difference, paired by seed: of PAIRS, and of each variant from the control.
+
+    Paired, because variants of one seed grow out of the same network.
+    """
+    by_variant = {name: group.droplevel(0) for name, group in accuracies.groupby(level=0)}
+    variants = accuracies.index.unique("variant")
+    pairs = [*PAIRS, *((name, "control") for name in variants if name != "control")]
+    tables = {
+        (a, b): mean_intervals(by_variant[a] - by_variant[b])
+        for a, b in pairs
+        if a in by_variant and b in by_variant
+    }
+    return _stack(tables, ["variant", "minus"])
 
 
-def all_networks(x: Networks, y: Networks) -> list[Points]:
-    """Return one group: (x, y) of each network that has both."""
-    return [[(x[key], y[key]) for key in x if key in y]]
+def network_drops(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Return what each setting costs each network: full precision minus its accuracy there."""
+    full = accuracies[FULL] if FULL in accuracies else np.nan
+    return accuracies.drop(columns=[FULL], errors="ignore").rsub(full, axis="index")
 
 
-def of_each_seed(x: Networks, y: Networks) -> list[Points]:
-    """Return a group for each seed, its networks: they differ by their variant alone."""
-    groups: dict[int, Points] = {}
-    for (variant, seed), value in x.items():
-        if (variant, seed) in y:
-            groups.setdefault(seed, []).append((value, y[variant, seed]))
-    return list(groups.values())
+def accuracy_drops(drops: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean accuracy drop of each variant and setting; `drops` is by network."""
+    groups = drops.groupby(level=0, sort=False)
+    return _stack({(name,): mean_intervals(group) for name, group in groups}, ["variant"])
 
 
-def within_variants(x: Networks, y: Networks) -> list[Points]:
-    """Return one group: each network's (x, y) as deviations from the mean of its variant."""
-    of: dict[str, Points] = {}
-    for (variant, seed), value in x.items():
-        if (variant, seed) in y:
-            of.setdefault(variant, []).append((value, y[variant, seed]))
-    deviations = []
-    for points in of.values():
-        mean_x, mean_y = (statistics.fmean(values) for values in zip(*points, strict=True))
-        if len(points) > 1:
-            deviations += [(a - mean_x, b - mean_y) for a, b in points]
-    return [deviations]
+def _stack(tables: dict[tuple[str, ...], pd.DataFrame], names: list[str]) -> pd.DataFrame:
+    """Return the tables of intervals below each other, with columns for keys and settings."""
+    if not tables:
+        return pd.DataFrame(columns=[*names, *SETTING, "n", "mean", "low", "high"])
+    return pd.concat(tables, names=[*names, *SETTING]).reset_index()
+
+
+# --- correlations ----------------------------------------------------------------------------
+
+
+def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return what was tracked after each network's last epoch, and its squared error at 4 bits.
+
+    A line per network and a column per name, as both appear.
+    """
+    is_last = tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")
+    last = tracked[is_last]
+    values = last.pivot(index=NETWORK, columns="name", values="value")[last["name"].unique()]
+    at_4_bits = rows[pd.MultiIndex.from_frame(rows[SETTING]).isin([UNIFORM_4])]
+    errors = at_4_bits.set_index(NETWORK)["squared_error"].rename("squared error")
+    networks = pd.concat([last, at_4_bits])[NETWORK].drop_duplicates()
+    return pd.concat([values, errors] if len(errors) else [values], axis="columns").reindex(
+        pd.MultiIndex.from_frame(networks)
+    )
+
+
+Groups = list[pd.DataFrame]  # of networks, with columns x and y
+
+
+def all_networks(pairs: pd.DataFrame) -> Groups:
+    """Return one group: the (x, y) of every network."""
+    return [pairs]
+
+
+def networks_of_each_seed(pairs: pd.DataFrame) -> Groups:
+    """Return a group for each seed: its networks differ by their variant alone."""
+    return [group for _, group in pairs.groupby(level="seed", sort=False)]
+
+
+def deviations_within_variants(pairs: pd.DataFrame) -> Groups:
+    """Return one group: each network's deviations from the mean (x, y) of its variant.
+
+    Variants with one network have none and are left out.
+    """
+    groups = pairs.groupby(level="variant", sort=False)
+    deviations = pairs - groups.transform("mean")
+    return [deviations[groups["x"].transform("size") > 1]]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Return Spearman's ρ, with mean ranks for equal values; None where one of them is constant."""
-
-    def ranks(of: Sequence[float]) -> list[float]:
-        return [sum(v < u for v in of) + sum(v == u for v in of) / 2 for u in of]
-
-    try:
-        return statistics.correlation(ranks(x), ranks(y))
-    except statistics.StatisticsError:
+    if len(set(x)) < 2 or len(set(y)) < 2:
         return None
+    return scipy.stats.spearmanr(x, y).statistic
+
+
+MIN_NETWORKS = 3  # for a correlation
+
+
+def correlations(
+    x: pd.Series, y: pd.Series, grouped: Callable[[pd.DataFrame], Groups]
+) -> list[float]:
+    """Return the rank correlation of x and y, values of networks, in each group where it exists."""
+    pairs = pd.DataFrame({"x": x, "y": y}).dropna()
+    groups = [group for group in grouped(pairs) if len(group) >= MIN_NETWORKS]
+    rhos = [rank_correlation(group["x"], group["y"]) for group in groups]
+    return [rho for rho in rhos if rho is not None]
+
+
+# --- all of it -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the tables and figures show, worked out once.
+
+    Means and correlations are of the seeds that all variants share, differences and accuracy drops
+    of all seeds.
+    """
+
+    rows: pd.DataFrame
+    tracked: pd.DataFrame
+    accuracies: pd.DataFrame  # by network and setting
+    summary: pd.DataFrame
+    differences: pd.DataFrame
+    drops: pd.DataFrame  # by network and setting
+    accuracy_drops: pd.DataFrame
+    shared_networks: pd.MultiIndex
+    final_values: pd.DataFrame | None  # None where nothing was tracked
+
+    @classmethod
+    def of_rows(cls, rows: pd.DataFrame, tracked: pd.DataFrame) -> "Statistics":
+        """Work everything out; there is at least one row."""
+        accuracies, shared_rows = accuracy_matrix(rows), restrict_to_shared_seeds(rows)
+        drops = network_drops(accuracies)
+        shared_tracked = restrict_to_shared_seeds(tracked)
+        return cls(
+            rows,
+            tracked,
+            accuracies,
+            summary(shared_rows),
+            differences(accuracies),
+            drops,
+            accuracy_drops(drops),
+            pd.MultiIndex.from_frame(shared_rows[NETWORK].drop_duplicates()),
+            final_values(shared_tracked, shared_rows) if len(tracked) else None,
+        )

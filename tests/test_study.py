@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -8,7 +9,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import scipy.stats
 
@@ -16,11 +19,12 @@ import combined_protocol
 import quant_inference
 import study
 import train
-from analysis import study_figures, study_jobs, study_results, study_tables
+from analysis import study_figures, study_jobs, study_report, study_results, study_tables
 from analysis.study_figures import draw
 from analysis.study_jobs import Job, next_ready_job, pending
+from analysis.study_lambda import select_lambda
 from engine.io import run_lock
-from study import StudyPlan, make_parser, select_lambda
+from study import make_parser
 
 # Stand-ins for the scripts: the same flags and files, no training. The "weights" are the settings.
 FAKE_TRAINING = """
@@ -62,13 +66,13 @@ p.add_argument("weights"); p.add_argument("--output"); p.add_argument("--holdout
 p.add_argument("--bits", nargs="+", type=int); p.add_argument("--schemes", nargs="+")
 p.add_argument("--act_bits")
 args, _ = p.parse_known_args()
-of = json.loads(Path(args.weights).read_text())
-full = 0.9 + of["seed"] / 100 - of["lmbda"] / 4
+net = json.loads(Path(args.weights).read_text())
+full = 0.9 + net["seed"] / 100 - net["lmbda"] / 4
 row = {"accuracy_change": 0, "squared_error": 0, "levels": 1}
 rows = [{**row, "scheme": "none", "bits": 32, "act_bits": 32, "accuracy": full}]
 for scheme in args.schemes:
     for bits in args.bits:
-        accuracy = full - (1 - 8 * of["lmbda"]) / 2**bits + of["lmbda"] * of["seed"] / 10
+        accuracy = full - (1 - 8 * net["lmbda"]) / 2**bits + net["lmbda"] * net["seed"] / 10
         rows.append({**row, "scheme": scheme, "bits": bits, "accuracy": accuracy,
                      "act_bits": bits if args.act_bits else 32})
 Path(args.output).mkdir(exist_ok=True)
@@ -91,8 +95,8 @@ def scripts(tmp_path, monkeypatch):
         ("quant_inference.py", FAKE_QUANTIZATION),
     ):
         (tmp_path / "scripts" / name).write_text(text)
-    monkeypatch.setattr(study_jobs, "SCRIPTS", tmp_path / "scripts")
-    monkeypatch.setattr(study_figures, "draw", lambda *of: None)  # it takes a second
+    monkeypatch.setattr(study, "SCRIPTS", tmp_path / "scripts")
+    monkeypatch.setattr(study_figures, "draw", lambda *_: None)  # it takes a second
     l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)
     before = signal.getsignal(signal.SIGTERM)
@@ -110,19 +114,21 @@ def main(*flags):
 @pytest.fixture
 def finished(scripts, tmp_path_factory):
     """A study of the control and L2Grad with one seed in `out`: run once, then copied."""
-    kept = tmp_path_factory.getbasetemp() / "finished"
-    if not kept.exists():
+    finished = tmp_path_factory.getbasetemp() / "finished"
+    if not finished.exists():
         assert main("--only", "control", "l2grad", "--seeds", "0") == 0
-        shutil.copytree("out", kept.with_suffix(".half"))
-        kept.with_suffix(".half").rename(kept)
-    shutil.copytree(kept, "out", dirs_exist_ok=True)
+        shutil.copytree("out", finished.with_suffix(".half"))
+        finished.with_suffix(".half").rename(finished)
+    shutil.copytree(finished, "out", dirs_exist_ok=True)
 
 
-def grid(*flags):
+def make_plan(*flags):
     parser = make_parser()
-    args = parser.parse_args(["--out", "out", *flags])
-    study.resolve_settings(parser, args)
-    return StudyPlan(args)
+    return study.make_plan(parser, parser.parse_args(["--out", "out", *flags]))[0]
+
+
+def final_names():
+    return make_plan().final_quantizations
 
 
 # --- λ ---------------------------------------------------------------------------------------
@@ -170,15 +176,17 @@ def test_pending_is_what_is_missing_with_what_it_needs(tmp_path):
 
 
 def test_seeds_share_nothing_and_variants_share_their_trunk():
-    jobs = pending(grid().final("l2grad", [0, 1], 0.1) + grid().final("l1grad", [0, 1], 0.1))
+    jobs = pending(
+        make_plan().final("l2grad", [0, 1], 0.1) + make_plan().final("l1grad", [0, 1], 0.1)
+    )
     trunks = [str(job.target) for job in jobs if job.kind == "trunk"]
     assert trunks == ["out/seed0/trunk.pt", "out/seed1/trunk.pt"]
-    each = 1 + len(study.FINAL)  # of each variant and seed a training and its quantizations
+    each = 1 + len(final_names())  # of each variant and seed a training and its quantizations
     assert len(jobs) == 2 + 2 * 2 * each
 
 
 @pytest.mark.parametrize("name", study.VARIANTS)
-def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, tmp_path):
+def test_every_command_of_the_plan_is_what_the_scripts_take(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for folder in ("tuning", "seed1"):
         Path("out", folder).mkdir(parents=True)
@@ -189,8 +197,8 @@ def test_every_command_of_the_grid_is_what_the_scripts_take(name, monkeypatch, t
     )
     tuned = study.VARIANTS[study.VARIANTS[name].lambda_from or name]
     lmbda = tuned.lmbdas[0] if tuned.lmbdas else None
-    jobs = pending([*grid().tuning(name).values(), *grid().final(name, [1], lmbda)])
-    assert {job.kind for job in jobs} >= {"trunk", name, *(f"quantize {x}" for x in study.FINAL)}
+    jobs = pending([*make_plan().tuning(name).values(), *make_plan().final(name, [1], lmbda)])
+    assert {job.kind for job in jobs} >= {"trunk", name, *(f"quantize {x}" for x in final_names())}
     for job in jobs:
         script, *flags = job.command
         if script == "quant_inference.py":
@@ -234,18 +242,18 @@ def test_the_plan_runs_nothing(scripts, capsys):
             "90",
         ]
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert not Path("out").exists() and not scripts()
-    assert said.count("--run_name study_tuning_trunk ") == 1
-    assert said.count("--run_name study_seed4_trunk ") == 1
+    assert output.count("--run_name study_tuning_trunk ") == 1
+    assert output.count("--run_name study_seed4_trunk ") == 1
     training = (6 + 3 + 3 * 3 * 3.3) + (6 + 3 + 3 * 3.3)  # epochs of the control
     seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60 + 8 + 12)
-    assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in said
-    assert "--run_name study_seed4_l2grad_0.01 " in said
+    assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in output
+    assert "--run_name study_seed4_l2grad_0.01 " in output
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reason"),
     [
         (["--only", "l3grad"], "l3grad"),
         (["--seeds", "-1"], "-1"),
@@ -259,12 +267,12 @@ def test_the_plan_runs_nothing(scripts, capsys):
         (["--tables"], "no results in results/study yet"),
     ],
 )
-def test_bad_flags(flags, told, scripts, capsys):
+def test_bad_flags(flags, reason, scripts, capsys):
     Path("file").touch()
     with pytest.raises(SystemExit) as refused:
         study.main(flags)
-    said = capsys.readouterr().err
-    assert refused.value.code in (1, 2) and said.count("\n") == 1 and told in said
+    output = capsys.readouterr().err
+    assert refused.value.code in (1, 2) and output.count("\n") == 1 and reason in output
     assert not scripts()
 
 
@@ -280,17 +288,17 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     assert "--n_epochs 6 " in Path("out/tables.md").read_text(encoding="utf-8")
     with run_lock(Path("out/study")):
         assert main("--only", "control", "--seeds", "1") == 1
-    said = capsys.readouterr().err
-    assert "out/study" in said and "another --out" in said and not Path("out/seed1").exists()
+    output = capsys.readouterr().err
+    assert "out/study" in output and "another --out" in output and not Path("out/seed1").exists()
     for old in (study.TRAINING, "--lr 0.3"):
         settings = json.loads(Path("out/study.json").read_text())
         Path("out/study.json").write_text(json.dumps({**settings, "TRAINING": old}))
-        assert old.format(first=4, last=5) in grid().branch("control", 0, None).line
-        assert ("goes on with" in capsys.readouterr().out) == (old != study.TRAINING)
+        assert old.format(first=4, last=5) in make_plan().branch("control", 0, None).line
+        assert ("continues with" in capsys.readouterr().out) == (old != study.TRAINING)
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reason"),
     [
         ({"n_epochs": 2}, "'2'"),
         ({"n_epochs": "9"}, "n_epochs"),
@@ -308,23 +316,25 @@ def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--plan"], ["--tables"]])
-def test_a_study_that_is_none(changed, told, mode, scripts, capsys):
+def test_a_settings_file_that_holds_something_else(changed, reason, mode, scripts, capsys):
     Path("out").mkdir()
     content = json.dumps({**study.SETTINGS, **changed} if isinstance(changed, dict) else changed)
     Path("out/study.json").write_text("not JSON" if changed == "not JSON" else content)
     with pytest.raises(SystemExit) as refused:
         study.main(["--out", "out", *mode])
-    said = capsys.readouterr().err
-    assert refused.value.code == 2 and said.count("\n") == 1
-    assert "out/study.json: error: " in said and told in said and not scripts()
+    output = capsys.readouterr().err
+    assert refused.value.code == 2 and output.count("\n") == 1
+    assert "out/study.json: error: " in output and reason in output and not scripts()
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reason"),
     [
         ("--train_flags=--bogus 1", "--bogus"),
         ("--train_flags=--lr much", "'much'"),
         ("--train_flags=--seed 7", "--train_flags: --seed"),
+        ("--train_flags=--allow_changed_settings", "--train_flags: --allow_changed_settings"),
+        ("--train_flags=--override", "--train_flags: --allow_changed_settings"),
         ("--train_flags=--seed 242", "--train_flags: --seed"),  # the default of train.py
         ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
@@ -335,10 +345,12 @@ def test_a_study_that_is_none(changed, told, mode, scripts, capsys):
         ("--data_flags=--lr 1", "--lr"),
     ],
 )
-def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, told, scripts, capsys):
+def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, reason, scripts, capsys):
     assert main(flags) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and told in said and not Path("out").exists() and not scripts()
+    output = capsys.readouterr().err
+    assert (
+        output.count("\n") == 1 and reason in output and not Path("out").exists() and not scripts()
+    )
 
 
 CHOICE = '{"control": [0.9, 0.8], "candidates": {"0.03": %s}, "lmbda": %s}'
@@ -374,17 +386,18 @@ TEXT_FOR_NUMBER = json.dumps(
         ("seed0/control_folded/results.json", '{"rows": [{"scheme": "uniform"}]}'),
     ],
 )
-def test_a_result_that_cannot_be_read_is_told_in_a_line(path, content, finished, capsys):
+def test_a_result_that_cannot_be_read_is_reported_in_a_line(path, content, finished, capsys):
     if content is None:
         Path("out", path).unlink()
+        Path("out/records.jsonl.gz").unlink()  # which has it, too
     else:
         Path("out", path).write_text(content)
     assert main("--tables") == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"out/{path}" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and f"out/{path}" in output
 
 
-def test_tables_keep_what_was_chosen_from_other_lambdas(finished, scripts, monkeypatch):
+def test_tables_keep_a_lambda_chosen_from_other_candidates(finished, scripts, monkeypatch):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     other = study.Variant("--regularizer L2Grad", (0.02, 0.03), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", other)
@@ -446,28 +459,28 @@ def test_a_row_has_the_command_that_it_was_run_with(scripts, monkeypatch):
     assert Path("out/tables.md").read_text(encoding="utf-8") == before
 
 
-def test_jobs_that_were_run_tell_how_long_the_next_ones_take(scripts):
+def test_jobs_that_were_run_predict_how_long_the_next_ones_take(scripts):
     assert main("--only", "control", "--seeds", "0") == 0
     with open("out/jobs.jsonl", "ab") as file:
         file.write(b'{}\n7\n\xff\n{"kind": "trunk", "seconds": 1, "at_once": 0}\n{"kind": "tru')
-    known = study_jobs.job_seconds(Path("out"))
-    assert set(known) == {"trunk", "control", *(f"quantize {how}" for how in study.FINAL)}
-    assert grid().trunk(7, tuning=False).seconds == known["trunk"] < 60
-    assert grid("--epoch_seconds", "100").trunk(7, tuning=False).seconds == 400
+    seconds = study_jobs.job_seconds(Path("out"))
+    assert set(seconds) == {"trunk", "control", *(f"quantize {how}" for how in final_names())}
+    assert make_plan().trunk(7, tuning=False).seconds == seconds["trunk"] < 60
+    assert make_plan("--epoch_seconds", "100").trunk(7, tuning=False).seconds == 400
 
 
-@pytest.mark.parametrize("at_once", ["1", "3"])
+@pytest.mark.parametrize("max_parallel", ["1", "3"])
 @pytest.mark.parametrize(("failing", "taken"), [("0.01", 0.03), ("0.03", 0.01), ("0.1", 0.03)])
-def test_a_candidate_that_fails_is_left_out_and_told(
-    failing, taken, at_once, scripts, monkeypatch, capsys
+def test_a_candidate_that_fails_is_left_out_and_reported(
+    failing, taken, max_parallel, scripts, monkeypatch, capsys
 ):
     monkeypatch.setenv("FAILS", f"out/tuning/l2grad_{failing} out/seed1/trunk")
     flags = ["--only", "l2grad", "--seeds", "0", "1"]
-    assert main(*flags, "--jobs", at_once) == 1
-    said = capsys.readouterr().out
+    assert main(*flags, "--jobs", max_parallel) == 1
+    output = capsys.readouterr().out
     training = study.TRAINING.format(first=4, last=5)
-    assert f"FAILED: python train.py {training} --run_name study_tuning_l2grad_{failing}" in said
-    assert f"not run, for it needs what failed: seed1/l2grad_{taken}" in said
+    assert f"FAILED: python train.py {training} --run_name study_tuning_l2grad_{failing}" in output
+    assert f"not run, for it needs what failed: seed1/l2grad_{taken}" in output
     assert "not finite" in Path(f"out/tuning/l2grad_{failing}.log").read_text()
     tables = Path("out/tables.md").read_text(encoding="utf-8")
     assert "| l2grad | " + failing + " | failed | – |  |" in tables
@@ -477,12 +490,12 @@ def test_a_candidate_that_fails_is_left_out_and_told(
     monkeypatch.delenv("FAILS")
     assert main(*flags) == 0  # what is done with is not tried again
     assert scripts()[before:] == ["out/seed1/trunk", f"out/seed1/l2grad_{taken}"]
-    said = capsys.readouterr().out
-    assert f"λ = {failing} failed and is left out; to try it again, remove out/tuning/" in said
+    output = capsys.readouterr().out
+    assert f"λ = {failing} failed and is left out; to try it again, remove out/tuning/" in output
 
 
 @pytest.mark.parametrize("folder", ["out/tuning/l2grad_0.03_tuning", "out/seed0/control_weights"])
-def test_half_a_quantization_is_none(folder, scripts, monkeypatch):
+def test_half_a_quantization_does_not_count(folder, scripts, monkeypatch):
     monkeypatch.setenv("HALF", folder)
     flags = ["--only", "control", "l2grad", "--seeds", "0"]
     assert main(*flags) == 1
@@ -499,7 +512,7 @@ def test_without_a_control_no_lambda_is_chosen(scripts, monkeypatch, capsys):
     assert not Path("out/seed0").exists() and "no λ to choose" in capsys.readouterr().out
 
 
-def test_a_study_that_was_killed_goes_on(scripts, monkeypatch):
+def test_a_study_that_was_killed_resumes(scripts, monkeypatch):
     monkeypatch.setenv("SLOW", "out/seed0/control")
 
     def kill():
@@ -529,7 +542,7 @@ def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
     monkeypatch.setenv("SLOW", "out/seed0/control")
     code = (
         f"import sys; sys.path.insert(0, {str(Path(train.__file__).parent)!r}); import study; "
-        f"study.study_jobs.SCRIPTS = study.Path({str(study_jobs.SCRIPTS)!r}); "
+        f"study.SCRIPTS = study.Path({str(study.SCRIPTS)!r}); "
         "study.main(['--out', 'out', '--n_epochs', '6', '--only', 'control', '--seeds', '0'])"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:
@@ -543,19 +556,131 @@ def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
     assert scripts() == ["out/seed0/trunk", "out/seed0/control", "out/seed0/control"]
 
 
+def test_jobs_are_started_apart_from_the_study_on_every_system(monkeypatch):
+    assert study_jobs.detached_process()["process_group"] == 0
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    monkeypatch.setattr(study_jobs, "os", SimpleNamespace(name="nt"))
+    assert study_jobs.detached_process() == {"creationflags": 512}  # Windows knows no others
+
+
+@pytest.mark.parametrize(
+    ("flags", "holdout"),
+    [([], 200), (["--holdout", "64"], 64), (["--data_flags=--dataset CIFAR10"], 5000)],
+)
+def test_a_small_data_set_limits_the_number_of_images(flags, holdout, capsys):
+    plan = make_plan("--data_flags=--dataset Synthetic", *flags)
+    output = capsys.readouterr().out
+    small = holdout != 5000
+    assert plan.holdout == holdout
+    bn_flags = f"--bn_images {2000 if small else 4000} "
+    assert bn_flags in plan.quantizations["recalibrated"].flags
+    assert output.count("Synthetic has 2000 training images") == small + (holdout == 200)
+
+
+def test_more_held_out_images_than_there_are_leave_no_study(scripts, capsys):
+    assert main("--data_flags=--dataset Synthetic", "--holdout", "2000") == 2
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "2000: Synthetic has 2000 training images" in output
+    assert not Path("out").exists() and not scripts()
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_clone(finished):
+    """The finished study as a fresh clone has it: its folders of jobs are not there."""
+    for name in ("seed0", "tuning"):
+        shutil.rmtree(Path("out", name))
+
+
+def test_a_fresh_clone_renews_its_tables_and_knows_what_is_done(fresh_clone, scripts, capsys):
+    tables = sorted({*Path("out").glob("*.csv"), *Path("out").glob("*.md")})
+    before = {path: path.read_bytes() for path in tables}
+    assert len(before) >= 5
+    for path in tables:
+        path.unlink()
+    study.main(["--out", "out", "--tables"])
+    assert {path: path.read_bytes() for path in tables} == before
+    capsys.readouterr()
+    flags = ["--only", "control", "l2grad", "--seeds", "0"]
+    study.main(["--out", "out", "--plan", *flags])
+    assert "in all 0 jobs" in capsys.readouterr().out and not Path("out/seed0").exists()
+    n_trainings = len(scripts())
+    assert main(*flags) == 0 and len(scripts()) == n_trainings
+    assert main(*flags, "1") == 0  # another seed has the λ that was chosen
+    seed1 = [f"out/seed1/{name}" for name in ("trunk", "control", "l2grad_0.03")]
+    assert scripts()[n_trainings:] == seed1
+
+
+def test_a_fresh_clone_trains_again_where_a_job_needs_the_weights(fresh_clone, scripts, capsys):
+    study.main(["--out", "out", "--plan", "--only", "control", "--seeds", "0"])
+    assert "trained again" not in capsys.readouterr().out  # nothing is missing
+    assert main("--forget", "seed0/control_weights/*") == 0
+    assert "seed0/control_weights/results.json" in capsys.readouterr().out
+    n_trainings = len(scripts())
+    assert main("--only", "control", "--seeds", "0") == 0
+    assert scripts()[n_trainings:] == ["out/seed0/trunk", "out/seed0/control"]
+    assert sorted(path.name for path in Path("out/seed0").glob("*/")) == ["control_weights"]
+    output = capsys.readouterr().out
+    assert "because their weights are not here: seed0/trunk, seed0/control\n" in output
+
+
+def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
+    page = Path("out/tables.md").read_text(encoding="utf-8")
+    assert main("--forget", "tuning/l2grad_0.03*", "tuning/*_choice.json", "seed0/l2grad*") == 0
+    assert not list(Path("out/tuning").glob("l2grad_0.03.pt"))
+    n_trainings = len(scripts())
+    assert main("--only", "l2grad", "--seeds", "0") == 0
+    assert scripts()[n_trainings:] == ["out/tuning/l2grad_0.03", "out/seed0/l2grad_0.03"]
+    assert Path("out/tables.md").read_text(encoding="utf-8") == page
+    assert main("--forget", "no/such/*") == 0
+    assert "no record matches" in capsys.readouterr().out
+
+
+def test_the_same_records_are_the_same_bytes(finished):
+    archive = Path("out/records.jsonl.gz")
+    before = archive.read_bytes()
+    archive.unlink()
+    time.sleep(1.1)  # a time stamp would differ
+    assert main("--only", "control", "--seeds", "0") == 0
+    assert archive.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(b'{"path": 1}\n')])
+@pytest.mark.parametrize("mode", [[], ["--plan"], ["--tables"]])
+def test_damaged_records_are_reported_in_a_line(content, mode, finished, scripts, capsys):
+    Path("out/records.jsonl.gz").write_bytes(content)
+    n_trainings = len(scripts())
+    assert main(*mode) == 1
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "out/records.jsonl.gz is damaged" in output
+    assert len(scripts()) == n_trainings
+
+
+def test_a_wrong_record_is_reported_in_a_line(fresh_clone, capsys):
+    archive = Path("out/records.jsonl.gz")
+    lines = map(json.loads, gzip.decompress(archive.read_bytes()).splitlines())
+    changed = [{**r, "content": []} if r["path"] == "seed0/control.json" else r for r in lines]
+    archive.write_bytes(gzip.compress("\n".join(map(json.dumps, changed)).encode()))
+    assert main("--tables") == 1
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "out/seed0/control.json in out/records.jsonl.gz" in output
+
+
 # --- tables ----------------------------------------------------------------------------------
 
 
 def test_paired_differences_are_those_of_scipy():
     a = {0: 0.81, 1: 0.84, 2: 0.80, 5: 0.79}
     b = {0: 0.80, 1: 0.80, 2: 0.81, 4: 0.10, 5: 0.77}
-    n, mean, half = study_results.difference(a, b)
+    paired = pd.DataFrame({"a − b": pd.Series(a) - pd.Series(b)})
+    interval = study_results.mean_intervals(paired).loc["a − b"]
     expected = scipy.stats.ttest_rel([a[s] for s in (0, 1, 2, 5)], [b[s] for s in (0, 1, 2, 5)])
-    interval = expected.confidence_interval(0.95)
-    assert n == 4 and (mean - half, mean + half) == pytest.approx(interval, abs=1e-5)
-    assert study_results.difference({0: 1.0}, {0: 1.0, 1: 1.0}) is None
-    for degrees, t in enumerate(study_results.T975, start=1):
-        assert t == pytest.approx(scipy.stats.t.ppf(0.975, degrees), abs=6e-4)
+    assert interval["n"] == 4
+    assert (interval["low"], interval["high"]) == pytest.approx(expected.confidence_interval(0.95))
+    one = pd.DataFrame({"a − b": pd.Series({0: 1.0}) - pd.Series({0: 1.0, 1: 1.0})})
+    assert study_results.mean_intervals(one).empty
 
 
 def test_tables_of_means_deviations_and_commands(scripts):
@@ -584,9 +709,11 @@ def test_tables_of_means_deviations_and_commands(scripts):
     assert f"| l2grad − control | 3 | -0.75 ± 0.00 | +1.05 ± {half:.2f} |" in page
     assert "--run_name study_seed1_l2grad_0.03 " in page and "mkdir -p out/seed1\n" in page
     assert "| l2grad | 0.03 | 89.25 | 84.50 | taken |" in page  # held out, seed 0
-    found = list(csv.DictReader(open("out/summary.csv", encoding="utf-8")))
+    summary = list(csv.DictReader(open("out/summary.csv", encoding="utf-8")))
     [entry] = [
-        r for r in found if (r["variant"], r["scheme"], r["act_bits"]) == ("l2grad", "uniform", "4")
+        r
+        for r in summary
+        if (r["variant"], r["scheme"], r["act_bits"]) == ("l2grad", "uniform", "4")
     ]
     assert float(entry["mean"]) == pytest.approx(0.9025 - 0.76 / 16 + 0.003)
     assert float(entry["std"]) == pytest.approx(0.013)
@@ -594,16 +721,34 @@ def test_tables_of_means_deviations_and_commands(scripts):
     assert "| l2grad | 6 | -0.03 | 0 |" in page and "| control | 6 | 0 | 0 |" in page
     tracked = list(csv.DictReader(open("out/tracked.csv", encoding="utf-8")))
     assert len(tracked) == 2 * 3 * 6 * 2
-    of = grid()
+    plan = make_plan()
     results = [
-        r for name in ("control", "l2grad") for r in study.finished(of, name, of.chosen(name))
+        result
+        for name in ("control", "l2grad")
+        for result in study_report.finished_results(plan, name, plan.chosen_lambda(name))
     ]
-    draw(Path("out"), *study_results.read(results), {"l2grad": of.choice("l2grad")}, of.first)
-    for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png"):
+    tables = study_results.read(results, plan.records, plan.epochs["first"])
+    choices = {"l2grad": plan.saved_choice("l2grad")}
+    draw(Path("out"), study_results.Statistics.of_rows(*tables), choices, plan.epochs["first"])
+    for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
         assert Path("out", plot).stat().st_size > 10_000
+    answer = Path("out/answer.md").read_text(encoding="utf-8").splitlines()
+    assert answer[0] == lines[2] and answer[2:] == [
+        line for line in lines[4:6] if line.startswith(("| control |", "| l2grad |"))
+    ]
     Path("out/tables.md").unlink()
     study.main(["--out", "out", "--n_epochs", "6", "--tables"])
     assert Path("out/tables.md").read_text(encoding="utf-8") == page
+
+
+def row_table(rows):
+    return pd.DataFrame(rows, columns=study_results.ROW_COLUMNS)
+
+
+def network_values(values):
+    """A number of each network as a column, from {(variant, seed): number}."""
+    index = pd.MultiIndex.from_tuples(values, names=study_results.NETWORK)
+    return pd.Series(list(values.values()), index)
 
 
 def test_what_was_not_tracked_or_ended_earlier_is_no_trouble():
@@ -616,7 +761,8 @@ def test_what_was_not_tracked_or_ended_earlier_is_no_trouble():
             ("mynorm", 5, "MyNorm", -7.0),
         )
     ]
-    lines = study_tables.tracked_table(study_results.final_values(tracked, [])).splitlines()
+    values = study_results.final_values(pd.DataFrame(tracked), row_table([]))
+    lines = study_tables.tracked_table(values).splitlines()
     assert lines[0] == "|  | L2Grad | MyNorm |"
     assert lines[2:] == ["| control | 1234 | – |", "| mynorm | 0.123 | -7 |"]
 
@@ -632,11 +778,11 @@ def test_rank_correlations_are_those_of_scipy():
             "scheme": scheme,
             "bits": bits,
             "act_bits": 32,
-            "accuracy": 0.9 - lost,
-            "squared_error": lost,
+            "accuracy": 0.9 - drop,
+            "squared_error": drop,
         }
-        for variant, seed, lost_4 in (("control", 0, 0.3), ("control", 1, 0.2), ("a", 0, 0.1))
-        for scheme, bits, lost in (("none", 32, 0.0), ("uniform", 4, lost_4))
+        for variant, seed, drop_4 in (("control", 0, 0.3), ("control", 1, 0.2), ("a", 0, 0.1))
+        for scheme, bits, drop in (("none", 32, 0.0), ("uniform", 4, drop_4))
     ]
     tracked = [
         {
@@ -649,40 +795,52 @@ def test_rank_correlations_are_those_of_scipy():
         for row in rows
         if row["bits"] == 4
     ]
-    ends = study_results.final_values(tracked, rows)
-    settings = ("uniform", 4, 32), ("uniform", 3, 32)
-    lost = {of: study_results.accuracy_drop(rows, of) for of in settings}
+    values = study_results.final_values(pd.DataFrame(tracked), row_table(rows))
+    drops = study_results.network_drops(study_results.accuracy_matrix(row_table(rows)))
     expected = {("control", 0): 0.3, ("control", 1): 0.2, ("a", 0): 0.1}
-    assert lost[settings[0]] == pytest.approx(expected)
-    found = study_tables.prediction_table(ends, lost)
-    assert found.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
+    assert drops["uniform", 4, 32].to_dict() == pytest.approx(expected)
+    settings = [("uniform", 4, 32), ("uniform", 3, 32)]
+    table = study_tables.prediction_table(values, drops.reindex(columns=settings))
+    assert table.splitlines()[2:] == ["| L2Grad | -1.00 | – |", "| squared error | +1.00 | – |"]
 
 
 def test_a_mean_of_correlations_has_its_extremes_beside_it():
-    of = {("a", 0): 1.0, ("b", 0): 2.0, ("c", 0): 3.0, ("a", 1): 1.0, ("b", 1): 3.0, ("c", 1): 2.0}
-    lost = {("uniform", 4, 32): {**of, ("b", 1): 0.0}}
-    found = study_tables.prediction_table({"x": of}, lost, study_results.of_each_seed)
-    assert found.splitlines()[2:] == ["| x | +0.25 (-0.50 to +1.00) |"]
+    x = {("a", 0): 1.0, ("b", 0): 2.0, ("c", 0): 3.0, ("a", 1): 1.0, ("b", 1): 3.0, ("c", 1): 2.0}
+    values = pd.DataFrame({"x": network_values(x)})
+    drops = pd.DataFrame({("uniform", 4, 32): network_values({**x, ("b", 1): 0.0})})
+    grouped = study_results.networks_of_each_seed
+    lines = study_tables.prediction_table(values, drops, grouped).splitlines()
+    assert lines[2:] == ["| x | +0.25 (-0.50 to +1.00) |"]
 
 
 def test_networks_are_grouped_by_seed_or_around_their_variant():
     x = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 10.0, ("b", 2): 0.0, ("c", 0): 5.0}
     y = {("a", 0): 4.0, ("a", 1): 2.0, ("b", 0): -1.0, ("c", 0): 7.0, ("d", 0): 0.0}
-    assert study_results.all_networks(x, y) == [[(1, 4), (3, 2), (10, -1), (5, 7)]]
-    assert study_results.of_each_seed(x, y) == [[(1, 4), (10, -1), (5, 7)], [(3, 2)]]
-    assert study_results.within_variants(x, y) == [[(-1, 1), (1, -1)]]
+    pairs = pd.DataFrame({"x": network_values(x), "y": network_values(y)}).dropna()
+
+    def points(grouped):
+        return [list(group.itertuples(index=False, name=None)) for group in grouped(pairs)]
+
+    assert points(study_results.all_networks) == [[(1, 4), (3, 2), (10, -1), (5, 7)]]
+    assert points(study_results.networks_of_each_seed) == [[(1, 4), (10, -1), (5, 7)], [(3, 2)]]
+    assert points(study_results.deviations_within_variants) == [[(-1, 1), (1, -1)]]
 
 
 def test_means_are_of_the_seeds_that_all_variants_share():
-    of = {"a": (0, 1, 2, 3), "b": (1, 2), "c": (3,)}
-    rows = [{"variant": variant, "seed": seed} for variant in of for seed in of[variant]]
-    kept = [(row["variant"], row["seed"]) for row in study_results.restrict_to_shared_seeds(rows)]
-    assert kept == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 3)]
-    apart = [row for row in rows if (row["variant"], row["seed"]) not in {("a", 1), ("a", 2)}]
-    assert study_results.restrict_to_shared_seeds(apart) == apart
+    seeds = {"a": (0, 1, 2, 3), "b": (1, 2), "c": (3,)}
+    networks = [(variant, seed) for variant in seeds for seed in seeds[variant]]
+
+    def restricted(networks):
+        rows = pd.DataFrame(networks, columns=["variant", "seed"])
+        shared = study_results.restrict_to_shared_seeds(rows)
+        return list(shared.itertuples(index=False, name=None))
+
+    assert restricted(networks) == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 3)]
+    apart = [network for network in networks if network not in {("a", 1), ("a", 2)}]
+    assert restricted(apart) == apart
 
 
-def test_losses_are_those_of_the_same_network():
+def test_accuracy_drops_are_those_of_the_same_network():
     rows = [
         {
             "variant": "a",
@@ -692,13 +850,18 @@ def test_losses_are_those_of_the_same_network():
             "act_bits": 32,
             "accuracy": accuracy,
         }
-        for scheme, bits, of in (("none", 32, (0.9, 0.8)), ("uniform", 4, (0.8, 0.76)))
-        for seed, accuracy in enumerate(of)
+        for scheme, bits, accuracies in (("none", 32, (0.9, 0.8)), ("uniform", 4, (0.8, 0.76)))
+        for seed, accuracy in enumerate(accuracies)
     ]
-    [lost] = study_results.accuracy_drops(rows)
+    drops = study_results.network_drops(study_results.accuracy_matrix(row_table(rows)))
+    [drop] = study_results.accuracy_drops(drops).to_dict("records")
     half = scipy.stats.t.ppf(0.975, 1) * 0.03
-    assert (lost["scheme"], lost["bits"], lost["n"]) == ("uniform", 4, 2)
-    assert (lost["mean"], lost["high"]) == pytest.approx((0.07, 0.07 + half), abs=1e-5)
+    assert (drop["scheme"], drop["bits"], drop["n"]) == ("uniform", 4, 2)
+    assert (drop["mean"], drop["high"]) == pytest.approx((0.07, 0.07 + half), abs=1e-5)
+
+
+def test_labels_of_a_figure_do_not_overlap():
+    assert list(study_figures.spread_labels([10, 10, 12, 58], distance=6)) == [10, 16, 22, 58]
 
 
 @pytest.mark.slow
@@ -706,8 +869,6 @@ def test_a_tiny_study_of_real_trainings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     noise = study.Variant("--regularizer StepNoise", (1.0,))
     monkeypatch.setitem(study.VARIANTS, "stepnoise", noise)
-    fewer = study.QUANTIZATIONS["recalibrated"].replace("4000", "64")
-    monkeypatch.setitem(study.QUANTIZATIONS, "recalibrated", fewer)
     before = signal.getsignal(signal.SIGTERM)
     code = main(
         "--only",

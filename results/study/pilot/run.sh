@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# How the learning rate of the study was chosen, on 5,000 held-out images, seed 0: what made the logs and
-# tables beside this file (q_: quantized; r_: with batch-norm statistics estimated again). From the root.
+# How the learning rate of the study was chosen, on 5,000 held-out images, seed 0: run.log has what the
+# trainings printed, results.csv the tables of all quantizations (bn_images: with how many images
+# batch-norm statistics were estimated again). From the root.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 common=(--resume --seed 0 --holdout 5000 --lr 0.1 --no_test_penalty)
