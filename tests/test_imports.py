@@ -31,38 +31,28 @@ def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
     assert completed.stdout == "" and not list(tmp_path.iterdir())
 
 
-def train_without_posix(modules, script, *argv):
+def train_without_posix(modules, script, flags):
     """Import everything and run a script as if on a system that lacks what only POSIX has."""
     import os
     import signal
 
+    import torch
+
+    torch.set_num_threads(1)
     for name in POSIX_ONLY:
         sys.modules[name] = None  # `import name` is then an ImportError
     for owner, name in ((signal, "SIGHUP"), (os, "killpg"), (os, "pathconf"), (os, "setsid")):
         delattr(owner, name)
     for module in modules:
         importlib.import_module(module)
-    importlib.import_module(script).main(list(argv))
+    importlib.import_module(script).main(flags.split())
 
 
 def test_everything_imports_and_trains_without_what_only_posix_has(tmp_path):
-    flags = [
-        "--dataset",
-        "Synthetic",
-        "--train_subset",
-        "64",
-        "--batch_size",
-        "32",
-        "--n_epochs",
-        "1",
-        "--regularizer",
-        "L2Grad",
-        "--no-compile",
-        "--device",
-        "cpu",
-        "--run_name",
-        "r",
-    ]
-    completed = fork_server.call(train_without_posix, MODULES, "train", *flags, cwd=tmp_path)
-    assert completed.returncode == 0, completed.stderr
+    flags = (
+        "--dataset Synthetic --train_subset 32 --holdout 32 --batch_size 16 --n_epochs 1 "
+        "--regularizer L2Grad --precision fp32 --no-compile --device cpu --run_name r"
+    )
+    done = fork_server.call(train_without_posix, MODULES, "train", flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert {"r.pt", "r.json", "r.ckpt"} <= {path.name for path in tmp_path.iterdir()}

@@ -12,18 +12,9 @@ from engine import environment, tracking
 from models import ConvNet
 
 FAST = (
-    "--dataset",
-    "Synthetic",
-    "--train_subset",
-    32,
-    "--batch_size",
-    16,
-    "--precision",
-    "fp32",
-    "--no-compile",
-    "--n_epochs",
-    1,
-)
+    "--dataset Synthetic --train_subset 32 --holdout 32 --batch_size 16 --precision fp32 "
+    "--no-compile --n_epochs 1"
+).split()
 
 
 @pytest.fixture

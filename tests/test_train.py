@@ -523,16 +523,9 @@ def test_what_is_not_finite_stops_the_run_and_is_named():
 # --- the scripts -----------------------------------------------------------------------------
 
 FAST = (
-    "--dataset",
-    "Synthetic",
-    "--train_subset",
-    64,
-    "--batch_size",
-    32,
-    "--precision",
-    "fp32",
-    "--no-compile",
-)
+    "--dataset Synthetic --train_subset 64 --holdout 64 --batch_size 32 --precision fp32 "
+    "--no-compile"
+).split()
 
 
 def test_train_from_flags_to_saved_weights(script, tmp_path):
