@@ -77,7 +77,12 @@ def make_parser() -> Parser:
     epoch, lmbda = bounded_number(int, at_least=0), bounded_number(float, at_least=0)
     add("--first_variance_epoch", type=epoch, default=70, help="epoch when VarianceNorm begins")
     add("--variance_lmbda", type=lmbda, default=1.25, help="λ of VarianceNorm")
-    add("--first_gradient_epoch", type=epoch, default=90, help="epoch when L<P>Grad joins it")
+    add(
+        "--first_gradient_epoch",
+        type=epoch,
+        default=90,
+        help="epoch from which L<P>Grad is added to VarianceNorm",
+    )
     add("--gradient_lmbda", type=lmbda, default=0.05, help="λ of L<P>Grad")
     add("--P", type=bounded_number(int, at_least=1), default=2, help="order of L<P>Grad's norm")
     add(
@@ -103,10 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.run_name = args.run_name or train.default_name(args, "combined")
-    changed = [f for f in PROTOCOL_FLAGS if getattr(args, f) != parser.get_default(f)]
-    if args.phases and changed:
-        flags = ", ".join(f"--{flag}" for flag in changed)
-        parser.error(f"--phases replaces the protocol: it does not go with {flags}")
+    requirements = [(flag, "no --phases", not args.phases) for flag in PROTOCOL_FLAGS]
     epoch_flags = "--phases" if args.phases else "--first_variance_epoch or --first_gradient_epoch"
     args.phases = args.phases or published_protocol(args)
     try:
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     starts = [p.start for p in phases]
     if starts != sorted(set(starts)):
         parser.error(f"the phases start at epochs {starts}: each must start after the one before")
-    train.validate_and_run(parser, args, phases, epoch_flags)
+    train.validate_and_run(parser, args, phases, epoch_flags, requirements)
 
 
 if __name__ == "__main__":

@@ -100,5 +100,7 @@ def use_holdout_as_test(data: ImageDataset, n: int) -> ImageDataset:
     """
     if not 1 <= n < len(data.train_images):
         raise ValueError(f"n must be in 1..{len(data.train_images) - 1}, not {n}")
-    held = replace(data, test_images=data.train_images[-n:], test_labels=data.train_labels[-n:])
-    return subset(held, len(data.train_images) - n)
+    with_holdout = replace(
+        data, test_images=data.train_images[-n:], test_labels=data.train_labels[-n:]
+    )
+    return subset(with_holdout, len(data.train_images) - n)

@@ -44,6 +44,7 @@ from engine.hardware import PRECISIONS, resolve_precision
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
+from engine.signals import GracefulShutdown
 from engine.tracking import WandbLogger, new_run_id
 from models import MODELS
 
@@ -686,7 +687,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, flag) is not None:
             print(f"--{flag} is ignored: nothing is trained here")
     folder = make_output_folder(parser, args)
-    with exit_codes(parser), distributed.process_group(args.device):
+    with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
         is_complete = run(args, parser.explicit_flags, folder)
     sys.exit(0 if is_complete else 1)
 

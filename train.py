@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from engine.batch_norm import check_folding, freeze_batch_norms
 from engine.checkpoints import Checkpointer
 from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
 from engine.environment import describe_environment
-from engine.errors import FileError, NotFiniteError, SetupError
+from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
 from engine.hardware import resolve_precision, tune_glibc_malloc
@@ -49,7 +50,7 @@ from engine.tracking import WandbLogger, new_run_id, sweep_run_id
 from engine.train_state import TrainProgress, TrainState
 from regularizers import REGULARIZERS, Regularizer, accepted_options, make_regularizer
 
-DIVERGED = 10.0  # times the loss of guessing: beyond it a training counts as diverged
+DIVERGED_LOSS_RATIO = 10.0  # times the loss of guessing: beyond it a training counts as diverged
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class Run:
             entry[f"track_{regularizer.name}"] = means[regularizer.name]
         self.logger.log(entry)
         regularizer = phase_at(self.phases, progress.epoch - 1).regularizer
-        with warn_on_error(f"{self.out}.json was not written, the training goes on"):
+        with warn_on_error(f"{self.out}.json was not written, training continues"):
             tqdm.write(summary_line(entry, regularizer and regularizer.name))
             save_json({**self.record, "history": progress.history}, Path(f"{self.out}.json"))
         if self.histogram_seconds and progress.epoch == 1:
@@ -294,6 +295,8 @@ def set_up(
     )
     compiled = layers.set_compile(args.compile)
     state, run_id = make_state(args, dataset, phases), new_run_id()
+    if args.init_weights and not checkpoint:
+        load_weights(state.net, Path(args.init_weights))
     if checkpoint:
         state.load_state_dict(checkpoint, args.n_epochs, len(train_loader))
         check_phases(state.progress, phases, args, is_own)
@@ -337,7 +340,7 @@ def finish(this: Run) -> None:
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
     chance = math.log(this.num_classes)  # the loss of equal probabilities
-    if final["final_loss"] > DIVERGED * chance:
+    if final["final_loss"] > DIVERGED_LOSS_RATIO * chance:
         print(
             f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
             f"{chance:.3g}; a smaller --lr or --lmbda may help"
@@ -388,8 +391,7 @@ def make_state(
 ) -> TrainState:
     """Make the network, SGD and the learning-rate schedule that the flags say."""
     net = utils.make_net(args.model, dataset.num_classes, args.device)
-    if args.init_weights:
-        load_weights(net, Path(args.init_weights))
+    check_trainable(net, phases)
     optimizer = torch.optim.SGD(
         layers.trainable_parameters(net).values(),
         args.lr,
@@ -405,6 +407,14 @@ def make_state(
     if distributed.get_world_size() > 1:
         layers.set_sync_bn(net, args.sync_bn)
     return TrainState(net, optimizer, scheduler)
+
+
+def check_trainable(net: nn.Module, phases: Sequence[Phase]) -> None:
+    """Raise NetworkError where everything that would be trained or penalized is frozen."""
+    if not layers.trainable_parameters(net):
+        raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
+    if any(p.regularizer for p in phases) and not layers.penalized_weights(net):
+        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
 
 
 def find_checkpoint(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any] | None, bool]:
@@ -501,8 +511,9 @@ def validate_and_run(
     phases = reachable_phases(parser, args, phases, epoch_flags)
     warn_without_effect(parser, args, phases, requirements)
     phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
+    has_own = args.resume and os.path.lexists(f"{out}.ckpt")  # then the others are not read
     for flag in ("init_from", "init_weights"):
-        if (path := getattr(args, flag)) and not os.path.exists(path):
+        if (path := getattr(args, flag)) and not os.path.exists(path) and not has_own:
             parser.error(f"--{flag}: there is no file {path}")
     if args.init_from and args.init_weights:
         parser.error("--init_from has weights already: it does not go with --init_weights")
@@ -516,18 +527,20 @@ def validate_and_run(
     except ValueError as error:
         parser.error(str(error))
 
-    def hint() -> str:
-        has_checkpoint = os.path.lexists(f"{out}.ckpt")
-        return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
-
     with (
-        exit_codes(parser, hint),
+        exit_codes(parser, partial(resume_hint, out)),
         GracefulShutdown() as shutdown,
         distributed.process_group(args.device),
         output_lock(out),
     ):
         args.resume = distributed.restarted() or args.resume
         run(args, phases, out, shutdown)
+
+
+def resume_hint(out: Path) -> str:
+    """Return the end of a message that says how to continue, "" where there is no checkpoint."""
+    has_checkpoint = os.path.lexists(f"{out}.ckpt")
+    return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
 
 
 @contextmanager

@@ -276,11 +276,12 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
     `names` are the regularizers that the run trains with.
     """
     declared, options = regularizer_options(), regularizer_options_from(args)
+    continues = args.resume or args.init_from or distributed.is_restart_here()
     requirements = [
         ("gamma", "--scheduler exponential or multistep", "gamma" in schedule_settings(args)),
         ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
         ("watch_freq", "--watch", args.watch),
-        ("allow_changed_settings", "--resume or --init_from", args.resume or args.init_from),
+        ("allow_changed_settings", "--resume or --init_from", continues),
         ("lmbda_warmup", "a regularizer", names),
         ("save_preregularized_model", "a regularizer", names),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),

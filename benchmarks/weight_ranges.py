@@ -12,7 +12,8 @@ import _root  # noqa: F401
 
 import quant_utils as qu
 from engine import batch_norm, cli, layers
-from engine.io import FileError, load_weights
+from engine.errors import FileError
+from engine.io import load_weights
 from models import MODELS
 from quant_inference import bit_width
 

@@ -65,6 +65,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileError(
             f"{path} is not a checkpoint (.ckpt); weights alone (.pt) go with --init_weights"
         )
+    validate_structure(content, {"format": int}, str(path))
     if content["format"] != CHECKPOINT_VERSION:
         raise FileError(f"{path} is not a checkpoint of this version")
     return content
@@ -145,7 +146,7 @@ class Checkpointer:
     """Saves when it is due, and stops the run where a signal asked for that.
 
     Args:
-        path: of the checkpoint.
+        path: file that is written.
         get_content: returns what to save; raises where that is not worth saving.
         every: epochs between checkpoints.
         minutes: between checkpoints inside an epoch.

@@ -54,9 +54,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(code, None if silent else line)
 
 
+def no_hint() -> str:
+    """Return the end of a message that has nothing to add."""
+    return ""
+
+
 @contextmanager
-def exit_codes(parser: Parser, hint: Callable[[], str] = str) -> Iterator[None]:
-    """Context manager that ends the script with one line where an error is the user's to mend.
+def exit_codes(parser: Parser, hint: Callable[[], str] = no_hint) -> Iterator[None]:
+    """Context manager that ends the script with one line for an error that the user can correct.
 
     `hint()` is added to that line where the run can be continued: after a signal, a failed write
     or a lost process. Errors in the program itself stay tracebacks.

@@ -146,7 +146,12 @@ def get_rank() -> int:
 
 def restarted() -> bool:
     """Tell whether torchrun restarted the run, on any node, after a process had died."""
-    return all_reduce_max(_env_int("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return all_reduce_max(is_restart_here()) > 0
+
+
+def is_restart_here() -> bool:
+    """Tell whether torchrun restarted the processes of this node."""
+    return _env_int("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def wait_for_rank0_exit() -> None:

@@ -28,6 +28,8 @@ def evaluate(
     """
     net.eval()
     inputs = regularizer.inputs if regularizer else ()
+    with torch.no_grad():
+        folded = folded_weights(net) if "folded_weights" in inputs else []
     totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for i, (x, y) in enumerate(loader.batches(0, start=rank, step=world_size)):
@@ -43,7 +45,6 @@ def evaluate(
         penalty = torch.zeros_like(loss)
         if regularizer:
             change = partial(loss_change, net, criterion, x, y, dtype, loss, ())
-            folded = folded_weights(net) if "folded_weights" in inputs else []
             available = {**tensors, "loss_change": change, "folded_weights": folded}
             with torch.no_grad():
                 penalty = regularizer(*(available[name] for name in inputs))

@@ -54,7 +54,9 @@ def first_order(
         logits, activations = net(x)
         loss = distributed.to_global_mean(criterion(logits, y), len(x))
     params, weights = [*trainable_parameters(net).values()], penalized_weights(net)
-    targets = params + (list(activations) if "a_grads" in inputs else [])
+    # an activation before the first trainable layer is a constant
+    activations = [a for a in activations if a.requires_grad] if "a_grads" in inputs else []
+    targets = [*params, *activations]
     grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
     grad_of = dict(zip(params, grads, strict=False))
     available = {
@@ -134,10 +136,7 @@ def compute_gradients(
     if regularizer is None:
         return loss, torch.zeros_like(loss), n_correct
 
-    values = dict(first.tensors)  # of the whole batch: what the regularizer is evaluated at
-    if "w_grads" in values:
-        values["w_grads"] = [w.grad for w in penalized_weights(net)]
-    copies = {name: [t.detach().requires_grad_() for t in ts] for name, ts in values.items()}
+    copies = _detached_copies(first.tensors, penalized_weights(net))
     available = {
         **copies,
         "loss_change": partial(loss_change, net, criterion, x, y, dtype, loss, grads),
@@ -145,13 +144,33 @@ def compute_gradients(
     }
     if "a_grads" in copies:
         available["a_grads"] = distributed.whole_batch(copies["a_grads"])
-    penalty = regularizer(*(available[name] for name in inputs))
+    penalty = penalty_scale * _evaluate_penalty(regularizer, available)
+    _add_penalty_gradients(params, penalty, first.tensors, copies)
+    return loss, penalty.detach(), n_correct
+
+
+def _detached_copies(
+    tensors: dict[str, list[Tensor]], weights: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
+    """Return leaves with the values that the regularizer is evaluated at.
+
+    Gradients of weights are those of the whole batch, which are in the .grad of `weights`.
+    """
+    values = dict(tensors)
+    if "w_grads" in values:
+        values["w_grads"] = [w.grad for w in weights]
+    return {name: [t.detach().requires_grad_() for t in ts] for name, ts in values.items()}
+
+
+def _evaluate_penalty(regularizer: nn.Module, available: dict[str, object]) -> Tensor:
+    """Return the penalty; PenaltyError where it is not a scalar tensor made of its inputs."""
+    penalty = regularizer(*(available[name] for name in regularizer.inputs))
     if not isinstance(penalty, Tensor) or penalty.dim():
         shape = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
         raise PenaltyError(f"{regularizer.name} returned {shape}: it must return a scalar tensor")
-    penalty = penalty_scale * penalty
-    _add_penalty_gradients(params, penalty, first.tensors, copies)
-    return loss, penalty.detach(), n_correct
+    if not penalty.requires_grad:
+        raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
+    return penalty
 
 
 def _add_penalty_gradients(

@@ -1,5 +1,6 @@
 """Atomic writes of weights and records, safe reading, and one lock per run name."""
 
+import errno
 import glob
 import json
 import math
@@ -20,8 +21,10 @@ from torch import nn
 from engine import distributed
 from engine.errors import FileError
 
+CONTENT_ERRORS = (ValueError, LookupError, TypeError, AttributeError)  # of JSON that is not ours
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
+NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP)  # what some network file systems answer
 MAX_REASON = 120  # characters of PyTorch's own message in an error
 
 
@@ -70,7 +73,7 @@ def read_json(path: Path) -> Iterator[Any]:
         yield json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except CONTENT_ERRORS as error:
         raise FileError(f"{path} is not what was saved there: {error!r}") from error
 
 
@@ -115,8 +118,8 @@ def torch_save(value: Any, path: Path) -> None:
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
-def torch_load(path: Path, device: str = "cpu") -> Any:
-    """Read what torch.save wrote: tensors and plain containers, checked against their checksums.
+def torch_load(path: Path) -> Any:
+    """Read onto the CPU what torch.save wrote: tensors and plain containers, checked against their checksums.
 
     No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
     in one line, for whatever is wrong.
@@ -127,7 +130,7 @@ def torch_load(path: Path, device: str = "cpu") -> Any:
                 raise FileError(f"{path} is not a file of weights: torch.save compresses nothing")
             if damaged := archive.testzip():
                 raise FileError(f"{path} is damaged: checksum of {damaged!r}")
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
@@ -169,9 +172,9 @@ def load_weights(net: nn.Module, path: Path) -> None:
     ):
         raise FileError(f"{path} is not a state_dict: a file of named real tensors")
     try:
-        net.load_state_dict(state)
+        net.load_state_dict(dict(state))  # without _metadata, which a file may fill with anything
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[1].strip().split(", ")[0]
+        reason = str(error).splitlines()[-1].strip().split(", ")[0]
         raise FileError(
             f"{path} is not of this {type(net).__name__}: {reason[:MAX_REASON]}{_made_for(path)}"
         ) from error
@@ -182,7 +185,8 @@ def _made_for(path: Path) -> str:
     record = path.with_suffix(".json")
     with suppress(OSError, ValueError, LookupError, TypeError):
         model = json.loads(record.read_text(encoding="utf-8"))["settings"]["model"]
-        return f"; made for {model} ({record.name}): --model {model}"
+        if isinstance(model, str) and model.isprintable():
+            return f"; made for {model} ({record.name}): --model {model}"
     return ""
 
 
@@ -210,6 +214,10 @@ def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> I
         raise FileError(
             f"another run is writing to {out}: wait for it, or give this one {instead}"
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+        print(f"{path}: this file system has no locks: start this run only once", file=sys.stderr)
     try:
         for suffix in RUN_FILE_SUFFIXES:
             pattern = f".{glob.escape(out.name)}{suffix}.[0-9]*.tmp"

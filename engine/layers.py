@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import distributed
+from engine.errors import SetupError
 
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
@@ -73,7 +74,7 @@ def _forbid_third_derivative(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def call(ctx, *grads):
         if torch.is_grad_enabled():  # once_differentiable lets some wrong third derivatives through
-            raise RuntimeError("fused layers have no third derivative: leave out create_graph=True")
+            raise RuntimeError("these layers have no third derivative: leave out create_graph=True")
         return backward(ctx, *grads)
 
     return call
@@ -347,8 +348,8 @@ def set_sync_bn(net: nn.Module, enabled: bool) -> None:
         if isinstance(m, BatchNormReLU):
             m.sync = enabled
         elif enabled and isinstance(m, nn.modules.batchnorm._BatchNorm):
-            raise distributed.SetupError(
-                f"--sync_bn: {name} is a {type(m).__name__}, and only fused.BatchNormReLU takes "
+            raise SetupError(
+                f"--sync_bn: {name} is a {type(m).__name__}, and only BatchNormReLU of engine/layers.py takes "
                 "statistics over several processes: use that, or --no-sync_bn"
             )
 

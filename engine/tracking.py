@@ -95,7 +95,7 @@ class WandbLogger:
         values: dict[str, Any] = {"epoch": epoch}
         for name, p in net.named_parameters():
             values[f"parameters/{name}"] = histogram(p.detach().float().cpu().numpy())
-            if p.grad is not None:  # it is frozen
+            if p.grad is not None:  # None of a frozen parameter
                 values[f"gradients/{name}"] = histogram(p.grad.float().cpu().numpy())
         self.log(values)
 

@@ -82,7 +82,7 @@ class TrainState:
         validate_structure(content, template, "the checkpoint")
         self.progress = self._read_progress(content["state"], n_epochs, n_batches)
         try:
-            self.net.load_state_dict(content["net"])
+            self.net.load_state_dict(dict(content["net"]))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise FileError(f"the checkpoint is of another network: {reason}") from error
