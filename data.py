@@ -88,7 +88,7 @@ def subset(data: ImageDataset, n: int) -> ImageDataset:
         ValueError: n < 1 or more than there are.
     """
     if not 1 <= n <= len(data.train_images):
-        raise ValueError(f"n must be in 1..{len(data.train_images)}, not {n}")
+        raise ValueError(f"choose 1 to {len(data.train_images)} images")
     return replace(data, train_images=data.train_images[:n], train_labels=data.train_labels[:n])
 
 
@@ -99,7 +99,7 @@ def use_holdout_as_test(data: ImageDataset, n: int) -> ImageDataset:
         ValueError: n < 1, or no training image would be left.
     """
     if not 1 <= n < len(data.train_images):
-        raise ValueError(f"n must be in 1..{len(data.train_images) - 1}, not {n}")
+        raise ValueError(f"choose 1 to {len(data.train_images) - 1} images")
     with_holdout = replace(
         data, test_images=data.train_images[-n:], test_labels=data.train_labels[-n:]
     )

@@ -10,7 +10,7 @@ class ConvNet(nn.Module):
     """Nine 3×3 conv + batch norm + ReLU blocks, global average pooling, one linear layer.
 
     1,212,778 parameters with 10 classes. Parameters are created in module order by PyTorch's
-    default initialisers, so that a seed gives the same network in every version.
+    default initializers, so that a seed gives the same network in every version.
     """
 
     # (input channels, output channels, stride) of each block

@@ -31,6 +31,7 @@ from engine import distributed
 from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
 from engine.cli import (
     Parser,
+    add_alias,
     add_choice,
     bounded_number,
     choice_ignoring_case,
@@ -288,7 +289,7 @@ def resolve_paths(patterns: Sequence[str]) -> dict[str, Path]:
     }
 
 
-def load_all(
+def load_networks(
     paths: Mapping[str, Path], args: argparse.Namespace, dataset: ImageDataset
 ) -> tuple[dict[str, nn.Module], bool]:
     """Return the networks of all files that can be read, and whether their batch norms fold.
@@ -298,7 +299,7 @@ def load_all(
     foldable, nets = is_foldable(args, dataset), {}
     for name, path in paths.items():
         try:
-            nets[name] = load(path, args, dataset, foldable)
+            nets[name] = load_network(path, args, dataset, foldable)
         except FileError as error:
             print_error(error)
     return nets, foldable
@@ -316,7 +317,9 @@ def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
     return True
 
 
-def load(path: Path, args: argparse.Namespace, dataset: ImageDataset, foldable: bool) -> nn.Module:
+def load_network(
+    path: Path, args: argparse.Namespace, dataset: ImageDataset, foldable: bool
+) -> nn.Module:
     """Return the network with the file's weights, folded with --fold_bn, in eval mode on the CPU.
 
     Quantizing on the CPU gives the same grids whatever the device. Raises FileError where the file
@@ -362,11 +365,15 @@ def print_error(message: object) -> None:
 
 def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> bool:
     """Measure every file and report into the folder; return whether all could be measured."""
+    paths, results = resolve_paths(args.checkpoints), Results()
+    if not any(path.exists() for path in paths.values()):
+        raise FileError(f"{', '.join(map(str, paths.values()))}: no such file")
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
-    paths, results = resolve_paths(args.checkpoints), Results()
-    nets, foldable = distributed.run_on_rank0_and_broadcast(lambda: load_all(paths, args, dataset))
+    nets, foldable = distributed.run_on_rank0_and_broadcast(
+        lambda: load_networks(paths, args, dataset)
+    )
     total = sum(n_steps(net, args) for net in nets.values())
     hidden = True if distributed.get_rank() else None  # None: where there is no terminal
     try:
@@ -378,7 +385,7 @@ def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> boo
                 measure_file(name, net, paths[name], setup, results)
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:
-            publish(results, nets, args, folder)
+            report_results(results, nets, args, folder)
     return distributed.get_rank() > 0 or results.checkpoints() == paths.keys()
 
 
@@ -402,7 +409,7 @@ def measure_file(name: str, net: nn.Module, path: Path, setup: Setup, results: R
         print_error(f"{path}: {error}")
 
 
-def publish(
+def report_results(
     results: Results, nets: Mapping[str, nn.Module], args: argparse.Namespace, folder: Path
 ) -> None:
     """Print the tables, write files and plots into the folder, and log all to the dashboard."""
@@ -414,17 +421,17 @@ def publish(
     settings = {**vars(args), "output": str(folder)}
     report.save_tables(rows, layer_rows, settings, folder)
     measured = {name: net for name, net in nets.items() if name in results.checkpoints()}
-    plots = {} if args.no_plots else draw(rows, measured, args, folder)
+    plots = {} if args.no_plots else draw_plots(rows, measured, args, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print("plots:   " + ", ".join(map(str, plots.values())))
     name = f"quantize_{next(iter(nets))}"
     logger = WandbLogger(args.wandb_project, args.wandb_entity, name, settings, new_run_id())
-    report.log(logger, rows, layer_rows, plots)
+    report.log_results(logger, rows, layer_rows, plots)
     print(logger.finish())
 
 
-def draw(
+def draw_plots(
     rows: Sequence[Row], nets: Mapping[str, nn.Module], args: argparse.Namespace, folder: Path
 ) -> dict[str, Path]:
     """Draw the plots into the folder and return their paths by title."""
@@ -523,11 +530,17 @@ def add_repair_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--recalibrate_bn_images",
-        "--bn_images",
         type=bounded_number(int, at_least=2),
         metavar="N",
         help="re-estimate batch-norm statistics of the quantized network on N training images; "
         "None: keep those of training",
+    )
+    add_alias(
+        group,
+        "--bn_images",
+        "recalibrate_bn_images",
+        action="store",
+        type=bounded_number(int, at_least=2),
     )
     correction = group.add_mutually_exclusive_group()
     correction.add_argument(

@@ -4,8 +4,8 @@ A quantizer is a pure function `(w, n_bits, …) -> w_q`: same shape, values on 
 It chooses a range, rounds to integers and goes back to float, in that order. All of them take
 
 - `per_channel`: one range for each slice `w[i]` (an output channel) instead of one for the tensor;
-- `range_of`: the tensor whose range is used, `w` itself by default: a bias is quantized on the grid
-  of its weight. Values beyond the grid go to its nearest end.
+- `range_source`: the tensor whose range is used, `w` itself by default: a bias is quantized on the
+  grid of its weight. Values beyond the grid go to its nearest end.
 
 A quantizer that rounds stochastically takes a `generator`. They raise ValueError for `n_bits`
 outside 2…16 and for tensors that are empty or not finite. A new quantizer is one such function and
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.layers import quantizable_layers
+from engine.layers import LAYER_TYPES, quantizable_layers
 
 Quantizer = Callable[..., Tensor]
 MIN_BITS, MAX_BITS = 2, 16
@@ -59,17 +59,17 @@ def abs_max(rows: Tensor) -> Tensor:
 
 
 def clamp_to_range(
-    w: Tensor, per_channel: bool, range_of: Tensor | None = None
+    w: Tensor, per_channel: bool, range_source: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return w as rows clamped to [−m, m], their m, and the rows that have this m = max|·|.
 
-    Those are w's own, or `range_of`'s. Raises ValueError where w or `range_of` is not finite.
+    Those are w's own, or `range_source`'s. Raises ValueError where either is not finite.
     """
     rows = to_2d(w, per_channel)
     m = abs_max(rows)
-    if range_of is None:
+    if range_source is None:
         return rows, m, rows
-    range_rows = to_2d(range_of, per_channel)
+    range_rows = to_2d(range_source, per_channel)
     m = abs_max(range_rows)
     return rows.clamp(-m, m), m, range_rows
 
@@ -83,11 +83,11 @@ def safe_divisor(scale: Tensor) -> Tensor:
 
 
 def uniform(
-    w: Tensor, n_bits: int, *, per_channel: bool = False, range_of: Tensor | None = None
+    w: Tensor, n_bits: int, *, per_channel: bool = False, range_source: Tensor | None = None
 ) -> Tensor:
     """Round to the nearest point of the symmetric grid of step 2m / (2^n_bits − 1) through 0."""
     check_bits(n_bits)
-    rows, m, _ = clamp_to_range(w, per_channel, range_of)
+    rows, m, _ = clamp_to_range(w, per_channel, range_source)
     int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
     scale = m / (int_max + 0.5)
     x_int = (rows / safe_divisor(scale)).round_().clamp_(int_min, int_max)
@@ -99,7 +99,7 @@ def dorefa(
     n_bits: int,
     *,
     per_channel: bool = False,
-    range_of: Tensor | None = None,
+    range_source: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Round stochastically on the 2^n_bits points from −m to m, which do not include 0.
@@ -108,7 +108,7 @@ def dorefa(
     Source: DoReFa-Net (Zhou et al. 2016, arXiv 1606.06160), without its tanh.
     """
     check_bits(n_bits)
-    rows, m, _ = clamp_to_range(w, per_channel, range_of)
+    rows, m, _ = clamp_to_range(w, per_channel, range_source)
     int_max = 2**n_bits - 1
     scale = m / (int_max / 2)
     noise = torch.rand(rows.shape, dtype=w.dtype, device=w.device, generator=generator).sub_(0.5)
@@ -121,7 +121,7 @@ def pwlq(
     n_bits: int,
     *,
     per_channel: bool = False,
-    range_of: Tensor | None = None,
+    range_source: Tensor | None = None,
     distribution: str = "norm",
     approximate: bool = False,
     overlapping: bool = False,
@@ -134,7 +134,7 @@ def pwlq(
     (`approximate`: at the paper's closed form), "search" where the measured error is.
     """
     check_bits(n_bits)
-    rows, m, range_rows = clamp_to_range(w, per_channel, range_of)
+    rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
     if distribution == "search":
         p = search_breakpoint(range_rows, m, n_bits, overlapping)
     else:
@@ -209,7 +209,7 @@ def breakpoint_from_distribution(
 
 
 def optimal_breakpoint(m: Tensor, distribution: Distribution, overlapping: bool = False) -> Tensor:
-    """Return the p that minimises PWLQ's expected error, for every m ≥ 1 at once; both in σ.
+    """Return the p that minimizes PWLQ's expected error, for every m ≥ 1 at once; both in σ.
 
     With t = m − p the length of a tail (t = m if `overlapping`: it uses the grid of [−m, m]) and
     S = 1 − F, the error is E(p) = [1 − 2S(p)]·p² + 2[S(p) − S(m)]·t². E′(p) / 2 goes through zero
@@ -300,6 +300,16 @@ def model_error(layers: list[LayerError], avg_in_layer: bool = False) -> float:
 Correction = Callable[[Tensor, Tensor], Tensor]  # (w, w_q) → corrected w_q, all of one shape
 
 
+def checked(w_q: Tensor, w: Tensor) -> Tensor:
+    """Return what a quantizer made of w; ValueError where that is no quantized w."""
+    if not isinstance(w_q, Tensor) or w_q.shape != w.shape:
+        shape = tuple(w_q.shape) if isinstance(w_q, Tensor) else type(w_q).__name__
+        raise ValueError(f"the quantizer returned {shape} for values of shape {tuple(w.shape)}")
+    if not w_q.isfinite().all():
+        raise ValueError("the quantizer returned values that are not finite")
+    return w_q
+
+
 @torch.no_grad()
 def quantize_layer(
     layer: nn.Conv2d | nn.Linear,
@@ -316,8 +326,8 @@ def quantize_layer(
     """
     w = layer.weight.detach().clone()
     if biases and layer.bias is not None:
-        layer.bias.copy_(quantizer(layer.bias, n_bits, range_of=w))
-    w_q = quantizer(w, n_bits)
+        layer.bias.copy_(checked(quantizer(layer.bias, n_bits, range_source=w), layer.bias))
+    w_q = checked(quantizer(w, n_bits), w)
     layer.weight.copy_(correction(w, w_q) if correction else w_q)
     return (layer.weight - w).double().square().sum().item()
 
@@ -419,7 +429,7 @@ def calibrate(
     handles = [
         module.register_forward_pre_hook(partial(record_range, name))
         for name, module in net.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | POOLINGS)
+        if isinstance(module, LAYER_TYPES | POOLINGS)
     ]
     for images in batches:
         net(images)

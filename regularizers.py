@@ -200,7 +200,9 @@ class RangeNorm(ShapeRegularizer):
 # --- the loss change that quantization itself makes ------------------------------------------
 
 TargetBits = Annotated[int, "bits that the weights are to survive, 2 to 16"]
-HoldStep = Annotated[bool, "differentiate with the quantization steps held constant", PENALTY_ONLY]
+DetachStep = Annotated[
+    bool, "differentiate with the quantization steps held constant", PENALTY_ONLY
+]
 
 
 class StepRegularizer(Regularizer):
@@ -211,18 +213,18 @@ class StepRegularizer(Regularizer):
     """
 
     def __init__(
-        self, lmbda: float, target_bits: TargetBits = 4, hold_step: HoldStep = False
+        self, lmbda: float, target_bits: TargetBits = 4, detach_step: DetachStep = False
     ) -> None:
-        """Take b; hold_step: no derivative through s_l. ValueError unless b is in 2…16."""
+        """Take b; detach_step: no derivative through s_l. ValueError unless b is in 2…16."""
         super().__init__(lmbda)
         if target_bits != int(target_bits) or not 2 <= target_bits <= 16:
             raise ValueError(f"target_bits is {target_bits}: choose 2 to 16")
-        self.target_bits, self.hold_step = int(target_bits), hold_step
+        self.target_bits, self.detach_step = int(target_bits), detach_step
 
     def steps(self, weights: Tensors) -> list[Tensor]:
         """Return s_l of each layer (scalars)."""
         steps = [w.abs().amax() / (2 ** (self.target_bits - 1) - 0.5) for w in weights]
-        return [s.detach() for s in steps] if self.hold_step else steps
+        return [s.detach() for s in steps] if self.detach_step else steps
 
 
 class StepL1Grad(StepRegularizer):
@@ -340,15 +342,16 @@ def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer 
     return check_regularizer(regularizer, name)
 
 
-def check_regularizer(regularizer: Regularizer, name: str) -> Regularizer:
+def check_regularizer(regularizer: Regularizer, key: str) -> Regularizer:
     """Return the regularizer; ValueError where its class does not say what it must."""
     if not isinstance(regularizer, Regularizer):
-        raise ValueError(f"{name} in REGULARIZERS makes no Regularizer")
-    if not isinstance(getattr(regularizer, "name", None), str):
-        raise ValueError(f"{name}: the class needs a `name`, the key in REGULARIZERS")
+        raise ValueError(f"{key} in REGULARIZERS makes no Regularizer")
+    name = getattr(regularizer, "name", None)
+    if not isinstance(name, str) or name.lower() != key.lower():
+        raise ValueError(f"{key}: `name` is {name!r}: it must be the key in REGULARIZERS, {key!r}")
     inputs = getattr(regularizer, "inputs", None)
     if not isinstance(inputs, tuple) or not set(inputs) <= set(INPUTS):
-        raise ValueError(f"{name}: `inputs` is {inputs!r}: a tuple out of {', '.join(INPUTS)}")
+        raise ValueError(f"{key}: `inputs` is {inputs!r}: a tuple out of {', '.join(INPUTS)}")
     return regularizer
 
 

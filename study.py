@@ -90,7 +90,7 @@ QUANTIZATIONS = {
         "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16", 40.0
     ),
     "recalibrated": Quantization(
-        "--bits 2 3 4 --schemes uniform --bn_images {bn_images} --precision bf16", 20.0
+        "--bits 2 3 4 --schemes uniform --recalibrate_bn_images {bn_images} --precision bf16", 20.0
     ),
     "folded": Quantization("--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same", 60.0),
     "corrected": Quantization(
@@ -131,7 +131,7 @@ RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "save_preregularized_model",
     "lmbda_warmup",
     "fold_bn",
-    "hold_step",
+    "detach_step",
 }
 
 
@@ -269,7 +269,10 @@ def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> N
     print_retrained(plan, total.values())
     time = duration(sum(job.seconds for job in total.values()))
     rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores"
-    print(f"in all {len(total)} jobs, about {time}, with {rate}")
+    if not total:
+        print(f"nothing to run: all of it is done, see {plan.out / 'tables.md'}")
+    else:
+        print(f"in all {len(total)} jobs, about {time}, with {rate}")
 
 
 def print_retrained(plan: StudyPlan, jobs: Iterable[Job]) -> None:
@@ -336,6 +339,7 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     if args.tables:
         if not update_report(plan):
             parser.exit_with(1, f"error: there are no results in {plan.out} yet")
+        print(f"renewed the tables and figures in {plan.out}")
         return 0
     plan.out.mkdir(parents=True, exist_ok=True)
     with run_lock(plan.out / "study", instead="another --out"):

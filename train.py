@@ -195,7 +195,7 @@ def evaluate_epoch(
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training that is set up, and where it is logged and saved."""
 
     args: argparse.Namespace
@@ -264,21 +264,23 @@ def run(
     args: argparse.Namespace, phases: Sequence[Phase], out: Path, shutdown: GracefulShutdown
 ) -> None:
     """Train as the flags and phases say; write <out>.pt and <out>.json, and log the run."""
-    this = set_up(args, phases, out, shutdown)
+    training = set_up(args, phases, out, shutdown)
     try:
         with shutdown.deferred():
-            fit(this.state, this.train_loader, this.test_loader, phases, this.config)
-        finish(this)
+            fit(
+                training.state, training.train_loader, training.test_loader, phases, training.config
+            )
+        finish(training)
     except BaseException as error:
-        this.logger.fail(error)
+        training.logger.fail(error)
         raise
     finally:
-        print(this.logger.finish(), flush=True)
+        print(training.logger.finish(), flush=True)
 
 
 def set_up(
     args: argparse.Namespace, phases: Sequence[Phase], out: Path, shutdown: GracefulShutdown
-) -> Run:
+) -> TrainingRun:
     """Make network, loaders, optimizer and schedule, or restore them from a checkpoint."""
     started_at = time.perf_counter()
     tune_glibc_malloc()
@@ -311,35 +313,37 @@ def set_up(
     record = {"settings": settings, **describe_environment()}
     logger = WandbLogger(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
-    this = Run(
+    training = TrainingRun(
         args, out, phases, state, config, train_loader, test_loader, fixed_batch,
         dataset.num_classes, record, run_id, started_at, logger,
     )  # fmt: skip
-    this.config = replace(config, after_batch=this.after_batch, after_epoch=this.after_epoch)
-    this.checkpointer = Checkpointer(
+    training.config = replace(
+        config, after_batch=training.after_batch, after_epoch=training.after_epoch
+    )
+    training.checkpointer = Checkpointer(
         Path(f"{out}.ckpt"),
-        this.checkpoint_content,
+        training.checkpoint_content,
         args.checkpoint_every,
         args.checkpoint_minutes,
         shutdown,
     )
-    return this
+    return training
 
 
-def finish(this: Run) -> None:
+def finish(training: TrainingRun) -> None:
     """Save the weights and the record with the final accuracy, which is float32's, and log it."""
-    state, out = this.state, this.out
-    final = evaluate(state.net, this.config.criterion, this.test_loader)
+    state, out = training.state, training.out
+    final = evaluate(state.net, training.config.criterion, training.test_loader)
     final = {f"final_{key}": value for key, value in final.items()}
     save_weights(state.net, Path(f"{out}.pt"))
-    seconds = time.perf_counter() - this.started_at
-    record = {**this.record, **final, "seconds": seconds, "history": state.progress.history}
+    seconds = time.perf_counter() - training.started_at
+    record = {**training.record, **final, "seconds": seconds, "history": state.progress.history}
     save_json(record, Path(f"{out}.json"))
-    this.logger.log({"epoch": this.config.n_epochs, **final})
-    images = "held-out" if this.args.holdout else "test"
+    training.logger.log({"epoch": training.config.n_epochs, **final})
+    images = "held-out" if training.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
-    chance = math.log(this.num_classes)  # the loss of equal probabilities
+    chance = math.log(training.num_classes)  # the loss of equal probabilities
     if final["final_loss"] > DIVERGED_LOSS_RATIO * chance:
         print(
             f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
@@ -508,8 +512,8 @@ def validate_and_run(
     flags, for `warn_unused_flags`.
     """
     out = output_path(parser, args)
-    phases = reachable_phases(parser, args, phases, epoch_flags)
     warn_without_effect(parser, args, phases, requirements)
+    phases = reachable_phases(parser, args, phases, epoch_flags)
     phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
     has_own = args.resume and os.path.lexists(f"{out}.ckpt")  # then the others are not read
     for flag in ("init_from", "init_weights"):
@@ -518,9 +522,9 @@ def validate_and_run(
     if args.init_from and args.init_weights:
         parser.error("--init_from has weights already: it does not go with --init_weights")
     if args.save_preregularized_model:
-        first = next(p for p in phases if p.regularizer)
-        before = replace(first, save_as=Path(f"{out}_preregul.pt"))
-        phases = [before if p is first else p for p in phases]
+        first = next((p for p in phases if p.regularizer), None)
+        save_as = Path(f"{out}_preregul.pt")
+        phases = [replace(p, save_as=save_as) if p is first else p for p in phases]
     try:
         utils.make_tracked_regularizers(args)
         check_writable(Path(f"{out}.pt"))

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 import data
 from engine import distributed
-from engine.cli import Requirement, add_choice, bounded_number, choice_ignoring_case
+from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
 from engine.hardware import PRECISIONS, default_device, parse_device
 from models import MODELS
@@ -115,10 +115,10 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
     add("--init_weights", metavar="PT", help="start from the weights in a .pt file, at epoch 0")
     add(
         "--allow_changed_settings",
-        "--override",
         action="store_true",
         help="continue from a checkpoint although settings have changed since",
     )
+    add_alias(group, "--override", "allow_changed_settings")
     add("--watch", action="store_true", help="log histograms of every parameter and gradient")
     add(
         "--watch_freq",
@@ -230,6 +230,7 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
             kind = {"type": bounded_number(option.kind), "metavar": "N"}
         owners = ", ".join(option.regularizer_names)
         add(f"--{name}", **kind, help=f"{owners}: {option.help}; None: {option.default}")
+    add_alias(group, "--hold_step", "detach_step")
 
 
 def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:

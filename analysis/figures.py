@@ -187,7 +187,7 @@ def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Ten
     """Return every value that the quantizer gives to numbers in the range of w, in order."""
     m = w.abs().max().item()
     n = 2 ** max(17, n_bits + 5)  # closer than the grid
-    return quantizer(torch.linspace(-m, m, n + 1), n_bits, range_of=w).unique()
+    return quantizer(torch.linspace(-m, m, n + 1), n_bits, range_source=w).unique()
 
 
 def histogram_plot(

@@ -1,7 +1,6 @@
 """The quantization report: rows, and how they are printed, saved and logged."""
 
 import csv
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,28 +166,17 @@ def save_tables(
     """
     backup_existing([(folder / stem, suffix) for stem, suffix in FILES])
     save_csv(rows, COLUMNS, folder / "results.csv")
-    record = {
-        "settings": {**settings, **describe_environment()},
-        "rows": [finite_or_none(row) for row in rows],
-    }
+    record = {"settings": {**settings, **describe_environment()}, "rows": list(rows)}
     if layer_rows:
         save_csv(layer_rows, LAYER_COLUMNS, folder / "per_layer.csv")
-        record["per_layer"] = [finite_or_none(row) for row in layer_rows]
+        record["per_layer"] = list(layer_rows)
     save_json(record, folder / "results.json")
-
-
-def finite_or_none(row: Row) -> Row:
-    """Return the row with None for NaN and infinity, which JSON does not have."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
 
 
 # --- dashboard -------------------------------------------------------------------------------
 
 
-def log(
+def log_results(
     logger: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], plots: dict[str, Path]
 ) -> None:
     """Log tables, curves against bits, and the plots, paths by title, as images."""

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures import STYLE, accuracy_plot, line_style
+from analysis.figures import STYLE, accuracy_plot, line_style, save_png
 from analysis.study_lambda import Choice
 from analysis.study_results import (
-    FULL,
-    MAIN,
+    FULL_PRECISION,
+    MAIN_SETTINGS,
     SETTING,
     Setting,
     Statistics,
@@ -23,9 +23,8 @@ from analysis.study_results import (
     restrict_to_shared_seeds,
 )
 from analysis.study_tables import label
-from engine.io import atomic_write
 
-SHOWN = (  # in the figures of curves, which have seven colours
+CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
     "control",
     "l2grad",
     "stepl2grad",
@@ -47,19 +46,14 @@ ANSWER_FOLDED = {  # drawn in the right panel only
     "rangenorm_folded": ("RangeNorm, folded", "#0072B2", "s"),
 }
 ANSWER_SETTINGS: dict[str, Setting] = {
-    "full": FULL,
+    "full": FULL_PRECISION,
     **{str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)},
 }
 ANSWER_4_4: Setting = ("uniform", 4, 4)
 ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
 CHANCE = 10.0  # % of ten classes
 REFERENCE_LINE = {"color": "#666666", "linestyle": (0, (4, 3)), "linewidth": 0.9}
-SHOWN_BELOW = 8.0  # points below the control at 4 bits: candidates that drop more are cut off
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG; raises OSError."""
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png"))
+MAX_DROP_SHOWN = 8.0  # points below the control at 4 bits: candidates that drop more are cut off
 
 
 def panels(n: int, columns: int, width: float, height: float, **share: Any) -> tuple[Figure, list]:
@@ -88,15 +82,17 @@ def overview_plot(statistics: Statistics, path: Path) -> None:
     others = [variant for variant in variants if variant != base]
     means = statistics.summary.set_index(["variant", *SETTING])["mean"]
     with rc_context(STYLE):
-        columns = -(-len(MAIN) // 2)
-        figure, grid = panels(len(MAIN), columns, 2.35, 0.8 + 0.2 * len(others), sharey=True)
-        for axes, setting in zip(grid, MAIN, strict=True):
+        columns = -(-len(MAIN_SETTINGS) // 2)
+        figure, grid = panels(
+            len(MAIN_SETTINGS), columns, 2.35, 0.8 + 0.2 * len(others), sharey=True
+        )
+        for axes, setting in zip(grid, MAIN_SETTINGS, strict=True):
             _draw_differences(axes, statistics.accuracies, setting, base, others)
             mean = f"{100 * means[base, *setting]:.1f} %" if (base, *setting) in means else "–"
             axes.set(title=f"{label(setting)}\n{base}: {mean}", xlabel="points more")
         grid[0].set_yticks(range(len(others)), others)
         grid[0].set_ylim(len(others) - 0.5, -0.5)
-        save_figure(figure, path)
+        save_png(figure, path)
 
 
 def _draw_differences(
@@ -126,12 +122,12 @@ def _draw_differences(
 
 def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the means over seeds of the SHOWN variants as rows that accuracy_plot takes."""
-    shown = summary[summary["variant"].isin(SHOWN) & (summary["act_bits"] == 32)]
+    shown = summary[summary["variant"].isin(CURVE_VARIANTS) & (summary["act_bits"] == 32)]
     rows = [
         {**row, "checkpoint": row["variant"], "accuracy": row["mean"], "accuracy_std": row["std"]}
         for row in shown.astype(object).where(shown.notna(), None).to_dict("records")
     ]
-    return sorted(rows, key=lambda row: (SHOWN.index(row["variant"]), row["bits"]))
+    return sorted(rows, key=lambda row: (CURVE_VARIANTS.index(row["variant"]), row["bits"]))
 
 
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
@@ -139,7 +135,7 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
 
     The vertical line is where regularization begins, after the epoch before `first`.
     """
-    tracked = tracked[tracked["variant"].isin(SHOWN)]
+    tracked = tracked[tracked["variant"].isin(CURVE_VARIANTS)]
     groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
     means, names = groups["value"].mean(), list(tracked["name"].unique())
     with rc_context(STYLE):
@@ -147,7 +143,7 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
         legend = {}
         for axes, name in zip(grid, names, strict=True):
             variants = means[name].index.unique("variant")
-            for i, variant in enumerate(v for v in SHOWN if v in set(tracked["variant"])):
+            for i, variant in enumerate(v for v in CURVE_VARIANTS if v in set(tracked["variant"])):
                 if variant in variants:
                     curve = means[name, variant]
                     axes.plot(curve.index + 1, curve, label=variant, **line_style(i))
@@ -158,7 +154,7 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
                 axes.set_yscale("log")
             legend |= {line.get_label(): line for line in axes.get_legend_handles_labels()[0]}
         figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
-        save_figure(figure, path)
+        save_png(figure, path)
 
 
 def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
@@ -169,7 +165,7 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
     """
     control = next(iter(choices.values())).control
     tried = [a for choice in choices.values() for a in choice.candidates.values() if a]
-    low = max(100 * min(map(min, [control, *tried])), 100 * control.quantized - SHOWN_BELOW)
+    low = max(100 * min(map(min, [control, *tried])), 100 * control.quantized - MAX_DROP_SHOWN)
     high = 100 * max(map(max, [control, *tried]))
     with rc_context(STYLE):
         figure, grid = panels(len(choices), 5, 2, 1.8, sharey=True)
@@ -178,7 +174,7 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
             axes.set(title=variant, xlabel="λ", ylim=(low - 1, high + 1))
         grid[0].set_ylabel("held-out accuracy, %")
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        save_figure(figure, path)
+        save_png(figure, path)
 
 
 def _draw_candidates(axes: Axes, choice: Choice, control: Sequence[float]) -> None:
@@ -220,7 +216,7 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _draw_answer_curves(left, accuracies, curves)
         _draw_answer_dots(right, accuracies, dots)
-        save_figure(figure, path)
+        save_png(figure, path)
 
 
 Look = tuple[str, str, str]  # name, colour and marker
@@ -270,14 +266,16 @@ def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, L
     axes.set_title("4-bit weights and activations")
 
 
-def draw(out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int) -> None:
+def draw_figures(
+    out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int
+) -> None:
     """Draw the study's figures into `out`, as PNG; there is at least one result."""
     figures: dict[str, Callable[[Path], None]] = {}
     if len(statistics.accuracies.index.unique("variant")) > 1:
         figures["overview"] = lambda path: overview_plot(statistics, path)
     if curves := curve_rows(statistics.summary):
         figures["accuracy"] = lambda path: accuracy_plot(curves, path)
-    if statistics.tracked["variant"].isin(SHOWN).any():
+    if statistics.tracked["variant"].isin(CURVE_VARIANTS).any():
         figures["tracked"] = lambda path: tracked_plot(statistics.tracked, first, path)
     if choices:
         figures["choice"] = lambda path: choice_plot(choices, path)

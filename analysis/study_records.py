@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import FileError
-from engine.io import atomic_write, read_json
+from engine.io import CONTENT_ERRORS, atomic_write, read_json
 
 ARCHIVE_NAME = "records.jsonl.gz"
 JOB_FOLDERS = re.compile("tuning|seed(0|[1-9][0-9]*)")
-CONTENT_ERRORS = (ValueError, LookupError, TypeError, AttributeError)  # of JSON of another shape
 
 
 class StudyRecords:

@@ -24,9 +24,9 @@ def update_report(plan: StudyPlan) -> bool:
             results += finished_results(plan, name, choice.lmbda if choice else None)
     if results:
         first = plan.epochs["first"]
-        statistics = Statistics.of_rows(*study_results.read(results, plan.records, first))
-        study_tables.write(plan.out, statistics, results, choices)
-        study_figures.draw(plan.out, statistics, choices, first)
+        statistics = Statistics.from_rows(*study_results.read_results(results, plan.records, first))
+        study_tables.write_tables(plan.out, statistics, results, choices)
+        study_figures.draw_figures(plan.out, statistics, choices, first)
     return bool(results)
 
 

@@ -21,7 +21,7 @@ from analysis.report import UNQUANTIZED
 from analysis.study_records import StudyRecords
 
 Setting = tuple[str, int, int]
-FULL: Setting = (UNQUANTIZED, 32, 32)
+FULL_PRECISION: Setting = (UNQUANTIZED, 32, 32)
 UNIFORM_4: Setting = ("uniform", 4, 32)
 SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others keep their scheme's
     ("recalibrated", "uniform"): "recalibrated",
@@ -31,17 +31,17 @@ SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others k
 }
 # Of the first table and of the README's.
 SUMMARY_SETTINGS: list[Setting] = [
-    FULL,
+    FULL_PRECISION,
     *(("uniform", bits, 32) for bits in (4, 3, 2)),
     ("uniform", 4, 4),
 ]
 # Of the tables of differences and the overview figure.
-MAIN: list[Setting] = [
-    FULL,
+MAIN_SETTINGS: list[Setting] = [
+    FULL_PRECISION,
     *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
     *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
 ]
-PAIRS = (  # compared beside every variant minus the control
+COMPARED_PAIRS = (  # compared beside every variant minus the control
     ("l2grad", "l1grad"),
     ("l2grad_weights", "l1grad_weights"),
     ("stepl2grad", "stepl1grad"),
@@ -126,7 +126,7 @@ def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[
                 yield dict(zip(TRACKED_COLUMNS, (*values, value), strict=True))
 
 
-def read(
+def read_results(
     results: Sequence[Result], records: StudyRecords, first: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the rows of all results, and what was tracked; raises FileError.
@@ -202,7 +202,7 @@ def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
     """
     by_variant = {name: group.droplevel(0) for name, group in accuracies.groupby(level=0)}
     variants = accuracies.index.unique("variant")
-    pairs = [*PAIRS, *((name, "control") for name in variants if name != "control")]
+    pairs = [*COMPARED_PAIRS, *((name, "control") for name in variants if name != "control")]
     tables = {
         (a, b): mean_intervals(by_variant[a] - by_variant[b])
         for a, b in pairs
@@ -213,8 +213,8 @@ def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
 
 def network_drops(accuracies: pd.DataFrame) -> pd.DataFrame:
     """Return what each setting costs each network: full precision minus its accuracy there."""
-    full = accuracies[FULL] if FULL in accuracies else np.nan
-    return accuracies.drop(columns=[FULL], errors="ignore").rsub(full, axis="index")
+    full = accuracies[FULL_PRECISION] if FULL_PRECISION in accuracies else np.nan
+    return accuracies.drop(columns=[FULL_PRECISION], errors="ignore").rsub(full, axis="index")
 
 
 def accuracy_drops(drops: pd.DataFrame) -> pd.DataFrame:
@@ -314,7 +314,7 @@ class Statistics:
     final_values: pd.DataFrame | None  # None where nothing was tracked
 
     @classmethod
-    def of_rows(cls, rows: pd.DataFrame, tracked: pd.DataFrame) -> "Statistics":
+    def from_rows(cls, rows: pd.DataFrame, tracked: pd.DataFrame) -> "Statistics":
         """Work everything out; there is at least one row."""
         accuracies, shared_rows = accuracy_matrix(rows), restrict_to_shared_seeds(rows)
         drops = network_drops(accuracies)

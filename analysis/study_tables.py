@@ -8,8 +8,8 @@ import pandas as pd
 from analysis.study_lambda import Choice, HoldoutAccuracy
 from analysis.study_records import ARCHIVE_NAME
 from analysis.study_results import (
-    FULL,
-    MAIN,
+    FULL_PRECISION,
+    MAIN_SETTINGS,
     SETTING,
     SUMMARY_SETTINGS,
     Groups,
@@ -70,7 +70,7 @@ CHOICE_NOTE = (
 def label(setting: Setting) -> str:
     """Return the setting as a column's title."""
     scheme, bits, act_bits = setting
-    if setting == FULL:
+    if setting == FULL_PRECISION:
         return "full precision"
     return f"{scheme} {bits}" if act_bits == 32 else f"{scheme} ({bits},{act_bits})"
 
@@ -213,17 +213,17 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
 def accuracy_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[str]:
     """Return the paragraphs about accuracies, differences and accuracy drops."""
     table = statistics.differences
-    n_intervals = sum(setting in MAIN for setting in _settings_of(table))
+    n_intervals = sum(setting in MAIN_SETTINGS for setting in _settings_of(table))
     return [
         "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
         accuracies.table(SUMMARY_SETTINGS),
         SUMMARY_NOTE,
         "## Paired differences, percentage points, 95 % confidence interval",
-        interval_table(table, MAIN),
+        interval_table(table, MAIN_SETTINGS),
         f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
         f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
         "## Accuracy drop: full precision minus quantized, 95 % confidence interval",
-        interval_table(statistics.accuracy_drops, MAIN[1:]),
+        interval_table(statistics.accuracy_drops, MAIN_SETTINGS[1:]),
         "Percentage points, of the same network, over seeds.",
     ]
 
@@ -232,8 +232,8 @@ def scheme_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[
     """Return a table of accuracies for each scheme, by falling numbers of bits."""
     settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
     sections = []
-    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL):
-        columns = [FULL, *(setting for setting in settings if setting[0] == scheme)]
+    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
+        columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
         sections += [f"## {scheme}", accuracies.table(columns)]
     return sections
 
@@ -243,7 +243,7 @@ def tracked_sections(statistics: Statistics) -> list[str]:
     values, shared = statistics.final_values, statistics.shared_networks
     if values is None:
         return []
-    drops = statistics.drops.loc[shared].reindex(columns=[s for s in MAIN[1:] if s[1] > 2])
+    drops = statistics.drops.loc[shared].reindex(columns=[s for s in MAIN_SETTINGS[1:] if s[1] > 2])
     sections = [
         "## What the regularizers did",
         tracked_table(values),
@@ -277,7 +277,7 @@ def document(
     return "\n\n".join(sections) + "\n"
 
 
-def write(
+def write_tables(
     out: Path, statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
 ) -> None:
     """Write tables.md, answer.md and the CSV files into `out`; there is at least one result."""

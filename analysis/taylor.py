@@ -41,7 +41,7 @@ def taylor_terms(net: nn.Module, loader: Loader, deltas: Sequence[Delta]) -> lis
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
     g, second_order = gradient_and_curvatures(net, loader, deltas)
     return [
-        TaylorTerms(dot(g, delta).item(), bound(g, delta), curvature)
+        TaylorTerms(dot(g, delta).item(), first_order_bound(g, delta), curvature)
         for delta, curvature in zip(deltas, second_order, strict=True)
     ]
 
@@ -77,7 +77,7 @@ def dot(a: Delta, delta: Delta) -> Tensor:
     return sum((a[key] * d).sum() for key, d in delta.items())
 
 
-def bound(g: Delta, delta: Delta) -> float:
+def first_order_bound(g: Delta, delta: Delta) -> float:
     """Return ‖g‖₁·‖Δ‖_∞ over the parameters that Δ changes."""
     l1_norm = sum(g[key].abs().sum().item() for key in delta)
     return l1_norm * max(d.abs().max().item() for d in delta.values())

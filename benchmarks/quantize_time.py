@@ -75,7 +75,7 @@ def time_ours(weights: list[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
             quantized = [qu.pwlq(w, N_BITS, per_channel=True) for w in weights]
             seconds.append(time.perf_counter() - began)
         shown = ", ".join(f"{s:.3f}" for s in seconds[-ROUNDS:])
-        print(f"vectorised, {threads} thread(s): {shown} s")
+        print(f"vectorized, {threads} thread(s): {shown} s")
     return quantized, min(seconds)
 
 

@@ -1,10 +1,11 @@
 """Time a training step: the plain reference against ours, alternating, on the same batch.
 
 The reference is what a user would write: PyTorch's own modules, float32, the contiguous layout,
-gradients by `create_graph=True`, penalty added to the loss. Ours is `engine.gradients.compute_gradients`. Each
-has a process of its own and they take turns of two steps, of which the second is timed: as in
-training, it follows a step of its own kind. A slow moment of the machine meets all sides; a ratio
-is the median of the ratios within a turn. The last line is a JSON object.
+gradients by `create_graph=True`, penalty added to the loss. Ours is
+`engine.gradients.compute_gradients`. Each has a process of its own and they take turns of two
+steps, of which the second is timed: as in training, it follows a step of its own kind. A slow
+moment of the machine meets all sides; a ratio is the median of the ratios within a turn. The last
+line is a JSON object.
 
     python benchmarks/step_time.py [--rounds 15] [--batch_size 128] [--device cpu]
 """

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engine import distributed
 from engine.errors import ReportedError
@@ -136,6 +136,22 @@ def add_choice(
         default=default,
         metavar="{" + ",".join(names) + "}",
         help=help,
+    )
+
+
+def add_alias(
+    group: argparse._ArgumentGroup,
+    old_flag: str,
+    dest: str,
+    action: str = "store_true",
+    **kind: Any,
+) -> None:
+    """Add the old spelling of the flag `dest`, which comes first and whose default it has.
+
+    --help does not show it.
+    """
+    group.add_argument(
+        old_flag, dest=dest, action=action, default=None, help=argparse.SUPPRESS, **kind
     )
 
 

@@ -119,7 +119,7 @@ def torch_save(value: Any, path: Path) -> None:
 
 
 def torch_load(path: Path) -> Any:
-    """Read onto the CPU what torch.save wrote: tensors and plain containers, checked against their checksums.
+    """Read onto the CPU what torch.save wrote: tensors and plain containers, with checksums.
 
     No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
     in one line, for whatever is wrong.
@@ -166,6 +166,8 @@ def _without_nan(value: Any) -> Any:
 def load_weights(net: nn.Module, path: Path) -> None:
     """Read a .pt file into the network; FileError, in one line, where it is not of that network."""
     state = torch_load(path)
+    if isinstance(state, dict) and {"format", "net"} <= state.keys():
+        raise FileError(f"{path} is a checkpoint (.ckpt): give the weights (.pt) beside it")
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(t, torch.Tensor) and not t.is_complex()
         for name, t in state.items()

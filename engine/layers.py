@@ -8,7 +8,7 @@ norm takes its statistics over all of it, in every order: its sums are sums over
 
     y = conv2d(x, weight); y = batch_norm_relu(y, gamma, beta, running_mean, running_var)
 
-or, as modules with the parameters, initialisers and `state_dict` keys of PyTorch's own, `Conv2d`
+or, as modules with the parameters, initializers and `state_dict` keys of PyTorch's own, `Conv2d`
 and `BatchNormReLU`. Under `torch.autocast` convolutions take its dtype; statistics stay float32.
 """
 
@@ -195,7 +195,7 @@ def _rows(t):
 
 
 def _sum(x):
-    """Sum x (N, C, S) over N and S; in two stages, which vectorise in either memory format."""
+    """Sum x (N, C, S) over N and S; in two stages, which vectorize in either memory format."""
     return x.sum(2).sum(0)
 
 
@@ -349,8 +349,8 @@ def set_sync_bn(net: nn.Module, enabled: bool) -> None:
             m.sync = enabled
         elif enabled and isinstance(m, nn.modules.batchnorm._BatchNorm):
             raise SetupError(
-                f"--sync_bn: {name} is a {type(m).__name__}, and only BatchNormReLU of engine/layers.py takes "
-                "statistics over several processes: use that, or --no-sync_bn"
+                f"--sync_bn: {name} is a {type(m).__name__}, and only BatchNormReLU of "
+                "engine/layers.py sums over several processes: use that, or --no-sync_bn"
             )
 
 
@@ -437,9 +437,12 @@ class BatchNormReLU(nn.BatchNorm2d):
 # --- which layers ----------------------------------------------------------------------------
 
 
+LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized and quantized
+
+
 def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return every convolution and linear layer by name, in module order."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    return {name: m for name, m in net.named_modules() if isinstance(m, LAYER_TYPES)}
 
 
 def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ def seeded_generator(*key: object) -> torch.Generator:
 
 
 class Loader:
-    """Batches of images held in memory as uint8, cropped, flipped and normalised all at once.
+    """Batches of images held in memory as uint8, cropped, flipped and normalized all at once.
 
     Order, crops and flips are a pure function of (seed, epoch, position): the global random
     streams are neither read nor moved, and an epoch can be entered at any batch.
@@ -36,7 +36,7 @@ class Loader:
         rank, world_size: this process yields its contiguous share of each batch, which may be
             empty; the shares of all ranks in order are exactly the batch of a single process.
         memory_format: of the batches.
-        cache: keep the normalised batches (do not write to them); for evaluation only.
+        cache: keep the normalized batches (do not write to them); for evaluation only.
 
     Raises:
         ValueError: a batch size, rank or shape that makes no sense, or a cache of random batches.

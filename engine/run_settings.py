@@ -21,6 +21,7 @@ MUST_MATCH_INIT_FROM = {
     "model", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset", "train_subset",
     "holdout", "batch_size", "seed", "precision",
 }  # fmt: skip
+LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}
 LEGACY_DEFAULTS = {"sync_bn": True}  # of settings that older checkpoints do not have
 
 
@@ -58,12 +59,18 @@ def load_init_from(args: argparse.Namespace, schedule: Iterable[str]) -> dict[st
     return {**checkpoint, "run_id": None}
 
 
+def read_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a checkpoint under today's names."""
+    saved = {LEGACY_NAMES.get(name, name): value for name, value in checkpoint["settings"].items()}
+    return {**LEGACY_DEFAULTS, **saved}
+
+
 def check_settings(
     args: argparse.Namespace, checkpoint: dict[str, Any], path: str, names: Iterable[str]
 ) -> None:
     """Print which of the settings differ from the checkpoint's; FileError where that matters."""
     validate_structure(checkpoint, {"settings": dict, "run_id": str, "seconds": float}, path)
-    current, saved = vars(args), {**LEGACY_DEFAULTS, **checkpoint["settings"]}
+    current, saved = vars(args), read_settings(checkpoint)
     for name, value in saved.items():
         values = value if isinstance(value, list) else [value]
         validate_structure([name], [str], f"{path}: settings")

@@ -61,7 +61,7 @@ class WandbLogger:
                 )
                 self.folder = Path(os.path.relpath(Path(self.run.dir).parent))
                 break
-            except Exception as error:  # whatever the logger raises, the training goes on
+            except Exception as error:  # whatever the logger raises, training continues
                 warn(f"Weights & Biases, {mode}: {error}")
                 self._attempt(2 * FINISH_SECONDS, wandb.teardown)  # else the id is still in use
         self.healthy = True  # so far

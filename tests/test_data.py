@@ -394,7 +394,7 @@ def test_subset_and_holdout():
         (data.use_holdout_as_test, 0),
         (data.use_holdout_as_test, 2000),
     ]:
-        with pytest.raises(ValueError, match="n must be in"):
+        with pytest.raises(ValueError, match="choose 1 to"):
             make(d, n)
 
 
@@ -470,7 +470,7 @@ def test_the_shares_of_all_ranks_make_the_batch(n, world_size):
 
 def test_augmentation_is_torchvisions_applied_image_by_image():
     a = loader(200, 64, seed=9, shuffle=True, augment=True)
-    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     images = loader(200).images.permute(0, 2, 3, 1).numpy()
     draws = zip(*(draw.tolist() for draw in a._sample_augmentation(4)), strict=True)
     x = torch.cat([x for x, _ in a.batches(4)])
@@ -478,7 +478,7 @@ def test_augmentation_is_torchvisions_applied_image_by_image():
         padded = transforms.functional.pad(Image.fromarray(images[index]), 4)
         image = transforms.functional.crop(padded, row, column, 32, 32)
         image = transforms.functional.hflip(image) if flip else image
-        torch.testing.assert_close(got, normalise(image), atol=2e-6, rtol=0)
+        torch.testing.assert_close(got, normalize(image), atol=2e-6, rtol=0)
 
 
 def test_draws_cover_their_range_evenly():
@@ -495,7 +495,7 @@ def test_draws_cover_their_range_evenly():
     assert (order == torch.arange(20_000)).sum() < 20
 
 
-def test_without_augmentation_images_are_normalised_as_torchvision_does():
+def test_without_augmentation_images_are_normalized_as_torchvision_does():
     a = loader()
     x, y = (torch.cat(parts) for parts in zip(*a.batches(0), strict=True))
     expected = transforms.functional.normalize(a.images / 255, MEAN, STD)

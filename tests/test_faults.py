@@ -283,7 +283,7 @@ def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
     lines = read_log(tmp_path).splitlines()
     assert "Traceback" not in read_log(tmp_path)
     assert [line for line in lines if "error:" in line] == [lines[-1]]
-    assert any("the training goes on" in line for line in lines)
+    assert any("training continues" in line for line in lines)
 
 
 # --- hostile files and command lines ----------------------------------------------------------

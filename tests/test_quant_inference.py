@@ -128,7 +128,7 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         assert row["accuracy_change"] == row["accuracy"] - rows[0]["accuracy"]
         assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
         assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
-    net = qi.load(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), tiny, foldable=True)
+    net = qi.load_network(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), tiny, foldable=True)
     for row, quantizer in ((rows[1], qu.uniform), (rows[3], qu.pwlq)):
         net_q, layers = qu.quantize_model(net, quantizer, 3)
         assert row["squared_error"] == qu.model_error(layers)

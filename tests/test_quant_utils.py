@@ -64,7 +64,7 @@ def grid_of(name, w, n_bits):
     """Every value that the quantizer can give to a tensor of the range of w."""
     m = w.abs().max().item()
     sweep = torch.linspace(-m, m, 40_001, dtype=w.dtype)
-    return quantize(name, torch.cat([sweep, w.flatten()]), n_bits, range_of=w).unique()
+    return quantize(name, torch.cat([sweep, w.flatten()]), n_bits, range_source=w).unique()
 
 
 # --- properties of every quantizer -----------------------------------------------------------
@@ -85,7 +85,9 @@ def test_same_shape_pure_and_in_range(name, w, n_bits, per_channel):
 def test_number_of_levels_also_with_a_bias_beyond_the_range(name, n_bits):
     w = torch.randn(5000, generator=seeded()).double()
     bias = torch.tensor([-50.0, -0.1, 0.0, 0.1, 50.0]).double()
-    grid = torch.cat([grid_of(name, w, n_bits), quantize(name, bias, n_bits, range_of=w)]).unique()
+    grid = torch.cat(
+        [grid_of(name, w, n_bits), quantize(name, bias, n_bits, range_source=w)]
+    ).unique()
     scheme = name if name in qu.QUANTIZERS else "pwlq"
     assert len(grid) <= qu.n_levels(scheme, n_bits)
     if name in ("dorefa", "pwlq", "laplace", "approximate"):
@@ -95,8 +97,8 @@ def test_number_of_levels_also_with_a_bias_beyond_the_range(name, n_bits):
 @pytest.mark.parametrize("name", sorted({*ALL} - {"overlapping"}))  # its tails cross the breakpoint
 @check(w=tensors(), n_bits=st.integers(2, 12))
 def test_values_on_the_grid_stay(name, w, n_bits):
-    w_q = quantize(name, w, n_bits, range_of=w)
-    torch.testing.assert_close(quantize(name, w_q, n_bits, range_of=w), w_q, rtol=1e-9, atol=0)
+    w_q = quantize(name, w, n_bits, range_source=w)
+    torch.testing.assert_close(quantize(name, w_q, n_bits, range_source=w), w_q, rtol=1e-9, atol=0)
 
 
 @check(w=tensors(), n_bits=st.integers(2, 16))
@@ -164,7 +166,7 @@ def test_per_channel_is_a_loop_over_channels(name, w, n_bits):
 def test_per_channel_bias_is_on_the_grid_of_its_channel():
     w = torch.tensor([[1.0, 0.2], [100.0, 3.0]])
     bias = torch.tensor([30.0, 30.0])
-    at_4_bits = qu.uniform(bias, 4, per_channel=True, range_of=w)
+    at_4_bits = qu.uniform(bias, 4, per_channel=True, range_source=w)
     torch.testing.assert_close(at_4_bits, torch.tensor([7 * 2 / 15, 2 * 200 / 15]))
 
 
@@ -176,7 +178,9 @@ def test_per_channel_bias_is_on_the_grid_of_its_channel():
 def test_all_zero_stays_and_its_bias_becomes_zero(name, per_channel):
     zeros = torch.zeros(3, 2)
     assert torch.equal(quantize(name, zeros, 4, per_channel=per_channel), zeros)
-    bias = quantize(name, torch.tensor([0.0, 2, -3]), 4, per_channel=per_channel, range_of=zeros)
+    bias = quantize(
+        name, torch.tensor([0.0, 2, -3]), 4, per_channel=per_channel, range_source=zeros
+    )
     assert not bias.any()
 
 
@@ -203,7 +207,7 @@ def test_not_finite_is_refused(name, value):
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantize(name, w, 4)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        quantize(name, w, 4, range_of=torch.ones(3))
+        quantize(name, w, 4, range_source=torch.ones(3))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -344,6 +348,21 @@ def net():
             module.running_mean.normal_()
             module.running_var.uniform_(0.1, 3)
     return net
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "message"),
+    [
+        (lambda w, n_bits, **_: w[0], r"conv: the quantizer returned \(3, 3, 3\)"),
+        (lambda w, n_bits, **_: None, "conv: the quantizer returned NoneType"),
+        (lambda w, n_bits, **_: w * float("nan"), "conv: the quantizer returned values that are"),
+    ],
+)
+def test_what_is_no_quantized_weight_is_refused(quantizer, message):
+    net = nn.Sequential()
+    net.add_module("conv", nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match=message):
+        qu.quantize_model(net, quantizer, 4, biases=False)
 
 
 def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):

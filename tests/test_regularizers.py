@@ -163,7 +163,7 @@ def test_step_norms_are_blind_to_the_scale_of_weights(make):
 @pytest.mark.parametrize("make", [StepL1Grad, StepL2Grad])
 def test_a_step_that_is_held_has_the_value_but_not_the_derivative(make):
     weights, w_grads = [w.requires_grad_() for w in tensors(0)], tensors(1)
-    held = make(1.0, hold_step=True)(weights, w_grads)
+    held = make(1.0, detach_step=True)(weights, w_grads)
     torch.testing.assert_close(held, make(1.0)(weights, w_grads))
     assert not held.requires_grad and make(1.0)(weights, w_grads).requires_grad
 
@@ -299,10 +299,10 @@ def test_options_go_to_those_that_take_them():
 def test_an_annotated_argument_is_an_option(monkeypatch):
     names = ("StepL1Grad", "StepL2Grad", "StepNoise")
     found = regularizer_options()
-    assert set(found) == {"fold_bn", "target_bits", "hold_step"}
+    assert set(found) == {"fold_bn", "target_bits", "detach_step"}
     assert (found["target_bits"].kind, found["target_bits"].default) == (int, 4)
-    assert (found["hold_step"].kind, found["hold_step"].regularizer_names) == (bool, names)
-    assert {name for name in found if not found[name].tracked} == {"fold_bn", "hold_step"}
+    assert (found["detach_step"].kind, found["detach_step"].regularizer_names) == (bool, names)
+    assert {name for name in found if not found[name].tracked} == {"fold_bn", "detach_step"}
 
     class MyNorm(Regularizer):
         def __init__(self, lmbda, target_bits: TargetBits = 8):

@@ -53,7 +53,7 @@ def test_rows_plots_and_curves_are_logged(tmp_path):
         wandb=SimpleNamespace(Table=lambda columns, cells: cells, Image=lambda path: path),
         log=logged.append,
     )
-    report.log(logger, rows, [], {"accuracy": picture})
+    report.log_results(logger, rows, [], {"accuracy": picture})
     curve, rest = logged
     assert curve["bits"] == 4 and curve["accuracy/a_net/uniform"] == 0.5
     assert set(defined) == set(curve) - {"bits"} and set(defined.values()) == {"bits"}

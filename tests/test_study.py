@@ -20,7 +20,7 @@ import quant_inference
 import study
 import train
 from analysis import study_figures, study_jobs, study_report, study_results, study_tables
-from analysis.study_figures import draw
+from analysis.study_figures import draw_figures
 from analysis.study_jobs import Job, next_ready_job, pending
 from analysis.study_lambda import select_lambda
 from engine.io import run_lock
@@ -96,7 +96,7 @@ def scripts(tmp_path, monkeypatch):
     ):
         (tmp_path / "scripts" / name).write_text(text)
     monkeypatch.setattr(study, "SCRIPTS", tmp_path / "scripts")
-    monkeypatch.setattr(study_figures, "draw", lambda *_: None)  # it takes a second
+    monkeypatch.setattr(study_figures, "draw_figures", lambda *_: None)  # it takes a second
     l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)
     before = signal.getsignal(signal.SIGTERM)
@@ -339,7 +339,7 @@ def test_a_settings_file_that_holds_something_else(changed, reason, mode, script
         ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
         ("--train_flags=--fold_bn", "--fold_bn"),
-        ("--train_flags=--hold_step", "--hold_step"),
+        ("--train_flags=--hold_step", "--detach_step"),
         ("--train_flags=--model ConvNet --dataset Synthetic", "--dataset"),
         ("--data_flags=--holdout 9", "--data_flags: --holdout"),
         ("--data_flags=--lr 1", "--lr"),
@@ -572,7 +572,7 @@ def test_a_small_data_set_limits_the_number_of_images(flags, holdout, capsys):
     output = capsys.readouterr().out
     small = holdout != 5000
     assert plan.holdout == holdout
-    bn_flags = f"--bn_images {2000 if small else 4000} "
+    bn_flags = f"--recalibrate_bn_images {2000 if small else 4000} "
     assert bn_flags in plan.quantizations["recalibrated"].flags
     assert output.count("Synthetic has 2000 training images") == small + (holdout == 200)
 
@@ -605,7 +605,7 @@ def test_a_fresh_clone_renews_its_tables_and_knows_what_is_done(fresh_clone, scr
     capsys.readouterr()
     flags = ["--only", "control", "l2grad", "--seeds", "0"]
     study.main(["--out", "out", "--plan", *flags])
-    assert "in all 0 jobs" in capsys.readouterr().out and not Path("out/seed0").exists()
+    assert "nothing to run: all of it is done" in capsys.readouterr().out and not Path("out/seed0").exists()
     n_trainings = len(scripts())
     assert main(*flags) == 0 and len(scripts()) == n_trainings
     assert main(*flags, "1") == 0  # another seed has the λ that was chosen
@@ -727,9 +727,11 @@ def test_tables_of_means_deviations_and_commands(scripts):
         for name in ("control", "l2grad")
         for result in study_report.finished_results(plan, name, plan.chosen_lambda(name))
     ]
-    tables = study_results.read(results, plan.records, plan.epochs["first"])
+    tables = study_results.read_results(results, plan.records, plan.epochs["first"])
     choices = {"l2grad": plan.saved_choice("l2grad")}
-    draw(Path("out"), study_results.Statistics.of_rows(*tables), choices, plan.epochs["first"])
+    draw_figures(
+        Path("out"), study_results.Statistics.from_rows(*tables), choices, plan.epochs["first"]
+    )
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
         assert Path("out", plot).stat().st_size > 10_000
     answer = Path("out/answer.md").read_text(encoding="utf-8").splitlines()

@@ -602,7 +602,7 @@ def test_options_reach_those_that_take_them(monkeypatch):
     options = ["--target_bits", "3"]
     train.main(["--regularizer", "stepl2grad", *options, "--hold_step", "--track", "L2grad"])
     made = started["phases"][0].regularizer
-    assert (made.name, made.target_bits, made.hold_step) == ("StepL2Grad", 3, True)
+    assert (made.name, made.target_bits, made.detach_step) == ("StepL2Grad", 3, True)
     assert started["track"] == ["L2Grad"]
     train.main(["--track", "StepNoise", *options])  # of what is tracked only
     assert started["target_bits"] == 3
@@ -804,8 +804,8 @@ UNUSED = [
     (["--save_preregularized_model"], "--save_preregularized_model (needs a regularizer)"),
     (["--target_bits", "3"], "--target_bits (needs --regularizer StepL1Grad or StepL2Grad"),
     (["--regularizer", "L2Grad", "--target_bits", "3"], "--target_bits"),
-    (["--regularizer", "VarianceNorm", "--hold_step"], "--hold_step"),
-    (["--track", "StepL2Grad", "--hold_step"], "--hold_step"),
+    (["--regularizer", "VarianceNorm", "--hold_step"], "--detach_step"),
+    (["--track", "StepL2Grad", "--hold_step"], "--detach_step"),
     (["--track", "RangeNorm", "--fold_bn"], "--fold_bn (needs --regularizer KurtosisNorm or Range"),
 ]
 
@@ -826,7 +826,8 @@ def test_flags_without_effect_are_named_and_ignored(flags, message, started, cap
     assert printed.count("\n") == 1 and "ignored, without effect: " in printed
     assert message in printed
     flag = flags[-1] if flags[-1].startswith("--") else flags[-2]
-    name = "allow_changed_settings" if flag == "--override" else flag[2:]
+    new_spelling = {"--override": "allow_changed_settings", "--hold_step": "detach_step"}
+    name = new_spelling.get(flag, flag[2:])
     assert vars(args)[name] == train.make_parser().get_default(name)
 
 
@@ -986,7 +987,8 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"inputs": ("weights",)}, "needs a `name`"),
+        ({"inputs": ("weights",)}, "`name` is None"),
+        ({"name": "RangeNorm", "inputs": ("weights",)}, "`name` is 'RangeNorm'"),
         ({"name": "MyNorm", "inputs": ("gradients",)}, r"`inputs` is \('gradients',\)"),
         ({"name": "MyNorm", "inputs": "weights"}, "`inputs` is 'weights'"),
         ({"name": "MyNorm"}, "`inputs` is None"),

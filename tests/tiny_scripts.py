@@ -40,7 +40,7 @@ class Tiny(reference.SmoothNet):
 
 
 class TinyFused(nn.Module):
-    """The same of fused layers, whose batch norms synchronise."""
+    """The same of fused layers, whose batch norms synchronize."""
 
     def __init__(self, num_classes: int = 4) -> None:
         super().__init__()
