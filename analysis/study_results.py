@@ -287,6 +287,8 @@ def correlations(
 ) -> list[float]:
     """Return the rank correlation of x and y, values of networks, in each group where it exists."""
     pairs = pd.DataFrame({"x": x, "y": y}).dropna()
+    if len(pairs) < MIN_NETWORKS:
+        return []
     groups = [group for group in grouped(pairs) if len(group) >= MIN_NETWORKS]
     rhos = [rank_correlation(group["x"], group["y"]) for group in groups]
     return [rho for rho in rhos if rho is not None]

@@ -15,7 +15,9 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 SECONDS = 300
-FORKS.set_forkserver_preload(["torch", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"])
+FORKS.set_forkserver_preload(
+    ["torch", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"]
+)
 
 
 def call(

@@ -469,8 +469,22 @@ def test_jobs_that_were_run_predict_how_long_the_next_ones_take(scripts):
     assert make_plan("--epoch_seconds", "100").trunk(7, tuning=False).seconds == 400
 
 
-@pytest.mark.parametrize("max_parallel", ["1", "3"])
-@pytest.mark.parametrize(("failing", "taken"), [("0.01", 0.03), ("0.03", 0.01), ("0.1", 0.03)])
+@pytest.mark.parametrize(
+    ("max_parallel", "failing", "taken"),
+    [
+        ("1", "0.01", 0.03),
+        ("3", "0.03", 0.01),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("1", "0.03", 0.01),
+                ("1", "0.1", 0.03),
+                ("3", "0.01", 0.03),
+                ("3", "0.1", 0.03),
+            )
+        ),
+    ],
+)
 def test_a_candidate_that_fails_is_left_out_and_reported(
     failing, taken, max_parallel, scripts, monkeypatch, capsys
 ):
@@ -605,7 +619,10 @@ def test_a_fresh_clone_renews_its_tables_and_knows_what_is_done(fresh_clone, scr
     capsys.readouterr()
     flags = ["--only", "control", "l2grad", "--seeds", "0"]
     study.main(["--out", "out", "--plan", *flags])
-    assert "nothing to run: all of it is done" in capsys.readouterr().out and not Path("out/seed0").exists()
+    assert (
+        "nothing to run: all of it is done" in capsys.readouterr().out
+        and not Path("out/seed0").exists()
+    )
     n_trainings = len(scripts())
     assert main(*flags) == 0 and len(scripts()) == n_trainings
     assert main(*flags, "1") == 0  # another seed has the λ that was chosen
