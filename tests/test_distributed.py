@@ -382,6 +382,7 @@ def children(pid):
     return results
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
     """Through torchrun: a rank is killed, all are started again, the result has the same bits."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

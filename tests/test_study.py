@@ -438,6 +438,7 @@ def test_a_run_chooses_lambda_tests_once_and_is_not_repeated(scripts):
     }
 
 
+@pytest.mark.slow
 def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
     monkeypatch.setenv("MEET", "out/seed0/l2grad_0.03 out/seed1/l2grad_0.03")
     monkeypatch.setattr(study_jobs.torch, "get_num_threads", lambda: 8)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import reference
+import tiny_scripts
 import torch
 from torch import nn
 
@@ -18,7 +19,6 @@ from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
 from engine.loader import Loader
 from engine.train_state import TrainProgress, TrainState
-from models import ConvNet
 from regularizers import (
     REGULARIZERS,
     CombinedReg,
@@ -371,7 +371,7 @@ def test_frozen_batch_norms_are_those_of_evaluation():
     """An epoch at learning rate 0 against plain double backprop in evaluation mode."""
     seen, regularizer = [], LPGrad(0.1, 2)
     torch.manual_seed(3)
-    net = ConvNet()
+    net = tiny_scripts.TinyFused(10)
     small_fit(
         [Phase(0), Phase(1, regularizer)],
         2,
