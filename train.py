@@ -297,13 +297,11 @@ def set_up(
     )
     compiled = layers.set_compile(args.compile)
     state, run_id = make_state(args, dataset, phases), new_run_id()
-    if args.init_weights and not checkpoint:
-        load_weights(state.net, Path(args.init_weights))
     if checkpoint:
-        state.load_state_dict(checkpoint, args.n_epochs, len(train_loader))
-        check_phases(state.progress, phases, args, is_own)
-        print(where_it_continues(state.progress, args, is_own))
+        continue_from(checkpoint, state, args, phases, len(train_loader), is_own)
         run_id, started_at = checkpoint["run_id"] or run_id, started_at - checkpoint["seconds"]
+    elif args.init_weights:
+        load_weights(state.net, Path(args.init_weights))
     if not args.resume:
         files = [(out, suffix) for suffix in RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
@@ -426,6 +424,20 @@ def find_checkpoint(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any]
     schedule = utils.schedule_settings(args)
     own = load_for_resume(args, out, schedule) if args.resume else None
     return own or load_init_from(args, schedule), own is not None
+
+
+def continue_from(
+    checkpoint: dict[str, Any],
+    state: TrainState,
+    args: argparse.Namespace,
+    phases: Sequence[Phase],
+    n_batches: int,
+    is_own: bool,
+) -> None:
+    """Restore the state from the checkpoint, and print where it continues; FileError if unfit."""
+    state.load_state_dict(checkpoint, args.n_epochs, n_batches)
+    check_phases(state.progress, phases, args, is_own)
+    print(where_it_continues(state.progress, args, is_own))
 
 
 def where_it_continues(progress: TrainProgress, args: argparse.Namespace, is_own: bool) -> str:

@@ -73,12 +73,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a training that do not say which regularizer works when."""
     add_run_arguments(parser.add_argument_group("run"))
+    add_checkpoint_arguments(parser.add_argument_group("start, checkpoints and resuming"))
     add_optimization_arguments(parser.add_argument_group("training"))
     add_precision_arguments(parser.add_argument_group("precision and batch norm"))
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the flags for names, files, checkpoints and histograms."""
+    """Add the flags for names, files and histograms."""
     add = group.add_argument
     positive = bounded_number(int, at_least=1)
     add("--run_name", help="name of the run; None: made of model, data set and penalty")
@@ -88,6 +89,20 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="save the weights just before regularization begins, too, in <…>_preregul.pt",
     )
+    add("--watch", action="store_true", help="log histograms of every parameter and gradient")
+    add(
+        "--watch_freq",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --watch, log histograms every N batches",
+    )
+
+
+def add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for checkpoints and for where a run starts."""
+    add = group.add_argument
+    positive = bounded_number(int, at_least=1)
     add(
         "--checkpoint_every",
         type=positive,
@@ -119,14 +134,6 @@ def add_run_arguments(group: argparse._ArgumentGroup) -> None:
         help="continue from a checkpoint although settings have changed since",
     )
     add_alias(group, "--override", "allow_changed_settings")
-    add("--watch", action="store_true", help="log histograms of every parameter and gradient")
-    add(
-        "--watch_freq",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="with --watch, log histograms every N batches",
-    )
 
 
 def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:

@@ -78,7 +78,7 @@ def test_decimals_are_as_many_as_the_step_needs():
 
 
 @pytest.mark.parametrize("bits", [(4,), (2, 4, 8), tuple(range(2, 17))])
-@pytest.mark.parametrize("n_files", [1, 3, 30])
+@pytest.mark.parametrize("n_files", [1, 3, 9])
 def test_ticks_of_bits_are_at_the_bit_widths(drawn, bits, n_files):
     names = [f"net{i}" for i in range(n_files)]
     for axes in drawn(figures.accuracy_plot, make_rows(names, bits)).axes:

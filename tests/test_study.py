@@ -474,11 +474,11 @@ def test_jobs_that_were_run_predict_how_long_the_next_ones_take(scripts):
     ("max_parallel", "failing", "taken"),
     [
         ("1", "0.01", 0.03),
-        ("3", "0.03", 0.01),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ("1", "0.03", 0.01),
+                ("3", "0.03", 0.01),
                 ("1", "0.1", 0.03),
                 ("3", "0.01", 0.03),
                 ("3", "0.1", 0.03),
