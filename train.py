@@ -524,24 +524,24 @@ def validate_and_run(
     flags, for `warn_unused_flags`.
     """
     out = output_path(parser, args)
-    warn_without_effect(parser, args, phases, requirements)
-    phases = reachable_phases(parser, args, phases, epoch_flags)
-    phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
     has_own = args.resume and os.path.lexists(f"{out}.ckpt")  # then the others are not read
     for flag in ("init_from", "init_weights"):
         if (path := getattr(args, flag)) and not os.path.exists(path) and not has_own:
             parser.error(f"--{flag}: there is no file {path}")
     if args.init_from and args.init_weights:
         parser.error("--init_from has weights already: it does not go with --init_weights")
-    if args.save_preregularized_model:
-        first = next((p for p in phases if p.regularizer), None)
-        save_as = Path(f"{out}_preregul.pt")
-        phases = [replace(p, save_as=save_as) if p is first else p for p in phases]
     try:
         utils.make_tracked_regularizers(args)
         check_writable(Path(f"{out}.pt"))
     except ValueError as error:
         parser.error(str(error))
+    warn_without_effect(parser, args, phases, requirements)
+    phases = reachable_phases(parser, args, phases, epoch_flags)
+    phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
+    if args.save_preregularized_model:
+        first = next((p for p in phases if p.regularizer), None)
+        save_as = Path(f"{out}_preregul.pt")
+        phases = [replace(p, save_as=save_as) if p is first else p for p in phases]
 
     with (
         exit_codes(parser, partial(resume_hint, out)),
