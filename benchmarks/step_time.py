@@ -14,11 +14,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import _root  # noqa: F401
 import torch
@@ -27,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import utils
-from engine import hardware, layers
+from engine import environment, hardware, layers
 from engine.gradients import compute_gradients, needs_double_backward
 from regularizers import Regularizer, make_regularizer
 
@@ -213,10 +211,7 @@ def machine(device: str) -> str:
     """Name what this runs on."""
     if device != "cpu":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"{environment.processor_name()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

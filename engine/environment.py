@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, Any]:
         },
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": processor_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "processes": distributed.get_world_size(),
             "threads": torch.get_num_threads(),
@@ -45,7 +45,7 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the processor's model name where the system provides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

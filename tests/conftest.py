@@ -34,6 +34,22 @@ def problem():
 
 
 @pytest.fixture
+def net():
+    """A ConvNet whose batch norms do something: random parameters and statistics."""
+    from models import ConvNet
+
+    torch.manual_seed(3)
+    net = ConvNet().eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 2)
+            module.bias.data.normal_()
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.1, 3)
+    return net
+
+
+@pytest.fixture
 def script(tmp_path):
     """script("train.py", "--flag", …, VARIABLE="value") runs it in tmp_path, without a terminal.
 

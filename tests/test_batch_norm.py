@@ -8,24 +8,10 @@ from torch import nn
 from engine import batch_norm, layers
 from engine.errors import NetworkError
 from engine.layers import BatchNormReLU
-from models import ConvNet
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(3)
-    net = ConvNet().eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 2)
-            module.bias.data.normal_()
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.1, 3)
-    return net
 
 
 def test_folding_keeps_the_outputs(net):

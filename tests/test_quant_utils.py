@@ -13,7 +13,6 @@ from torch import nn
 
 import quant_utils as qu
 from engine import layers
-from models import ConvNet
 
 SCIPY = {"norm": stats.norm, "laplace": stats.laplace(scale=1 / math.sqrt(2))}
 DETERMINISTIC = {
@@ -335,19 +334,6 @@ def test_search_finds_the_least_error_that_a_fine_sweep_finds():
 
 
 # --- networks --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(3)
-    net = ConvNet().eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.data.uniform_(0.5, 2)
-            module.bias.data.normal_()
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.1, 3)
-    return net
 
 
 @pytest.mark.parametrize(
