@@ -1,0 +1,286 @@
+"""ONNX files of networks: uint8 images in, logits out; quantized ones with Q/DQ pairs.
+
+Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers. A grid of fewer
+than 8 bits is `QuantizeLinear → Clip` on uint8, which does not stand in the way of that. A layer of
+two weights (PWLQ) has two sums in int32, `ConvInteger` or `MatMulInteger`. The sums and roundings
+are those of engine/integer_network.py.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.errors import FileError, SetupError
+from engine.integer_layers import Grid, WeightCodes
+from engine.integer_network import GlobalPool, IntegerNetwork, Layer, Quantize, Relu, Reorder, Step
+from engine.io import atomic_write
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError:  # an extra; see check_packages
+    onnx = None
+
+OPSET, IR_VERSION = 13, 7  # the first opset with scales per channel, and its format
+INSTALL = "python -m pip install -r requirements-export.txt"
+
+
+def check_packages() -> None:
+    """Raise SetupError where onnx or onnxruntime is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise SetupError(f"--export needs {' and '.join(missing)}: {INSTALL}")
+
+
+def to_onnx(
+    net: IntegerNetwork,
+    image_shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    metadata: Mapping[str, str],
+) -> "onnx.ModelProto":
+    """Return the model: "images" uint8 (batch, *image_shape) → "logits" (batch, classes).
+
+    Images are normalized by mean and std, of pixels scaled to 0..1, as in engine/loader.py. The
+    output of every quantized step is a value with the step's name.
+    """
+    emitter = _Emitter()
+    emitter.normalize(mean, std)
+    for step in net.steps:
+        EMITTERS[type(step)](emitter, step)
+    emitter.node("Identity", [emitter.as_float(net.output)], "logits")
+    graph = helper.make_graph(
+        emitter.nodes,
+        "network",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "classes"])],
+        emitter.initializers,
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="RegulQuant",
+    )
+    helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def save_model(model: "onnx.ModelProto", path: Path) -> None:
+    """Write the model. Raises OSError."""
+    content = model.SerializeToString()
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def load_model(path: Path) -> "onnx.ModelProto":
+    """Read a model that was exported here; FileError, in one line, for any other file."""
+    try:
+        model = onnx.load_from_string(path.read_bytes())
+        onnx.checker.check_model(model)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # protobuf and the checker raise kinds of their own
+        raise FileError(f"{path} is damaged or not an ONNX model") from error
+    if "regulquant" not in {p.key for p in model.metadata_props}:
+        raise FileError(f"{path} is an ONNX model, but was not made by --export")
+    return model
+
+
+# --- one step --------------------------------------------------------------------------------
+
+
+class _Emitter:
+    """Nodes and constants so far."""
+
+    def __init__(self) -> None:
+        self.nodes: list = []
+        self.initializers: list = []
+        self.grids: dict[str, Grid] = {}  # of values that are codes
+        self.known: set[str] = set()
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+        """Add a node and return the name of its output."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        self.known.add(output)
+        return output
+
+    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
+        """Add a constant, once, and return its name."""
+        if name not in self.known:
+            value = value.numpy() if isinstance(value, Tensor) else value
+            self.initializers.append(numpy_helper.from_array(value, name))
+            self.known.add(name)
+        return name
+
+    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Add the steps from uint8 images to the network's input."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+        scale = self.constant("normalize.scale", (1 / (255 * std)).float())
+        shift = self.constant("normalize.shift", (-mean / std).float())
+        pixels = self.node("Cast", ["images"], "pixels", to=TensorProto.FLOAT)
+        scaled = self.node("Mul", [pixels, scale], "scaled")
+        self.node("Add", [scaled, shift], "input")
+
+    def grid_constants(self, name: str, grid: Grid) -> list[str]:
+        """Return the names of scale and zero point of a value."""
+        scale, zero_point = np.float32(grid.scale), np.uint8(grid.zero_point)
+        return [
+            self.constant(f"{name}.scale", np.asarray(scale)),
+            self.constant(f"{name}.zero_point", np.asarray(zero_point)),
+        ]
+
+    def quantize(self, x: str, name: str, grid: Grid) -> str:
+        """Add float → codes called `name`."""
+        clipped = grid.n_bits < 8
+        target = f"{name}.rounded" if clipped else name
+        self.node("QuantizeLinear", [x, *self.grid_constants(name, grid)], target)
+        self.grids[name] = grid
+        if clipped:
+            low = self.constant("code.min", np.asarray(np.uint8(0)))
+            high = self.constant(f"code.max{grid.n_bits}", np.asarray(np.uint8(grid.max_code)))
+            self.node("Clip", [target, low, high], name)
+        return name
+
+    def as_float(self, name: str) -> str:
+        """Return the name of the value in float32, dequantized where it is codes."""
+        grid = self.grids.get(name)
+        if grid is None:
+            return name
+        if f"{name}.float" in self.known:
+            return f"{name}.float"
+        constants = self.grid_constants(name, grid)
+        return self.node("DequantizeLinear", [name, *constants], f"{name}.float")
+
+    def dequantize_constant(self, name: str, codes: Tensor, scale: Tensor) -> str:
+        """Return the name of a constant codes·scale; one scale, or one for each codes[i]."""
+        scale = scale if len(scale) > 1 else scale.squeeze()
+        inputs = [
+            self.constant(f"{name}.codes", codes),
+            self.constant(f"{name}.scale", scale),
+            self.constant(f"{name}.zero_point", torch.zeros_like(scale, dtype=codes.dtype)),
+        ]
+        return self.node("DequantizeLinear", inputs, name, axis=0)
+
+
+def _emit_quantize(emitter: _Emitter, step: Quantize) -> None:
+    emitter.quantize(emitter.as_float(step.source), step.name, step.out_grid)
+
+
+def _emit_layer(emitter: _Emitter, step: Layer) -> None:
+    """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
+    if step.integers and len(step.integers.parts) > 1:
+        _emit_integer_sums(emitter, step)
+        return
+    name, module, integers = step.name, step.module, step.integers
+    if integers:
+        [part] = integers.parts
+        w = emitter.dequantize_constant(f"{name}.weight", part.codes, part.scale)
+        b = emitter.dequantize_constant(f"{name}.bias", integers.bias, integers.product_scale(part))
+    else:
+        bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
+        w = emitter.constant(f"{name}.weight", module.weight.detach().cpu().contiguous())
+        b = emitter.constant(f"{name}.bias", bias.detach().cpu())
+    inputs = [emitter.as_float(step.source), w, b]
+    if isinstance(module, nn.Linear):
+        y = emitter.node("Gemm", inputs, _float_name(step), transB=1)
+    else:
+        y = emitter.node("Conv", inputs, _float_name(step), **_geometry(module))
+    _finish(emitter, step, y)
+
+
+def _emit_integer_sums(emitter: _Emitter, step: Layer) -> None:
+    """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
+    total = None
+    for i, part in enumerate(step.integers.parts):
+        name = f"{step.name}.part{i}"
+        codes, shape = part.codes, [-1] + [1] * (part.codes.dim() - 2)
+        op, options = "ConvInteger", {}
+        if isinstance(step.module, nn.Linear):
+            op, codes = "MatMulInteger", codes.T.contiguous()
+        else:
+            options = _geometry(step.module)
+        zero_point = emitter.grid_constants(step.source, step.in_grid)[1]
+        inputs = [step.source, emitter.constant(f"{name}.codes", codes), zero_point]
+        y = emitter.node(op, inputs, f"{name}.sum", **options)
+        if i == 0:
+            bias = emitter.constant(f"{step.name}.bias", step.integers.bias.view(shape))
+            y = emitter.node("Add", [y, bias], f"{name}.sum_bias")
+        y = emitter.node("Cast", [y], f"{name}.float", to=TensorProto.FLOAT)
+        scale = step.integers.product_scale(part).view(shape)
+        y = emitter.node("Mul", [y, emitter.constant(f"{name}.scale", scale)], f"{name}.scaled")
+        total = emitter.node("Add", [total, y], f"{name}.total") if total else y
+    _finish(emitter, step, total)
+
+
+def _finish(emitter: _Emitter, step: Layer, y: str) -> None:
+    """Add the ReLU and the rounding of a layer's result y."""
+    is_clamp = step.out_grid and step.out_grid.zero_point == 0  # codes begin at 0 as ReLU does
+    if step.relu and not is_clamp:
+        y = emitter.node("Relu", [y], f"{step.name}.relu" if step.out_grid else step.name)
+    if step.out_grid:
+        emitter.quantize(y, step.name, step.out_grid)
+    elif y != step.name:
+        emitter.node("Identity", [y], step.name)
+
+
+def _float_name(step: Step) -> str:
+    """Return the name of a step's result before rounding, or before its ReLU."""
+    return f"{step.name}.result" if step.out_grid or getattr(step, "relu", False) else step.name
+
+
+def _geometry(module: nn.Conv2d) -> dict[str, object]:
+    """Return the attributes of a convolution."""
+    return {
+        "strides": list(module.stride),
+        "pads": [*module.padding, *module.padding],
+        "dilations": list(module.dilation),
+        "group": module.groups,
+        "kernel_shape": list(module.kernel_size),
+    }
+
+
+def _emit_global_pool(emitter: _Emitter, step: GlobalPool) -> None:
+    source = emitter.as_float(step.source)
+    y = emitter.node("GlobalAveragePool", [source], _float_name(step))
+    if step.out_grid:
+        emitter.quantize(y, step.name, step.out_grid)
+
+
+def _emit_reorder(emitter: _Emitter, step: Reorder) -> None:
+    if step.kind == "flatten":
+        emitter.node("Flatten", [step.source], step.name, axis=1)
+    else:
+        emitter.node("MaxPool", [step.source], step.name, **_pool_geometry(step.module))
+    if step.out_grid:
+        emitter.grids[step.name] = step.out_grid
+
+
+def _pool_geometry(module: nn.MaxPool2d) -> dict[str, object]:
+    """Return the attributes of max pooling."""
+    pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
+    kernel, stride, padding, dilation = (
+        list(v) if isinstance(v, tuple) else [v, v] for v in pairs
+    )
+    options = {"strides": stride, "pads": padding * 2, "dilations": dilation}
+    return {"kernel_shape": kernel, "ceil_mode": int(module.ceil_mode), **options}
+
+
+def _emit_relu(emitter: _Emitter, step: Relu) -> None:
+    y = emitter.node("Relu", [step.source], _float_name(step))
+    if step.out_grid:
+        emitter.quantize(y, step.name, step.out_grid)
+
+
+EMITTERS: dict[type[Step], Callable[[_Emitter, Step], None]] = {
+    Quantize: _emit_quantize,
+    Layer: _emit_layer,
+    GlobalPool: _emit_global_pool,
+    Reorder: _emit_reorder,
+    Relu: _emit_relu,
+}
