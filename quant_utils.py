@@ -135,12 +135,39 @@ def pwlq(
     """
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
-    if distribution == "search":
-        p = search_breakpoint(range_rows, m, n_bits, overlapping)
-    else:
-        density = DISTRIBUTIONS[distribution]
-        p = breakpoint_from_distribution(range_rows, m, density, approximate, overlapping)
+    p = choose_breakpoint(range_rows, m, n_bits, distribution, approximate, overlapping)
     return pwlq_with_breakpoint(rows, m, p, n_bits, overlapping).reshape(w.shape)
+
+
+def pwlq_parts(
+    w: Tensor,
+    n_bits: int,
+    *,
+    per_channel: bool = False,
+    distribution: str = "norm",
+    approximate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the two uniform grids whose sum is `pwlq(w, n_bits, overlapping=True, …)`.
+
+    The fine one is 0 beyond the breakpoint, the coarse one within: as integers, they are two
+    weights of one layer.
+    """
+    check_bits(n_bits)
+    rows, m, _ = clamp_to_range(w, per_channel)
+    p = choose_breakpoint(rows, m, n_bits, distribution, approximate, overlapping=True)
+    w_q = pwlq_with_breakpoint(rows, m, p, n_bits, overlapping=True)
+    in_tail = rows.abs() >= p
+    return (w_q * ~in_tail).reshape(w.shape), (w_q * in_tail).reshape(w.shape)
+
+
+def choose_breakpoint(
+    rows: Tensor, m: Tensor, n_bits: int, distribution: str, approximate: bool, overlapping: bool
+) -> Tensor:
+    """Return the breakpoint p of each row, in w's units; see `pwlq` for the options."""
+    if distribution == "search":
+        return search_breakpoint(rows, m, n_bits, overlapping)
+    density = DISTRIBUTIONS[distribution]
+    return breakpoint_from_distribution(rows, m, density, approximate, overlapping)
 
 
 def pwlq_with_breakpoint(
@@ -442,15 +469,18 @@ def calibrate(
     }
 
 
-def quantize_activation(x: Tensor, n_bits: int, low: float, high: float) -> Tensor:
-    """Round x on the uniform grid of [0, high] where low ≥ 0, else on that of ±max(high, −low)."""
+def activation_grid(n_bits: int, low: float, high: float) -> tuple[float, int, int]:
+    """Return scale, least and largest integer of the grid that `quantize_activation` uses."""
     check_bits(n_bits)
     n_steps = 2**n_bits - 1
     if low >= 0:
-        int_min, int_max, scale = 0, n_steps, high / n_steps
-    else:
-        int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
-        scale = max(high, -low) / (n_steps / 2)
+        return high / n_steps, 0, n_steps
+    return max(high, -low) / (n_steps / 2), -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+
+
+def quantize_activation(x: Tensor, n_bits: int, low: float, high: float) -> Tensor:
+    """Round x on the uniform grid of [0, high] where low ≥ 0, else on that of ±max(high, −low)."""
+    scale, int_min, int_max = activation_grid(n_bits, low, high)
     scale = torch.tensor(scale, dtype=x.dtype, device=x.device)
     return (x / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
 

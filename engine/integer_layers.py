@@ -96,12 +96,11 @@ def make_integer_layer(
     """
     n_channels = len(parts[0])
     bias = torch.zeros(n_channels) if bias is None else bias.detach().cpu()
-    if not per_channel:
-        bias_limit = bias.double().abs().max().expand(1)
-    else:
-        bias_limit = bias.double().abs()
-    min_scale = bias_limit / (in_grid.scale * MAX_BIAS)
-    codes = tuple(weight_codes(part, per_channel, min_scale) for part in parts)
+    most = bias.double().abs() if per_channel else bias.double().abs().max().view(1)
+    min_scale = most / (in_grid.scale * MAX_BIAS)
+    codes = tuple(
+        weight_codes(part, per_channel, 0.0 if i else min_scale) for i, part in enumerate(parts)
+    )
     layer = IntegerLayer(in_grid, codes, torch.zeros(n_channels, dtype=torch.int32))
     bias_codes = (bias.double() / layer.product_scale(codes[0]).double()).round()
     return IntegerLayer(in_grid, codes, bias_codes.to(torch.int32))
@@ -126,21 +125,24 @@ def weight_codes(w: Tensor, per_channel: bool, min_scale: Tensor | float = 0.0) 
 def _steps_to_maximum(rows: Tensor) -> Tensor:
     """Return the least n for which n·row consists of integers, (rows, 1), for rows in [−1, 1].
 
-    A wrong n is off by 1/128 of a step at least, the rounding of float32 by 1/10⁴ at most.
+    A wrong n is off by 1/128 of a step at least, the rounding of float32 by 1/10⁴ at most. A few
+    columns rule out most n.
     """
-    n_steps = torch.zeros(len(rows), 1, dtype=torch.double)
+    n_steps = torch.zeros(len(rows), dtype=torch.double)
     for n in range(1, MAX_CODE + 1):
-        left = (n_steps == 0).flatten()
-        if not left.any():
-            return n_steps
-        scaled = rows[left] * n
-        fits = (scaled - scaled.round()).abs().amax(dim=1, keepdim=True) < 1 / 400
-        if n == MAX_CODE:  # only −128 is in int8
-            fits &= scaled.amax(dim=1, keepdim=True) < n - 0.5
-        n_steps[left] = torch.where(fits, n, 0.0).double()
+        candidates = ((n_steps == 0) & _near_integers(rows[:, :32] * n)).nonzero().flatten()
+        if len(candidates):
+            scaled = rows[candidates] * n
+            fits = _near_integers(scaled) & (scaled.amax(dim=1) < MAX_CODE - 0.5)
+            n_steps[candidates[fits]] = n
     if (n_steps == 0).any():
         raise ValueError("weights are not on one uniform grid through 0 of 8 bits or fewer")
-    return n_steps
+    return n_steps.view(-1, 1)
+
+
+def _near_integers(rows: Tensor) -> Tensor:
+    """Tell which rows hold integers only, to 1/400."""
+    return (rows - rows.round()).abs().amax(dim=1) < 1 / 400
 
 
 def n_bits_needed(codes: Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import FileError, SetupError
-from engine.integer_layers import Grid, WeightCodes
+from engine.integer_layers import MAX_CODE, Grid, WeightCodes
 from engine.integer_network import GlobalPool, IntegerNetwork, Layer, Quantize, Relu, Reorder, Step
 from engine.io import atomic_write
 
@@ -198,16 +198,8 @@ def _emit_integer_sums(emitter: _Emitter, step: Layer) -> None:
     """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
     total = None
     for i, part in enumerate(step.integers.parts):
-        name = f"{step.name}.part{i}"
-        codes, shape = part.codes, [-1] + [1] * (part.codes.dim() - 2)
-        op, options = "ConvInteger", {}
-        if isinstance(step.module, nn.Linear):
-            op, codes = "MatMulInteger", codes.T.contiguous()
-        else:
-            options = _geometry(step.module)
-        zero_point = emitter.grid_constants(step.source, step.in_grid)[1]
-        inputs = [step.source, emitter.constant(f"{name}.codes", codes), zero_point]
-        y = emitter.node(op, inputs, f"{name}.sum", **options)
+        name, shape = f"{step.name}.part{i}", [-1] + [1] * (part.codes.dim() - 2)
+        y = _emit_integer_sum(emitter, step, name, part)
         if i == 0:
             bias = emitter.constant(f"{step.name}.bias", step.integers.bias.view(shape))
             y = emitter.node("Add", [y, bias], f"{name}.sum_bias")
@@ -216,6 +208,22 @@ def _emit_integer_sums(emitter: _Emitter, step: Layer) -> None:
         y = emitter.node("Mul", [y, emitter.constant(f"{name}.scale", scale)], f"{name}.scaled")
         total = emitter.node("Add", [total, y], f"{name}.total") if total else y
     _finish(emitter, step, total)
+
+
+def _emit_integer_sum(emitter: _Emitter, step: Layer, name: str, part: WeightCodes) -> str:
+    """Add the sum of products of one part and return its name.
+
+    Codes of a convolution are uint8 with the zero point 128: ONNX Runtime's kernel for those is
+    four times as fast as that for int8.
+    """
+    zero_point = emitter.grid_constants(step.source, step.in_grid)[1]
+    if isinstance(step.module, nn.Linear):
+        codes = emitter.constant(f"{name}.codes", part.codes.T.contiguous())
+        return emitter.node("MatMulInteger", [step.source, codes, zero_point], f"{name}.sum")
+    codes = emitter.constant(f"{name}.codes", (part.codes.int() + MAX_CODE).to(torch.uint8))
+    middle = emitter.constant("code.middle", np.asarray(np.uint8(MAX_CODE)))
+    inputs = [step.source, codes, zero_point, middle]
+    return emitter.node("ConvInteger", inputs, f"{name}.sum", **_geometry(step.module))
 
 
 def _finish(emitter: _Emitter, step: Layer, y: str) -> None:
