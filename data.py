@@ -17,13 +17,15 @@ from engine.loader import seeded_generator
 
 PROJECT_DATA = Path(__file__).with_name("data")  # where --data_dir is by default
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
 @dataclass(frozen=True)
 class ImageDataset:
     """A data set in memory: uint8 images (N, 3, 32, 32), int64 labels (N,).
 
-    `mean` and `std` are per channel, of pixels scaled to 0..1.
+    `mean` and `std` are per channel, of pixels scaled to 0..1. `classes` are names, where there are
+    any.
     """
 
     train_images: Tensor
@@ -33,6 +35,7 @@ class ImageDataset:
     num_classes: int = 10
     mean: tuple[float, ...] = CIFAR_MEAN
     std: tuple[float, ...] = CIFAR_STD
+    classes: tuple[str, ...] = ()
 
 
 def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
@@ -40,7 +43,8 @@ def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
 
     Raises DataError where no source worked; the message lists what was tried.
     """
-    return ImageDataset(*cifar10_files.find_or_fetch(data_dir, PROJECT_DATA))
+    arrays = cifar10_files.find_or_fetch(data_dir, PROJECT_DATA)
+    return ImageDataset(*arrays, classes=CIFAR10_CLASSES)
 
 
 def synthetic(data_dir: str = "", seed: int = 0) -> ImageDataset:

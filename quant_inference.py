@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import quant_utils as qu
 import utils
-from analysis import figures, report
+from analysis import deployment, figures, report, verification
 from analysis.report import UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from data import ImageDataset
@@ -42,14 +42,18 @@ from engine.cli import (
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
 from engine.hardware import PRECISIONS, resolve_precision
+from engine.integer_layers import make_grid, make_integer_layer, with_integers
+from engine.integer_network import IntegerNetwork, build
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
+from engine.network_graph import trace
 from engine.signals import GracefulShutdown
 from engine.tracking import WandbLogger, new_run_id
 from models import MODELS
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
+FILE_FLAGS = ("export", "verify", "save_quantized", "save_integers")  # of one quantized network
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 
 
@@ -155,7 +159,9 @@ def run_trial(
         net_q = net_q.to(args.device, memory_format=torch.channels_last)
         recalibrate_batch_norm(net_q, image_batches(setup.recalibration))
     net_q = prepare_for_eval(net_q, args.device, setup.fold)
-    if ranges:
+    if runs_in_integers(args):
+        net_q = integer_network(net, scheme, n_bits, trial, ranges, setup)
+    elif ranges:
         qu.quantize_activations(net_q, activation_bits(n_bits, args), ranges)
     measured = measure(net_q, setup.test, args)
     setup.on_step()
@@ -210,9 +216,14 @@ def n_trials(scheme: str, args: argparse.Namespace) -> int:
 
 def make_quantizer(scheme: str, args: argparse.Namespace, trial: int = 0) -> qu.Quantizer:
     """Return the scheme's quantizer with those flags that it takes; each trial has its own seed."""
+    return bind_options(qu.QUANTIZERS[scheme], args, trial)
+
+
+def bind_options(function: Callable[..., Any], args: argparse.Namespace, trial: int = 0) -> partial:
+    """Bind those flags that the function takes, and a generator, which depends on the trial."""
     options = {**vars(args), "generator": torch.Generator().manual_seed(args.seed + trial)}
-    names = options.keys() & quantizer_options(scheme)
-    return partial(qu.QUANTIZERS[scheme], **{name: options[name] for name in names})
+    names = options.keys() & inspect.signature(function).parameters.keys()
+    return partial(function, **{name: options[name] for name in names})
 
 
 def layer_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,6 +236,67 @@ def layer_options(args: argparse.Namespace) -> dict[str, Any]:
 def activation_bits(n_bits: int, args: argparse.Namespace) -> int:
     """Return the bits of activations beside weights of n_bits; 0 leaves them as they are."""
     return n_bits if args.act_bits == "same" else args.act_bits or 0
+
+
+# --- integers --------------------------------------------------------------------------------
+
+
+def runs_in_integers(args: argparse.Namespace) -> bool:
+    """Tell whether the quantized network is simulated as an integer engine runs it."""
+    return bool(args.export or args.verify or args.save_integers)
+
+
+def integer_network(
+    net: nn.Module,
+    scheme: str,
+    n_bits: int,
+    trial: int,
+    ranges: Mapping[str, qu.Range],
+    setup: Setup,
+) -> IntegerNetwork:
+    """Return the folded network in integer arithmetic, with biases on the int32 grid.
+
+    Raises NetworkError for a layer that has no integer form, and ValueError, naming the layer,
+    where quantized weights are on no uniform grid.
+    """
+    args = setup.args
+    make_parts = bind_options(qu.UNIFORM_PARTS.get(scheme, qu.QUANTIZERS[scheme]), args, trial)
+    act_bits, integers = activation_bits(n_bits, args), {}
+    grids = {name: make_grid(*qu.activation_grid(act_bits, *r)) for name, r in ranges.items()}
+    for name, layer in quantizable_layers(net).items():
+        parts = make_parts(layer.weight.detach(), n_bits)
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        try:
+            integers[name] = make_integer_layer(parts, layer.bias, grids[name], args.per_channel)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return build(trace(net, next(image_batches(setup.test))[:2].cpu()), grids, integers)
+
+
+def deploy(net: nn.Module, path: Path, setup: Setup, dataset: ImageDataset) -> bool:
+    """Write the files of the one network that the flags ask for, and verify the ONNX file.
+
+    Returns whether engine and simulation agree. Raises FileError where the file to verify is not
+    of this network and these flags.
+    """
+    args = setup.args
+    [scheme], [n_bits] = args.schemes, args.bits
+    net_q, _ = qu.quantize_model(net, make_quantizer(scheme, args), n_bits, **layer_options(args))
+    if not runs_in_integers(args):
+        deployment.write_files(args, net_q)
+        return True
+    ranges = activation_ranges(net, setup)
+    integers = integer_network(net, scheme, n_bits, 0, ranges, setup)
+    source = deployment.describe_source(path, args, n_bits, activation_bits(n_bits, args), dataset)
+    net_int = with_integers(net_q, integers.integers())
+    deployment.write_files(args, net_int, integers, dataset, source)
+    if not args.verify:
+        return True
+    for simulation in (net_q, net_int):
+        qu.quantize_activations(simulation, activation_bits(n_bits, args), ranges)
+    simulations = {"float32": net_int, "float32, biases not rounded": net_q}
+    compared = verification.Compared(integers, simulations, net)
+    return verification.verify_file(args, compared, setup.test, dataset, source)
 
 
 # --- layer by layer --------------------------------------------------------------------------
@@ -386,7 +458,11 @@ def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> boo
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:
             report_results(results, nets, args, folder)
-    return distributed.get_rank() > 0 or results.checkpoints() == paths.keys()
+    is_complete = distributed.get_rank() > 0 or results.checkpoints() == paths.keys()
+    if is_complete and (runs_in_integers(args) or args.save_quantized):
+        [name] = nets
+        return deploy(nets[name], paths[name], setup, dataset)
+    return is_complete
 
 
 def n_steps(net: nn.Module, args: argparse.Namespace) -> int:
@@ -478,6 +554,9 @@ def make_parser() -> Parser:
     utils.add_data_arguments(parser)
     parser.set_defaults(batch_size=500)
     add_output_arguments(parser.add_argument_group("output"))
+    add_deployment_arguments(
+        parser.add_argument_group("files to deploy: of one FILE, one of --bits, one of --schemes")
+    )
     utils.add_wandb_arguments(parser)
     group = parser.add_argument_group("flags of earlier versions, ignored")
     group.add_argument("--n_epochs", help="ignored: nothing is trained here")
@@ -649,6 +728,64 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     add("--no_plots", action="store_true", help="write tables only, no plots")
 
 
+def add_deployment_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for files of one quantized network."""
+    add = group.add_argument
+    add(
+        "--export",
+        metavar="ONNX",
+        help="write the quantized network as an ONNX model of integers: uint8 images to logits; "
+        "simulate it in the same integer arithmetic",
+    )
+    add(
+        "--verify",
+        nargs="?",
+        const=True,
+        metavar="ONNX",
+        help="run what --export writes, or this file of an earlier --export, in ONNX Runtime: "
+        "compare predictions with the simulation, speed and size with float32",
+    )
+    add(
+        "--save_quantized",
+        metavar="PT",
+        help="write the quantized weights as a state_dict of floats for any PyTorch code",
+    )
+    add(
+        "--save_integers",
+        metavar="SAFETENSORS",
+        help="write the integers of the weights packed into b bits, with scales and biases",
+    )
+
+
+def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that a file to deploy cannot have."""
+    single = len(args.bits) == len(args.schemes) == len(resolve_paths(args.checkpoints)) == 1
+    bits = [activation_bits(n_bits, args) for n_bits in args.bits]
+    is_uniform = not ({"mean_correction", "bias_correction"} & parser.explicit_flags)
+    fits = "--schemes uniform, or pwlq with --overlapping: others are no integers times a scale"
+    requirements = [
+        *((flag, "one FILE, one of --bits and one of --schemes", single) for flag in FILE_FLAGS),
+        ("verify", "--export, or the file to verify", args.export or args.verify is not True),
+    ]
+    for flag in ("export", "verify", "save_integers"):
+        requirements += [
+            (flag, "--fold_bn", args.fold_bn),
+            (flag, "--act_bits from 2 to 8", all(2 <= n <= 8 for n in bits)),
+            (flag, "--bits from 2 to 8", max(args.bits) <= 8),
+            (flag, "weights without --mean_correction and --bias_correction", is_uniform),
+            (flag, fits, "pwlq" not in args.schemes or args.overlapping),
+        ]
+    refuse_unused_flags(parser, requirements)
+    for flag in ("export", "save_quantized", "save_integers"):
+        if path := getattr(args, flag):
+            try:
+                check_writable(Path(path))
+            except ValueError as error:
+                parser.error(f"--{flag}: {error}")
+            if Path(path) in resolve_paths(args.checkpoints).values():
+                parser.error(f"--{flag} {path}: that is the file to quantize")
+
+
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, ignore those without effect; sort bits and schemes.
 
@@ -673,6 +810,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
+    check_deployment(parser, args)
 
 
 def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
@@ -701,6 +839,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"--{flag} is ignored: nothing is trained here")
     folder = make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
+        deployment.check_run(args)
         is_complete = run(args, parser.explicit_flags, folder)
     sys.exit(0 if is_complete else 1)
 

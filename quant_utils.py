@@ -293,6 +293,10 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
 
 QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
 
+# Where one uniform grid is not enough: a function that returns several tensors whose sum is what
+# the quantizer returns, each on a uniform grid.
+UNIFORM_PARTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pwlq": pwlq_parts}
+
 
 def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
     """Return how many values a tensor quantized with the scheme can take.

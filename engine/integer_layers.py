@@ -1,17 +1,16 @@
 """Integers of a quantized network: grids, weights as codes, biases on the int32 grid.
 
-A code q stands for (q − zero_point)·scale. Codes of inputs are unsigned, 0…2^b − 1; a signed grid is
-one with the zero point 2^(b − 1). Codes of weights are signed, with the zero point 0.
+A code q stands for (q − zero_point)·scale. Codes of inputs are unsigned, 0…2^b − 1; a signed grid
+is one with the zero point 2^(b − 1). Codes of weights are signed, with the zero point 0.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from engine.errors import NetworkError
+from torch import Tensor, nn
 
 MAX_CODE = 128  # |code| of a weight in int8
 MIN_SCALE = 1e-20  # of an input that is always 0: products of scales stay normal numbers
@@ -59,8 +58,8 @@ class WeightCodes:
 class IntegerLayer:
     """The integers of a convolution or linear layer.
 
-    Its output is Σ_parts scale_x·scale_part·(Σ codes_part·(q_x − zero_point)), plus the int32 `bias`
-    (output channels) inside the first of these sums.
+    Its output is Σ_parts scale_x·scale_part·(Σ codes_part·(q_x − zero_point)); the int32 `bias`
+    (output channels) is inside the first of these sums.
     """
 
     in_grid: Grid
@@ -151,7 +150,13 @@ def n_bits_needed(codes: Tensor) -> int:
     return max(2, 1 + math.ceil(math.log2(max(high + 1, -low, 1))))
 
 
-def check_grid(name: str, grid: Grid) -> None:
-    """Raise NetworkError where codes do not fit into uint8."""
-    if grid.n_bits > 8:
-        raise NetworkError(f"--export: {name}: inputs of {grid.n_bits} bits: choose 2 to 8")
+@torch.no_grad()
+def with_integers(net: nn.Module, layers: Mapping[str, IntegerLayer]) -> nn.Module:
+    """Return a copy of the network with the layers' dequantized weights and biases."""
+    net = copy.deepcopy(net)
+    for name, layer in layers.items():
+        module = net.get_submodule(name)
+        module.weight.copy_(layer.weight())
+        if module.bias is not None:
+            module.bias.copy_(layer.dequantized_bias())
+    return net

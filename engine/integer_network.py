@@ -165,6 +165,10 @@ class IntegerNetwork(nn.Module):
         """Return the steps that have weights."""
         return [step for step in self.steps if isinstance(step, Layer)]
 
+    def integers(self) -> dict[str, IntegerLayer]:
+        """Return the integers of every layer by name."""
+        return {layer.name: layer.integers for layer in self.layers()}
+
 
 def build(
     graph: NetworkGraph, grids: Mapping[str, Grid], integers: Mapping[str, IntegerLayer]
@@ -200,10 +204,7 @@ class _Builder:
     """The steps so far."""
 
     def __init__(
-        self,
-        graph: NetworkGraph,
-        grids: Mapping[str, Grid],
-        integers: Mapping[str, IntegerLayer],
+        self, graph: NetworkGraph, grids: Mapping[str, Grid], integers: Mapping[str, IntegerLayer]
     ) -> None:
         self.grids, self.integers = grids, integers
         self.n_readers = Counter(i for call in graph.calls for i in call.inputs)

@@ -1,7 +1,7 @@
 """The calls that a network makes, in the order in which they run.
 
-The network is run once on real images, so that any Python in its `forward` is allowed. Sizes that it
-reads from a tensor become constants.
+The network is run once on real images, so that any Python in its `forward` is allowed. Sizes that
+it reads from a tensor become constants.
 """
 
 from dataclasses import dataclass, field
@@ -146,5 +146,3 @@ def _without_dead_calls(calls: list[Call], output: int) -> NetworkGraph:
             needed.update(call.inputs)
             kept.append(call)
     return NetworkGraph(tuple(reversed(kept)), output)
-
-

@@ -1,19 +1,20 @@
 """ONNX files of networks: uint8 images in, logits out; quantized ones with Q/DQ pairs.
 
-Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers. A grid of fewer
-than 8 bits is `QuantizeLinear → Clip` on uint8, which does not stand in the way of that. A layer of
-two weights (PWLQ) has two sums in int32, `ConvInteger` or `MatMulInteger`. The sums and roundings
-are those of engine/integer_network.py.
+Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers. A grid of
+fewer than 8 bits is `QuantizeLinear → Clip` on uint8, which does not stand in the way of that. A
+layer of two weights (PWLQ) has two sums in int32, `ConvInteger` or `MatMulInteger`. Sums and
+roundings are those of engine/integer_network.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.errors import FileError, SetupError
+from engine.errors import FileError
 from engine.integer_layers import MAX_CODE, Grid, WeightCodes
 from engine.integer_network import GlobalPool, IntegerNetwork, Layer, Quantize, Relu, Reorder, Step
 from engine.io import atomic_write
@@ -21,20 +22,11 @@ from engine.io import atomic_write
 try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
-except ImportError:  # an extra; see check_packages
+except ImportError:  # an extra; see engine/extras.py
     onnx = None
 
 OPSET, IR_VERSION = 13, 7  # the first opset with scales per channel, and its format
-INSTALL = "python -m pip install -r requirements-export.txt"
-
-
-def check_packages() -> None:
-    """Raise SetupError where onnx or onnxruntime is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise SetupError(f"--export needs {' and '.join(missing)}: {INSTALL}")
+FORMAT_KEY, FORMAT = "regulquant_format", "1"  # in a model's metadata
 
 
 def to_onnx(
@@ -43,38 +35,41 @@ def to_onnx(
     mean: Sequence[float],
     std: Sequence[float],
     metadata: Mapping[str, str],
-) -> "onnx.ModelProto":
-    """Return the model: "images" uint8 (batch, *image_shape) → "logits" (batch, classes).
+    first_part_only: bool = False,
+) -> bytes:
+    """Return the model, as a file's content.
 
-    Images are normalized by mean and std, of pixels scaled to 0..1, as in engine/loader.py. The
-    output of every quantized step is a value with the step's name.
+    It maps "images", uint8 (batch, *image_shape), to "logits", (batch, classes). Images are
+    normalized by mean and std, of pixels scaled to 0..1, as in engine/loader.py. The output of
+    every quantized step is a value with the step's name. `first_part_only` leaves out the other
+    weights of layers that have several: to measure what those cost.
     """
-    emitter = _Emitter()
+    emitter = _Emitter(n_parts=1 if first_part_only else None)
     emitter.normalize(mean, std)
     for step in net.steps:
         EMITTERS[type(step)](emitter, step)
     emitter.node("Identity", [emitter.as_float(net.output)], "logits")
-    graph = helper.make_graph(
-        emitter.nodes,
-        "network",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "classes"])],
-        emitter.initializers,
-    )
-    model = helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="RegulQuant",
-    )
-    helper.set_model_props(model, dict(metadata))
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "classes"])
+    model = emitter.model(images, logits)
+    helper.set_model_props(model, {FORMAT_KEY: FORMAT, **metadata})
+    return model.SerializeToString()
 
 
-def save_model(model: "onnx.ModelProto", path: Path) -> None:
-    """Write the model. Raises OSError."""
-    content = model.SerializeToString()
+def layer_to_onnx(layer: Layer, in_shape: Sequence[int]) -> bytes:
+    """Return a model of one quantized layer: its "input", codes (batch, *in_shape) → its output."""
+    emitter = _Emitter()
+    emitter.grids["input"] = layer.in_grid
+    _emit_layer(emitter, replace(layer, source="input"))
+    codes = helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", *in_shape])
+    kind = TensorProto.UINT8 if layer.out_grid else TensorProto.FLOAT
+    sizes = ["batch", *(f"out{i}" for i in range(len(in_shape)))]
+    output = helper.make_tensor_value_info(layer.name, kind, sizes)
+    return emitter.model(codes, output).SerializeToString()
+
+
+def save_model(content: bytes, path: Path) -> None:
+    """Write a model. Raises OSError."""
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -87,8 +82,9 @@ def load_model(path: Path) -> "onnx.ModelProto":
         raise FileError(f"{path}: {error.strerror}") from error
     except Exception as error:  # protobuf and the checker raise kinds of their own
         raise FileError(f"{path} is damaged or not an ONNX model") from error
-    if "regulquant" not in {p.key for p in model.metadata_props}:
-        raise FileError(f"{path} is an ONNX model, but was not made by --export")
+    made_as = {p.key: p.value for p in model.metadata_props}.get(FORMAT_KEY)
+    if made_as != FORMAT:
+        raise FileError(f"{path} is an ONNX model, but not one that this version's --export makes")
     return model
 
 
@@ -98,11 +94,26 @@ def load_model(path: Path) -> "onnx.ModelProto":
 class _Emitter:
     """Nodes and constants so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_parts: int | None = None) -> None:
+        self.n_parts = n_parts  # of layers that have several
         self.nodes: list = []
         self.initializers: list = []
         self.grids: dict[str, Grid] = {}  # of values that are codes
         self.known: set[str] = set()
+
+    def model(
+        self, source: "onnx.ValueInfoProto", target: "onnx.ValueInfoProto"
+    ) -> "onnx.ModelProto":
+        """Return the model of all nodes so far."""
+        graph = helper.make_graph(self.nodes, "network", [source], [target], self.initializers)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="RegulQuant",
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
         """Add a node and return the name of its output."""
@@ -197,7 +208,7 @@ def _emit_layer(emitter: _Emitter, step: Layer) -> None:
 def _emit_integer_sums(emitter: _Emitter, step: Layer) -> None:
     """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
     total = None
-    for i, part in enumerate(step.integers.parts):
+    for i, part in enumerate(step.integers.parts[: emitter.n_parts]):
         name, shape = f"{step.name}.part{i}", [-1] + [1] * (part.codes.dim() - 2)
         y = _emit_integer_sum(emitter, step, name, part)
         if i == 0:
@@ -272,9 +283,7 @@ def _emit_reorder(emitter: _Emitter, step: Reorder) -> None:
 def _pool_geometry(module: nn.MaxPool2d) -> dict[str, object]:
     """Return the attributes of max pooling."""
     pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
-    kernel, stride, padding, dilation = (
-        list(v) if isinstance(v, tuple) else [v, v] for v in pairs
-    )
+    kernel, stride, padding, dilation = (list(v) if isinstance(v, tuple) else [v, v] for v in pairs)
     options = {"strides": stride, "pads": padding * 2, "dilations": dilation}
     return {"kernel_shape": kernel, "ceil_mode": int(module.ceil_mode), **options}
 

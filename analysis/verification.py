@@ -1,0 +1,253 @@
+"""What `quant_inference.py --verify` measures: an ONNX file against simulations and float32."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.deployment import ImageDataset, read_model, to_model
+from engine import onnx_session
+from engine.environment import describe_environment, processor_name
+from engine.integer_network import IntegerNetwork, Layer, build
+from engine.io import save_json
+from engine.loader import Loader
+from engine.network_graph import trace
+from engine.packing import packed_bytes
+
+BATCHES = (1, 128)  # images at once whose times are measured
+ROUNDS, SECONDS_PER_ROUND = 5, 0.3
+Run = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an ONNX file is compared with.
+
+    Attributes:
+        integers: its exact simulation.
+        simulations: networks with quantized weights and inputs that PyTorch runs, by what they are.
+        float_net: the network before it was quantized, without batch norms, on the CPU.
+    """
+
+    integers: IntegerNetwork
+    simulations: Mapping[str, nn.Module]
+    float_net: nn.Module
+
+
+def verify_file(
+    args: argparse.Namespace,
+    compared: Compared,
+    test: Loader,
+    dataset: ImageDataset,
+    source: Mapping[str, str],
+) -> bool:
+    """Print what `verify` finds and write it beside the file; tell whether predictions agree."""
+    path = Path(args.export if args.verify is True else args.verify)
+    model = read_model(path, source)
+    found = {"file": path.name, "source": dict(source)}
+    found |= verify(model, compared, test, dataset)
+    print(f"\n{format_report(found)}")
+    for line in warnings(found):
+        print(f"quant_inference.py: warning: {line}", file=sys.stderr)
+    record = path.with_suffix(".verified.json")
+    save_json(found, record)
+    print(f"verified: {record}")
+    return not found["differing_predictions"]["integer"]
+
+
+def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, Any]:
+    """Return what the model gives on all test images beside simulations, its speed and its size.
+
+    `test` makes normalized batches of the test images in their order.
+    """
+    float_net = compared.float_net
+    return {
+        **compare_predictions(model, compared, test, dataset.test_images),
+        "inexact_layers": onnx_session.inexact_layers(compared.integers),
+        "nodes": onnx_session.optimized_nodes(model, "the model"),
+        "images_per_second": measure_speed(model, compared, test, dataset),
+        "bytes": {
+            "file": len(model),
+            "packed": packed_bytes(compared.integers.integers()),
+            "float32": 4 * sum(p.numel() for p in float_net.parameters()),
+        },
+        "environment": describe_environment(),
+    }
+
+
+# --- predictions -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def compare_predictions(
+    model: bytes, compared: Compared, test: Loader, images: Tensor
+) -> dict[str, Any]:
+    """Return accuracies, and how far each simulation is from the engine.
+
+    Differences of logits are in units of the last layer's scale: its integers' own step.
+    """
+    engine = onnx_session.open_session(model, "the model")
+    nets = {"integer": compared.integers, **compared.simulations, "unquantized": compared.float_net}
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("engine", *nets)}
+    n_done = 0
+    for x, _ in test.batches(0):
+        parts["engine"].append(engine(images[n_done : n_done + len(x)].contiguous()))
+        n_done += len(x)
+        for name, net in nets.items():
+            parts[name].append(net.to(x.device)(x)[0].cpu())
+    logits, labels = {name: torch.cat(parts[name]) for name in parts}, test.labels.cpu()
+    last = compared.integers.layers()[-1].integers
+    step = last.product_scale(last.parts[0])
+    real = logits["engine"]
+    return {
+        "n_images": len(labels),
+        "accuracy": {k: (v.argmax(1) == labels).double().mean().item() for k, v in logits.items()},
+        "differing_predictions": {
+            name: (logits[name].argmax(1) != real.argmax(1)).sum().item() for name in nets
+        },
+        "largest_logit_difference": {
+            name: ((logits[name] - real).abs() / step).max().item() for name in nets
+        },
+    }
+
+
+# --- speed -----------------------------------------------------------------------------------
+
+
+def measure_speed(
+    model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
+) -> dict[str, dict[str, float]]:
+    """Return the images per second of the engine and of float32, by batch size.
+
+    All of them begin with uint8 images, take turns, and have PyTorch's number of threads.
+    """
+    float_net = compared.float_net.cpu().to(memory_format=torch.channels_last)
+    scale, shift = test.scale.cpu(), test.shift.cpu()
+
+    @torch.inference_mode()
+    def in_pytorch(batch: Tensor) -> Tensor:
+        x = batch.to(torch.float32, memory_format=torch.channels_last)
+        return float_net(x.mul_(scale).add_(shift))[0]
+
+    models = {"engine": model, **other_models(compared, test, dataset)}
+    runs = {name: onnx_session.open_session(m, name) for name, m in models.items()}
+    runs["float32 PyTorch"] = in_pytorch
+    speeds = {}
+    for n in BATCHES:
+        batch = dataset.test_images[:n].contiguous()
+        seconds = seconds_per_call(runs, batch)
+        speeds[str(n)] = {name: len(batch) / seconds[name] for name in runs}
+    return speeds
+
+
+def other_models(compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, bytes]:
+    """Return the models whose speed says something beside that of the engine's.
+
+    The float32 one and, where layers have two weights, those without the second.
+    """
+    x = next(test.batches(0))[0][:2].cpu()
+    float_net = build(trace(compared.float_net.cpu(), x), {}, {})
+    models = {"float32 ONNX Runtime": to_model(float_net, dataset, {})}
+    if any(len(layer.parts) > 1 for layer in compared.integers.integers().values()):
+        models["without the second sums"] = to_model(
+            compared.integers, dataset, {}, first_part_only=True
+        )
+        models["one fused convolution a layer"] = to_model(
+            _first_parts(compared.integers), dataset, {}
+        )
+    return models
+
+
+def _first_parts(net: IntegerNetwork) -> IntegerNetwork:
+    """Return the network with the first weight of each layer only."""
+    steps = [
+        replace(s, integers=replace(s.integers, parts=s.integers.parts[:1]))
+        if isinstance(s, Layer)
+        else s
+        for s in net.steps
+    ]
+    return IntegerNetwork(steps, net.output)
+
+
+def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]:
+    """Return the median over rounds of each function's mean time; in each round all take turns."""
+    n_calls, rounds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        run(batch)  # which allocates
+        n_calls[name] = max(1, round(SECONDS_PER_ROUND / _seconds(run, batch, 1)))
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            rounds[name].append(_seconds(run, batch, n_calls[name]))
+    return {name: median(seconds) for name, seconds in rounds.items()}
+
+
+def _seconds(run: Run, batch: Tensor, n_calls: int) -> float:
+    """Return the mean time of a call."""
+    start = time.perf_counter()
+    for _ in range(n_calls):
+        run(batch)
+    return (time.perf_counter() - start) / n_calls
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def format_report(found: Mapping[str, Any]) -> str:
+    """Return the report as text."""
+    n, accuracy = found["n_images"], found["accuracy"]
+    machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
+    lines = [
+        f"{found['file']} in ONNX Runtime on {machine}",
+        f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
+    ]
+    for name, n_differing in found["differing_predictions"].items():
+        if name != "unquantized":
+            lines.append(
+                f"simulated ({name}): {accuracy[name]:.2%}, {n_differing} of {n} predictions "
+                f"differ, logits by up to {found['largest_logit_difference'][name]:.4g} of the "
+                "last scale"
+            )
+    for batch, speeds in found["images_per_second"].items():
+        numbers = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
+        lines.append(f"images/s at batch {batch}: {numbers}")
+    size = found["bytes"]
+    lines.append(
+        f"bytes: file {size['file']:,}, packed integers {size['packed']:,}, "
+        f"float32 weights {size['float32']:,}"
+    )
+    return "\n".join([*lines, *format_kernels(found["nodes"])])
+
+
+def format_kernels(nodes: Mapping[str, str]) -> list[str]:
+    """Return which nodes run in integers, and what is around them."""
+    kernels = onnx_session.INTEGER_KERNELS
+    integer = Counter(op for op in nodes.values() if op in kernels)
+    other = Counter(op for op in nodes.values() if op not in kernels)
+    return [
+        f"{title}: " + ", ".join(f"{n} {op}" for op, n in counts.most_common())
+        for title, counts in (("integer kernels", integer), ("around them", other))
+    ]
+
+
+def warnings(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for everything that is not as it should be."""
+    lines = []
+    if in_float := [k for k, op in found["nodes"].items() if op in onnx_session.FLOAT_KERNELS]:
+        lines.append(f"not on integer kernels: {', '.join(in_float)}")
+    if found["inexact_layers"]:
+        lines.append(
+            f"sums of {', '.join(found['inexact_layers'])} are not exact on this processor, as "
+            "8-bit sums without VNNI saturate: use 7 bits for weights, or ONNX Runtime's session "
+            "option session.x64quantprecision=1"
+        )
+    if n := found["differing_predictions"]["integer"]:
+        lines.append(f"{n} of {found['n_images']} predictions differ from the simulation")
+    return lines
