@@ -126,3 +126,22 @@ def backward_twice(net, criterion, penalty_of, x: Tensor, y: Tensor) -> tuple[Te
     for p, first, second in zip(net.parameters(), before, after, strict=True):
         p.grad = first + second.detach()
     return loss.detach(), penalty.detach()
+
+
+def integer_layer(
+    codes: Tensor, zero_point: int, w: Tensor, bias: Tensor, padding: int = 0, stride: int = 1
+) -> Tensor:
+    """Σ w·(codes − zero_point) + bias of a convolution in 64-bit integers, pixel by pixel."""
+    x = F.pad(codes.long() - zero_point, (padding,) * 4)
+    size = w.shape[-1]
+    rows = [
+        torch.stack(
+            [
+                (x[:, None, :, i : i + size, j : j + size] * w.long()).sum(dim=(2, 3, 4))
+                for j in range(0, x.shape[3] - size + 1, stride)
+            ],
+            dim=-1,
+        )
+        for i in range(0, x.shape[2] - size + 1, stride)
+    ]
+    return torch.stack(rows, dim=-2) + bias.long().view(-1, 1, 1)
