@@ -45,7 +45,7 @@ class Quantize(Step):
 
     def run(self, x: Tensor) -> Tensor:
         """Map floats to codes, in float32."""
-        return _to_codes(x / self.out_grid.scale, self.out_grid)
+        return _round_to_codes(x, self.out_grid)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Layer(Step):
             scale = self._column(self.integers.product_scale(part), y)
             y = y + self._product(x, part).to(torch.int32).float() * scale
         y = y.relu() if self.relu else y
-        return _to_codes(y / self.out_grid.scale, self.out_grid) if self.out_grid else y
+        return _round_to_codes(y, self.out_grid) if self.out_grid else y
 
     def _product(self, x: Tensor, part: WeightCodes) -> Tensor:
         """Return the sum of products of integers, exact."""
@@ -123,8 +123,13 @@ class Relu(Step):
     """A ReLU that is not part of a layer."""
 
     def run(self, x: Tensor) -> Tensor:
-        """Map floats to floats."""
-        return x.relu()
+        """Map floats to floats or codes."""
+        return _round_to_codes(x.relu(), self.out_grid) if self.out_grid else x.relu()
+
+
+def _round_to_codes(x: Tensor, grid: Grid) -> Tensor:
+    """Round x to codes; divided by a tensor, as accelerators multiply by a number's reciprocal."""
+    return _to_codes(x / torch.tensor(grid.scale, device=x.device), grid)
 
 
 def _to_codes(x: Tensor, grid: Grid, relu: bool = False) -> Tensor:
@@ -150,7 +155,7 @@ class IntegerNetwork(nn.Module):
         self.steps, self.output = steps, output
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Map normalized images x (B, 3, H, W) to logits and the codes of every layer."""
+        """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
         values = self.values(x)
         return values[self.output], []
 
@@ -186,13 +191,24 @@ def build(
                 f"{', '.join(STEPS)}"
             )
         STEPS[call.kind](builder, call)
-    for step in builder.steps:
-        maker = builder.makers.get(step.source)
+    network = IntegerNetwork(builder.steps, builder.names[graph.output])
+    _check_steps(network, builder.makers)
+    return network
+
+
+def _check_steps(network: IntegerNetwork, makers: Mapping[str, Step]) -> None:
+    """Raise NetworkError where a value is needed in two ways, or a layer's sum stays in float."""
+    for step in network.steps:
+        maker = makers.get(step.source)
         if step.in_grid != (maker.out_grid if maker else None):
             raise NetworkError(
                 f"--export: {step.name}: its input is quantized for another layer in another way"
             )
-    return IntegerNetwork(builder.steps, builder.names[graph.output])
+    for layer in network.layers():
+        if layer.integers and not layer.out_grid and layer.name != network.output:
+            raise NetworkError(
+                f"--export: {layer.name}: what reads its output does not quantize it"
+            )
 
 
 def _caller(call: Call) -> str:
@@ -223,6 +239,10 @@ class _Builder:
         """Return a name for what the call makes: the module's, or one that no other has."""
         is_new = call.module is not None and call.name not in self.makers
         return call.name if is_new else f"{call.name}/{call.kind}{call.output}".lstrip("/")
+
+    def readers_of(self, name: str) -> int:
+        """Return how many calls read any of the values that have this name."""
+        return max(self.n_readers[value] for value, of in self.names.items() if of == name)
 
     def source(self, call: Call) -> tuple[str, Grid | None]:
         """Return the call's input and its grid: codes where the module has one."""
@@ -257,11 +277,14 @@ def _add_layer(builder: _Builder, call: Call) -> None:
 
 
 def _add_relu(builder: _Builder, call: Call) -> None:
-    """Make the ReLU part of the layer before it, where nothing else reads that layer's output."""
-    name = builder.names[call.inputs[0]]
-    maker = builder.makers.get(name)
-    if isinstance(maker, Layer) and builder.n_readers[call.inputs[0]] == 1:
-        maker.relu = True
+    """Make the ReLU part of the layer before it, where nothing else reads what is between them."""
+    name, layer = builder.names[call.inputs[0]], builder.makers.get(builder.names[call.inputs[0]])
+    is_alone = builder.n_readers[call.inputs[0]] == 1
+    while isinstance(layer, Reorder) and is_alone:  # max-pooling and ReLU: in either order the same
+        is_alone = builder.readers_of(layer.source) == 1
+        layer = builder.makers.get(layer.source)
+    if isinstance(layer, Layer) and is_alone:
+        layer.relu = True
         builder.names[call.output] = name
     else:
         builder.add(Relu(builder.name_step(call), name), call)

@@ -134,8 +134,12 @@ def trace(net: nn.Module, images: Tensor) -> NetworkGraph:
     finally:
         for handle in handles:
             handle.remove()
-    logits = output[0] if isinstance(output, tuple) else output
-    return _without_dead_calls(recorder.calls, recorder.numbers[id(logits)])
+    return _without_dead_calls(recorder.calls, recorder.numbers[id(logits_of(output))])
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of what a network returns: them, or (logits, activations)."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _without_dead_calls(calls: list[Call], output: int) -> NetworkGraph:

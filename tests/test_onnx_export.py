@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_integer_network import images, quantize, small_net
+import torch.nn.functional as F
+from test_integer_network import Small, images, quantize, small_net
 from torch import nn
 
 import data
@@ -72,6 +73,20 @@ def test_every_logit_of_the_engine_is_that_of_the_simulation(scheme, n_bits, act
     torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
     assert logits.unique().numel() > 10
     assert onnx_session.inexact_layers(net) == []
+
+
+def test_a_relu_after_max_pooling_is_part_of_the_layer_before_it():
+    class PoolsFirst(Small):
+        def forward(self, x):
+            x = self.conv2(F.relu(self.shrink(self.conv1(x))))
+            return self.classifier(self.pool(F.relu(x)).flatten(1)), []
+
+    torch.manual_seed(0)
+    net, _ = quantize(PoolsFirst().eval(), normalized(pixels(8)), 4, 4)
+    model = onnx_export.to_onnx(net, (3, 12, 12), MEAN, STD, {})
+    logits = onnx_session.open_session(model, "m")(pixels())
+    torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
+    assert [layer.relu for layer in net.layers()] == [True, True, False]
 
 
 def test_all_products_are_summed_by_integer_kernels():

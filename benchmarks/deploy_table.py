@@ -1,0 +1,118 @@
+"""Tables of what `quant_inference.py --verify` wrote: `python benchmarks/deploy_table.py FOLDER`.
+
+Prints markdown, or writes table.md and records.jsonl.gz into --output. See results/deploy/run.sh.
+"""
+
+import argparse
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HEADER = (
+    "network | W | A | scheme | float32 | simulated | engine | differ | differ, float simulation | "
+    "ms, batch 1 | float32 | ms, batch 128 | float32 | file | packed | float32"
+)
+ORDER = ("uniform", "uniform per channel", "pwlq")
+
+
+def read_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the content of every record below the folder, by its path there."""
+    paths = sorted(folder.rglob("*.verified.json"))
+    return {
+        path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in paths
+    }
+
+
+def scheme_name(source: Mapping[str, str]) -> str:
+    """Return the quantizer in words."""
+    return source["scheme"] + " per channel" * (source["per_channel"] == "true")
+
+
+def milliseconds(found: Mapping[str, Any], batch: str) -> tuple[float, float]:
+    """Return the time of a batch in the engine, and in the faster of the float32 programs."""
+    speeds = found["images_per_second"][batch]
+    fastest = max(speed for name, speed in speeds.items() if name.startswith("float32"))
+    return 1000 * int(batch) / speeds["engine"], 1000 * int(batch) / fastest
+
+
+def row(found: Mapping[str, Any]) -> str:
+    """Return a line of the table."""
+    source, accuracy, size = found["source"], found["accuracy"], found["bytes"]
+    differing = found["differing_predictions"]
+    cells = [
+        source["checkpoint"].removesuffix(".pt"),
+        source["bits"],
+        source["act_bits"],
+        scheme_name(source),
+        *(f"{100 * accuracy[name]:.2f}" for name in ("unquantized", "integer", "engine")),
+        f"{differing['integer']}",
+        f"{differing['float32']}",
+    ]
+    for batch in ("1", "128"):
+        cells += [f"{ms:.2f}" for ms in milliseconds(found, batch)]
+    cells += [f"{size[name] / 1e6:.2f} MB" for name in ("file", "packed", "float32")]
+    return " | ".join(cells)
+
+
+def second_sums(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines about what the second sums of PWLQ cost, for every network."""
+    lines = []
+    for found in records:
+        if found["source"]["scheme"] != "pwlq":
+            continue
+        for batch, speeds in found["images_per_second"].items():
+            engine = speeds["engine"]
+            ratios = ", ".join(
+                f"{speeds[name] / engine:.2f} times {name}"
+                for name in ("without the second sums", "one fused convolution a layer")
+            )
+            lines.append(f"- {found['source']['checkpoint']}, batch {batch}: the time is {ratios}")
+    return lines
+
+
+def table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return everything as markdown."""
+
+    def key(found: Mapping[str, Any]) -> tuple:
+        source = found["source"]
+        bits = -int(source["bits"]), -int(source["act_bits"])
+        return source["checkpoint"], ORDER.index(scheme_name(source)), *bits
+
+    found = sorted(records.values(), key=key)
+    lines = [HEADER, " | ".join(["---"] * 4 + ["---:"] * 12), *map(row, found)]
+    machine = found[0]["environment"]["machine"]
+    about = f"{machine['processor']}, {machine['threads']} threads"
+    intro = (
+        f"Accuracies in % on {found[0]['n_images']:,} test images; “differ”: predictions of the "
+        "engine that are not those of the integer simulation, and of the float32 simulation with "
+        f"the same biases. Times against the faster float32 program, on {about}."
+    )
+    body = "\n".join(f"| {line} |" for line in lines)
+    return "\n\n".join([intro, body, "What the second sums of PWLQ cost:", ""]) + "\n".join(
+        second_sums(found)
+    )
+
+
+def main() -> None:
+    """Read the folder and print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder with records, in any depth")
+    parser.add_argument("--output", type=Path, help="folder for table.md and records.jsonl.gz")
+    args = parser.parse_args()
+    records = read_records(args.folder)
+    if not records:
+        parser.error(f"{args.folder}: no *.verified.json below it")
+    text = table(records)
+    print(text)
+    if args.output:
+        (args.output / "table.md").write_text(text + "\n", encoding="utf-8")
+        with gzip.open(args.output / "records.jsonl.gz", "wt", encoding="utf-8") as file:
+            for path, content in records.items():
+                file.write(json.dumps({"path": path, "content": content}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
