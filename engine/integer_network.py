@@ -80,7 +80,8 @@ class Layer(Step):
         most = part.codes.float().abs().flatten(1).sum(1).max() * self.in_grid.max_abs
         is_exact = most < EXACT_IN_FLOAT32 and x.device.type == "cpu"
         dtype = torch.float32 if is_exact else torch.float64
-        x, w = (x - self.in_grid.zero_point).to(dtype), part.codes.to(x.device, dtype)
+        x = (x - self.in_grid.zero_point if self.in_grid.zero_point else x).to(dtype)
+        w = part.codes.to(x.device, dtype)
         if isinstance(self.module, nn.Linear):
             return F.linear(x, w).round()
         m = self.module
@@ -156,7 +157,12 @@ class IntegerNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
-        values = self.values(x)
+        values, last_reader = {"input": x}, {step.source: step for step in self.steps}
+        for step in self.steps:
+            source = values[step.source]
+            if last_reader[step.source] is step:  # a batch's values of all layers are gigabytes
+                del values[step.source]
+            values[step.name] = step.run(source)
         return values[self.output], []
 
     def values(self, x: Tensor) -> dict[str, Tensor]:

@@ -192,6 +192,7 @@ def test_every_step_is_that_of_integers_in_64_bits(n_bits, per_channel):
     total = (product + last.integers.bias).float()
     scale = last.in_grid.scale * last.integers.parts[0].scale
     torch.testing.assert_close(values["classifier"], total * scale, rtol=1e-6, atol=0)
+    assert torch.equal(values["classifier"], integer_net(x)[0])
 
 
 @pytest.mark.parametrize(("scheme", "per_channel"), [("uniform", True), ("pwlq", False)])
