@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from analysis.deployment import ImageDataset, read_model, to_model
 from engine import onnx_session
 from engine.environment import describe_environment, processor_name
+from engine.extras import require
 from engine.integer_network import IntegerNetwork, Layer, build
 from engine.io import save_json
 from engine.loader import Loader
@@ -79,6 +80,7 @@ def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
             "packed": packed_bytes(compared.integers.integers()),
             "float32": 4 * sum(p.numel() for p in float_net.parameters()),
         },
+        "onnxruntime": require("onnxruntime", "--verify").__version__,
         "environment": describe_environment(),
     }
 
@@ -205,7 +207,7 @@ def format_report(found: Mapping[str, Any]) -> str:
     n, accuracy = found["n_images"], found["accuracy"]
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
-        f"{found['file']} in ONNX Runtime on {machine}",
+        f"{found['file']} in ONNX Runtime {found['onnxruntime']} on {machine}",
         f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
     ]
     for name, n_differing in found["differing_predictions"].items():

@@ -12,6 +12,7 @@ import data
 import models
 import quant_inference as qi
 from analysis import verification
+from benchmarks import deploy_table
 from engine import onnx_export, onnx_session
 from engine.io import save_weights, torch_load
 from engine.layers import BatchNormReLU
@@ -184,6 +185,8 @@ def test_export_and_verify(tiny, capsys):
         "float32 ONNX Runtime",
         "float32 PyTorch",
     }
+    row = "| net | 4 | 4 | uniform |"
+    assert row in deploy_table.table(deploy_table.read_records(Path(".")))
     assert found["bytes"]["file"] == Path("net.onnx").stat().st_size
     metadata = {p.key: p.value for p in onnx.load("net.onnx").metadata_props}
     assert json.loads(metadata["class_names"]) == list("abcdefghij")
@@ -208,6 +211,8 @@ def test_pwlq_reports_what_its_second_sums_cost(tiny, capsys):
     flags = FLAGS.replace("uniform", "pwlq --overlapping")
     assert main(f"{flags} --export net.onnx --verify") == 0
     found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
+    text = deploy_table.table({"net": found})
+    assert "net.pt, batch 1: the time is" in text and "times without the second sums" in text
     assert {"without the second sums", "one fused convolution a layer"} < set(
         found["images_per_second"]["1"]
     )
