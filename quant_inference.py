@@ -265,6 +265,8 @@ def integer_network(
     grids = {name: make_grid(*qu.activation_grid(act_bits, *r)) for name, r in ranges.items()}
     for name, layer in quantizable_layers(net).items():
         parts = make_parts(layer.weight.detach(), n_bits)
+        if name not in grids:  # it never runs
+            continue
         parts = parts if isinstance(parts, tuple) else (parts,)
         try:
             integers[name] = make_integer_layer(parts, layer.bias, grids[name], args.per_channel)
@@ -780,7 +782,8 @@ def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
         if path := getattr(args, flag):
             try:
                 check_writable(Path(path))
-            except ValueError as error:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            except (OSError, ValueError) as error:
                 parser.error(f"--{flag}: {error}")
             if Path(path) in resolve_paths(args.checkpoints).values():
                 parser.error(f"--{flag} {path}: that is the file to quantize")

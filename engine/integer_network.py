@@ -197,6 +197,8 @@ def build(
                 f"{', '.join(STEPS)}"
             )
         STEPS[call.kind](builder, call)
+    if unused := grids.keys() - builder.used_grids:
+        raise NetworkError(f"--export: no step quantizes {', '.join(sorted(unused))}")
     network = IntegerNetwork(builder.steps, builder.names[graph.output])
     _check_steps(network, builder.makers)
     return network
@@ -230,6 +232,7 @@ class _Builder:
     ) -> None:
         self.grids, self.integers = grids, integers
         self.n_readers = Counter(i for call in graph.calls for i in call.inputs)
+        self.used_grids: set[str] = set()  # by name
         self.steps: list[Step] = []
         self.names = {0: "input"}  # of values
         self.makers: dict[str, Step] = {}  # by name of what they make
@@ -254,7 +257,10 @@ class _Builder:
         """Return the call's input and its grid: codes where the module has one."""
         name = self.names[call.inputs[0]]
         grid = self.grids.get(call.name) if call.module is not None else None
-        return (self.as_codes(name, grid) if grid else name), grid
+        if grid is None:
+            return name, None
+        self.used_grids.add(call.name)
+        return self.as_codes(name, grid), grid
 
     def as_codes(self, name: str, grid: Grid) -> str:
         """Have the value made as codes and return the codes' name; `build` checks for conflicts."""

@@ -255,6 +255,15 @@ def test_a_value_that_is_quantized_for_one_layer_and_read_by_another_is_refused(
         build(NetworkGraph((conv1, relu, *readers), 8), grids, integer_net.integers())
 
 
+def test_an_input_that_only_the_simulation_quantizes_is_refused():
+    net, x = small_net(), images(2)
+    integer_net, ranges = quantize(net, x, 4, 4)
+    grids = {name: make_grid(*qu.activation_grid(4, *r)) for name, r in ranges.items()}
+    grids["add[0]"] = Grid(0.1, 0, 4)
+    with pytest.raises(NetworkError, match=r"no step quantizes add\[0\]"):
+        build(trace(net, x), grids, integer_net.integers())
+
+
 def test_packed_metadata_is_json(tmp_path):
     safetensors = pytest.importorskip("safetensors", reason="requirements-export.txt")
     integer_net, _ = quantize(small_net(), images(), 4, 4)
