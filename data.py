@@ -92,6 +92,17 @@ def subset(data: ImageDataset, n: int) -> ImageDataset:
     return replace(data, train_images=data.train_images[:n], train_labels=data.train_labels[:n])
 
 
+def test_subset(data: ImageDataset, n: int) -> ImageDataset:
+    """Keep the first `n` test images, in the given order; the training set stays whole.
+
+    Raises:
+        ValueError: n < 1 or more than there are.
+    """
+    if not 1 <= n <= len(data.test_images):
+        raise ValueError(f"choose 1 to {len(data.test_images)} images")
+    return replace(data, test_images=data.test_images[:n], test_labels=data.test_labels[:n])
+
+
 def use_holdout_as_test(data: ImageDataset, n: int) -> ImageDataset:
     """Make the last `n` training images the test set, for choices that must not see the real one.
 

@@ -265,6 +265,7 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
 
 
 QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
+OWN_BIAS_RANGE = {"pwlq"}  # schemes whose published code gives a bias its own range and breakpoint
 
 
 def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
@@ -316,20 +317,32 @@ def quantize_layer(
     quantizer: Quantizer,
     n_bits: int,
     *,
-    biases: bool = True,
+    bias_range: str | None = "weight",
     correction: Correction | None = None,
 ) -> float:
     """Quantize the layer in place and return the squared error of its weight.
 
-    `biases`: quantize the bias, too, on its weight's grid. `correction`: applied to the quantized
-    weight, as `mean_correction` is.
+    `bias_range`: None keeps the bias in full precision, "weight" quantizes it on its weight's grid,
+    "own" with one range and breakpoint of its own. `correction`: applied to the quantized weight,
+    as `mean_correction` is.
     """
     w = layer.weight.detach().clone()
-    if biases and layer.bias is not None:
-        layer.bias.copy_(checked(quantizer(layer.bias, n_bits, range_source=w), layer.bias))
+    if bias_range and layer.bias is not None:
+        layer.bias.copy_(
+            checked(_quantize_bias(layer.bias, w, quantizer, n_bits, bias_range), layer.bias)
+        )
     w_q = checked(quantizer(w, n_bits), w)
     layer.weight.copy_(correction(w, w_q) if correction else w_q)
     return (layer.weight - w).double().square().sum().item()
+
+
+def _quantize_bias(
+    bias: Tensor, w: Tensor, quantizer: Quantizer, n_bits: int, bias_range: str
+) -> Tensor:
+    """Return the bias (C,), quantized on the grid of its weight w or with its own range."""
+    if bias_range == "weight":
+        return quantizer(bias, n_bits, range_source=w)
+    return quantizer(bias[None], n_bits)[0]  # a single row: one range also per channel
 
 
 def quantize_model(
@@ -337,12 +350,12 @@ def quantize_model(
     quantizer: Quantizer,
     n_bits: int,
     *,
-    biases: bool = True,
+    bias_range: str | None = "weight",
     correction: Correction | None = None,
 ) -> tuple[nn.Module, list[LayerError]]:
     """Return a copy of the network with quantized layers, and the error of each layer.
 
-    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `biases` and
+    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `bias_range` and
     `correction` see `quantize_layer`. Raises ValueError, naming the layer, for NaN weights.
     """
     net = copy.deepcopy(net)
@@ -350,7 +363,7 @@ def quantize_model(
     for name, layer in quantizable_layers(net).items():
         try:
             squared_error = quantize_layer(
-                layer, quantizer, n_bits, biases=biases, correction=correction
+                layer, quantizer, n_bits, bias_range=bias_range, correction=correction
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error

@@ -87,7 +87,9 @@ BN_IMAGES = 4000  # to recalibrate batch norms with, or as many as there are
 QUANTIZATIONS = {
     "tuning": Quantization("--bits 4 --schemes uniform", 20.0),
     "weights": Quantization(
-        "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16", 40.0
+        "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16 "
+        "--biases weight",
+        40.0,
     ),
     "recalibrated": Quantization(
         "--bits 2 3 4 --schemes uniform --recalibrate_bn_images {bn_images} --precision bf16", 20.0

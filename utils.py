@@ -316,7 +316,11 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
     """Return the data set that the flags say; DataError where it cannot be had."""
     with distributed.local_rank0_first():  # it may have to fetch it
         dataset = data.load(args.dataset, args.data_dir, args.seed)
-    restrictions = (("holdout", data.use_holdout_as_test), ("train_subset", data.subset))
+    restrictions = (
+        ("holdout", data.use_holdout_as_test),
+        ("train_subset", data.subset),
+        ("test_subset", data.test_subset),
+    )
     for flag, restrict in restrictions:
         if n := getattr(args, flag, None):
             try:

@@ -13,7 +13,8 @@ from engine.tracking import WandbLogger
 
 Row = dict[str, Any]
 UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained
-COLUMNS = (
+FLOAT_BITS = 32  # of what is not quantized
+MEASURED = (
     "checkpoint",
     "scheme",
     "bits",
@@ -26,6 +27,8 @@ COLUMNS = (
     "loss",
     "act_bits",
 )
+PROVENANCE = ("per_channel", "fold_bn", "run_id", "regularizer", "lmbda", "seed")
+COLUMNS = MEASURED + PROVENANCE
 PRINTED_COLUMNS = COLUMNS[:7]
 CURVES = ("accuracy", "accuracy_change", "squared_error")  # logged against bits
 LAYER_COLUMNS = (
@@ -41,7 +44,15 @@ LAYER_COLUMNS = (
     "second_order",
 )
 # Files of earlier results that are renamed before new ones are written: (stem, suffix).
-FILES = (("results", ".csv"), ("results", ".json"), ("per_layer", ".csv"), ("accuracy", ".png"))
+FILES = (
+    ("results", ".csv"),
+    ("results", ".json"),
+    ("per_layer", ".csv"),
+    ("per_layer", ".png"),
+    ("accuracy", ".png"),
+    ("distributions", ".csv"),
+    ("distributions", ".png"),
+)
 
 
 class Trial(NamedTuple):
@@ -63,7 +74,7 @@ def make_row(
     full_accuracy: float,
     *,
     levels: int | None = None,
-    act_bits: int = 32,
+    act_bits: int = FLOAT_BITS,
 ) -> Row:
     """Return a row with the means over the trials; `full_accuracy` is that without quantizing."""
     accuracies, losses, errors = zip(*trials, strict=True)
@@ -189,7 +200,7 @@ def log_results(
         ("per_layer", layer_rows, LAYER_COLUMNS),
     ):
         if table_rows:
-            cells = [[row[column] for column in columns] for row in table_rows]
+            cells = [[row.get(column) for column in columns] for row in table_rows]
             values[name] = wandb.Table(list(columns), cells)
     images = {f"plots/{title}": wandb.Image(str(path)) for title, path in plots.items()}
     logger.log(values | images)
