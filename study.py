@@ -22,7 +22,7 @@ from analysis.study_jobs import Job, JobRunner, pending
 from analysis.study_plan import NotChosen, Quantization, StudyPlan, Variant
 from analysis.study_report import update_report
 from analysis.study_settings import SETTING_TYPES, Settings, load_settings, resolve_settings
-from engine.cli import Parser, bounded_number, choice_ignoring_case, exit_codes, refuse_unused_flags
+from engine.cli import Parser, bounded_number, choice_ignoring_case, exit_codes, warn_unused_flags
 from engine.errors import FileError
 from engine.io import run_lock, save_json, warn_on_error
 from engine.signals import GracefulShutdown
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     runs = not (args.tables or args.forget)
     unused = [(flag, "something to run", runs) for flag in ("only", "seeds", "jobs")]
-    refuse_unused_flags(parser, [*unused, ("epoch_seconds", "--plan", args.plan)])
+    warn_unused_flags(parser, args, [*unused, ("epoch_seconds", "--plan", args.plan)])
     hint = "; the same command resumes" if runs and not args.plan else ""
     with exit_codes(parser, lambda: hint), GracefulShutdown():
         code = run_mode(parser, args)

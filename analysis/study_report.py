@@ -60,7 +60,7 @@ def reproduction_command(records: StudyRecords, path: Path) -> str:
     with records.open(path) as record:
         settings = record["settings"] | record  # a results.json has them among its settings
         threads, command = settings["machine"]["threads"], shlex.join(settings["command"])
-        has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings["fold_bn"]
+        has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
         if has_pwlq and "biases" not in settings:
             command += " --biases weight"
     return f"OMP_NUM_THREADS={threads} python {command}"
