@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import train
+from analysis.offline_run import read_offline_run
 from engine import environment, tracking
+from engine.errors import FileError
 from models import ConvNet
 
 FAST = (
@@ -37,16 +39,7 @@ def test_keys_are_found_where_wandb_looks(no_key, monkeypatch, tmp_path):
 def logged_rows(folder):
     """Return the rows logged by the offline run in folder, read by wandb's own inspector."""
     [log] = folder.glob("wandb/offline-run-*/*.wandb")
-    wandb = Path(sys.executable).with_name("wandb")
-    printed = subprocess.run(
-        [wandb, "leet", "inspect", "--json", log],
-        text=True,
-        check=True,
-        capture_output=True,
-        timeout=60,
-    ).stdout
-    records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return [set(record["history"]["item"]) for record in records if "history" in record]
+    return read_offline_run(log)["history"]
 
 
 def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypatch, tmp_path):
@@ -76,10 +69,22 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
         "lr",
         "epoch_seconds",
         "epoch",
-    } <= epoch
-    [watched] = [row for row in rows if "parameters/classifier.bias._type" in row]
-    names = [name for name, _ in ConvNet().named_parameters()]
-    assert {f"{kind}/{n}._type" for kind in ("parameters", "gradients") for n in names} <= watched
+    } <= epoch.keys()
+    [watched] = [row for row in rows if "parameters/classifier.bias" in row]
+    for name, p in ConvNet().named_parameters():
+        for kind in ("parameters", "gradients"):
+            histogram = watched[f"{kind}/{name}"]
+            assert histogram["_type"] == "histogram" and sum(histogram["values"]) == p.numel()
+            assert len(histogram["bins"]) == len(histogram["values"]) + 1
+
+
+def test_what_is_no_log_is_refused_in_one_line(tmp_path):
+    with pytest.raises(FileError, match="no such log"):
+        read_offline_run(tmp_path / "x.wandb")
+    (tmp_path / "x.wandb").write_bytes(b"not a log")
+    with pytest.raises(FileError, match=r"x\.wandb is not a log") as error:
+        read_offline_run(tmp_path / "x.wandb")
+    assert "\n" not in str(error.value)
 
 
 def test_online_without_a_key_goes_on_offline(script, no_key):
