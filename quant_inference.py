@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import quant_utils as qu
 import utils
-from analysis import figures, report
+from analysis import dashboard, figures, report
 from analysis.report import UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from data import ImageDataset
@@ -46,7 +46,6 @@ from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
 from engine.signals import GracefulShutdown
-from engine.tracking import WandbLogger, new_run_id
 from models import MODELS
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
@@ -425,10 +424,8 @@ def report_results(
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print("plots:   " + ", ".join(map(str, plots.values())))
-    name = f"quantize_{next(iter(nets))}"
-    logger = WandbLogger(args.wandb_project, args.wandb_entity, name, settings, new_run_id())
-    report.log_results(logger, rows, layer_rows, plots)
-    print(logger.finish())
+    paths = resolve_paths(args.checkpoints)
+    print(dashboard.log_quantizations(args, settings, paths, rows, layer_rows, plots))
 
 
 def draw_plots(
@@ -670,6 +667,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("calibration", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
+        *utils.wandb_requirements(),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))

@@ -37,7 +37,7 @@ def read_offline_run(path: Path) -> dict[str, Any]:
             "job_type": run.get("job_type"),
             "group": run.get("run_group"),
             "tags": merged.get("tags", []),
-            "notes": merged.get("notes"),
+            "notes": merged.get("notes") or None,
         },
         "config": merged.get("config", {}),
         "summary": merged.get("summary", {}),

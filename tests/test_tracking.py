@@ -119,6 +119,7 @@ def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, mon
     tracker = object.__new__(tracking.WandbLogger)
     tracker.run = tracker.wandb = Broken(call)
     tracker.healthy, tracker.folder = True, tmp_path / "run-1-x"
+    monkeypatch.setattr(tracker, "failed_modes", set(), raising=False)
     tracker.folder.mkdir()
     started_at = time.monotonic()
     for epoch in range(9):
