@@ -115,8 +115,8 @@ class StudyPlan:
         names = ["--run_name", f"study_{folder.name}_{stem}", "--save_file", str(folder / stem)]
         holdout = ["--holdout", str(self.holdout)] if tuning else []
         command = (  # of a flag that is given twice the last one counts
-            *(script, *self.group, *self.training_flags, *names, "--resume", "--seed", str(seed)),
-            *(*flags, *holdout),
+            *(script, *self.training_flags, *names, "--resume", "--seed", str(seed)),
+            *(*flags, *holdout, *self.group),
         )
         targets = (folder / f"{stem}.pt",)
         if not needs:  # others continue from its checkpoint
@@ -131,7 +131,7 @@ class StudyPlan:
         if how == TUNING:
             flags += ["--holdout", str(self.holdout)]
         output = ["--no_plots", "--output", str(folder)]
-        command = ("quant_inference.py", str(trained.target), *self.group, *flags, *output)
+        command = ("quant_inference.py", str(trained.target), *flags, *output, *self.group)
         target, kind = folder / "results.json", f"quantize {how}"
         seconds = self.measured.get(kind, self.quantizations[how].seconds)
         recorded = self.records.archived(target)

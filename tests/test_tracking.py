@@ -36,17 +36,13 @@ def test_keys_are_found_where_wandb_looks(no_key, monkeypatch, tmp_path):
     assert tracking.has_key()
 
 
-def logged_rows(folder):
-    """Return the rows logged by the offline run in folder, read by wandb's own inspector."""
-    [log] = folder.glob("wandb/offline-run-*/*.wandb")
-    return read_offline_run(log)["history"]
-
-
 def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypatch, tmp_path):
     """In an interpreter of its own, whose end is what wandb waits for."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # a copy of the weights goes there
     flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
+    flags += ["--wandb_group", "g", "--wandb_tags", "a", "b", "--wandb_notes", "why", "--log_model"]
     completed = subprocess.run(  # epochs of two batches
         [sys.executable, train.__file__, *map(str, flags)],
         cwd=tmp_path,
@@ -57,7 +53,10 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
     )
     assert completed.returncode == 0, completed.stderr
     assert "wandb leet" in completed.stdout and "wandb sync" in completed.stdout
-    rows = logged_rows(tmp_path)
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = read_offline_run(log)
+    rows = logged["history"]
+    check_columns(logged, json.loads(Path(tmp_path, "ConvNet_Synthetic_L2Grad.json").read_text()))
     epoch, _ = [row for row in rows if "train_loss" in row]
     assert {
         "train_loss",
@@ -76,6 +75,27 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
             histogram = watched[f"{kind}/{name}"]
             assert histogram["_type"] == "histogram" and sum(histogram["values"]) == p.numel()
             assert len(histogram["bins"]) == len(histogram["values"]) + 1
+
+
+def check_columns(logged, record):
+    """Of a training: what its runs are grouped, filtered, sorted and linked by."""
+    names = {"job_type": "train", "group": "g", "tags": ["a", "b"], "notes": "why"}
+    assert names.items() <= logged["run"].items() and logged["run"]["id"] == record["run_id"]
+    settings = {k: v for k, v in record["settings"].items() if v not in (None, [], "")}
+    assert settings.items() <= logged["config"].items()
+    assert set(logged["config"]) - set(settings) <= {"git_commit", "git_uncommitted_changes"}
+    assert logged["config"].get("git_commit") == record["git_commit"]
+    accuracies = [entry["test_accuracy"] for entry in record["history"]]
+    expected = {
+        "final_accuracy": record["final_accuracy"],
+        "best_accuracy": max(accuracies),
+        "best_epoch": accuracies.index(max(accuracies)),
+        "total_seconds": record["seconds"],
+    }
+    assert expected.items() <= logged["summary"].items()
+    [weights] = logged["artifacts"]
+    assert {key: weights[key] for key in ("name", "digest")} == record["artifact"]
+    assert weights["name"] == f"weights-{record['run_id']}" and weights["run_id"] in weights["name"]
 
 
 def test_what_is_no_log_is_refused_in_one_line(tmp_path):
