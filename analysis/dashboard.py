@@ -40,9 +40,14 @@ def log_quantizations(
         config = {**settings, "checkpoints": [str(paths[name])], **describe_training(training)}
         run_id = uuid.uuid4().hex[:12] if loggers else new_run_id()  # a sweep gives one
         logger = WandbLogger(args, "quantize", f"quantize_{name}", config, run_id)
-        log_results(logger, *own, {k: v for k, v in plots.items() if k not in others})
-        use_weights(logger, paths[name], training)
-        logger.close()
+        try:
+            log_results(logger, *own, {k: v for k, v in plots.items() if k not in others})
+            use_weights(logger, paths[name], training)
+        except BaseException as error:  # such as Ctrl-C
+            logger.fail(error)
+            raise
+        finally:
+            logger.close()
         loggers.append(logger)
     return how_to_open(loggers)
 

@@ -1,20 +1,23 @@
 import json
+from pathlib import Path
 
 import pytest
-import torch
 
 import combined_protocol
 import quant_inference
 import study
 import train
+import utils
 from analysis import dashboard, report
 from analysis.offline_run import read_offline_run
 from engine import tracking
+from engine.cli import Parser
+from engine.environment import describe_code
 from engine.io import save_weights
+from engine.run_settings import MAY_CHANGE_ON_RESUME
 from models import ConvNet
 
 MAINS = (train, combined_protocol, quant_inference)
-SMALL = ("--dataset", "Synthetic", "--holdout", 32)
 
 
 def make_rows():
@@ -81,6 +84,13 @@ def test_the_flags_are_the_same_in_every_script(module, capsys):
         assert f"{value!r} is not 1 to" in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_be_logged_elsewhere_and_otherwise():
+    parser = Parser("")
+    utils.add_wandb_arguments(parser)
+    flags = vars(parser.parse_args([])).keys()
+    assert {"wandb_group", "log_model"} <= flags <= MAY_CHANGE_ON_RESUME
+
+
 def test_flags_without_effect_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     started = []
@@ -101,39 +111,36 @@ def test_jobs_of_a_study_have_its_name_as_group(tmp_path, capsys):
     assert jobs and all(line.endswith("--wandb_group mine") for line in jobs)
 
 
-def quantize(script, tmp_path, *flags):
-    """Quantize net.pt at 3 and 4 bits and return the run that was logged offline."""
-    common = ["net.pt", "--bits", 3, 4, "--schemes", "uniform", "--no_plots", *SMALL]
-    changes = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(tmp_path / "data")}
-    completed = script("quant_inference.py", *common, *flags, **changes)
-    assert completed.returncode == 0, completed.stderr
-    [folder] = tmp_path.glob("wandb/offline-run-*")
-    return read_offline_run(folder), completed
-
-
-def test_a_quantization_names_its_training_and_uses_its_weights(script, tmp_path):
-    torch.manual_seed(0)
-    save_weights(ConvNet(), tmp_path / "net.pt")
+def test_a_quantization_names_its_training_and_uses_its_weights(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(tracking.WandbLogger, "failed_modes", set())
+    Path("net.pt").write_bytes(b"weights")
     settings = {"run_name": "n", "regularizer": "L2Grad", "lmbda": 0.1, "init_from": None}
     record = {"settings": settings, "run_id": "abc123", "final_accuracy": 0.5, "history": []}
-    (tmp_path / "net.json").write_text(json.dumps(record))
-    run, _ = quantize(script, tmp_path, "--wandb_group", "g", "--wandb_tags", "q", "--log_model")
+    Path("net.json").write_text(json.dumps(record))
+    flags = ["net.pt", "--wandb_group", "g", "--wandb_tags", "q", "--log_model"]
+    args = quant_inference.make_parser().parse_args(flags)
+    rows = [row | {"checkpoint": "net"} for row in make_rows()]
+    lines = dashboard.log_quantizations(args, vars(args), {"net": Path("net.pt")}, rows, [], {})
 
+    [folder] = tmp_path.glob("wandb/offline-run-*")
+    assert f"wandb sync {folder.relative_to(tmp_path)}" in lines
+    run = read_offline_run(folder)
     expected = {"job_type": "quantize", "group": "g", "tags": ["q"], "name": "quantize_net"}
     assert expected.items() <= run["run"].items()
     training = {k: v for k, v in settings.items() if v is not None}
     assert run["config"]["training"] == training | {"run_id": "abc123", "final_accuracy": 0.5}
-    assert run["config"]["checkpoints"] == ["net.pt"] and len(run["config"]["git_commit"]) == 40
+    assert run["config"]["checkpoints"] == ["net.pt"]
+    assert run["config"].get("git_commit") == describe_code()["git_commit"]
     assert not [key for key, value in run["config"].items() if value in (None, "", [], {})]
-
-    rows = {row["bits"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    points = {point["bits"]: point for point in run["history"] if "bits" in point}
-    for bits in (3, 4):
-        assert run["summary"][f"accuracy/uniform/{bits}"] == rows[bits]["accuracy"]
-        assert run["summary"][f"accuracy_drop/uniform/{bits}"] == -rows[bits]["accuracy_change"]
-        assert points[bits]["accuracy/uniform"] == rows[bits]["accuracy"]
-    assert run["summary"]["accuracy/full"] == rows[32]["accuracy"]
-    assert not {"accuracy/uniform", "accuracy_drop/uniform", "bits"} & run["summary"].keys()
+    assert dashboard.summary(rows).items() <= run["summary"].items()
+    assert run["summary"]["results"]["nrows"] == len(rows)
+    curves = {name for point in dashboard.curves(rows) for name in point}
+    assert not curves & run["summary"].keys()  # each would be a key for the last bit-width
+    for logged, point in zip(run["history"], dashboard.curves(rows), strict=False):
+        assert point.items() <= logged.items()
     [used] = [each for each in run["artifacts"] if each["type"] == "model"]
     assert used["name"] == "weights-abc123" and used["use_after_commit"] and used["user_created"]
 
