@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import quant_utils as qu
 import utils
-from analysis import distributions, figures, report
+from analysis import dashboard, distributions, figures, report
 from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from analysis.weights_files import WeightsFile, common_dataset, find_weights
@@ -47,7 +47,6 @@ from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
 from engine.signals import GracefulShutdown
-from engine.tracking import WandbLogger, new_run_id
 from models import MODELS
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
@@ -486,10 +485,8 @@ def report_results(
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print("plots:   " + ", ".join(map(str, plots.values())))
-    name = f"quantize_{next(iter(nets))}"
-    logger = WandbLogger(args.wandb_project, args.wandb_entity, name, settings, new_run_id())
-    report.log_results(logger, rows, layer_rows, plots)
-    print(logger.finish())
+    files = {name: loaded[name].file for name in nets}
+    print(dashboard.log_quantizations(args, settings, files, results, plots))
 
 
 def describe_biases(args: argparse.Namespace) -> str:
@@ -817,6 +814,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("per_layer_images", "--per_layer", args.per_layer),
         ("biases", "no --fold_bn", not args.fold_bn or args.biases == "full"),
         ("absolute_weights", "no --no_plots", not args.no_plots),
+        *utils.wandb_requirements(),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))

@@ -134,6 +134,7 @@ RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "lmbda_warmup",
     "fold_bn",
     "detach_step",
+    "wandb_group",
 }
 
 

@@ -237,6 +237,7 @@ class TrainingRun:
             )
             entry[f"track_{regularizer.name}"] = means[regularizer.name]
         self.logger.log(entry)
+        self.logger.summarize(best_epoch(progress.history))
         regularizer = phase_at(self.phases, progress.epoch - 1).regularizer
         with warn_on_error(f"{self.out}.json was not written, training continues"):
             tqdm.write(summary_line(entry, regularizer and regularizer.name))
@@ -308,8 +309,8 @@ def set_up(
 
     plan = describe_plan(args, phases, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
-    record = {"settings": settings, **describe_environment()}
-    logger = WandbLogger(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
+    record = {"settings": settings, "run_id": run_id, **describe_environment()}
+    logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     training = TrainingRun(
         args, out, phases, state, config, train_loader, test_loader, fixed_batch,
@@ -338,6 +339,9 @@ def finish(training: TrainingRun) -> None:
     record = {**training.record, **final, "seconds": seconds, "history": state.progress.history}
     save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
+    training.logger.summarize({**best_epoch(state.progress.history), "total_seconds": seconds})
+    if artifact := training.logger.log_weights(Path(f"{out}.pt")):
+        save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
     images = "held-out" if training.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
@@ -495,6 +499,12 @@ def describe_plan(
         images = "the whole batch" if args.sync_bn else "each one's share"
         parts.append(f"{n} processes, batch-norm statistics of {images}")
     return "; ".join(parts)
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the highest test accuracy of a history, and the first epoch that has it."""
+    best = max(history, key=lambda entry: entry["test_accuracy"])
+    return {"best_accuracy": best["test_accuracy"], "best_epoch": best["epoch"]}
 
 
 def summary_line(entry: dict[str, Any], penalty: str | None) -> str:

@@ -241,10 +241,45 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where a run is logged in Weights & Biases."""
+    """Add the flags that say where a run is logged in Weights & Biases, and what beside numbers."""
     group = parser.add_argument_group("Weights & Biases (offline where no key is configured)")
-    group.add_argument("--wandb_project", default="RegulQuant", help="project to log to")
-    group.add_argument("--wandb_entity", help="user or team that owns the project")
+    add = group.add_argument
+    add("--wandb_project", default="RegulQuant", help="project to log to")
+    add("--wandb_entity", help="user or team that owns the project")
+    add("--wandb_group", type=label(128), metavar="NAME", help="runs that belong together")
+    add(
+        "--wandb_tags",
+        type=label(64),
+        nargs="+",
+        default=[],
+        metavar="TAG",
+        help="words by which runs are filtered",
+    )
+    add("--wandb_notes", type=label(10_000), metavar="TEXT", help="what the run is for")
+    add(
+        "--log_model",
+        action="store_true",
+        help="log the weights, too, as an artifact: the output of a training, the input of a "
+        "quantization",
+    )
+
+
+def label(longest: int) -> Callable[[str], str]:
+    """Return an argparse type for 1 to `longest` printable characters, spaces among them."""
+
+    def parse(text: str) -> str:
+        if not (0 < len(text) <= longest and "".join(text.split()).isprintable()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not 1 to {longest} printable characters")
+        return text
+
+    return parse
+
+
+def wandb_requirements() -> list[Requirement]:
+    """Return what the flags for Weights & Biases need for an effect, for `warn_unused_flags`."""
+    is_logged = os.environ.get("WANDB_MODE") != "disabled"
+    flags = ("wandb_group", "wandb_tags", "wandb_notes", "log_model")
+    return [(flag, "another WANDB_MODE than disabled", is_logged) for flag in flags]
 
 
 def regularizer_name(text: str) -> str:
@@ -293,6 +328,7 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         ("lmbda_warmup", "a regularizer", names),
         ("save_preregularized_model", "a regularizer", names),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
+        *wandb_requirements(),
     ]
     for option in options:
         users = [*names, *(args.track if declared[option].tracked else ())]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DataError
+from engine.errors import DataError, FileError
 from engine.io import CONTENT_ERRORS, torch_load
 
 
@@ -24,8 +24,9 @@ class WeightsFile:
     record: Mapping[str, Any]
 
     def setting(self, name: str) -> Any:
-        """Return a setting of the training, None where it is not known."""
-        return self.record.get("settings", {}).get(name)
+        """Return a number or text among the training's settings, None where it is not known."""
+        value = self.record.get("settings", {}).get(name)
+        return None if isinstance(value, list) else value
 
     def provenance(self) -> dict[str, Any]:
         """Return what a row of the report says of the training."""
@@ -49,14 +50,22 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the record of the training that wrote the file, {} where there is none that fits."""
     content: Any = None
     if path.suffix == ".ckpt":
-        with suppress(Exception):  # whatever is wrong is said when its weights are read
+        with suppress(FileError):  # said when its weights are read
             content = torch_load(path)
     else:
-        with suppress(OSError, *CONTENT_ERRORS):
+        with suppress(OSError, RecursionError, *CONTENT_ERRORS):
             content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
         return {}
-    return content
+    settings = {k: v for k, v in content["settings"].items() if isinstance(k, str) and _is_plain(v)}
+    others = {k: v for k, v in content.items() if _is_plain(v) or k == "artifact"}
+    return {**others, "settings": settings}
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether the value is a number, a text or None, or a list of these, as settings are."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str | int | float | None) for item in items)
 
 
 def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:

@@ -105,7 +105,16 @@ def test_a_checkpoint_is_quantized_as_its_weights_are(folder):
     assert rows[3]["run_id"] == "xyz" and rows[3]["regularizer"] == "L2Grad"
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"settings": 3}', "\x00", '{"rows": []}'])
+def test_hostile_settings_are_left_out(folder):
+    save("a", model=["ConvNet"], seed={"a": 1}, run_name="x")
+    content = {"net": {}, "settings": {3: "x", "seed": torch.ones(3), "lmbda": 2.0}, "run_id": "r"}
+    save_checkpoint(content, Path("b.ckpt"))
+    a, b = find_weights(["a.pt", "b.ckpt"]).values()
+    assert a.setting("model") is None and a.setting("seed") is None and a.setting("run_name") == "x"
+    assert b.record["settings"] == {"lmbda": 2.0} and b.record["run_id"] == "r"
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"settings": 3}', "\x00", "[" * 100_000])
 def test_what_is_no_record_is_none(folder, content):
     Path("a.json").write_text(content)
     assert read_record(Path("a.pt")) == {} == read_record(Path("missing.ckpt"))
