@@ -26,7 +26,7 @@ class WandbLogger:
 
     exit_code = 0  # that the run ends with
     mode = "disabled"  # of the run: online, offline or disabled
-    failed_modes: set[str] = set()  # of any run of this process: they are not waited for again
+    failed_modes: set[str] = set()  # in this process, of any run: they are not waited for again
 
     def __init__(
         self,
@@ -114,7 +114,8 @@ class WandbLogger:
         except Exception as error:
             warn(f"Weights & Biases: {str(error) or type(error).__name__}")
             self.healthy = False
-            self.failed_modes.add(self.mode)
+            if isinstance(error, TimeoutError):
+                self.failed_modes.add(self.mode)
             return None
 
     def log_histograms(self, net: nn.Module, epoch: float) -> None:
