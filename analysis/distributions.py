@@ -86,7 +86,7 @@ def distributions_plot(weights: Weights, layers: Sequence[str], absolute: bool, 
         for i, (name, tensors) in enumerate(weights.items()):
             for axes, layer in zip(panels[i], layers, strict=True):
                 histogram_panel(axes, tensors[layer], absolute, COLOURS[i % len(COLOURS)])
-            panels[i][0].set_ylabel(wrap(name, 18), rotation=0, ha="right", va="center")
+            panels[i][0].set_ylabel(wrap(name, 22), rotation=0, ha="right", va="center")
         unit = "weight" if absolute else "weight / σ"
         for axes, layer in zip(panels[0], layers, strict=True):
             axes.set_title(layer)

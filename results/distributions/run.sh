@@ -15,7 +15,7 @@ branch() { # NAME FLAGS…
 }
 
 branch variancenorm --regularizer VarianceNorm --lmbda 300 --watch --watch_freq 391
-branch stddevnorm --regularizer StdDevNorm --lmbda 100
+branch stddevnorm --regularizer StdDevNorm --lmbda 20
 branch inversevariancenorm --regularizer InverseVarianceNorm --lmbda 3e-3
 branch inversestddevnorm --regularizer InverseStdDevNorm --lmbda 0.3
 branch rangenorm --regularizer RangeNorm --lmbda 0.1
