@@ -96,7 +96,7 @@ def make_loader(
     images, labels = dataset.test_images, dataset.test_labels
     if n_train is not None:
         images, labels = dataset.train_images[:n_train], dataset.train_labels[:n_train]
-    return Loader(
+    return dataset.make_loader(
         images,
         labels,
         batch_size or args.batch_size,
@@ -670,6 +670,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("calibration", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
+        *utils.data_requirements(args),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))

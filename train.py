@@ -357,15 +357,16 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
 
     The fixed batch, of the first training images as they are, is what --track is measured on.
     """
-    common = {
-        "batch_size": args.batch_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "device": args.device,
-        "memory_format": torch.channels_last,
-    }
+    make_loader = partial(
+        dataset.make_loader,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=args.device,
+        memory_format=torch.channels_last,
+    )
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    train_loader = Loader(
+    train_loader = make_loader(
         dataset.train_images,
         dataset.train_labels,
         seed=args.seed,
@@ -373,7 +374,6 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
         shuffle=True,
         rank=rank,
         world_size=world_size,
-        **common,
     )
     if (smallest := train_loader.n_images_in_batch(len(train_loader) - 1)) < world_size:
         raise SetupError(
@@ -383,8 +383,8 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
     n = args.batch_size
     return (
         train_loader,
-        Loader(dataset.test_images, dataset.test_labels, cache=True, **common),
-        Loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True, **common),
+        make_loader(dataset.test_images, dataset.test_labels, cache=True),
+        make_loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True),
     )
 
 
