@@ -308,7 +308,7 @@ def set_up(
 
     plan = describe_plan(args, phases, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
-    record = {"settings": settings, **describe_environment()}
+    record = {"settings": settings, "classes": dataset.classes, **describe_environment()}
     logger = WandbLogger(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     training = TrainingRun(

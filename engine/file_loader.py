@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -97,6 +98,8 @@ class ImageMaker:
         decoded: DecodedImages | None = None,
     ) -> None:
         """Make them from `decoded`, where that is given, or else from the files."""
+        import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
+
         self.images, self.augment, self.seed, self.decoded = images, augment, seed, decoded
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
@@ -122,24 +125,29 @@ def _make_whole(images: ImageFiles, i: int) -> Tensor:
 class Workers:
     """Processes that call `make` on one item after the other; results come in the items' order.
 
-    They start with the first item and are kept. With n = 0 this process calls.
+    They start at once, while there is little to inherit, and are kept: wandb, for one, forbids what
+    it does in forks that come after it. With n = 0 this process calls.
     """
 
     def __init__(self, make: Callable[[Any], Tensor], n: int, pin_memory: bool = False) -> None:
         """`make` and the items must be picklable; DataErrors of `make` are raised here."""
         self.items = _Items()
         on_linux = sys.platform == "linux"  # forks share what is in memory
-        self.loader = DataLoader(
-            _Calls(make),
-            batch_sampler=self.items,
-            collate_fn=_as_it_is,
-            num_workers=n,
-            persistent_workers=n > 0,
-            multiprocessing_context="fork" if n and on_linux else None,
-            worker_init_fn=_begin_worker,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # else it draws from the global stream
-        )
+        with warnings.catch_warnings():  # more workers than cores are the user's choice
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            self.loader = DataLoader(
+                _Calls(make),
+                batch_sampler=self.items,
+                collate_fn=_as_it_is,
+                num_workers=n,
+                persistent_workers=n > 0,
+                multiprocessing_context="fork" if n and on_linux else None,
+                worker_init_fn=_begin_worker,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # else it draws from the global stream
+            )
+            if n:
+                iter(self.loader)  # starts them
 
     def map(self, items: Iterable[Any]) -> Iterator[Tensor]:
         """Yield make(item) of each."""

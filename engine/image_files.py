@@ -42,6 +42,17 @@ class ImageFiles:
     image_size: int  # pixels
     dtype: torch.dtype = torch.uint8
 
+    @classmethod
+    def of(cls, files: Sequence[Path], image_size: int) -> "ImageFiles":
+        """Return the files in their order; DataError where one is missing or empty."""
+        try:
+            n_bytes = np.array([file.stat().st_size for file in files])
+        except OSError as error:
+            raise DataError(str(error)) from error
+        if not n_bytes.all():
+            raise DataError(f"{files[n_bytes.argmin()]} is empty: delete it or put the image back")
+        return cls(np.array([os.fsencode(file) for file in files]), n_bytes, image_size)
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.paths)
@@ -106,27 +117,24 @@ def find_images(folder: Path, classes: Sequence[str], image_size: int) -> tuple[
     for label, name in enumerate(classes):
         n_before = len(rows)
         for path in _files_below(folder / name):
-            if os.path.basename(path).startswith(".") or not path.lower().endswith(SUFFIXES):
+            if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 skipped.append(path)
                 continue
-            if not (n_bytes := os.path.getsize(path)):
-                raise DataError(f"{path} is empty: delete it or put the image back")
-            key = os.fsencode(Path(path).relative_to(folder).as_posix())
-            digest = hashlib.blake2b(key, digest_size=16).digest()
-            rows.append((digest, os.fsencode(path), n_bytes, label))
+            key = os.fsencode(path.relative_to(folder).as_posix())
+            rows.append((hashlib.blake2b(key, digest_size=16).digest(), path, label))
         if len(rows) == n_before:
             raise DataError(f"{folder / name} holds no images: files ending in {SUFFIXES}")
     if skipped:
         tqdm.write(f"{folder}: {len(skipped)} files are no images and skipped, as {skipped[0]}")
-    _, paths, n_bytes, labels = zip(*sorted(rows), strict=True)
-    return ImageFiles(np.array(paths), np.array(n_bytes), image_size), torch.tensor(labels)
+    _, paths, labels = zip(*sorted(rows), strict=True)
+    return ImageFiles.of(paths, image_size), torch.tensor(labels)
 
 
-def _files_below(folder: Path) -> Iterator[str]:
+def _files_below(folder: Path) -> Iterator[Path]:
     """Yield the paths of all files in the folder and those in it, but not in hidden ones."""
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in sorted(names))
+        yield from (Path(parent, name) for name in sorted(names))
 
 
 def _raise(error: OSError) -> None:

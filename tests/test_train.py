@@ -743,7 +743,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
     ("flags", "message"),
     [
         (["--model", "Foo"], "ConvNet"),
-        (["--dataset", "MNIST"], "CIFAR10, Synthetic"),
+        (["--dataset", "MNIST"], "CIFAR10, CIFAR100, ImageFolder, Synthetic"),
         (["--criterion", "L1"], "CE"),
         (["--scheduler", "step"], "none, exponential, multistep, cosine"),
         (["--regularizer", "L2.5Grad"], "must be a whole number"),
