@@ -1,5 +1,5 @@
-import argparse
 import io
+import json
 import os
 import shutil
 import signal
@@ -12,15 +12,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import tiny_scripts
 import torch
-import torch.nn.functional
 from PIL import Image
 from torchvision import transforms
 
 import data
 import quant_inference
 import train
-import utils
 from engine import file_loader, image_files
 from engine.errors import DataError, ImageError
 
@@ -286,3 +285,98 @@ def test_subset_and_holdout_of_files(original):
     first = data.subset(held, 4)
     assert first.train_images.shape == (4, 3, SIZE, SIZE) and len(first.test_images) == 5
     assert len(list(train_loader(first, 3).batches(0))) == 2
+
+
+# --- the scripts -------------------------------------------------------------------------------
+
+TINY = (
+    "--model TinyFused --lr 0.01 --batch_size 4 --precision fp32 --no-compile --device cpu".split()
+)
+
+
+def flags(root, *more):
+    return ["--dataset", "ImageFolder", "--data_dir", str(root), "--image_size", str(SIZE), *more]
+
+
+def test_a_folder_is_trained_on_resumed_and_quantized(original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = [*TINY, *flags(original, "--holdout", "4", "--train_subset", "10"), "--n_epochs", "2"]
+    train.main([*common, "--run_name", "r", "--workers", "0"])
+    record = json.loads(Path("r.json").read_text())
+    assert record["classes"] == ["hopper", "minduka"] and len(record["history"]) == 2
+    assert torch.load("r.pt")["linear.weight"].shape == (2, 6)
+
+    train.main([*common, "--run_name", "s", "--workers", "0", "--regularizer", "L2Grad"])
+    again = [*common, "--run_name", "s", "--regularizer", "L2Grad", "--resume"]
+    train.main([*again, "--workers", "1", "--cache_images", "0"])
+    with pytest.raises(SystemExit) as refused:
+        train.main([*again[:-1], "--resume", "--image_size", "16"])
+    assert refused.value.code == 1
+
+    quantize = ["r.pt", "--model", "TinyFused", *flags(original, "--workers", "0"), "--no_plots"]
+    quantize += ["--bits", "4", "--act_bits", "8", "--recalibrate_bn_images", "10", "--per_layer"]
+    with pytest.raises(SystemExit) as done:
+        quant_inference.main([*quantize, "--calibration_images", "6"])
+    assert done.value.code == 0
+    rows = json.loads(Path("results.json").read_text())["rows"]
+    assert len(rows) == 4 and all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+def run(folder, *arguments):
+    """Start train.py with a tiny network in the folder, in a session of its own."""
+    command = [sys.executable, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "ab") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def has_ended(process):
+    """Tell whether no process of this session is left but the zombie of its leader."""
+    states = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[3]) == process.pid:
+            states.append(fields[0])
+    return set(states) <= {"Z"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_stopped_in_an_epoch_ends_in_the_same_weights(original, tmp_path, how):
+    """By SIGKILL of the training alone, or by SIGTERM of its workers, too, as clusters send it."""
+    script = [tiny_scripts.__file__, "train.py", *TINY, *flags(original), "--n_epochs", "40"]
+    assert run(tmp_path, *script, "--run_name", "whole").wait(300) == 0
+    stopped = [*script, "--run_name", "stopped", "--checkpoint_minutes", "0.0001"]
+    process = run(tmp_path, *stopped, "--cache_images", "0")
+    while not (tmp_path / "stopped.ckpt").exists():
+        time.sleep(0.01)
+    if how == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, how)
+    assert process.wait(60) == (-how if how == signal.SIGKILL else 128 + how)
+    deadline = time.monotonic() + 2  # its workers, which would hold its lock, end with it
+    while not has_ended(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert run(tmp_path, *stopped, "--resume", "--workers", "1").wait(300) == 0
+    assert "resuming at epoch" in (tmp_path / "log").read_text()
+    whole, resumed = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(original, tmp_path):
+    script = [tiny_scripts.__file__, "train.py", *TINY, *flags(original), "--n_epochs", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert run(tmp_path, *script, "--run_name", "one").wait(300) == 0
+    assert run(tmp_path, *torchrun, *script, "--run_name", "two").wait(300) == 0
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5)

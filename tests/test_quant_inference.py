@@ -429,6 +429,7 @@ def test_constant_and_zero_layers_give_finite_results(tiny):
         (["--schemes", "uniform", "--trials", "5"], "--trials (needs a stochastic scheme)"),
         (["--calibration", "minmax"], "--calibration (needs --act_bits)"),
         (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images (needs batch norms"),
+        (["--image_size", "64"], "--image_size (needs --dataset ImageFolder)"),
     ],
 )
 def test_flags_without_effect_are_named_and_ignored(flags, message, capsys):

@@ -807,6 +807,9 @@ UNUSED = [
     (["--regularizer", "VarianceNorm", "--hold_step"], "--detach_step"),
     (["--track", "StepL2Grad", "--hold_step"], "--detach_step"),
     (["--track", "RangeNorm", "--fold_bn"], "--fold_bn (needs --regularizer KurtosisNorm or Range"),
+    (["--image_size", "64"], "--image_size (needs --dataset ImageFolder)"),
+    (["--workers", "4"], "--workers (needs --dataset ImageFolder)"),
+    (["--cache_images", "0"], "--cache_images (needs --dataset ImageFolder)"),
 ]
 
 
