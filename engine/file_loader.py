@@ -1,6 +1,7 @@
 """Batches of images that worker processes decode from files, in each epoch or once for all."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -200,6 +201,7 @@ def _begin_worker(number: int) -> None:
     Who stops a training signals the whole group or job. The parent then finishes its batch, for
     which it needs us.
     """
+    gc.freeze()  # garbage that a fork inherits is the parent's: queues must not be closed here
     for stop_signal in {*STOP_SIGNALS} - {signal.SIGTERM}:
         signal.signal(stop_signal, signal.SIG_IGN)
     if sys.platform == "linux":
