@@ -249,6 +249,12 @@ class TrainingRun:
         is_last = progress.epoch == self.config.n_epochs
         self.checkpointer.after_epoch(progress.epoch, is_last)
 
+    def close(self) -> None:
+        """End the processes of the loaders, and print where the run is logged."""
+        for loader in (self.train_loader, self.test_loader, self.fixed_batch):
+            loader.close()
+        print(self.logger.finish(), flush=True)
+
     def checkpoint_content(self) -> dict[str, Any]:
         """Return what a checkpoint holds; NotFiniteError where it is not worth saving."""
         regularizer = phase_at(self.phases, self.state.progress.epoch).regularizer
@@ -275,7 +281,7 @@ def run(
         training.logger.fail(error)
         raise
     finally:
-        print(training.logger.finish(), flush=True)
+        training.close()
 
 
 def set_up(

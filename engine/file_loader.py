@@ -233,6 +233,10 @@ class FileLoader(Loader):
         self.n_workers, self.decoded = workers, decoded
         super().__init__(*arguments, **settings)
 
+    def close(self) -> None:
+        """End the worker processes now: garbage collection may do it late and in any thread."""
+        self.workers = None
+
     def _hold(self, images: ImageFiles) -> ImageFiles:
         maker = ImageMaker(images, self.augment, self.seed, self.decoded)
         self.workers = Workers(maker, self.n_workers, pin_memory=self.device.type == "cuda")

@@ -104,6 +104,9 @@ class Loader:
                 self.cache[number] = next(made)
             yield self.cache[number]
 
+    def close(self) -> None:
+        """End the processes that make batches, where there are any."""
+
     def _hold(self, images: Tensor) -> Tensor:
         """Return the images in the form that batches are made from."""
         images = images.to(self.device)
