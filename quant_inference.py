@@ -98,7 +98,7 @@ def make_loader(
     images, labels = dataset.test_images, dataset.test_labels
     if n_train is not None:
         images, labels = dataset.train_images[:n_train], dataset.train_labels[:n_train]
-    return Loader(
+    return dataset.make_loader(
         images,
         labels,
         batch_size or args.batch_size,
@@ -815,6 +815,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("biases", "no --fold_bn", not args.fold_bn or args.biases == "full"),
         ("absolute_weights", "no --no_plots", not args.no_plots),
         *utils.wandb_requirements(),
+        *utils.data_requirements(args),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))

@@ -115,7 +115,7 @@ SETTINGS: Settings = {
     "data_flags": "",
     "TRAINING": TRAINING,
 }
-DATA_FLAGS = {"dataset", "data_dir", "device", "model"}  # that --data_flags may give
+DATA_FLAGS = {"dataset", "data_dir", "device", "model", *data.OPTIONS}  # of --data_flags
 RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "run_name",
     "save_file",
@@ -241,8 +241,8 @@ def fit_to_data(
     Ends the program where --holdout asks for more than there are. Returns how many images batch
     norms are recalibrated with.
     """
-    n_images = 50_000  # of CIFAR-10, which need not be fetched to be counted
-    if data_args.dataset != "CIFAR10":
+    n_images = 50_000  # of CIFAR, which need not be fetched to be counted
+    if data_args.dataset not in ("CIFAR10", "CIFAR100"):
         n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
     have = f"{data_args.dataset} has {n_images} training images"
     if may_shrink and settings["holdout"] > n_images // 10:

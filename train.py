@@ -250,6 +250,12 @@ class TrainingRun:
         is_last = progress.epoch == self.config.n_epochs
         self.checkpointer.after_epoch(progress.epoch, is_last)
 
+    def close(self) -> None:
+        """End the processes of the loaders, and print where the run is logged."""
+        for loader in (self.train_loader, self.test_loader, self.fixed_batch):
+            loader.close()
+        print(self.logger.finish(), flush=True)
+
     def checkpoint_content(self) -> dict[str, Any]:
         """Return what a checkpoint holds; NotFiniteError where it is not worth saving."""
         regularizer = phase_at(self.phases, self.state.progress.epoch).regularizer
@@ -276,7 +282,7 @@ def run(
         training.logger.fail(error)
         raise
     finally:
-        print(training.logger.finish(), flush=True)
+        training.close()
 
 
 def set_up(
@@ -309,7 +315,12 @@ def set_up(
 
     plan = describe_plan(args, phases, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
-    record = {"settings": settings, "run_id": run_id, **describe_environment()}
+    record = {
+        "settings": settings,
+        "run_id": run_id,
+        "classes": dataset.classes,
+        **describe_environment(),
+    }
     logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     training = TrainingRun(
@@ -361,15 +372,16 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
 
     The fixed batch, of the first training images as they are, is what --track is measured on.
     """
-    common = {
-        "batch_size": args.batch_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "device": args.device,
-        "memory_format": torch.channels_last,
-    }
+    make_loader = partial(
+        dataset.make_loader,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=args.device,
+        memory_format=torch.channels_last,
+    )
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    train_loader = Loader(
+    train_loader = make_loader(
         dataset.train_images,
         dataset.train_labels,
         seed=args.seed,
@@ -377,7 +389,6 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
         shuffle=True,
         rank=rank,
         world_size=world_size,
-        **common,
     )
     if (smallest := train_loader.n_images_in_batch(len(train_loader) - 1)) < world_size:
         raise SetupError(
@@ -387,8 +398,8 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
     n = args.batch_size
     return (
         train_loader,
-        Loader(dataset.test_images, dataset.test_labels, cache=True, **common),
-        Loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True, **common),
+        make_loader(dataset.test_images, dataset.test_labels, cache=True),
+        make_loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True),
     )
 
 

@@ -58,6 +58,28 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     positive = bounded_number(int, at_least=1)
     add_choice(group, "--dataset", data.DATASETS, "CIFAR10", "data set to train and test on")
     add("--data_dir", default="./data", help="folder that holds the data, or that it is put into")
+    add(
+        "--image_size",
+        type=positive,
+        default=data.IMAGE_SIZE,
+        metavar="PIXELS",
+        help="ImageFolder: height and width that images are cropped and resized to",
+    )
+    add(
+        "--workers",
+        type=bounded_number(int, at_least=0),
+        default=data.WORKERS,
+        metavar="N",
+        help="ImageFolder: processes that decode images, beside each training process; 0: itself",
+    )
+    add(
+        "--cache_images",
+        type=bounded_number(float, at_least=0),
+        default=data.CACHE_GB,
+        metavar="GB",
+        help="ImageFolder: keep decoded images in memory where those for training, or those for "
+        "testing, take at most so many gigabytes a process; otherwise decode them in each epoch",
+    )
     add("--batch_size", type=positive, default=128, help="images per step")
     add(
         "--holdout",
@@ -329,6 +351,7 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         ("save_preregularized_model", "a regularizer", names),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),
+        *data_requirements(args),
     ]
     for option in options:
         users = [*names, *(args.track if declared[option].tracked else ())]
@@ -336,6 +359,18 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         owners = " or ".join(declared[option].regularizer_names)
         requirements.append((option, f"--regularizer {owners}", accepted))
     return requirements
+
+
+def data_requirements(args: argparse.Namespace) -> list[Requirement]:
+    """Return what the flags of data sets need for an effect, for `warn_unused_flags`."""
+    takers = {
+        option: [name for name in data.DATASETS if data.accepts(name, option)]
+        for option in data.OPTIONS
+    }
+    return [
+        (option, f"--dataset {' or '.join(names)}", args.dataset in names)
+        for option, names in takers.items()
+    ]
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
@@ -350,8 +385,9 @@ def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
 
 def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
     """Return the data set that the flags say; DataError where it cannot be had."""
+    options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
-        dataset = data.load(args.dataset, args.data_dir, args.seed)
+        dataset = data.load(args.dataset, args.data_dir, args.seed, **options)
     restrictions = (
         ("holdout", data.use_holdout_as_test),
         ("train_subset", data.subset),

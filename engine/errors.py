@@ -20,6 +20,12 @@ class DataError(ReportedError):
     reported_by = "local rank 0"
 
 
+class ImageError(DataError):
+    """An image that this process was to train or test on cannot be used."""
+
+    reported_by = "every rank"
+
+
 class FileError(ReportedError):
     """A file is not what it should be, or cannot be used now."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import combined_protocol
@@ -390,6 +391,21 @@ def test_the_data_set_of_the_page_makes_batches(extended, tmp_path):
     sizes = [(tuple(x.shape), tuple(y.shape)) for x, y in loader.batches(0)]
     assert sizes == [((4, 3, 8, 8), (4,)), ((4, 3, 8, 8), (4,)), ((2, 3, 8, 8), (2,))]
     assert found.num_classes == 5
+
+
+def test_the_files_of_the_page_make_batches(extended, tmp_path):
+    with pytest.raises(data.DataError, match="train.txt"):
+        data.load("MyFiles", str(tmp_path), 0)
+    for i in range(4):
+        Image.new("RGB", (9, 12), (i, 0, 0)).save(tmp_path / f"a picture {i}.png")
+    (tmp_path / "train.txt").write_text("".join(f"a picture {i}.png {i}\n" for i in range(3)))
+    (tmp_path / "test.txt").write_text("a picture 3.png 4\n")
+    found = data.load("MyFiles", str(tmp_path), 0, image_size=8, workers=0, cache_images=0)
+    settings = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    loader = found.make_loader(found.train_images, found.train_labels, 2, **settings)
+    batches = [(x[:, 0].mean((1, 2)).tolist(), y.tolist()) for x, y in loader.batches(0)]
+    assert batches == [([0, 1], [0, 1]), ([2], [2])] and found.test_labels.tolist() == [4]
+    assert data.accepts("MyFiles", "image_size") and not data.accepts("MyImages", "image_size")
 
 
 def test_the_variants_of_the_page_can_be_run(extended):
