@@ -46,6 +46,7 @@ from engine.hardware import PRECISIONS, resolve_precision
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
+from engine.progress import StepDisplay
 from engine.signals import GracefulShutdown
 from models import MODELS
 
@@ -426,12 +427,11 @@ def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> boo
         lambda: load_networks(files, args, explicit_flags, dataset)
     )
     total = sum(n_steps(network.net, args) for network in loaded.values())
-    hidden = True if distributed.get_rank() else None  # None: where there is no terminal
     try:
-        with tqdm(total=total, unit="network", disable=hidden, leave=False) as bar:
-            setup = make_setup(args, dataset, bar.update)
+        with StepDisplay(total, "network") as display:
+            setup = make_setup(args, dataset, display.step)
             for name, network in loaded.items():
-                bar.set_description(name)
+                display.describe(name)
                 measure_network(name, network, setup, results)
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:

@@ -13,7 +13,7 @@ from torch import nn
 import data
 import quant_inference as qi
 import quant_utils as qu
-from engine import layers
+from engine import layers, progress
 from engine.io import save_weights
 from models import ConvNet
 
@@ -208,6 +208,15 @@ def test_ranges_of_bits_and_several_bits_of_activations(tiny):
     pairs = [(row["bits"], row["act_bits"]) for row in results()["rows"][1:]]
     assert pairs == [(3, 3), (3, 8), (4, 4), (4, 8), (8, 8)]
     assert Path("accuracy.png").read_bytes().startswith(PNG)
+
+
+def test_without_a_terminal_it_prints_how_far_it_is(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a: network 1 of 2, ") and lines[0].endswith(" s left")
+    assert lines[1].startswith("a: network 2 of 2, 0 s left")
 
 
 def test_the_first_test_images_are_enough_for_a_quick_look(tiny, capsys):

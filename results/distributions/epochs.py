@@ -13,14 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis.offline_run import read_offline_run  # noqa: E402
-
 from analysis.distributions import epochs_plot, logged_histograms  # noqa: E402
+from analysis.offline_run import read_offline_run  # noqa: E402
 
 parameter, trunk, *branches = sys.argv[1:]
 shared = logged_histograms(read_offline_run(Path(trunk))["history"], parameter)
 runs = {}
 for branch in branches:
-    name, _, path = branch.partition("=")
+    name, _, path = branch.rpartition("=")
     runs[name] = shared + logged_histograms(read_offline_run(Path(path))["history"], parameter)
 epochs_plot(runs, parameter, ROOT / "results" / "distributions" / "epochs.png")
