@@ -41,13 +41,13 @@ from engine.cli import (
 )
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
-from engine.hardware import PRECISIONS, resolve_precision
+from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
+from engine.networks import check_network
 from engine.signals import GracefulShutdown
 from engine.tracking import WandbLogger, new_run_id
-from models import MODELS
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
@@ -103,7 +103,7 @@ def make_loader(
         dataset.mean,
         dataset.std,
         device=args.device,
-        memory_format=torch.channels_last,
+        memory_format=MEMORY_FORMATS[args.memory_format],
         cache=True,
     )
 
@@ -119,7 +119,9 @@ def image_batches(loader: Loader) -> Iterator[Tensor]:
 def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     """Yield the rows of one network: unquantized, then every scheme at every bit-width."""
     args = setup.args
-    full = measure(prepare_for_eval(net, args.device, setup.fold), setup.test, args)
+    full = measure(
+        prepare_for_eval(net, args.device, setup.fold, args.memory_format), setup.test, args
+    )
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, 32, [Trial(**full)], full["accuracy"])
     ranges = activation_ranges(net, setup)
@@ -152,9 +154,9 @@ def run_trial(
     quantizer = make_quantizer(scheme, args, trial)
     net_q, errors = qu.quantize_model(net, quantizer, n_bits, **layer_options(args))
     if setup.recalibration:
-        net_q = net_q.to(args.device, memory_format=torch.channels_last)
+        net_q = net_q.to(args.device, memory_format=MEMORY_FORMATS[args.memory_format])
         recalibrate_batch_norm(net_q, image_batches(setup.recalibration))
-    net_q = prepare_for_eval(net_q, args.device, setup.fold)
+    net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
     if ranges:
         qu.quantize_activations(net_q, activation_bits(n_bits, args), ranges)
     measured = measure(net_q, setup.test, args)
@@ -162,13 +164,15 @@ def run_trial(
     return Trial(**measured, squared_error=qu.model_error(errors, args.avg_in_layer))
 
 
-def prepare_for_eval(net: nn.Module, device: str, fold: bool) -> nn.Module:
+def prepare_for_eval(
+    net: nn.Module, device: str, fold: bool, memory_format: str = "channels_last"
+) -> nn.Module:
     """Return a copy on the device, with batch norms folded into convolutions if `fold`.
 
     Folding weights that are quantized already changes no output, and halves the time.
     """
     net = fold_batch_norm(net) if fold else copy.deepcopy(net)
-    return net.to(device, memory_format=torch.channels_last)
+    return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
 
 
 def measure(net: nn.Module, loader: Loader, args: argparse.Namespace) -> dict[str, float]:
@@ -181,8 +185,9 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
     """Return the range of each module's input, by name; none where activations stay as they are."""
     if setup.calibration is None:
         return {}
-    net = prepare_for_eval(net, setup.args.device, setup.fold)
-    return qu.calibrate(net, image_batches(setup.calibration), setup.args.calibration)
+    args = setup.args
+    net = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
+    return qu.calibrate(net, image_batches(setup.calibration), args.calibration)
 
 
 # --- what the flags say about a quantization -------------------------------------------------
@@ -237,7 +242,7 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     the terms of its Taylor expansion there, see analysis/taylor.py.
     """
     args = setup.args
-    full = prepare_for_eval(net, args.device, setup.fold)
+    full = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
     accuracy = measure(full, setup.test, args)["accuracy"]
     loss = measure(full, setup.expansion, args)["loss"]
     rows, deltas = [], []
@@ -246,7 +251,7 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     ):
         net_q, error = quantize_one_layer(net, layer, make_quantizer(scheme, args), n_bits, args)
         deltas.append(parameter_change(net_q, net, layer))
-        net_q = prepare_for_eval(net_q, args.device, setup.fold)
+        net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
         row = {"checkpoint": name, "scheme": scheme, "bits": n_bits, "layer": layer}
         row["accuracy_change"] = measure(net_q, setup.test, args)["accuracy"] - accuracy
         row["squared_error"] = error
@@ -307,13 +312,16 @@ def load_networks(
 
 def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
     """Tell whether batch norms of the model can be folded; NetworkError if not, with --fold_bn."""
-    net = utils.make_net(args.model, dataset.num_classes, "cpu")
+    net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width)
+    check_network(net, dataset.test_images.shape[1:], dataset.num_classes)
     try:
-        check_folding(net, dataset.test_images.shape[1:])
+        n_left = check_folding(net, dataset.test_images.shape[1:])
     except NetworkError:
         if args.fold_bn:
             raise
         return False
+    if n_left and args.fold_bn:
+        print(f"{n_left} batch norms of {args.model} do not follow a convolution alone: they stay")
     return True
 
 
@@ -325,7 +333,7 @@ def load_network(
     Quantizing on the CPU gives the same grids whatever the device. Raises FileError where the file
     does not hold weights of this network, or they are not finite, folded or not.
     """
-    net = utils.make_net(args.model, dataset.num_classes, "cpu").eval()
+    net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width).eval()
     load_weights(net, path)
     for key, value in net.state_dict().items():
         if not value.isfinite().all():
@@ -488,7 +496,7 @@ def make_parser() -> Parser:
 def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for network, schemes and bit-widths."""
     add = group.add_argument
-    add_choice(group, "--model", MODELS, "ConvNet", "network whose weights the files hold")
+    utils.add_network_arguments(group, "network whose weights the files hold")
     add(
         "--bits",
         type=bit_width,
@@ -670,6 +678,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("calibration", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
+        utils.width_requirement(args),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))

@@ -113,7 +113,9 @@ SETTINGS: Settings = {
     "data_flags": "",
     "TRAINING": TRAINING,
 }
-DATA_FLAGS = {"dataset", "data_dir", "device", "model"}  # that --data_flags may give
+DATA_FLAGS = {  # that --data_flags may give
+    "dataset", "data_dir", "device", "memory_format", "model", "width",
+}  # fmt: skip
 RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "run_name",
     "save_file",

@@ -11,6 +11,7 @@ from engine.gradients import first_order, loss_change, needs_double_backward
 from engine.hardware import autocast
 from engine.layers import penalized_weights
 from engine.loader import Loader
+from engine.networks import run_network
 
 
 def evaluate(
@@ -39,7 +40,7 @@ def evaluate(
             loss, n_correct, tensors = result.loss, result.n_correct, result.tensors
         else:
             with torch.inference_mode(), autocast(x.device, dtype):
-                logits, _ = net(x)
+                logits, _ = run_network(net, x)
                 loss, n_correct = criterion(logits, y), (logits.argmax(dim=1) == y).sum()
             tensors = {"weights": penalized_weights(net)}
         penalty = torch.zeros_like(loss)

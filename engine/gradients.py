@@ -19,6 +19,7 @@ from engine.batch_norm import folded_weights
 from engine.errors import PenaltyError
 from engine.hardware import autocast
 from engine.layers import penalized_weights, trainable_parameters
+from engine.networks import run_network, split_output
 
 
 def needs_double_backward(regularizer: nn.Module | None) -> bool:
@@ -51,7 +52,7 @@ def first_order(
 ) -> FirstOrderResult:
     """Differentiate the loss of images x (B, 3, H, W) with labels y (B,) once."""
     with autocast(x.device, dtype):
-        logits, activations = net(x)
+        logits, activations = run_network(net, x, with_activations="a_grads" in inputs)
         loss = distributed.to_global_mean(criterion(logits, y), len(x))
     params, weights = [*trainable_parameters(net).values()], penalized_weights(net)
     # an activation before the first trainable layer is a constant
@@ -93,7 +94,8 @@ def loss_change(
     perturbed_params = dict(zip(names, distributed.copy_to_ranks(*tensors), strict=True))
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     with autocast(x.device, dtype):
-        logits, _ = functional_call(net, {**buffers, **perturbed_params}, (x,))
+        output = functional_call(net, {**buffers, **perturbed_params}, (x,))
+        logits, _ = split_output(net, output, [])
         perturbed_loss = distributed.reduce_from_ranks(
             distributed.to_global_mean(criterion(logits, y), len(x))
         )

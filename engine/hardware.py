@@ -7,6 +7,10 @@ import platform
 import torch
 
 PRECISIONS = ("auto", "bf16", "fp32")
+MEMORY_FORMATS = {
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}  # of images, activations and weights of convolutions
 
 
 def default_device() -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import models
 import quant_inference as qi
 import quant_utils as qu
 from engine import layers
@@ -335,7 +336,7 @@ def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
 
 
 def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(qi.MODELS, "Reordered", reference.Reordered)
+    monkeypatch.setitem(models.MODELS, "Reordered", reference.Reordered)
     torch.manual_seed(0)
     net = reference.Reordered(10).eval()
     net.norm.running_mean.fill_(-1.5)
