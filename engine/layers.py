@@ -276,7 +276,7 @@ def _second_sums(v, gy, x, norm, rectifier):
 
 @_compiled
 def _second(v, gy, x, norm, k, rectifier):
-    """Return ∂gy = k0·v + k1·x̂ + k2 where the mask lets through, and ∂x = k3·h + k4·v + k5·x̂ + k6."""
+    """Return ∂gy = φ′(z)·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
     k0, k1, k2, k3, k4, k5, k6 = _rows(k)
     xhat, mask, h = _masked(gy, x, norm, rectifier)
     v = _at_least_float32(v)
@@ -497,7 +497,10 @@ class _PassesRectified:
     """A module that returns what a `BatchNormBeforeRectifier` has rectified as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if getattr(x, "is_rectified", False) else super().forward(x)
+        if not getattr(x, "is_rectified", False):
+            return super().forward(x)
+        x.is_rectified = False  # for the batch norm's reader only, not for one after that
+        return x
 
 
 class ReLU(_PassesRectified, nn.ReLU):

@@ -18,8 +18,8 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 # Settings of --init_from's checkpoint that the new run must share: they shaped what is in it.
 MUST_MATCH_INIT_FROM = {
-    "model", "width", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset", "train_subset",
-    "holdout", "batch_size", "seed", "precision",
+    "model", "width", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset",
+    "train_subset", "holdout", "batch_size", "seed", "precision",
 }  # fmt: skip
 LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}
 LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have

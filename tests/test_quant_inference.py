@@ -351,7 +351,7 @@ def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, c
     capsys.readouterr()
     assert main(*flags, "--fold_bn") == 1
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in message
+    assert message.count("\n") == 1 and "--fold_bn: no batch norm after a convolution" in message
 
 
 def test_earlier_results_are_renamed(tiny, capsys):
