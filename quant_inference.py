@@ -11,7 +11,7 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from tqdm import tqdm
 import quant_utils as qu
 import utils
 from analysis import figures, report
+from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
+from analysis.quantization_plan import plan_rows
 from analysis.report import UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from data import ImageDataset
@@ -50,6 +52,7 @@ from engine.signals import GracefulShutdown
 from engine.tracking import WandbLogger, new_run_id
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
+FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 
 
@@ -125,6 +128,8 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, 32, [Trial(**full)], full["accuracy"])
     ranges = activation_ranges(net, setup)
+    if args.show_plan and distributed.get_rank() == 0:
+        print(report.table(plan(name, net, ranges, setup), PLAN_COLUMNS), end="\n\n")
     for scheme, n_bits in scheme_bit_pairs(args):
         trials = [
             run_trial(net, scheme, n_bits, trial, ranges, setup)
@@ -152,13 +157,15 @@ def run_trial(
     """Quantize a copy of the network and measure it on the test images."""
     args = setup.args
     quantizer = make_quantizer(scheme, args, trial)
-    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **layer_options(args))
+    options = {**layer_options(args), "layer_bits": layer_bits(net, n_bits, setup)}
+    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **options)
     if setup.recalibration:
         net_q = net_q.to(args.device, memory_format=MEMORY_FORMATS[args.memory_format])
         recalibrate_batch_norm(net_q, image_batches(setup.recalibration))
     net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
     if ranges:
-        qu.quantize_activations(net_q, activation_bits(n_bits, args), ranges)
+        act_bits = activation_bits(n_bits, args)
+        qu.quantize_activations(net_q, act_bits, ranges, layer_bits(net, act_bits, setup))
     measured = measure(net_q, setup.test, args)
     setup.on_step()
     return Trial(**measured, squared_error=qu.model_error(errors, args.avg_in_layer))
@@ -187,7 +194,45 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
         return {}
     args = setup.args
     net = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
-    return qu.calibrate(net, image_batches(setup.calibration), args.calibration)
+    return qu.calibrate(net, image_batches(setup.calibration), args.calibration, args.quantize_sums)
+
+
+# --- what is quantized ------------------------------------------------------------------------
+
+
+def one_image(setup: Setup) -> Tensor:
+    """Return a batch of one image on the CPU, for finding out which layers run."""
+    return next(image_batches(setup.test))[:1].cpu()
+
+
+def layer_bits(net: nn.Module, n_bits: int, setup: Setup) -> dict[str, int]:
+    """Return the bits of layers, by name, that have others than n_bits: --keep_first_last."""
+    if not setup.args.keep_first_last:
+        return {}
+    return dict.fromkeys(qu.first_and_last(net, one_image(setup)), max(n_bits, FIRST_LAST_BITS))
+
+
+def plan(
+    name: str, net: nn.Module, ranges: Mapping[str, qu.Range], setup: Setup
+) -> list[dict[str, Any]]:
+    """Return what is quantized of the network, as rows: --show_plan."""
+    args = setup.args
+    shapes = qu.input_shapes(net, one_image(setup), args.quantize_sums)
+
+    def all_bits(names: Iterable[str], numbers: Sequence[int]) -> dict[str, list[int]]:
+        other = [layer_bits(net, n, setup) for n in numbers]
+        return {key: [o.get(key, n) for o, n in zip(other, numbers, strict=True)] for key in names}
+
+    return plan_rows(
+        name,
+        net,
+        shapes,
+        all_bits(quantizable_layers(net), args.bits),
+        all_bits(ranges, [activation_bits(n, args) for n in args.bits] if ranges else []),
+        ranges,
+        biases=layer_options(args)["biases"],
+        per_channel=args.per_channel,
+    )
 
 
 # --- what the flags say about a quantization -------------------------------------------------
@@ -526,6 +571,17 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="one range per output channel; without it one per layer",
     )
+    add(
+        "--keep_first_last",
+        action="store_true",
+        help="quantize the first and the last layer, and with --act_bits their inputs, to 8 bits "
+        "where the others have fewer, as many papers do",
+    )
+    add(
+        "--show_plan",
+        action="store_true",
+        help="print, layer by layer, which tensors are quantized, to how many bits, in which range",
+    )
 
 
 def add_repair_arguments(group: argparse._ArgumentGroup) -> None:
@@ -597,6 +653,11 @@ def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="{2..16,same}",
         help="quantize the inputs of layers and pooling to so many bits, or to the weights' bits "
         "(same); None: leave them in full precision",
+    )
+    add(
+        "--quantize_sums",
+        action="store_true",
+        help="with --act_bits, also quantize both inputs of every residual sum",
     )
     add_choice(
         group,
@@ -676,6 +737,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("approximate", "--distribution norm or laplace", args.distribution != "search"),
         ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
         ("calibration", "--act_bits", args.act_bits),
+        ("quantize_sums", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
         utils.width_requirement(args),

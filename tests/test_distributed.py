@@ -282,7 +282,7 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
     ("flags", "message"),
     [
         (["--train_subset", "33"], "a batch of 1 images"),
-        (["--model", "Tiny"], "norm1 is a BatchNorm2d"),
+        (["--model", "Foreign"], "norm1 is a ForeignNorm of tiny_scripts"),
         (["--n_epochs", "0"], "--n_epochs"),
     ],
 )
@@ -299,8 +299,9 @@ def test_what_cannot_be_shared_out_is_told_once(flags, message, tmp_path):
     assert silent == ""
 
 
-def test_plain_batch_norms_train_without_sync(tmp_path):
-    assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", "Tiny", "--no-sync_bn")) == [0, 0]
+@pytest.mark.parametrize("flags", [("Tiny",), ("Foreign", "--no-sync_bn")])
+def test_plain_batch_norms_train_with_sync_and_foreign_ones_without(flags, tmp_path):
+    assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", *flags)) == [0, 0]
 
 
 def test_a_number_that_is_not_finite_is_told_once(tmp_path):

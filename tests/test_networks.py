@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
+import quant_inference
+import quant_utils as qu
 import train
 import utils
 from engine import batch_norm, layers, networks
@@ -329,3 +331,92 @@ def test_a_network_without_activation_modules_is_told(capsys, tmp_path, monkeypa
     printed = capsys.readouterr().out
     assert printed.count("NoModules has no activation modules") == 1
     assert (tmp_path / "r.pt").exists()
+
+
+# --- quantizing ------------------------------------------------------------------------------
+
+
+def test_inputs_of_functions_and_of_sums_are_quantized():
+    net = reference.Stranger().eval()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = ["conv1", "conv2", "conv3", "down", "pool", "fc"]
+    assert list(qu.calibrate(net, [x])) == names
+    ranges = qu.calibrate(net, [x], "minmax", sums=True)
+    sums = ["add[0]", "add[1]", "add_2[0]", "add_2[1]"]
+    assert sorted(ranges) == sorted(names + sums)
+    with torch.no_grad():
+        a = F.relu(net.bn1(net.conv1(x)))
+        assert ranges["add[0]"] == pytest.approx((a.min().item(), a.max().item()))
+        exact = net(x)
+        for bits, tolerance in ((16, 1e-3), (3, 1.0)):
+            net_q = copy.deepcopy(net)
+            qu.quantize_activations(net_q, bits, ranges)
+            change = (net_q(x) - exact).abs().max()
+            assert 0 < change < tolerance
+        only_sums = copy.deepcopy(net)
+        qu.quantize_activations(only_sums, 4, {name: ranges[name] for name in sums})
+        a = qu.quantize_activation(a, 4, *ranges["add[0]"])
+        b = net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x)))))
+        y = net.act(a + qu.quantize_activation(b, 4, *ranges["add[1]"]))
+        c = qu.quantize_activation(net.bn3(net.conv3(y)), 4, *ranges["add_2[0]"])
+        d = qu.quantize_activation(net.bn_down(net.down(y)), 4, *ranges["add_2[1]"])
+        torch.testing.assert_close(only_sums(x), net.fc((c + d).relu().mean((2, 3))))
+
+
+def test_sums_and_pooling_of_our_networks_are_modules():
+    for name, n_sums in (("ResNet20", 9), ("ResNet18", 8), ("MobileNetV2", 10), ("VGGSmall", 0)):
+        net = models.make_model(name, 10, SMALL[name]).eval()
+        shapes = qu.input_shapes(net, torch.zeros(1, 3, 32, 32), sums=True)
+        modules = dict(net.named_modules())
+        assert sum(map(qu.is_of_sum, shapes)) == 2 * n_sums
+        assert all(key.partition("[")[0] in modules for key in shapes)
+        assert qu.first_and_last(net, torch.zeros(1, 3, 32, 32)) == (
+            next(iter(shapes)),
+            next(reversed(shapes)),
+        )
+
+
+def test_first_and_last_layer_keep_8_bits():
+    net = reference.Stranger().eval()
+    first_last = dict.fromkeys(qu.first_and_last(net, torch.zeros(1, 3, 8, 8)), 8)
+    assert list(first_last) == ["conv1", "fc"]
+    net_q, _ = qu.quantize_model(net, qu.uniform, 3, layer_bits=first_last)
+    for name, layer in layers.quantizable_layers(net).items():
+        expected = qu.uniform(layer.weight, first_last.get(name, 3))
+        assert torch.equal(net_q.get_submodule(name).weight, expected)
+
+
+@pytest.mark.parametrize("name", ["Stranger", "torchvision:squeezenet1_1"])
+def test_train_then_quantize_any_network(name, tmp_path, monkeypatch, capsys):
+    """Of torchvision the network's own file is quantized, untrained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.MODELS, "Stranger", reference.Stranger)
+    common = [
+        "--model",
+        name,
+        *TINY.replace("--n_epochs 1", "")
+        .replace("--train_subset 8", "")
+        .replace("--batch_size 8", "")
+        .split(),
+    ]
+    if name == "Stranger":
+        flags = "--regularizer L2Grad --no-compile --precision fp32 --run_name net".split()
+        train.main(["--model", name, *flags, *TINY.split()])
+    else:
+        torch.save(models.find_model(name)[1](10).state_dict(), "net.pt")
+    quantize = "net.pt --bits 4 6 --schemes uniform --act_bits same --quantize_sums".split()
+    if name == "Stranger":
+        quantize += ["--fold_bn"]
+    options = "--keep_first_last --show_plan --calibration_images 8 --no_plots".split()
+    with pytest.raises(SystemExit) as ended:
+        quant_inference.main([*quantize, *options, *common])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    plan = [line.split() for line in printed.splitlines()]
+    last = "fc" if name == "Stranger" else "classifier.1"
+    assert [words[3] for words in plan if words[:2] == [last, "weight"]] == ["8"]
+    if name == "Stranger":
+        assert [words[3] for words in plan if words[:2] == ["conv2", "weight"]] == ["4/6"]
+        assert [words[3] for words in plan if words[:2] == ["conv2", "bias"]] == ["float"]
+        assert [words[3:5] for words in plan if words[:2] == ["conv2", "input"]] == [["4/6", "0"]]
+        assert sum(words[:1] == ["add_2[1]"] for words in plan) == 1
