@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import distributed
-from engine.errors import SetupError
+from engine.errors import BatchTooSmallError, SetupError
 
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
@@ -419,14 +419,17 @@ def batch_norm(
     The other tensors are (C), as in `F.batch_norm`: if `training`, μ and σ² are the batch's and
     the running statistics, where given, move towards them by `momentum` (σ² unbiased); otherwise
     they are the running ones. Where the batch is shared out to several processes, `sync` takes the
-    statistics over all of it. Raises ValueError where a channel has one value to train on.
+    statistics over all of it. Raises BatchTooSmallError where a channel has one value to train on.
     """
     x, n = _match_memory_format(x, x), 0
     if training:
         n_here = x.numel() // x.shape[1]
         n = n_here // len(x) * distributed.global_batch_size(len(x)) if sync else n_here
         if n < 2:
-            raise ValueError(f"expected more than 1 value per channel when training, got {x.shape}")
+            raise BatchTooSmallError(
+                f"a batch norm got {tuple(x.shape)}, and needs more than 1 value per channel to "
+                "train: choose another --batch_size, --train_subset, or larger images"
+            )
         with torch.no_grad():
             mean, var = _statistics(x.flatten(2))
             if n > n_here:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_networks
 import tiny_scripts
 import torch
 import torch.multiprocessing as mp
@@ -21,8 +22,9 @@ from torch import nn
 from tqdm import tqdm
 
 import train
-from engine import checkpoints, distributed, train_state
+from engine import checkpoints, distributed, networks, train_state
 from engine.errors import SetupError
+from engine.gradients import compute_gradients
 from engine.loader import Loader
 from regularizers import CombinedReg, Regularizer, make_regularizer
 
@@ -186,6 +188,45 @@ def test_with_statistics_of_their_own_the_ranks_still_agree():
     assert_same(first, second, "ranks")
     for name in names:
         assert np.abs(first[name]["conv1.weight"] - alone[name]["conv1.weight"]).max() > 1e-4
+
+
+def network_gradients():
+    """Return the gradients of one step of each network of test_networks.py, as arrays."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    gradients = {}
+    for name in test_networks.SMALL:
+        net = networks.use_fast_layers(test_networks.make(name))
+        x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
+        begin, end = distributed.share_bounds(5, rank, world_size)
+        with distributed.sharded(5):
+            compute_gradients(
+                net,
+                nn.CrossEntropyLoss(),
+                make_regularizer("L2Grad", 0.1),
+                x[begin:end],
+                y[begin:end],
+            )
+        gradients[name] = {key: p.grad.numpy() for key, p in net.named_parameters()}
+    return gradients
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_plain_double_backprop_with_every_network():
+    def work():
+        with distributed.process_group("cpu"):
+            return network_gradients()
+
+    expected = {}
+    for name in test_networks.SMALL:
+        plain = test_networks.make(name)
+        x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
+        test_networks.plain_step(plain, x, y)
+        expected[name] = {key: p.grad.numpy() for key, p in plain.named_parameters()}
+    for results in on(2, work):
+        for name, gradients in expected.items():
+            scale = max(np.abs(g).max() for g in gradients.values())
+            for key, g in gradients.items():
+                np.testing.assert_allclose(results[name][key], g, rtol=0, atol=1e-9 * scale)
 
 
 # --- the scripts -----------------------------------------------------------------------------
