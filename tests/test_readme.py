@@ -346,8 +346,6 @@ def test_the_network_and_the_gradient_penalty_of_the_page_take_an_exact_step(ext
     logits, activations = reference.WithActivations(slow_net)(x)
     assert [tuple(a.shape) for a in activations] == 3 * [(6, 16, 8, 8)] + 2 * [(6, 32, 4, 4)]
     assert len(run_network(net, x, with_activations=True)[1]) == 5
-    slow_net = tiny_net()
-    logits = slow_net(x)
     weights = [p for name, p in slow_net.named_parameters() if p.dim() > 1]
     slow_loss = criterion(logits, y)
     grads = torch.autograd.grad(slow_loss, weights, create_graph=True)
