@@ -10,7 +10,7 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from tqdm import tqdm
 import quant_utils as qu
 import utils
 from analysis import dashboard, distributions, figures, report
+from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
+from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from analysis.weights_files import WeightsFile, common_dataset, find_weights
@@ -42,15 +44,17 @@ from engine.cli import (
 )
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
-from engine.hardware import PRECISIONS, resolve_precision
+from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
+from engine.networks import check_network
 from engine.progress import StepDisplay
 from engine.signals import GracefulShutdown
-from models import MODELS
+from models import is_model
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
+FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 BIASES = ("published", "weight", "full")  # see --biases
 MAX_BASELINE_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
@@ -106,7 +110,7 @@ def make_loader(
         dataset.mean,
         dataset.std,
         device=args.device,
-        memory_format=torch.channels_last,
+        memory_format=MEMORY_FORMATS[args.memory_format],
         cache=True,
     )
 
@@ -130,10 +134,14 @@ class Quantization(NamedTuple):
 def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     """Yield the rows of one network: unquantized, then every quantization."""
     args = setup.args
-    full = measure(prepare_for_eval(net, args.device, setup.fold), setup.test, args)
+    full = measure(
+        prepare_for_eval(net, args.device, setup.fold, args.memory_format), setup.test, args
+    )
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, FLOAT_BITS, [Trial(**full)], full["accuracy"])
     ranges = activation_ranges(net, setup)
+    if args.show_plan and distributed.get_rank() == 0:
+        print(report.table(plan(name, net, ranges, setup), PLAN_COLUMNS), end="\n\n")
     for quantization in quantizations(args):
         scheme, n_bits, act_bits = quantization
         trials = [
@@ -161,25 +169,28 @@ def run_trial(
     """Quantize a copy of the network and measure it on the test images."""
     args, (scheme, n_bits, act_bits) = setup.args, quantization
     quantizer = make_quantizer(scheme, args, trial)
-    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **layer_options(scheme, args))
+    options = {**layer_options(scheme, args), "layer_bits": layer_bits(net, n_bits, setup)}
+    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **options)
     if setup.recalibration:
-        net_q = net_q.to(args.device, memory_format=torch.channels_last)
+        net_q = net_q.to(args.device, memory_format=MEMORY_FORMATS[args.memory_format])
         recalibrate_batch_norm(net_q, image_batches(setup.recalibration))
-    net_q = prepare_for_eval(net_q, args.device, setup.fold)
+    net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
     if ranges:
-        qu.quantize_activations(net_q, act_bits, ranges)
+        qu.quantize_activations(net_q, act_bits, ranges, layer_bits(net, act_bits, setup))
     measured = measure(net_q, setup.test, args)
     setup.on_step()
     return Trial(**measured, squared_error=qu.model_error(errors, args.avg_in_layer))
 
 
-def prepare_for_eval(net: nn.Module, device: str, fold: bool) -> nn.Module:
+def prepare_for_eval(
+    net: nn.Module, device: str, fold: bool, memory_format: str = "channels_last"
+) -> nn.Module:
     """Return a copy on the device, with batch norms folded into convolutions if `fold`.
 
     Folding weights that are quantized already changes no output, and halves the time.
     """
     net = fold_batch_norm(net) if fold else copy.deepcopy(net)
-    return net.to(device, memory_format=torch.channels_last)
+    return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
 
 
 def measure(net: nn.Module, loader: Loader, args: argparse.Namespace) -> dict[str, float]:
@@ -192,8 +203,47 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
     """Return the range of each module's input, by name; none where activations stay as they are."""
     if setup.calibration is None:
         return {}
-    net = prepare_for_eval(net, setup.args.device, setup.fold)
-    return qu.calibrate(net, image_batches(setup.calibration), setup.args.calibration)
+    args = setup.args
+    net = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
+    return qu.calibrate(net, image_batches(setup.calibration), args.calibration, args.quantize_sums)
+
+
+# --- what is quantized ------------------------------------------------------------------------
+
+
+def one_image(setup: Setup) -> Tensor:
+    """Return a batch of one image on the CPU, for finding out which layers run."""
+    return next(image_batches(setup.test))[:1].cpu()
+
+
+def layer_bits(net: nn.Module, n_bits: int, setup: Setup) -> dict[str, int]:
+    """Return the bits of layers, by name, that have others than n_bits: --keep_first_last."""
+    if not setup.args.keep_first_last:
+        return {}
+    return dict.fromkeys(qu.first_and_last(net, one_image(setup)), max(n_bits, FIRST_LAST_BITS))
+
+
+def plan(
+    name: str, net: nn.Module, ranges: Mapping[str, qu.Range], setup: Setup
+) -> list[dict[str, Any]]:
+    """Return what is quantized of the network, as rows: --show_plan."""
+    args = setup.args
+    shapes = qu.input_shapes(net, one_image(setup), args.quantize_sums)
+
+    def all_bits(names: Iterable[str], numbers: Sequence[int]) -> dict[str, list[int]]:
+        other = [layer_bits(net, n, setup) for n in numbers]
+        return {key: [o.get(key, n) for o, n in zip(other, numbers, strict=True)] for key in names}
+
+    return plan_rows(
+        name,
+        net,
+        shapes,
+        all_bits(quantizable_layers(net), args.bits),
+        all_bits(ranges, sorted({a for n in args.bits for a in act_bit_widths(n, args)})),
+        ranges,
+        biases=any(bias_range(scheme, args) for scheme in args.schemes),
+        per_channel=args.per_channel,
+    )
 
 
 # --- what the flags say about a quantization -------------------------------------------------
@@ -259,7 +309,7 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     the terms of its Taylor expansion there, see analysis/taylor.py.
     """
     args = setup.args
-    full = prepare_for_eval(net, args.device, setup.fold)
+    full = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
     accuracy = measure(full, setup.test, args)["accuracy"]
     loss = measure(full, setup.expansion, args)["loss"]
     rows, deltas = [], []
@@ -268,7 +318,7 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     ):
         net_q, error = quantize_one_layer(net, layer, scheme, n_bits, args)
         deltas.append(parameter_change(net_q, net, layer))
-        net_q = prepare_for_eval(net_q, args.device, setup.fold)
+        net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
         row = {"checkpoint": name, "scheme": scheme, "bits": n_bits, "layer": layer}
         row["accuracy_change"] = measure(net_q, setup.test, args)["accuracy"] - accuracy
         row["squared_error"] = error
@@ -315,12 +365,10 @@ def load_networks(
     """
     loaded = {}
     for name, file in files.items():
-        recorded = file.setting("model")
-        is_free = "model" not in explicit_flags and recorded in MODELS
-        model = recorded if is_free else args.model
+        own = with_recorded_network(file, args, explicit_flags)
         try:
-            foldable = is_foldable(model, args, dataset)
-            net = load_network(file.path, model, args, dataset, foldable)
+            foldable = is_foldable(own, dataset)
+            net = load_network(file.path, own, dataset, foldable)
         except FileError as error:
             print_error(error)
         else:
@@ -328,27 +376,40 @@ def load_networks(
     return loaded
 
 
-def is_foldable(model: str, args: argparse.Namespace, dataset: ImageDataset) -> bool:
+def with_recorded_network(
+    file: WeightsFile, args: argparse.Namespace, explicit_flags: Set[str]
+) -> argparse.Namespace:
+    """Return the flags with the network that the file's record names, unless --model is given."""
+    model, width = file.setting("model"), file.setting("width")
+    if "model" in explicit_flags or not is_model(model):
+        return args
+    return argparse.Namespace(**{**vars(args), "model": model, "width": width or args.width})
+
+
+def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
     """Tell whether batch norms of the model can be folded; NetworkError if not, with --fold_bn."""
-    net = utils.make_net(model, dataset.num_classes, "cpu")
+    net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width)
+    check_network(net, dataset.test_images.shape[1:], dataset.num_classes)
     try:
-        check_folding(net, dataset.test_images.shape[1:])
+        n_left = check_folding(net, dataset.test_images.shape[1:])
     except NetworkError:
         if args.fold_bn:
             raise
         return False
+    if n_left and args.fold_bn:
+        print(f"{n_left} batch norms of {args.model} do not follow a convolution alone: they stay")
     return True
 
 
 def load_network(
-    path: Path, model: str, args: argparse.Namespace, dataset: ImageDataset, foldable: bool
+    path: Path, args: argparse.Namespace, dataset: ImageDataset, foldable: bool
 ) -> nn.Module:
     """Return the network with the file's weights, folded with --fold_bn, in eval mode on the CPU.
 
     Quantizing on the CPU gives the same grids whatever the device. Raises FileError where the file
     does not hold weights of this network, or they are not finite, folded or not.
     """
-    net = utils.make_net(model, dataset.num_classes, "cpu").eval()
+    net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width).eval()
     load_weights(net, path)
     for key, value in net.state_dict().items():
         if not value.isfinite().all():
@@ -593,11 +654,8 @@ def make_parser() -> Parser:
 def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for network, schemes and bit-widths."""
     add = group.add_argument
-    add_choice(
+    utils.add_network_arguments(
         group,
-        "--model",
-        MODELS,
-        "ConvNet",
         "network whose weights the files hold, where the record beside a file does not say it",
     )
     add(
@@ -638,6 +696,17 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         "how biases are quantized: as the published scripts do (on the grid of their layer's "
         "weight, with pwlq on a range and breakpoint of their own), always on the weight's grid "
         "(weight), or not at all, as integer engines do (full); folded ones never are",
+    )
+    add(
+        "--keep_first_last",
+        action="store_true",
+        help="quantize the first and the last layer, and with --act_bits their inputs, to 8 bits "
+        "where the others have fewer, as many papers do",
+    )
+    add(
+        "--show_plan",
+        action="store_true",
+        help="print, layer by layer, which tensors are quantized, to how many bits, in which range",
     )
 
 
@@ -712,6 +781,11 @@ def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="{2..16,same}",
         help="quantize the inputs of layers and pooling to so many bits, or to the weights' bits "
         "(same), one after the other; None: leave them in full precision",
+    )
+    add(
+        "--quantize_sums",
+        action="store_true",
+        help="with --act_bits, also quantize both inputs of every residual sum",
     )
     add_choice(
         group,
@@ -810,12 +884,14 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("approximate", "--distribution norm or laplace", args.distribution != "search"),
         ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
         ("calibration", "--act_bits", args.act_bits),
+        ("quantize_sums", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
         ("biases", "no --fold_bn", not args.fold_bn or args.biases == "full"),
         ("absolute_weights", "no --no_plots", not args.no_plots),
         *utils.wandb_requirements(),
         *utils.data_requirements(args),
+        utils.width_requirement(args),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))

@@ -115,7 +115,9 @@ SETTINGS: Settings = {
     "data_flags": "",
     "TRAINING": TRAINING,
 }
-DATA_FLAGS = {"dataset", "data_dir", "device", "model", *data.OPTIONS}  # of --data_flags
+DATA_FLAGS = {  # that --data_flags may give
+    "dataset", "data_dir", "device", "memory_format", "model", "width", *data.OPTIONS,
+}  # fmt: skip
 RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "run_name",
     "save_file",

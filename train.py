@@ -30,7 +30,7 @@ from engine.environment import describe_environment
 from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
-from engine.hardware import resolve_precision, tune_glibc_malloc
+from engine.hardware import MEMORY_FORMATS, resolve_precision, tune_glibc_malloc
 from engine.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
@@ -43,6 +43,7 @@ from engine.io import (
 )
 from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
+from engine.networks import check_network
 from engine.progress import EpochDisplay
 from engine.run_settings import load_for_resume, load_init_from
 from engine.signals import GracefulShutdown
@@ -378,7 +379,7 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
         mean=dataset.mean,
         std=dataset.std,
         device=args.device,
-        memory_format=torch.channels_last,
+        memory_format=MEMORY_FORMATS[args.memory_format],
     )
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     train_loader = make_loader(
@@ -407,8 +408,12 @@ def make_state(
     args: argparse.Namespace, dataset: ImageDataset, phases: Sequence[Phase]
 ) -> TrainState:
     """Make the network, SGD and the learning-rate schedule that the flags say."""
-    net = utils.make_net(args.model, dataset.num_classes, args.device)
+    net = utils.make_net(
+        args.model, dataset.num_classes, args.device, args.width, args.memory_format
+    )
     check_trainable(net, phases)
+    image_shape = dataset.test_images.shape[1:]
+    n_activations = check_network(net, image_shape, dataset.num_classes)
     optimizer = torch.optim.SGD(
         layers.trainable_parameters(net).values(),
         args.lr,
@@ -420,9 +425,15 @@ def make_state(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
     if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
-        check_folding(net, dataset.test_images.shape[1:])
+        check_folding(net, image_shape)
     if distributed.get_world_size() > 1:
         layers.set_sync_bn(net, args.sync_bn)
+    penalized = [p.regularizer for p in phases if p.regularizer]
+    if n_activations == 0 and any("a_grads" in r.inputs for r in penalized):
+        print(
+            f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
+            "gradients of activations are not penalized"
+        )
     return TrainState(net, optimizer, scheduler)
 
 
@@ -634,7 +645,8 @@ def output_path(parser: Parser, args: argparse.Namespace) -> Path:
 
 def default_name(args: argparse.Namespace, what: str) -> str:
     """Return the name of a run that was given none: in a sweep, one of its own."""
-    return "_".join(filter(None, (args.model, args.dataset, what, sweep_run_id())))
+    model = args.model.replace(":", "_")  # which Windows has in no file name
+    return "_".join(filter(None, (model, args.dataset, what, sweep_run_id())))
 
 
 def make_parser() -> Parser:

@@ -15,8 +15,9 @@ import data
 from engine import distributed
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
-from engine.hardware import PRECISIONS, default_device, parse_device
-from models import MODELS
+from engine.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
+from engine.networks import use_fast_layers
+from models import MODELS, TORCHVISION, find_model, has_width, make_model
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
 
 CRITERIA: dict[str, Callable[[], nn.Module]] = {"CE": nn.CrossEntropyLoss}
@@ -89,7 +90,40 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "test set: for choices that must not see it",
     )
     add("--device", type=parse_device, default=default_device(), help="cpu, cuda, cuda:1, …")
+    add_choice(
+        group,
+        "--memory_format",
+        MEMORY_FORMATS,
+        "channels_last",
+        "order of images and activations in memory; channels_last is faster with most networks",
+    )
     add("--seed", type=bounded_number(int, at_least=0), default=242, help="random seed")
+
+
+def add_network_arguments(group: argparse._ArgumentGroup, help: str) -> None:
+    """Add the flags that say which network; `help` is what it is for."""
+    group.add_argument(
+        "--model",
+        type=network_name,
+        default="ConvNet",
+        metavar="{" + ",".join([*MODELS, f"{TORCHVISION}NAME"]) + "}",
+        help=f"{help}; {TORCHVISION}resnet50 and so on are torchvision's classifiers",
+    )
+    group.add_argument(
+        "--width",
+        type=bounded_number(float, above=0),
+        default=1.0,
+        metavar="FACTOR",
+        help=f"of the channels of {', '.join(filter(has_width, MODELS))}",
+    )
+
+
+def network_name(text: str) -> str:
+    """Return the name of a network as it is written in MODELS: an argparse type."""
+    try:
+        return find_model(text)[0]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +196,7 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for network, loss, SGD and learning-rate schedule."""
     add = group.add_argument
     positive, non_negative = bounded_number(float, above=0), bounded_number(float, at_least=0)
-    add_choice(group, "--model", MODELS, "ConvNet", "network to train")
+    add_network_arguments(group, "network to train")
     add_choice(group, "--criterion", CRITERIA, "CE", "loss, without the penalty")
     add("--n_epochs", type=bounded_number(int, at_least=1), default=25, help="epochs to train")
     add("--lr", type=positive, default=0.1, help="learning rate at the start")
@@ -352,6 +386,7 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),
         *data_requirements(args),
+        width_requirement(args),
     ]
     for option in options:
         users = [*names, *(args.track if declared[option].tracked else ())]
@@ -371,6 +406,11 @@ def data_requirements(args: argparse.Namespace) -> list[Requirement]:
         (option, f"--dataset {' or '.join(names)}", args.dataset in names)
         for option, names in takers.items()
     ]
+
+
+def width_requirement(args: argparse.Namespace) -> Requirement:
+    """Return what --width needs for an effect, for `warn_unused_flags`."""
+    return "width", f"--model {' or '.join(filter(has_width, MODELS))}", has_width(args.model)
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
@@ -407,9 +447,16 @@ def make_criterion(name: str) -> nn.Module:
     return CRITERIA[name]()
 
 
-def make_net(name: str, num_classes: int, device: str) -> nn.Module:
-    """Make the network of that name in MODELS, channels-last: convolutions are fastest then."""
-    return MODELS[name](num_classes).to(device, memory_format=torch.channels_last)
+def make_net(
+    name: str,
+    num_classes: int,
+    device: str,
+    width: float = 1.0,
+    memory_format: str = "channels_last",
+) -> nn.Module:
+    """Make the network of that name, as `make_model` does, with fast layers, on the device."""
+    net = use_fast_layers(make_model(name, num_classes, width))
+    return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
 
 
 def make_scheduler(

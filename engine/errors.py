@@ -34,6 +34,10 @@ class NetworkError(ReportedError):
     """A network cannot do what the flags ask for."""
 
 
+class BatchTooSmallError(NetworkError, ValueError):
+    """A batch norm cannot train on one value per channel."""
+
+
 class PenaltyError(ReportedError):
     """A regularizer returned something that is not a penalty."""
 

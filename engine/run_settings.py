@@ -19,12 +19,14 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 # Settings of --init_from's checkpoint that the new run must share: they shaped what is in it.
 MUST_MATCH_INIT_FROM = {
-    "model", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset", "train_subset",
-    "image_size", "holdout", "batch_size", "seed", "precision",
+    "model", "width", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset",
+    "train_subset", "image_size", "holdout", "batch_size", "seed", "precision",
 }  # fmt: skip
 LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}
-# Of settings that older checkpoints do not have.
-LEGACY_DEFAULTS = {"sync_bn": True, "image_size": 224, "workers": 2, "cache_images": 4.0}
+LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
+    "sync_bn": True, "width": 1.0, "memory_format": "channels_last", "image_size": 224,
+    "workers": 2, "cache_images": 4.0,
+}  # fmt: skip
 
 
 def load_for_resume(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import models
 import quant_inference as qi
 import quant_utils as qu
 from engine import layers, progress
@@ -128,9 +129,7 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         assert row["accuracy_change"] == row["accuracy"] - rows[0]["accuracy"]
         assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
         assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
-    net = qi.load_network(
-        Path("a.pt"), "ConvNet", qi.make_parser().parse_args(["a.pt"]), tiny, foldable=True
-    )
+    net = qi.load_network(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), tiny, foldable=True)
     for row, quantizer, source in ((rows[1], qu.uniform, "weight"), (rows[3], qu.pwlq, "own")):
         net_q, layers = qu.quantize_model(net, quantizer, 3, bias_range=source)
         assert row["squared_error"] == qu.model_error(layers)
@@ -372,7 +371,7 @@ def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
 
 
 def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(qi.MODELS, "Reordered", reference.Reordered)
+    monkeypatch.setitem(models.MODELS, "Reordered", reference.Reordered)
     torch.manual_seed(0)
     net = reference.Reordered(10).eval()
     net.norm.running_mean.fill_(-1.5)
@@ -387,7 +386,7 @@ def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, c
     capsys.readouterr()
     assert main(*flags, "--fold_bn") == 1
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in message
+    assert message.count("\n") == 1 and "--fold_bn: no batch norm after a convolution" in message
 
 
 def test_earlier_results_are_renamed(tiny, capsys):
