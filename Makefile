@@ -6,8 +6,9 @@ RUN := $(VENV)/bin/python
 .PHONY: demo test test-slow faults lint format clean
 
 demo: $(VENV)/installed
-	$(RUN) train.py --run_name demo --n_epochs 1 --regularizer L2Grad --lmbda 0.01
-	$(RUN) quant_inference.py demo.pt --trials 1 --output demo
+	$(RUN) train.py --run_name demo --init_weights weights/control.pt --n_epochs 1 --train_subset 12800 --lr 0.01 --regularizer L2Grad --lmbda 0.03
+	$(RUN) quant_inference.py demo.pt weights/*.pt --bits 2 3 4 8 --schemes uniform --test_subset 2000 --output demo
+	@echo "next:    look at demo/accuracy.png, then train your own: the commands under Train in README.md"
 
 test: lint
 	$(RUN) -m pytest -n auto --dist worksteal

@@ -1,41 +1,61 @@
 """The data sets. To add one: a function that returns an ImageDataset, and a line in DATASETS.
 
-The function takes (data_dir, seed). A data set is held in memory as uint8.
+The function takes (data_dir, seed), and those of OPTIONS that have an effect on it.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import cifar10 as cifar10_files
+from engine import cifar, file_loader
 from engine.errors import DataError
-from engine.loader import seeded_generator
+from engine.image_files import ImageFiles, check_same_classes, find_classes, find_images
+from engine.loader import Loader, seeded_generator
 
 PROJECT_DATA = Path(__file__).with_name("data")  # where --data_dir is by default
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SIZE, WORKERS, CACHE_GB = 224, 2, 4.0  # defaults of the flags of ImageFolder
+OPTIONS = ("image_size", "workers", "cache_images")  # flags that data sets can take
+
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR100_CLASSES = tuple(
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
+    "butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch "
+    "crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo "
+    "keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse "
+    "mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy "
+    "porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
+    "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television "
+    "tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm".split()
+)
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A data set in memory: uint8 images (N, 3, 32, 32), int64 labels (N,).
+    """A data set: uint8 images (N, 3, H, W) in memory or in files, int64 labels (N,).
 
     `mean` and `std` are per channel, of pixels scaled to 0..1. `classes` are names, where there are
-    any.
+    any. `make_loader` makes batches: it has the arguments of `engine.loader.Loader`.
     """
 
-    train_images: Tensor
+    train_images: Tensor | ImageFiles
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | ImageFiles
     test_labels: Tensor
     num_classes: int = 10
     mean: tuple[float, ...] = CIFAR_MEAN
     std: tuple[float, ...] = CIFAR_STD
     classes: tuple[str, ...] = ()
+    make_loader: Callable[..., Loader] = Loader
 
 
 def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
@@ -43,8 +63,43 @@ def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
 
     Raises DataError where no source worked; the message lists what was tried.
     """
-    arrays = cifar10_files.find_or_fetch(data_dir, PROJECT_DATA)
+    arrays = cifar.find_or_fetch(cifar.CIFAR10, data_dir, PROJECT_DATA)
     return ImageDataset(*arrays, classes=CIFAR10_CLASSES)
+
+
+def cifar100(data_dir: str, seed: int = 0) -> ImageDataset:
+    """Find or fetch CIFAR-100: 50,000 training and 10,000 test images (`seed` is not used).
+
+    Labels are the 100 fine ones. Raises DataError as `cifar10` does.
+    """
+    arrays = cifar.find_or_fetch(cifar.CIFAR100, data_dir, PROJECT_DATA)
+    return ImageDataset(*arrays, 100, CIFAR100_MEAN, CIFAR100_STD, CIFAR100_CLASSES)
+
+
+def image_folder(
+    data_dir: str,
+    seed: int = 0,
+    image_size: int = IMAGE_SIZE,
+    workers: int = WORKERS,
+    cache_images: float = CACHE_GB,
+) -> ImageDataset:
+    """Find images in data_dir/train/CLASS/ and data_dir/val/CLASS/ (`seed` is not used).
+
+    `workers` processes decode them to `image_size` pixels; they stay in memory where they take no
+    more than `cache_images` GB. Raises DataError, naming the file or folder that is wrong.
+    """
+    train, test = Path(data_dir, "train"), Path(data_dir, "val")
+    classes = find_classes(train)
+    check_same_classes(classes, find_classes(test), Path(data_dir))
+    return ImageDataset(
+        *find_images(train, classes, image_size),
+        *find_images(test, classes, image_size),
+        num_classes=len(classes),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        classes=tuple(classes),
+        make_loader=partial(file_loader.make_loader, workers=workers, max_gb=cache_images),
+    )
 
 
 def synthetic(data_dir: str = "", seed: int = 0) -> ImageDataset:
@@ -68,21 +123,29 @@ def synthetic(data_dir: str = "", seed: int = 0) -> ImageDataset:
     return ImageDataset(*split(2000), *split(250), mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
-DATASETS: dict[str, Callable[[str, int], ImageDataset]] = {
+DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "CIFAR10": cifar10,
+    "CIFAR100": cifar100,
+    "ImageFolder": image_folder,
     "Synthetic": synthetic,
 }
 
 
-def load(name: str, data_dir: str, seed: int) -> ImageDataset:
-    """Return the data set called `name`, a key of `DATASETS`.
+def accepts(name: str, option: str) -> bool:
+    """Tell whether the data set takes that one of OPTIONS."""
+    return option in inspect.signature(DATASETS[name]).parameters
+
+
+def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
+    """Return the data set called `name`, a key of `DATASETS`, with those options that it takes.
 
     Raises:
         DataError: there is no such data set, or it is missing and could not be fetched.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
-    return DATASETS[name](data_dir, seed)
+    accepted = {key: value for key, value in options.items() if accepts(name, key)}
+    return DATASETS[name](data_dir, seed, **accepted)
 
 
 def subset(data: ImageDataset, n: int) -> ImageDataset:
@@ -94,6 +157,17 @@ def subset(data: ImageDataset, n: int) -> ImageDataset:
     if not 1 <= n <= len(data.train_images):
         raise ValueError(f"choose 1 to {len(data.train_images)} images")
     return replace(data, train_images=data.train_images[:n], train_labels=data.train_labels[:n])
+
+
+def test_subset(data: ImageDataset, n: int) -> ImageDataset:
+    """Keep the first `n` test images, in the given order; the training set stays whole.
+
+    Raises:
+        ValueError: n < 1 or more than there are.
+    """
+    if not 1 <= n <= len(data.test_images):
+        raise ValueError(f"choose 1 to {len(data.test_images)} images")
+    return replace(data, test_images=data.test_images[:n], test_labels=data.test_labels[:n])
 
 
 def use_holdout_as_test(data: ImageDataset, n: int) -> ImageDataset:

@@ -1,9 +1,20 @@
-"""The networks. `net(x)` returns `(logits, activations)`: a regularizer may look at both."""
+"""The networks: from images (B, 3, H, W) to logits, of PyTorch's own layers.
+
+A network may return `(logits, activations)`, as ConvNet does. Of any other, the activations whose
+gradients may be penalized are the outputs of its activation modules, in the order in which they
+run. Sums are `Add` modules and pooling is a module, so that what they take can be quantized.
+`utils.make_net` puts in the layers with the fast second-order step.
+"""
+
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from engine.layers import BatchNormReLU, Conv2d
+from engine.layers import Add, BatchNormReLU, Conv2d
+
+TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 
 
 class ConvNet(nn.Module):
@@ -48,4 +59,267 @@ class ConvNet(nn.Module):
             return self.classifier(pooled), activations
 
 
-MODELS: dict[str, type[nn.Module]] = {"ConvNet": ConvNet}
+# --- residual networks -----------------------------------------------------------------------
+
+
+class PadShortcut(nn.Module):
+    """Shortcut without parameters: every second pixel, zeros for the new channels (option A)."""
+
+    def __init__(self, n_new: int) -> None:
+        """Add n_new channels, half of them before and half after those of the input."""
+        super().__init__()
+        self.n_before = n_new // 2
+        self.n_after = n_new - self.n_before
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (B, C, H, W) to (B, C + n_new, ⌈H/2⌉, ⌈W/2⌉)."""
+        return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.n_before, self.n_after))
+
+
+def projection(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    """Make a shortcut of a 1×1 convolution and batch norm (option B)."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch norm, added to a shortcut around them."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: nn.Module) -> None:
+        """Map c_in channels to c_out; the first convolution and `shortcut` have the stride."""
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1, self.relu1 = nn.BatchNorm2d(c_out), nn.ReLU()
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2, self.relu2 = nn.BatchNorm2d(c_out), nn.ReLU()
+        self.shortcut, self.add = shortcut, Add()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (B, c_in, H, W) to (B, c_out, H/stride, W/stride)."""
+        y = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.add(self.bn2(self.conv2(y)), self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    """Stages of basic blocks, the first of each but the first halving the image.
+
+    He et al., arXiv 1512.03385, in the form for 32×32 images: a 3×3 stem, no max-pooling. Weights
+    are initialized as there (He et al., arXiv 1502.01852).
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        n_blocks: int,
+        make_shortcut: Callable[[int, int, int], nn.Module],
+        num_classes: int,
+    ) -> None:
+        """Build stages of n_blocks blocks; make_shortcut(c_in, c_out, stride) where they differ."""
+        super().__init__()
+        c_in = channels[0]
+        self.conv = nn.Conv2d(3, c_in, 3, padding=1, bias=False)
+        self.bn, self.relu = nn.BatchNorm2d(c_in), nn.ReLU()
+        blocks = []
+        for stage, c_out in enumerate(channels):
+            for i in range(n_blocks):
+                stride = 2 if stage and i == 0 else 1
+                same = stride == 1 and c_in == c_out
+                shortcut = nn.Identity() if same else make_shortcut(c_in, c_out, stride)
+                blocks.append(BasicBlock(c_in, c_out, stride, shortcut))
+                c_in = c_out
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(c_in, num_classes)
+        initialize(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images x (B, 3, H, W) to logits (B, num_classes)."""
+        x = self.blocks(self.relu(self.bn(self.conv(x))))
+        return self.classifier(self.pool(x).flatten(1))
+
+
+def initialize(net: nn.Module) -> None:
+    """Draw the weights of convolutions from He's normal distribution over the fan-out."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+class ResNet20(ResNet):
+    """3 × 3 blocks of 16, 32 and 64 channels, shortcuts without parameters: 269,722 parameters."""
+
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
+        """`width` is a factor of all channels."""
+        channels = scaled(width, 16, 32, 64)
+        super().__init__(channels, 3, lambda a, b, stride: PadShortcut(b - a), num_classes)
+
+
+class ResNet18(ResNet):
+    """4 × 2 blocks of 64, 128, 256 and 512 channels: 11,173,962 parameters."""
+
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
+        """`width` is a factor of all channels."""
+        super().__init__(scaled(width, 64, 128, 256, 512), 2, projection, num_classes)
+
+
+def scaled(width: float, *channels: int) -> list[int]:
+    """Return the numbers of channels times width, at least 1."""
+    return [max(1, round(width * c)) for c in channels]
+
+
+# --- without residuals, and with inverted ones -----------------------------------------------
+
+
+class VGGSmall(nn.Sequential):
+    """2 × 128, 2 × 256 and 2 × 512 channels, each pair before max-pooling; one linear layer.
+
+    The network of many papers on quantization (Cai et al., arXiv 1702.00953, with one linear
+    layer in place of three): 4,660,106 parameters.
+    """
+
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
+        """`width` is a factor of all channels."""
+        c_in, stages, channels = 3, [], scaled(width, 128, 256, 512)
+        for c_out in channels:
+            stages.append(
+                nn.Sequential(
+                    *conv_bn_relu(c_in, c_out), *conv_bn_relu(c_out, c_out), nn.MaxPool2d(2)
+                )
+            )
+            c_in = c_out
+        pool, classifier = nn.AdaptiveAvgPool2d(4), nn.Linear(16 * c_in, num_classes)
+        super().__init__(*stages, pool, nn.Flatten(), classifier)
+
+
+def conv_bn_relu(c_in: int, c_out: int) -> list[nn.Module]:
+    """Make a 3×3 convolution, batch norm and ReLU."""
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
+
+
+class InvertedResidual(nn.Module):
+    """1×1 expansion, 3×3 depthwise convolution, 1×1 projection; added to the input if it fits."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
+        """Expand c_in channels by the factor `expansion`, and project them to c_out."""
+        super().__init__()
+        c = c_in * expansion
+        layers = []
+        if expansion > 1:
+            layers += [nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU6()]
+        depthwise = nn.Conv2d(c, c, 3, stride, padding=1, groups=c, bias=False)
+        layers += [depthwise, nn.BatchNorm2d(c), nn.ReLU6()]
+        layers += [nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out)]
+        self.layers = nn.Sequential(*layers)
+        self.add = Add() if stride == 1 and c_in == c_out else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (B, c_in, H, W) to (B, c_out, H/stride, W/stride)."""
+        y = self.layers(x)
+        return y if self.add is None else self.add(y, x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 (Sandler et al., arXiv 1801.04381) for 32×32 images: 2,236,682 parameters.
+
+    The stem and the second stage have stride 1 where the original has 2.
+    """
+
+    # (expansion, channels, blocks, stride of the first) of each stage
+    STAGES = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 1),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+    def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
+        """`width` is a factor of all channels."""
+        super().__init__()
+        c_in, c_last = scaled(width, 32, 1280)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, c_in, 3, padding=1, bias=False), nn.BatchNorm2d(c_in), nn.ReLU6()
+        )
+        blocks = []
+        for expansion, channels, n_blocks, stride in self.STAGES:
+            [c_out] = scaled(width, channels)
+            for i in range(n_blocks):
+                blocks.append(InvertedResidual(c_in, c_out, 1 if i else stride, expansion))
+                c_in = c_out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(
+            nn.Conv2d(c_in, c_last, 1, bias=False), nn.BatchNorm2d(c_last), nn.ReLU6()
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(c_last, num_classes)
+        initialize(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images x (B, 3, H, W) to logits (B, num_classes)."""
+        x = self.head(self.blocks(self.stem(x)))
+        return self.classifier(self.pool(x).flatten(1))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "ConvNet": ConvNet,
+    "ResNet20": ResNet20,
+    "ResNet18": ResNet18,
+    "VGGSmall": VGGSmall,
+    "MobileNetV2": MobileNetV2,
+}
+
+
+# --- by name ---------------------------------------------------------------------------------
+
+
+def find_model(name: str) -> tuple[str, Callable[..., nn.Module]]:
+    """Return the name as it is written in MODELS, or torchvision:NAME, and its constructor.
+
+    Upper or lower case does not matter. Raises ValueError for an unknown name.
+    """
+    if name.lower().startswith(TORCHVISION):
+        return _find_in_torchvision(name[len(TORCHVISION) :].lower())
+    for key, make in MODELS.items():
+        if key.lower() == name.lower():
+            return key, make
+    raise ValueError(f"unknown value {name!r}: choose {', '.join(MODELS)} or {TORCHVISION}NAME")
+
+
+def is_model(name: object) -> bool:
+    """Tell whether that is the name of a network."""
+    try:
+        return bool(find_model(str(name)))
+    except ValueError:
+        return False
+
+
+def _find_in_torchvision(name: str) -> tuple[str, Callable[..., nn.Module]]:
+    from torchvision import models as torchvision_models  # slow to import: only where it is used
+
+    names = torchvision_models.list_models(module=torchvision_models)
+    if name not in names:
+        raise ValueError(f"unknown classifier {name!r} of torchvision: choose {', '.join(names)}")
+    build = torchvision_models.get_model_builder(name)
+    options = {"init_weights": True} if "init_weights" in _parameters(build) else {}
+
+    def make(num_classes: int) -> nn.Module:
+        return build(weights=None, num_classes=num_classes, **options)
+
+    return TORCHVISION + name, make
+
+
+def has_width(name: str) -> bool:
+    """Tell whether --width has an effect on the network of that name."""
+    return "width" in _parameters(find_model(name)[1])
+
+
+def _parameters(make: Callable[..., nn.Module]) -> set[str]:
+    return set(inspect.signature(make).parameters)
+
+
+def make_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
+    """Make the network of that name; `width` is a factor of its channels where it has one."""
+    options = {"width": width} if width != 1 and has_width(name) else {}
+    return find_model(name)[1](num_classes, **options)

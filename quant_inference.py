@@ -6,16 +6,15 @@ each of them and reports. The quantizers are in quant_utils.py.
 
 import argparse
 import copy
-import glob
 import inspect
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,18 @@ from tqdm import tqdm
 
 import quant_utils as qu
 import utils
-from analysis import deployment, figures, report, verification
-from analysis.report import UNQUANTIZED, Results, Row, Trial
+from analysis import dashboard, deployment, distributions, figures, report, verification
+from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
+from analysis.quantization_plan import plan_rows
+from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
-from data import ImageDataset
+from analysis.weights_files import WeightsFile, common_dataset, find_weights
+from data import DATASETS, ImageDataset
 from engine import distributed
 from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
 from engine.cli import (
     Parser,
+    StoreFlat,
     add_alias,
     add_choice,
     bounded_number,
@@ -41,20 +44,32 @@ from engine.cli import (
 )
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
-from engine.hardware import PRECISIONS, resolve_precision
+from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision
 from engine.integer_layers import make_grid, make_integer_layer, with_integers
 from engine.integer_network import IntegerNetwork, build
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
 from engine.network_graph import trace
+from engine.networks import check_network
+from engine.progress import StepDisplay
 from engine.signals import GracefulShutdown
-from engine.tracking import WandbLogger, new_run_id
-from models import MODELS
+from models import is_model
 
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
 FILE_FLAGS = ("export", "verify", "save_quantized", "save_integers")  # of one quantized network
+FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
+BIASES = ("published", "weight", "full")  # see --biases
+MAX_BASELINE_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
+
+
+class LoadedNetwork(NamedTuple):
+    """A network in eval mode on the CPU, and the file that its weights come from."""
+
+    net: nn.Module
+    file: WeightsFile
+    is_foldable: bool  # its batch norms
 
 
 @dataclass(frozen=True)
@@ -69,12 +84,12 @@ class Setup:
     calibration: Loader | None  # for the ranges of activations
     recalibration: Loader | None  # for batch-norm statistics of the quantized network
     expansion: Loader | None  # for the loss, one layer at a time
-    fold: bool  # batch norms, before a network is evaluated: same outputs in half the time
+    fold: bool  # batch norms, before the network is evaluated: same outputs in half the time
     on_step: Callable[[], Any]  # called after each quantized network is measured
 
 
 def make_setup(
-    args: argparse.Namespace, dataset: ImageDataset, fold: bool, on_step: Callable[[], Any]
+    args: argparse.Namespace, dataset: ImageDataset, on_step: Callable[[], Any]
 ) -> Setup:
     """Make the loaders of the images that the flags ask for."""
     loader = partial(make_loader, args, dataset)
@@ -85,7 +100,7 @@ def make_setup(
         calibration=loader(args.calibration_images, CALIBRATION_BATCH) if args.act_bits else None,
         recalibration=loader(n_bn_images) if n_bn_images else None,
         expansion=loader(args.per_layer_images) if args.per_layer else None,
-        fold=fold,
+        fold=False,
         on_step=on_step,
     )
 
@@ -100,14 +115,14 @@ def make_loader(
     images, labels = dataset.test_images, dataset.test_labels
     if n_train is not None:
         images, labels = dataset.train_images[:n_train], dataset.train_labels[:n_train]
-    return Loader(
+    return dataset.make_loader(
         images,
         labels,
         batch_size or args.batch_size,
         dataset.mean,
         dataset.std,
         device=args.device,
-        memory_format=torch.channels_last,
+        memory_format=MEMORY_FORMATS[args.memory_format],
         cache=True,
     )
 
@@ -120,16 +135,29 @@ def image_batches(loader: Loader) -> Iterator[Tensor]:
 # --- the sweep -------------------------------------------------------------------------------
 
 
+class Quantization(NamedTuple):
+    """One of the quantizations that the flags ask for; FLOAT_BITS are bits of full precision."""
+
+    scheme: str
+    n_bits: int
+    act_bits: int = FLOAT_BITS
+
+
 def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
-    """Yield the rows of one network: unquantized, then every scheme at every bit-width."""
+    """Yield the rows of one network: unquantized, then every quantization."""
     args = setup.args
-    full = measure(prepare_for_eval(net, args.device, setup.fold), setup.test, args)
+    full = measure(
+        prepare_for_eval(net, args.device, setup.fold, args.memory_format), setup.test, args
+    )
     setup.on_step()
-    yield report.make_row(name, UNQUANTIZED, 32, [Trial(**full)], full["accuracy"])
+    yield report.make_row(name, UNQUANTIZED, FLOAT_BITS, [Trial(**full)], full["accuracy"])
     ranges = activation_ranges(net, setup)
-    for scheme, n_bits in scheme_bit_pairs(args):
+    if args.show_plan and distributed.get_rank() == 0:
+        print(report.table(plan(name, net, ranges, setup), PLAN_COLUMNS), end="\n\n")
+    for quantization in quantizations(args):
+        scheme, n_bits, act_bits = quantization
         trials = [
-            run_trial(net, scheme, n_bits, trial, ranges, setup)
+            run_trial(net, quantization, trial, ranges, setup)
             for trial in range(n_trials(scheme, args))
         ]
         yield report.make_row(
@@ -139,42 +167,44 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
             trials,
             full["accuracy"],
             levels=qu.n_levels(scheme, n_bits, args.overlapping),
-            act_bits=activation_bits(n_bits, args) or 32,
+            act_bits=act_bits,
         )
 
 
 def run_trial(
     net: nn.Module,
-    scheme: str,
-    n_bits: int,
+    quantization: Quantization,
     trial: int,
     ranges: Mapping[str, qu.Range],
     setup: Setup,
 ) -> Trial:
     """Quantize a copy of the network and measure it on the test images."""
-    args = setup.args
+    args, (scheme, n_bits, act_bits) = setup.args, quantization
     quantizer = make_quantizer(scheme, args, trial)
-    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **layer_options(args))
+    options = {**layer_options(scheme, args), "layer_bits": layer_bits(net, n_bits, setup)}
+    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **options)
     if setup.recalibration:
-        net_q = net_q.to(args.device, memory_format=torch.channels_last)
+        net_q = net_q.to(args.device, memory_format=MEMORY_FORMATS[args.memory_format])
         recalibrate_batch_norm(net_q, image_batches(setup.recalibration))
-    net_q = prepare_for_eval(net_q, args.device, setup.fold)
+    net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
     if runs_in_integers(args):
-        net_q = integer_network(net, scheme, n_bits, trial, ranges, setup)
+        net_q = integer_network(net, quantization, trial, ranges, setup)
     elif ranges:
-        qu.quantize_activations(net_q, activation_bits(n_bits, args), ranges)
+        qu.quantize_activations(net_q, act_bits, ranges, layer_bits(net, act_bits, setup))
     measured = measure(net_q, setup.test, args)
     setup.on_step()
     return Trial(**measured, squared_error=qu.model_error(errors, args.avg_in_layer))
 
 
-def prepare_for_eval(net: nn.Module, device: str, fold: bool) -> nn.Module:
+def prepare_for_eval(
+    net: nn.Module, device: str, fold: bool, memory_format: str = "channels_last"
+) -> nn.Module:
     """Return a copy on the device, with batch norms folded into convolutions if `fold`.
 
     Folding weights that are quantized already changes no output, and halves the time.
     """
     net = fold_batch_norm(net) if fold else copy.deepcopy(net)
-    return net.to(device, memory_format=torch.channels_last)
+    return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
 
 
 def measure(net: nn.Module, loader: Loader, args: argparse.Namespace) -> dict[str, float]:
@@ -187,16 +217,63 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
     """Return the range of each module's input, by name; none where activations stay as they are."""
     if setup.calibration is None:
         return {}
-    net = prepare_for_eval(net, setup.args.device, setup.fold)
-    return qu.calibrate(net, image_batches(setup.calibration), setup.args.calibration)
+    args = setup.args
+    net = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
+    return qu.calibrate(net, image_batches(setup.calibration), args.calibration, args.quantize_sums)
+
+
+# --- what is quantized ------------------------------------------------------------------------
+
+
+def one_image(setup: Setup) -> Tensor:
+    """Return a batch of one image on the CPU, for finding out which layers run."""
+    return next(image_batches(setup.test))[:1].cpu()
+
+
+def layer_bits(net: nn.Module, n_bits: int, setup: Setup) -> dict[str, int]:
+    """Return the bits of layers, by name, that have others than n_bits: --keep_first_last."""
+    if not setup.args.keep_first_last:
+        return {}
+    return dict.fromkeys(qu.first_and_last(net, one_image(setup)), max(n_bits, FIRST_LAST_BITS))
+
+
+def plan(
+    name: str, net: nn.Module, ranges: Mapping[str, qu.Range], setup: Setup
+) -> list[dict[str, Any]]:
+    """Return what is quantized of the network, as rows: --show_plan."""
+    args = setup.args
+    shapes = qu.input_shapes(net, one_image(setup), args.quantize_sums)
+
+    def all_bits(names: Iterable[str], numbers: Sequence[int]) -> dict[str, list[int]]:
+        other = [layer_bits(net, n, setup) for n in numbers]
+        return {key: [o.get(key, n) for o, n in zip(other, numbers, strict=True)] for key in names}
+
+    return plan_rows(
+        name,
+        net,
+        shapes,
+        all_bits(quantizable_layers(net), args.bits),
+        all_bits(ranges, sorted({a for n in args.bits for a in act_bit_widths(n, args)})),
+        ranges,
+        biases=any(bias_range(scheme, args) for scheme in args.schemes),
+        per_channel=args.per_channel,
+    )
 
 
 # --- what the flags say about a quantization -------------------------------------------------
 
 
-def scheme_bit_pairs(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Yield every scheme with every bit-width."""
-    return itertools.product(args.schemes, args.bits)
+def quantizations(args: argparse.Namespace) -> Iterator[Quantization]:
+    """Yield every scheme with every bit-width of weights and of activations."""
+    for scheme, n_bits in itertools.product(args.schemes, args.bits):
+        for act_bits in act_bit_widths(n_bits, args):
+            yield Quantization(scheme, n_bits, act_bits)
+
+
+def act_bit_widths(n_bits: int, args: argparse.Namespace) -> list[int]:
+    """Return the bit-widths of activations beside weights of n_bits."""
+    given = args.act_bits or [FLOAT_BITS]
+    return list(dict.fromkeys(n_bits if bits == "same" else bits for bits in given))
 
 
 def quantizer_options(scheme: str) -> Set[str]:
@@ -226,16 +303,19 @@ def bind_options(function: Callable[..., Any], args: argparse.Namespace, trial: 
     return partial(function, **{name: options[name] for name in names})
 
 
-def layer_options(args: argparse.Namespace) -> dict[str, Any]:
+def layer_options(scheme: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `quantize_layer` and `quantize_model`."""
     correction = qu.bias_correction if args.bias_correction else None
     correction = qu.mean_correction if args.mean_correction else correction
-    return {"biases": not args.fold_bn, "correction": correction}
+    return {"bias_range": bias_range(scheme, args), "correction": correction}
 
 
-def activation_bits(n_bits: int, args: argparse.Namespace) -> int:
-    """Return the bits of activations beside weights of n_bits; 0 leaves them as they are."""
-    return n_bits if args.act_bits == "same" else args.act_bits or 0
+def bias_range(scheme: str, args: argparse.Namespace) -> str | None:
+    """Return the `bias_range` of `quantize_layer`: None, "weight" or "own"."""
+    if args.fold_bn or args.biases == "full":
+        return None
+    is_own = args.biases == "published" and scheme in qu.OWN_BIAS_RANGE
+    return "own" if is_own else "weight"
 
 
 # --- integers --------------------------------------------------------------------------------
@@ -248,8 +328,7 @@ def runs_in_integers(args: argparse.Namespace) -> bool:
 
 def integer_network(
     net: nn.Module,
-    scheme: str,
-    n_bits: int,
+    quantization: Quantization,
     trial: int,
     ranges: Mapping[str, qu.Range],
     setup: Setup,
@@ -259,12 +338,16 @@ def integer_network(
     Raises NetworkError for a layer that has no integer form, and ValueError, naming the layer,
     where quantized weights are on no uniform grid.
     """
-    args = setup.args
+    args, (scheme, n_bits, act_bits) = setup.args, quantization
     make_parts = bind_options(qu.UNIFORM_PARTS.get(scheme, qu.QUANTIZERS[scheme]), args, trial)
-    act_bits, integers = activation_bits(n_bits, args), {}
-    grids = {name: make_grid(*qu.activation_grid(act_bits, *r)) for name, r in ranges.items()}
+    w_bits, x_bits = layer_bits(net, n_bits, setup), layer_bits(net, act_bits, setup)
+    grids = {
+        name: make_grid(*qu.activation_grid(x_bits.get(name, act_bits), *limits))
+        for name, limits in ranges.items()
+    }
+    integers = {}
     for name, layer in quantizable_layers(net).items():
-        parts = make_parts(layer.weight.detach(), n_bits)
+        parts = make_parts(layer.weight.detach(), w_bits.get(name, n_bits))
         if name not in grids:  # it never runs
             continue
         parts = parts if isinstance(parts, tuple) else (parts,)
@@ -275,27 +358,30 @@ def integer_network(
     return build(trace(net, next(image_batches(setup.test))[:2].cpu()), grids, integers)
 
 
-def deploy(net: nn.Module, path: Path, setup: Setup, dataset: ImageDataset) -> bool:
+def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     """Write the files of the one network that the flags ask for, and verify the ONNX file.
 
     Returns whether engine and simulation agree. Raises FileError where the file to verify is not
     of this network and these flags.
     """
-    args = setup.args
-    [scheme], [n_bits] = args.schemes, args.bits
-    net_q, _ = qu.quantize_model(net, make_quantizer(scheme, args), n_bits, **layer_options(args))
+    args, net = setup.args, network.net
+    [quantization] = quantizations(args)
+    scheme, n_bits, act_bits = quantization
+    options = {**layer_options(scheme, args), "layer_bits": layer_bits(net, n_bits, setup)}
+    net_q, _ = qu.quantize_model(net, make_quantizer(scheme, args), n_bits, **options)
     if not runs_in_integers(args):
         deployment.write_files(args, net_q)
         return True
     ranges = activation_ranges(net, setup)
-    integers = integer_network(net, scheme, n_bits, 0, ranges, setup)
-    source = deployment.describe_source(path, args, n_bits, activation_bits(n_bits, args), dataset)
+    integers = integer_network(net, quantization, 0, ranges, setup)
+    source = deployment.describe_source(network.file.path, args, n_bits, act_bits, dataset)
     net_int = with_integers(net_q, integers.integers())
     deployment.write_files(args, net_int, integers, dataset, source)
     if not args.verify:
         return True
     for simulation in (net_q, net_int):
-        qu.quantize_activations(simulation, activation_bits(n_bits, args), ranges)
+        x_bits = layer_bits(net, act_bits, setup)
+        qu.quantize_activations(simulation, act_bits, ranges, x_bits)
     simulations = {"float32": net_int, "float32, biases not rounded": net_q}
     compared = verification.Compared(integers, simulations, net)
     return verification.verify_file(args, compared, setup.test, dataset, source)
@@ -311,16 +397,16 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     the terms of its Taylor expansion there, see analysis/taylor.py.
     """
     args = setup.args
-    full = prepare_for_eval(net, args.device, setup.fold)
+    full = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
     accuracy = measure(full, setup.test, args)["accuracy"]
     loss = measure(full, setup.expansion, args)["loss"]
     rows, deltas = [], []
-    for (scheme, n_bits), layer in itertools.product(
-        scheme_bit_pairs(args), quantizable_layers(net)
+    for scheme, n_bits, layer in itertools.product(
+        args.schemes, args.bits, quantizable_layers(net)
     ):
-        net_q, error = quantize_one_layer(net, layer, make_quantizer(scheme, args), n_bits, args)
+        net_q, error = quantize_one_layer(net, layer, scheme, n_bits, args)
         deltas.append(parameter_change(net_q, net, layer))
-        net_q = prepare_for_eval(net_q, args.device, setup.fold)
+        net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
         row = {"checkpoint": name, "scheme": scheme, "bits": n_bits, "layer": layer}
         row["accuracy_change"] = measure(net_q, setup.test, args)["accuracy"] - accuracy
         row["squared_error"] = error
@@ -332,12 +418,13 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
 
 
 def quantize_one_layer(
-    net: nn.Module, name: str, quantizer: qu.Quantizer, n_bits: int, args: argparse.Namespace
+    net: nn.Module, name: str, scheme: str, n_bits: int, args: argparse.Namespace
 ) -> tuple[nn.Module, float]:
     """Return a copy of the network with one layer quantized, and the squared error."""
     net_q = copy.deepcopy(net)
     layer = net_q.get_submodule(name)
-    error = qu.quantize_layer(layer, quantizer, n_bits, **layer_options(args))
+    quantizer, options = make_quantizer(scheme, args), layer_options(scheme, args)
+    error = qu.quantize_layer(layer, quantizer, n_bits, **options)
     layers = [qu.LayerError(name, error, layer.weight.numel())]
     return net_q, qu.model_error(layers, args.avg_in_layer)
 
@@ -345,49 +432,52 @@ def quantize_one_layer(
 # --- files -----------------------------------------------------------------------------------
 
 
-def resolve_paths(patterns: Sequence[str]) -> dict[str, Path]:
-    """Return the files that the patterns mean, by name.
-
-    The name is that of the file without .pt, or its path where two files share that. A pattern
-    without a match stays as it is: reading it then says that it is missing.
-    """
-    paths: list[Path] = []
-    for pattern in patterns:
-        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        paths += map(Path, matches or [pattern])
-    paths = list(dict.fromkeys(paths))
-    stems = [path.name.removesuffix(".pt") for path in paths]
-    return {
-        stem if stems.count(stem) == 1 else str(path): path
-        for stem, path in zip(stems, paths, strict=True)
-    }
-
-
 def load_networks(
-    paths: Mapping[str, Path], args: argparse.Namespace, dataset: ImageDataset
-) -> tuple[dict[str, nn.Module], bool]:
-    """Return the networks of all files that can be read, and whether their batch norms fold.
+    files: Mapping[str, WeightsFile],
+    args: argparse.Namespace,
+    explicit_flags: Set[str],
+    dataset: ImageDataset,
+) -> dict[str, LoadedNetwork]:
+    """Return the networks of all files that can be read; for the others an error is printed.
 
-    For other files an error is printed. Raises NetworkError as `is_foldable` does.
+    Without --model a network is the one that the file's record names. Raises NetworkError as
+    `is_foldable` does.
     """
-    foldable, nets = is_foldable(args, dataset), {}
-    for name, path in paths.items():
+    loaded = {}
+    for name, file in files.items():
+        own = with_recorded_network(file, args, explicit_flags)
         try:
-            nets[name] = load_network(path, args, dataset, foldable)
+            foldable = is_foldable(own, dataset)
+            net = load_network(file.path, own, dataset, foldable)
         except FileError as error:
             print_error(error)
-    return nets, foldable
+        else:
+            loaded[name] = LoadedNetwork(net, file, foldable)
+    return loaded
+
+
+def with_recorded_network(
+    file: WeightsFile, args: argparse.Namespace, explicit_flags: Set[str]
+) -> argparse.Namespace:
+    """Return the flags with the network that the file's record names, unless --model is given."""
+    model, width = file.setting("model"), file.setting("width")
+    if "model" in explicit_flags or not is_model(model):
+        return args
+    return argparse.Namespace(**{**vars(args), "model": model, "width": width or args.width})
 
 
 def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
     """Tell whether batch norms of the model can be folded; NetworkError if not, with --fold_bn."""
-    net = utils.make_net(args.model, dataset.num_classes, "cpu")
+    net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width)
+    check_network(net, dataset.test_images.shape[1:], dataset.num_classes)
     try:
-        check_folding(net, dataset.test_images.shape[1:])
+        n_left = check_folding(net, dataset.test_images.shape[1:])
     except NetworkError:
         if args.fold_bn:
             raise
         return False
+    if n_left and args.fold_bn:
+        print(f"{n_left} batch norms of {args.model} do not follow a convolution alone: they stay")
     return True
 
 
@@ -399,7 +489,7 @@ def load_network(
     Quantizing on the CPU gives the same grids whatever the device. Raises FileError where the file
     does not hold weights of this network, or they are not finite, folded or not.
     """
-    net = utils.make_net(args.model, dataset.num_classes, "cpu").eval()
+    net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width).eval()
     load_weights(net, path)
     for key, value in net.state_dict().items():
         if not value.isfinite().all():
@@ -413,6 +503,29 @@ def load_network(
             "variance, or weights are vast"
         )
     return folded if args.fold_bn else net
+
+
+def choose_dataset(
+    files: Mapping[str, WeightsFile], args: argparse.Namespace, explicit_flags: Set[str]
+) -> None:
+    """Set --dataset to what the files were trained on, unless it is given: then warn of others."""
+    if "dataset" not in explicit_flags:
+        args.dataset = common_dataset(files.values(), DATASETS) or args.dataset
+    for file in files.values():
+        trained_on = file.setting("dataset") or args.dataset
+        if trained_on != args.dataset:
+            print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
+
+
+def check_baseline(row: Row, file: WeightsFile, args: argparse.Namespace) -> None:
+    """Warn where the unquantized network is not as accurate as it was when it had been trained."""
+    is_whole = not (args.holdout or args.test_subset)
+    expected = file.expected_accuracy(args.dataset, is_whole)
+    if expected is not None and abs(row["accuracy"] - expected) > MAX_BASELINE_CHANGE:
+        print_warning(
+            f"{file.path}: accuracy {row['accuracy']:.2%} without quantizing, but its record "
+            f"says {expected:.2%}: are these its data and weights?"
+        )
 
 
 def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: int) -> None:
@@ -430,8 +543,13 @@ def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: 
 
 def print_error(message: object) -> None:
     """Print one line about a file on rank 0; the others are evaluated all the same."""
+    print_warning(f"error: {message}")
+
+
+def print_warning(message: str) -> None:
+    """Print one line about a file on rank 0."""
     if distributed.get_rank() == 0:
-        print(f"quant_inference.py: error: {message}", file=sys.stderr)
+        tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
 
 
 # --- a run -----------------------------------------------------------------------------------
@@ -439,84 +557,129 @@ def print_error(message: object) -> None:
 
 def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> bool:
     """Measure every file and report into the folder; return whether all could be measured."""
-    paths, results = resolve_paths(args.checkpoints), Results()
-    if not any(path.exists() for path in paths.values()):
-        raise FileError(f"{', '.join(map(str, paths.values()))}: no such file")
+    files, results = find_weights(args.checkpoints), Results()
+    if not any(file.path.exists() for file in files.values()):
+        raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
+    choose_dataset(files, args, explicit_flags)
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
-    nets, foldable = distributed.run_on_rank0_and_broadcast(
-        lambda: load_networks(paths, args, dataset)
+    loaded = distributed.run_on_rank0_and_broadcast(
+        lambda: load_networks(files, args, explicit_flags, dataset)
     )
-    total = sum(n_steps(net, args) for net in nets.values())
-    hidden = True if distributed.get_rank() else None  # None: where there is no terminal
+    total = sum(n_steps(network.net, args) for network in loaded.values())
     try:
-        with tqdm(total=total, unit="network", disable=hidden, leave=False) as bar:
-            fold = foldable and not args.fold_bn  # what is folded already is not folded again
-            setup = make_setup(args, dataset, fold, bar.update)
-            for name, net in nets.items():
-                bar.set_description(name)
-                measure_file(name, net, paths[name], setup, results)
+        with StepDisplay(total, "network") as display:
+            setup = make_setup(args, dataset, display.step)
+            for name, network in loaded.items():
+                display.describe(name)
+                measure_network(name, network, setup, results)
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:
-            report_results(results, nets, args, folder)
-    is_complete = distributed.get_rank() > 0 or results.checkpoints() == paths.keys()
+            report_results(results, loaded, args, folder)
+    is_complete = distributed.get_rank() > 0 or results.checkpoints() == files.keys()
     if is_complete and (runs_in_integers(args) or args.save_quantized):
-        [name] = nets
-        return deploy(nets[name], paths[name], setup, dataset)
+        [network] = loaded.values()
+        return deploy(network, setup, dataset)
     return is_complete
 
 
 def n_steps(net: nn.Module, args: argparse.Namespace) -> int:
     """Return how often `on_step` is called for the network."""
-    steps = 1 + sum(n_trials(scheme, args) for scheme, _ in scheme_bit_pairs(args))
+    steps = 1 + sum(n_trials(quantization.scheme, args) for quantization in quantizations(args))
     if args.per_layer:
-        steps += len(list(scheme_bit_pairs(args))) * len(quantizable_layers(net))
+        steps += len(args.schemes) * len(args.bits) * len(quantizable_layers(net))
     return steps
 
 
-def measure_file(name: str, net: nn.Module, path: Path, setup: Setup, results: Results) -> None:
+def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Results) -> None:
     """Add the rows of one network to the results; if it cannot be quantized, print why instead."""
+    net, file, is_foldable = network
+    args = setup.args
+    # What is folded already is not folded again.
+    setup = replace(setup, fold=is_foldable and not args.fold_bn)
+    common = file.provenance() | {"per_channel": args.per_channel, "fold_bn": args.fold_bn}
     try:
         for row in sweep(name, net, setup):
-            results.rows.append(row)
-        if setup.args.per_layer:
+            if row["scheme"] == UNQUANTIZED:
+                check_baseline(row, file, args)
+            results.rows.append(row | common)
+        if args.per_layer:
             results.layer_rows += per_layer(name, net, setup)
     except ValueError as error:
         results.discard(name)
-        print_error(f"{path}: {error}")
+        print_error(f"{file.path}: {error}")
 
 
 def report_results(
-    results: Results, nets: Mapping[str, nn.Module], args: argparse.Namespace, folder: Path
+    results: Results, loaded: Mapping[str, LoadedNetwork], args: argparse.Namespace, folder: Path
 ) -> None:
     """Print the tables, write files and plots into the folder, and log all to the dashboard."""
     rows, layer_rows = results.rows, results.layer_rows
+    nets = {name: loaded[name].net for name in loaded if name in results.checkpoints()}
     print(report.table(rows, report.PRINTED_COLUMNS + ("act_bits",) * bool(args.act_bits)))
+    print(f"biases: {describe_biases(args)}")
     if layer_rows:
         print(f"\none layer at a time; loss on {args.per_layer_images} training images")
         print(report.table(layer_rows, report.LAYER_COLUMNS))
     settings = {**vars(args), "output": str(folder)}
     report.save_tables(rows, layer_rows, settings, folder)
-    measured = {name: net for name, net in nets.items() if name in results.checkpoints()}
-    plots = {} if args.no_plots else draw_plots(rows, measured, args, folder)
+    plots = draw_distributions(nets, args, folder) if len(nets) > 1 or args.layers else {}
+    if not args.no_plots:
+        plots |= draw_plots(results, nets, args, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print("plots:   " + ", ".join(map(str, plots.values())))
-    name = f"quantize_{next(iter(nets))}"
-    logger = WandbLogger(args.wandb_project, args.wandb_entity, name, settings, new_run_id())
-    report.log_results(logger, rows, layer_rows, plots)
-    print(logger.finish())
+    files = {name: loaded[name].file for name in nets}
+    print(dashboard.log_quantizations(args, settings, files, results, plots))
+
+
+def describe_biases(args: argparse.Namespace) -> str:
+    """Return how biases are quantized, as the report says it."""
+    words = {
+        None: "in full precision",
+        "weight": "on their weights' grids",
+        "own": "with a range of their own",
+    }
+    schemes: dict[str, list[str]] = {}
+    for scheme in args.schemes:
+        schemes.setdefault(words[bias_range(scheme, args)], []).append(scheme)
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in schemes.items())
+
+
+def draw_distributions(
+    nets: Mapping[str, nn.Module], args: argparse.Namespace, folder: Path
+) -> dict[str, Path]:
+    """Compare how the networks' weights are distributed; return the figure's path, by title.
+
+    Writes distributions.csv with every layer, and distributions.png with some.
+    """
+    weights = distributions.layer_weights(nets)
+    rows = distributions.statistics(weights)
+    report.save_csv(rows, distributions.COLUMNS, folder / "distributions.csv")
+    try:
+        layers = distributions.choose_layers(rows, args.layers)
+    except ValueError as error:
+        print_warning(f"no distributions.png: {error}")
+        return {}
+    if args.no_plots:
+        return {}
+    path = folder / "distributions.png"
+    distributions.distributions_plot(weights, layers, args.absolute_weights, path)
+    return {"distributions": path}
 
 
 def draw_plots(
-    rows: Sequence[Row], nets: Mapping[str, nn.Module], args: argparse.Namespace, folder: Path
+    results: Results, nets: Mapping[str, nn.Module], args: argparse.Namespace, folder: Path
 ) -> dict[str, Path]:
     """Draw the plots into the folder and return their paths by title."""
     plots = {}
-    if any(row["scheme"] != UNQUANTIZED for row in rows):  # else it was interrupted before
+    if any(row["scheme"] != UNQUANTIZED for row in results.rows):  # else it was interrupted before
         plots["accuracy"] = folder / "accuracy.png"
-        figures.accuracy_plot(rows, plots["accuracy"])
+        figures.accuracy_plot(results.rows, plots["accuracy"])
+    if results.layer_rows:
+        plots["per_layer"] = folder / "per_layer.png"
+        figures.per_layer_plot(results.layer_rows, plots["per_layer"])
     n_bits = 4 if 4 in args.bits else min(args.bits)
     quantizers = {scheme: make_quantizer(scheme, args) for scheme in args.schemes}
     for name, net in nets.items():
@@ -528,26 +691,35 @@ def draw_plots(
 # --- flags -----------------------------------------------------------------------------------
 
 
-def bit_width(text: str) -> int:
-    """Return a number of bits: an argparse type."""
+def bit_widths(text: str) -> list[int]:
+    """Return the bit-widths that a number or a range such as "4-8" means: an argparse type."""
+    first, _, last = text.partition("-")
     try:
-        n_bits = int(text)
-        qu.check_bits(n_bits)
+        widths = list(range(int(first), int(last or first) + 1))
+        for n_bits in widths or [0]:
+            qu.check_bits(n_bits)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 2 to 16") from error
-    return n_bits
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from 2 to 16, or a range of them such as 4-8"
+        ) from error
+    return widths
 
 
-def act_bit_width(text: str) -> int | str:
-    """Return a number of bits, or "same": an argparse type."""
-    return "same" if text.lower() == "same" else bit_width(text)
+def act_bit_widths_or_same(text: str) -> list[int | str]:
+    """Return bit-widths, or "same": an argparse type."""
+    return ["same"] if text.lower() == "same" else bit_widths(text)
 
 
 def make_parser() -> Parser:
     """Make the parser of quant_inference.py."""
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="FILE", help=".pt files of weights, or globs of them")
+    add(
+        "checkpoints",
+        nargs="+",
+        metavar="FILE",
+        help=".pt files of weights or .ckpt checkpoints, or globs of them",
+    )
     add_quantizer_arguments(parser.add_argument_group("what is quantized, and how"))
     add_repair_arguments(parser.add_argument_group("batch norms and corrections"))
     add_pwlq_arguments(parser.add_argument_group("pwlq"))
@@ -569,14 +741,18 @@ def make_parser() -> Parser:
 def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for network, schemes and bit-widths."""
     add = group.add_argument
-    add_choice(group, "--model", MODELS, "ConvNet", "network whose weights the files hold")
+    utils.add_network_arguments(
+        group,
+        "network whose weights the files hold, where the record beside a file does not say it",
+    )
     add(
         "--bits",
-        type=bit_width,
+        type=bit_widths,
+        action=StoreFlat,
         nargs="+",
         default=[4, 5, 6, 7, 8],
         metavar="N",
-        help="bits of a weight, each from 2 to 16",
+        help="bits of a weight, each from 2 to 16, or ranges such as 4-8",
     )
     add(
         "--schemes",
@@ -598,6 +774,26 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         "--per_channel",
         action="store_true",
         help="one range per output channel; without it one per layer",
+    )
+    add_choice(
+        group,
+        "--biases",
+        BIASES,
+        "published",
+        "how biases are quantized: as the published scripts do (on the grid of their layer's "
+        "weight, with pwlq on a range and breakpoint of their own), always on the weight's grid "
+        "(weight), or not at all, as integer engines do (full); folded ones never are",
+    )
+    add(
+        "--keep_first_last",
+        action="store_true",
+        help="quantize the first and the last layer, and with --act_bits their inputs, to 8 bits "
+        "where the others have fewer, as many papers do",
+    )
+    add(
+        "--show_plan",
+        action="store_true",
+        help="print, layer by layer, which tensors are quantized, to how many bits, in which range",
     )
 
 
@@ -666,10 +862,17 @@ def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--act_bits",
-        type=act_bit_width,
+        type=act_bit_widths_or_same,
+        action=StoreFlat,
+        nargs="+",
         metavar="{2..16,same}",
         help="quantize the inputs of layers and pooling to so many bits, or to the weights' bits "
-        "(same); None: leave them in full precision",
+        "(same), one after the other; None: leave them in full precision",
+    )
+    add(
+        "--quantize_sums",
+        action="store_true",
+        help="with --act_bits, also quantize both inputs of every residual sum",
     )
     add_choice(
         group,
@@ -717,6 +920,12 @@ def add_measurement_arguments(group: argparse._ArgumentGroup) -> None:
         "precision of convolutions; bf16 is several times faster on new hardware, auto is bf16 "
         "there",
     )
+    add(
+        "--test_subset",
+        type=bounded_number(int, at_least=1),
+        metavar="N",
+        help="measure on the first N test images only, for a quick look",
+    )
 
 
 def add_output_arguments(group: argparse._ArgumentGroup) -> None:
@@ -728,6 +937,19 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
         help="folder for tables and plots; None: that of the first file of weights",
     )
     add("--no_plots", action="store_true", help="write tables only, no plots")
+    add(
+        "--layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers in distributions.png, such as layer0.0; None: with several files, the five in "
+        "which they differ most",
+    )
+    add(
+        "--absolute_weights",
+        action="store_true",
+        help="in distributions.png, show weights as they are, not in units of their layer's "
+        "standard deviation",
+    )
 
 
 def add_deployment_arguments(group: argparse._ArgumentGroup) -> None:
@@ -761,12 +983,16 @@ def add_deployment_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that a file to deploy cannot have."""
-    single = len(args.bits) == len(args.schemes) == len(resolve_paths(args.checkpoints)) == 1
-    bits = [activation_bits(n_bits, args) for n_bits in args.bits]
+    paths = [file.path for file in find_weights(args.checkpoints).values()]
+    single = len(list(quantizations(args))) == len(paths) == 1
+    bits = [act_bits for _, _, act_bits in quantizations(args)]
     is_uniform = not ({"mean_correction", "bias_correction"} & parser.explicit_flags)
     fits = "--schemes uniform, or pwlq with --overlapping: others are no integers times a scale"
     requirements = [
-        *((flag, "one FILE, one of --bits and one of --schemes", single) for flag in FILE_FLAGS),
+        *(
+            (flag, "one FILE, one of --bits, one of --act_bits and one of --schemes", single)
+            for flag in FILE_FLAGS
+        ),
         ("verify", "--export, or the file to verify", args.export or args.verify is not True),
     ]
     for flag in ("export", "verify", "save_integers"):
@@ -785,7 +1011,7 @@ def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             except (OSError, ValueError) as error:
                 parser.error(f"--{flag}: {error}")
-            if Path(path) in resolve_paths(args.checkpoints).values():
+            if Path(path) in paths:
                 parser.error(f"--{flag} {path}: that is the file to quantize")
 
 
@@ -808,8 +1034,14 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("approximate", "--distribution norm or laplace", args.distribution != "search"),
         ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
         ("calibration", "--act_bits", args.act_bits),
+        ("quantize_sums", "--act_bits", args.act_bits),
         ("calibration_images", "--act_bits", args.act_bits),
         ("per_layer_images", "--per_layer", args.per_layer),
+        ("biases", "no --fold_bn", not args.fold_bn or args.biases == "full"),
+        ("absolute_weights", "no --no_plots", not args.no_plots),
+        *utils.wandb_requirements(),
+        *utils.data_requirements(args),
+        utils.width_requirement(args),
     )
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
@@ -821,7 +1053,7 @@ def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
 
     Without --output it is that of the first file that exists.
     """
-    paths = resolve_paths(args.checkpoints).values()
+    paths = [file.path for file in find_weights(args.checkpoints).values()]
     first = next(filter(os.path.exists, paths), Path("."))
     folder = Path(args.output) if args.output else first.parent
     try:

@@ -16,15 +16,16 @@ Inside, a tensor is `rows`, (rows, elements), with one range m for each row, (ro
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engine.layers import LAYER_TYPES, quantizable_layers
+from engine.layers import quantizable_layers
+from engine.operation_inputs import transform_inputs, transformed_inputs
 
 Quantizer = Callable[..., Tensor]
 MIN_BITS, MAX_BITS = 2, 16
@@ -292,6 +293,7 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
 
 
 QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
+OWN_BIAS_RANGE = {"pwlq"}  # schemes whose published code gives a bias its own range and breakpoint
 
 # Where one uniform grid is not enough: a function that returns several tensors whose sum is what
 # the quantizer returns, each on a uniform grid.
@@ -328,6 +330,7 @@ def model_error(layers: list[LayerError], avg_in_layer: bool = False) -> float:
     return sum(e.squared_error / (e.n_weights if avg_in_layer else 1) for e in layers) / len(layers)
 
 
+NO_EXCEPTIONS: Mapping[str, int] = MappingProxyType({})
 Correction = Callable[[Tensor, Tensor], Tensor]  # (w, w_q) → corrected w_q, all of one shape
 
 
@@ -347,20 +350,32 @@ def quantize_layer(
     quantizer: Quantizer,
     n_bits: int,
     *,
-    biases: bool = True,
+    bias_range: str | None = "weight",
     correction: Correction | None = None,
 ) -> float:
     """Quantize the layer in place and return the squared error of its weight.
 
-    `biases`: quantize the bias, too, on its weight's grid. `correction`: applied to the quantized
-    weight, as `mean_correction` is.
+    `bias_range`: None keeps the bias in full precision, "weight" quantizes it on its weight's grid,
+    "own" with one range and breakpoint of its own. `correction`: applied to the quantized weight,
+    as `mean_correction` is.
     """
     w = layer.weight.detach().clone()
-    if biases and layer.bias is not None:
-        layer.bias.copy_(checked(quantizer(layer.bias, n_bits, range_source=w), layer.bias))
+    if bias_range and layer.bias is not None:
+        layer.bias.copy_(
+            checked(_quantize_bias(layer.bias, w, quantizer, n_bits, bias_range), layer.bias)
+        )
     w_q = checked(quantizer(w, n_bits), w)
     layer.weight.copy_(correction(w, w_q) if correction else w_q)
     return (layer.weight - w).double().square().sum().item()
+
+
+def _quantize_bias(
+    bias: Tensor, w: Tensor, quantizer: Quantizer, n_bits: int, bias_range: str
+) -> Tensor:
+    """Return the bias (C,), quantized on the grid of its weight w or with its own range."""
+    if bias_range == "weight":
+        return quantizer(bias, n_bits, range_source=w)
+    return quantizer(bias[None], n_bits)[0]  # a single row: one range also per channel
 
 
 def quantize_model(
@@ -368,20 +383,26 @@ def quantize_model(
     quantizer: Quantizer,
     n_bits: int,
     *,
-    biases: bool = True,
+    bias_range: str | None = "weight",
     correction: Correction | None = None,
+    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
 ) -> tuple[nn.Module, list[LayerError]]:
     """Return a copy of the network with quantized layers, and the error of each layer.
 
-    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `biases` and
-    `correction` see `quantize_layer`. Raises ValueError, naming the layer, for NaN weights.
+    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `bias_range` and
+    `correction` see `quantize_layer`. `layer_bits` are the bits of layers, by name, that have
+    others than n_bits. Raises ValueError, naming the layer, for NaN weights.
     """
     net = copy.deepcopy(net)
     errors = []
     for name, layer in quantizable_layers(net).items():
         try:
             squared_error = quantize_layer(
-                layer, quantizer, n_bits, biases=biases, correction=correction
+                layer,
+                quantizer,
+                layer_bits.get(name, n_bits),
+                bias_range=bias_range,
+                correction=correction,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -415,7 +436,6 @@ def bias_correction(w: Tensor, w_q: Tensor) -> Tensor:
 
 # --- activations -----------------------------------------------------------------------------
 
-POOLINGS = nn.AvgPool2d | nn.AdaptiveAvgPool2d
 Range = tuple[float, float]
 
 
@@ -445,32 +465,55 @@ CALIBRATIONS: dict[str, Callable[[Tensor], Range]] = {
 
 @torch.no_grad()
 def calibrate(
-    net: nn.Module, batches: Iterable[Tensor], method: str = "topk_median"
+    net: nn.Module, batches: Iterable[Tensor], method: str = "topk_median", sums: bool = False
 ) -> dict[str, Range]:
     """Return the range of the input of every convolution, linear layer and pooling, by name.
 
-    `batches` are images (B, 3, H, W). A range is the mean of those of the batches, with "minmax"
-    the one that holds them all.
+    With `sums`, of both inputs of every sum, too: engine/operation_inputs.py says what is seen, and
+    under which name. `batches` are images (B, 3, H, W). A range is the mean of those of the
+    batches, with "minmax" the one that holds them all.
     """
     batch_ranges: dict[str, list[Range]] = {}
 
-    def record_range(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        batch_ranges.setdefault(name, []).append(CALIBRATIONS[method](args[0]))
+    def record_range(name: str, x: Tensor) -> Tensor:
+        if sums or not is_of_sum(name):
+            batch_ranges.setdefault(name, []).append(CALIBRATIONS[method](x))
+        return x
 
-    handles = [
-        module.register_forward_pre_hook(partial(record_range, name))
-        for name, module in net.named_modules()
-        if isinstance(module, LAYER_TYPES | POOLINGS)
-    ]
-    for images in batches:
-        net(images)
-    for handle in handles:
-        handle.remove()
+    with transformed_inputs(net, record_range):
+        for images in batches:
+            net(images)
     reduce_low, reduce_high = (min, max) if method == "minmax" else (fmean, fmean)
     return {
         name: (reduce_low(low for low, _ in ranges), reduce_high(high for _, high in ranges))
         for name, ranges in batch_ranges.items()
     }
+
+
+def is_of_sum(name: str) -> bool:
+    """Tell whether an input of that name is an operand of a sum."""
+    return name.endswith("]")
+
+
+@torch.no_grad()
+def input_shapes(net: nn.Module, images: Tensor, sums: bool = False) -> dict[str, list[int]]:
+    """Return the shape of each input that `calibrate` sees, without the batch, as they run."""
+    shapes: dict[str, list[int]] = {}
+
+    def record_shape(name: str, x: Tensor) -> Tensor:
+        if sums or not is_of_sum(name):
+            shapes.setdefault(name, list(x.shape[1:]))
+        return x
+
+    with transformed_inputs(net, record_shape):
+        net(images)
+    return shapes
+
+
+def first_and_last(net: nn.Module, images: Tensor) -> tuple[str, str]:
+    """Return the names of the first and the last convolution or linear layer that runs."""
+    names = [n for n in input_shapes(net, images) if n in quantizable_layers(net)]
+    return names[0], names[-1]
 
 
 def activation_grid(n_bits: int, low: float, high: float) -> tuple[float, int, int]:
@@ -489,16 +532,21 @@ def quantize_activation(x: Tensor, n_bits: int, low: float, high: float) -> Tens
     return (x / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
 
 
-def quantize_activations(net: nn.Module, n_bits: int, ranges: dict[str, Range]) -> None:
-    """Install hooks, in place, that quantize the input of each module that `ranges` names."""
+def quantize_activations(
+    net: nn.Module,
+    n_bits: int,
+    ranges: Mapping[str, Range],
+    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
+) -> None:
+    """Install hooks, in place, that quantize each input that `ranges` names.
+
+    `layer_bits` are the bits of those, by name, that have others than n_bits.
+    """
     check_bits(n_bits)
-    for name, (low, high) in ranges.items():
-        hook = partial(_quantize_input, n_bits, low, high)
-        net.get_submodule(name).register_forward_pre_hook(hook)
 
+    def quantize(name: str, x: Tensor) -> Tensor:
+        if name not in ranges:
+            return x
+        return quantize_activation(x, layer_bits.get(name, n_bits), *ranges[name])
 
-def _quantize_input(
-    n_bits: int, low: float, high: float, module: nn.Module, args: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Return the module's arguments with the first one quantized: a forward pre-hook."""
-    return quantize_activation(args[0], n_bits, low, high), *args[1:]
+    transform_inputs(net, quantize)

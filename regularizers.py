@@ -177,9 +177,13 @@ class KurtosisNorm(ShapeRegularizer):
 
 
 def _kurtosis(w: Tensor) -> Tensor:
-    """The fourth moment of w about its mean over the square of the second."""
+    """The fourth moment of w about its mean over the square of the second; 0 of equal values.
+
+    Folded weights are all zero where γ is, as it is initialized in some residual networks.
+    """
     squares = (w - w.mean()).square()
-    return squares.square().mean() / squares.mean().square()
+    variance = squares.mean()
+    return squares.square().mean() / torch.where(variance > 0, variance, 1).square()
 
 
 class RangeNorm(ShapeRegularizer):

@@ -22,7 +22,7 @@ from analysis.study_jobs import Job, JobRunner, pending
 from analysis.study_plan import NotChosen, Quantization, StudyPlan, Variant
 from analysis.study_report import update_report
 from analysis.study_settings import SETTING_TYPES, Settings, load_settings, resolve_settings
-from engine.cli import Parser, bounded_number, choice_ignoring_case, exit_codes, refuse_unused_flags
+from engine.cli import Parser, bounded_number, choice_ignoring_case, exit_codes, warn_unused_flags
 from engine.errors import FileError
 from engine.io import run_lock, save_json, warn_on_error
 from engine.signals import GracefulShutdown
@@ -87,7 +87,9 @@ BN_IMAGES = 4000  # to recalibrate batch norms with, or as many as there are
 QUANTIZATIONS = {
     "tuning": Quantization("--bits 4 --schemes uniform", 20.0),
     "weights": Quantization(
-        "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16", 40.0
+        "--bits 2 3 4 5 6 7 8 --schemes uniform dorefa pwlq --trials 1 --precision bf16 "
+        "--biases weight",
+        40.0,
     ),
     "recalibrated": Quantization(
         "--bits 2 3 4 --schemes uniform --recalibrate_bn_images {bn_images} --precision bf16", 20.0
@@ -113,7 +115,9 @@ SETTINGS: Settings = {
     "data_flags": "",
     "TRAINING": TRAINING,
 }
-DATA_FLAGS = {"dataset", "data_dir", "device", "model"}  # that --data_flags may give
+DATA_FLAGS = {  # that --data_flags may give
+    "dataset", "data_dir", "device", "memory_format", "model", "width", *data.OPTIONS,
+}  # fmt: skip
 RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "run_name",
     "save_file",
@@ -132,6 +136,7 @@ RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
     "lmbda_warmup",
     "fold_bn",
     "detach_step",
+    "wandb_group",
 }
 
 
@@ -238,8 +243,8 @@ def fit_to_data(
     Ends the program where --holdout asks for more than there are. Returns how many images batch
     norms are recalibrated with.
     """
-    n_images = 50_000  # of CIFAR-10, which need not be fetched to be counted
-    if data_args.dataset != "CIFAR10":
+    n_images = 50_000  # of CIFAR, which need not be fetched to be counted
+    if data_args.dataset not in ("CIFAR10", "CIFAR100"):
         n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
     have = f"{data_args.dataset} has {n_images} training images"
     if may_shrink and settings["holdout"] > n_images // 10:
@@ -357,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     runs = not (args.tables or args.forget)
     unused = [(flag, "something to run", runs) for flag in ("only", "seeds", "jobs")]
-    refuse_unused_flags(parser, [*unused, ("epoch_seconds", "--plan", args.plan)])
+    warn_unused_flags(parser, args, [*unused, ("epoch_seconds", "--plan", args.plan)])
     hint = "; the same command resumes" if runs and not args.plan else ""
     with exit_codes(parser, lambda: hint), GracefulShutdown():
         code = run_mode(parser, args)

@@ -30,7 +30,7 @@ from engine.environment import describe_environment
 from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
-from engine.hardware import resolve_precision, tune_glibc_malloc
+from engine.hardware import MEMORY_FORMATS, resolve_precision, tune_glibc_malloc
 from engine.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
@@ -43,6 +43,7 @@ from engine.io import (
 )
 from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
+from engine.networks import check_network
 from engine.progress import EpochDisplay
 from engine.run_settings import load_for_resume, load_init_from
 from engine.signals import GracefulShutdown
@@ -237,6 +238,7 @@ class TrainingRun:
             )
             entry[f"track_{regularizer.name}"] = means[regularizer.name]
         self.logger.log(entry)
+        self.logger.summarize(best_epoch(progress.history))
         regularizer = phase_at(self.phases, progress.epoch - 1).regularizer
         with warn_on_error(f"{self.out}.json was not written, training continues"):
             tqdm.write(summary_line(entry, regularizer and regularizer.name))
@@ -248,6 +250,12 @@ class TrainingRun:
             )
         is_last = progress.epoch == self.config.n_epochs
         self.checkpointer.after_epoch(progress.epoch, is_last)
+
+    def close(self) -> None:
+        """End the processes of the loaders, and print where the run is logged."""
+        for loader in (self.train_loader, self.test_loader, self.fixed_batch):
+            loader.close()
+        print(self.logger.finish(), flush=True)
 
     def checkpoint_content(self) -> dict[str, Any]:
         """Return what a checkpoint holds; NotFiniteError where it is not worth saving."""
@@ -275,7 +283,7 @@ def run(
         training.logger.fail(error)
         raise
     finally:
-        print(training.logger.finish(), flush=True)
+        training.close()
 
 
 def set_up(
@@ -308,8 +316,13 @@ def set_up(
 
     plan = describe_plan(args, phases, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
-    record = {"settings": settings, **describe_environment()}
-    logger = WandbLogger(args.wandb_project, args.wandb_entity, args.run_name, settings, run_id)
+    record = {
+        "settings": settings,
+        "run_id": run_id,
+        "classes": dataset.classes,
+        **describe_environment(),
+    }
+    logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     training = TrainingRun(
         args, out, phases, state, config, train_loader, test_loader, fixed_batch,
@@ -338,6 +351,9 @@ def finish(training: TrainingRun) -> None:
     record = {**training.record, **final, "seconds": seconds, "history": state.progress.history}
     save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
+    training.logger.summarize({**best_epoch(state.progress.history), "total_seconds": seconds})
+    if artifact := training.logger.log_weights(Path(f"{out}.pt")):
+        save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
     images = "held-out" if training.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
@@ -357,15 +373,16 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
 
     The fixed batch, of the first training images as they are, is what --track is measured on.
     """
-    common = {
-        "batch_size": args.batch_size,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "device": args.device,
-        "memory_format": torch.channels_last,
-    }
+    make_loader = partial(
+        dataset.make_loader,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=args.device,
+        memory_format=MEMORY_FORMATS[args.memory_format],
+    )
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    train_loader = Loader(
+    train_loader = make_loader(
         dataset.train_images,
         dataset.train_labels,
         seed=args.seed,
@@ -373,7 +390,6 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
         shuffle=True,
         rank=rank,
         world_size=world_size,
-        **common,
     )
     if (smallest := train_loader.n_images_in_batch(len(train_loader) - 1)) < world_size:
         raise SetupError(
@@ -383,8 +399,8 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
     n = args.batch_size
     return (
         train_loader,
-        Loader(dataset.test_images, dataset.test_labels, cache=True, **common),
-        Loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True, **common),
+        make_loader(dataset.test_images, dataset.test_labels, cache=True),
+        make_loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True),
     )
 
 
@@ -392,8 +408,12 @@ def make_state(
     args: argparse.Namespace, dataset: ImageDataset, phases: Sequence[Phase]
 ) -> TrainState:
     """Make the network, SGD and the learning-rate schedule that the flags say."""
-    net = utils.make_net(args.model, dataset.num_classes, args.device)
+    net = utils.make_net(
+        args.model, dataset.num_classes, args.device, args.width, args.memory_format
+    )
     check_trainable(net, phases)
+    image_shape = dataset.test_images.shape[1:]
+    n_activations = check_network(net, image_shape, dataset.num_classes)
     optimizer = torch.optim.SGD(
         layers.trainable_parameters(net).values(),
         args.lr,
@@ -405,9 +425,15 @@ def make_state(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
     if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
-        check_folding(net, dataset.test_images.shape[1:])
+        check_folding(net, image_shape)
     if distributed.get_world_size() > 1:
         layers.set_sync_bn(net, args.sync_bn)
+    penalized = [p.regularizer for p in phases if p.regularizer]
+    if n_activations == 0 and any("a_grads" in r.inputs for r in penalized):
+        print(
+            f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
+            "gradients of activations are not penalized"
+        )
     return TrainState(net, optimizer, scheduler)
 
 
@@ -495,6 +521,12 @@ def describe_plan(
         images = "the whole batch" if args.sync_bn else "each one's share"
         parts.append(f"{n} processes, batch-norm statistics of {images}")
     return "; ".join(parts)
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the highest test accuracy of a history, and the first epoch that has it."""
+    best = max(history, key=lambda entry: entry["test_accuracy"])
+    return {"best_accuracy": best["test_accuracy"], "best_epoch": best["epoch"]}
 
 
 def summary_line(entry: dict[str, Any], penalty: str | None) -> str:
@@ -613,7 +645,8 @@ def output_path(parser: Parser, args: argparse.Namespace) -> Path:
 
 def default_name(args: argparse.Namespace, what: str) -> str:
     """Return the name of a run that was given none: in a sweep, one of its own."""
-    return "_".join(filter(None, (args.model, args.dataset, what, sweep_run_id())))
+    model = args.model.replace(":", "_")  # which Windows has in no file name
+    return "_".join(filter(None, (model, args.dataset, what, sweep_run_id())))
 
 
 def make_parser() -> Parser:

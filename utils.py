@@ -15,8 +15,9 @@ import data
 from engine import distributed
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
-from engine.hardware import PRECISIONS, default_device, parse_device
-from models import MODELS
+from engine.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
+from engine.networks import use_fast_layers
+from models import MODELS, TORCHVISION, find_model, has_width, make_model
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
 
 CRITERIA: dict[str, Callable[[], nn.Module]] = {"CE": nn.CrossEntropyLoss}
@@ -58,6 +59,28 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     positive = bounded_number(int, at_least=1)
     add_choice(group, "--dataset", data.DATASETS, "CIFAR10", "data set to train and test on")
     add("--data_dir", default="./data", help="folder that holds the data, or that it is put into")
+    add(
+        "--image_size",
+        type=positive,
+        default=data.IMAGE_SIZE,
+        metavar="PIXELS",
+        help="ImageFolder: height and width that images are cropped and resized to",
+    )
+    add(
+        "--workers",
+        type=bounded_number(int, at_least=0),
+        default=data.WORKERS,
+        metavar="N",
+        help="ImageFolder: processes that decode images, beside each training process; 0: itself",
+    )
+    add(
+        "--cache_images",
+        type=bounded_number(float, at_least=0),
+        default=data.CACHE_GB,
+        metavar="GB",
+        help="ImageFolder: keep decoded images in memory where those for training, or those for "
+        "testing, take at most so many gigabytes a process; otherwise decode them in each epoch",
+    )
     add("--batch_size", type=positive, default=128, help="images per step")
     add(
         "--holdout",
@@ -67,7 +90,40 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "test set: for choices that must not see it",
     )
     add("--device", type=parse_device, default=default_device(), help="cpu, cuda, cuda:1, …")
+    add_choice(
+        group,
+        "--memory_format",
+        MEMORY_FORMATS,
+        "channels_last",
+        "order of images and activations in memory; channels_last is faster with most networks",
+    )
     add("--seed", type=bounded_number(int, at_least=0), default=242, help="random seed")
+
+
+def add_network_arguments(group: argparse._ArgumentGroup, help: str) -> None:
+    """Add the flags that say which network; `help` is what it is for."""
+    group.add_argument(
+        "--model",
+        type=network_name,
+        default="ConvNet",
+        metavar="{" + ",".join([*MODELS, f"{TORCHVISION}NAME"]) + "}",
+        help=f"{help}; {TORCHVISION}resnet50 and so on are torchvision's classifiers",
+    )
+    group.add_argument(
+        "--width",
+        type=bounded_number(float, above=0),
+        default=1.0,
+        metavar="FACTOR",
+        help=f"of the channels of {', '.join(filter(has_width, MODELS))}",
+    )
+
+
+def network_name(text: str) -> str:
+    """Return the name of a network as it is written in MODELS: an argparse type."""
+    try:
+        return find_model(text)[0]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +196,7 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flags for network, loss, SGD and learning-rate schedule."""
     add = group.add_argument
     positive, non_negative = bounded_number(float, above=0), bounded_number(float, at_least=0)
-    add_choice(group, "--model", MODELS, "ConvNet", "network to train")
+    add_network_arguments(group, "network to train")
     add_choice(group, "--criterion", CRITERIA, "CE", "loss, without the penalty")
     add("--n_epochs", type=bounded_number(int, at_least=1), default=25, help="epochs to train")
     add("--lr", type=positive, default=0.1, help="learning rate at the start")
@@ -241,10 +297,45 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where a run is logged in Weights & Biases."""
+    """Add the flags that say where a run is logged in Weights & Biases, and what beside numbers."""
     group = parser.add_argument_group("Weights & Biases (offline where no key is configured)")
-    group.add_argument("--wandb_project", default="RegulQuant", help="project to log to")
-    group.add_argument("--wandb_entity", help="user or team that owns the project")
+    add = group.add_argument
+    add("--wandb_project", default="RegulQuant", help="project to log to")
+    add("--wandb_entity", help="user or team that owns the project")
+    add("--wandb_group", type=label(128), metavar="NAME", help="runs that belong together")
+    add(
+        "--wandb_tags",
+        type=label(64),
+        nargs="+",
+        default=[],
+        metavar="TAG",
+        help="words by which runs are filtered",
+    )
+    add("--wandb_notes", type=label(10_000), metavar="TEXT", help="what the run is for")
+    add(
+        "--log_model",
+        action="store_true",
+        help="log the weights, too, as an artifact: the output of a training, the input of a "
+        "quantization",
+    )
+
+
+def label(longest: int) -> Callable[[str], str]:
+    """Return an argparse type for 1 to `longest` printable characters, spaces among them."""
+
+    def parse(text: str) -> str:
+        if not (0 < len(text) <= longest and "".join(text.split()).isprintable()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not 1 to {longest} printable characters")
+        return text
+
+    return parse
+
+
+def wandb_requirements() -> list[Requirement]:
+    """Return what the flags for Weights & Biases need for an effect, for `warn_unused_flags`."""
+    is_logged = os.environ.get("WANDB_MODE") != "disabled"
+    flags = ("wandb_group", "wandb_tags", "wandb_notes", "log_model")
+    return [(flag, "another WANDB_MODE than disabled", is_logged) for flag in flags]
 
 
 def regularizer_name(text: str) -> str:
@@ -293,6 +384,9 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         ("lmbda_warmup", "a regularizer", names),
         ("save_preregularized_model", "a regularizer", names),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
+        *wandb_requirements(),
+        *data_requirements(args),
+        width_requirement(args),
     ]
     for option in options:
         users = [*names, *(args.track if declared[option].tracked else ())]
@@ -300,6 +394,23 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         owners = " or ".join(declared[option].regularizer_names)
         requirements.append((option, f"--regularizer {owners}", accepted))
     return requirements
+
+
+def data_requirements(args: argparse.Namespace) -> list[Requirement]:
+    """Return what the flags of data sets need for an effect, for `warn_unused_flags`."""
+    takers = {
+        option: [name for name in data.DATASETS if data.accepts(name, option)]
+        for option in data.OPTIONS
+    }
+    return [
+        (option, f"--dataset {' or '.join(names)}", args.dataset in names)
+        for option, names in takers.items()
+    ]
+
+
+def width_requirement(args: argparse.Namespace) -> Requirement:
+    """Return what --width needs for an effect, for `warn_unused_flags`."""
+    return "width", f"--model {' or '.join(filter(has_width, MODELS))}", has_width(args.model)
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
@@ -314,9 +425,14 @@ def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
 
 def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
     """Return the data set that the flags say; DataError where it cannot be had."""
+    options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
-        dataset = data.load(args.dataset, args.data_dir, args.seed)
-    restrictions = (("holdout", data.use_holdout_as_test), ("train_subset", data.subset))
+        dataset = data.load(args.dataset, args.data_dir, args.seed, **options)
+    restrictions = (
+        ("holdout", data.use_holdout_as_test),
+        ("train_subset", data.subset),
+        ("test_subset", data.test_subset),
+    )
     for flag, restrict in restrictions:
         if n := getattr(args, flag, None):
             try:
@@ -331,9 +447,16 @@ def make_criterion(name: str) -> nn.Module:
     return CRITERIA[name]()
 
 
-def make_net(name: str, num_classes: int, device: str) -> nn.Module:
-    """Make the network of that name in MODELS, channels-last: convolutions are fastest then."""
-    return MODELS[name](num_classes).to(device, memory_format=torch.channels_last)
+def make_net(
+    name: str,
+    num_classes: int,
+    device: str,
+    width: float = 1.0,
+    memory_format: str = "channels_last",
+) -> nn.Module:
+    """Make the network of that name, as `make_model` does, with fast layers, on the device."""
+    net = use_fast_layers(make_model(name, num_classes, width))
+    return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
 
 
 def make_scheduler(

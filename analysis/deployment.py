@@ -59,6 +59,7 @@ def describe_source(
         "bits": str(n_bits),
         "act_bits": str(act_bits),
         "per_channel": json.dumps(args.per_channel),
+        "keep_first_last": json.dumps(args.keep_first_last),
         "pwlq": json.dumps([args.distribution, args.approximate, args.overlapping]),
         "calibration": f"{args.calibration} of {args.calibration_images} images",
     }

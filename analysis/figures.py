@@ -119,24 +119,39 @@ def fit_to_legend(figure: Figure, legend: Legend) -> None:
 
 
 def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against bits: a panel a scheme, a line a checkpoint, dashed without quantizing.
+    """Draw accuracy against bits, a line a checkpoint, dashed without quantizing.
 
+    There is a panel for each scheme, and for each bit-width of activations where there are several.
     `rows` are those of results.json. An error bar is one `accuracy_std`: over trials, or seeds.
     """
     full = {row["checkpoint"]: row["accuracy"] for row in rows if row["scheme"] == UNQUANTIZED}
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows if row["scheme"] != UNQUANTIZED))
+    quantized = [row for row in rows if row["scheme"] != UNQUANTIZED]
+    by_panel: dict[tuple[str, str], list[Row]] = {}
+    for row in quantized:
+        by_panel.setdefault((row["scheme"], _act_bits_of_panel(row, quantized)), []).append(row)
     with rc_context(STYLE):
-        figure = Figure(figsize=(1 + 2.7 * len(schemes), 2.9))
-        panels = figure.subplots(1, len(schemes), sharey=True, squeeze=False)[0]
-        for axes, scheme in zip(panels, schemes, strict=True):
-            accuracy_panel(axes, [row for row in rows if row["scheme"] == scheme], full)
-            axes.set(title=TITLES.get(scheme, scheme), xlabel=bits_label(rows))
+        figure = Figure(figsize=(1 + 2.7 * len(by_panel), 2.9))
+        panels = figure.subplots(1, len(by_panel), sharey=True, squeeze=False)[0]
+        for axes, ((scheme, act_bits), points) in zip(panels, by_panel.items(), strict=True):
+            accuracy_panel(axes, points, full)
+            axes.set(title=TITLES.get(scheme, scheme), xlabel=act_bits or bits_label(points))
         panels[0].set_ylabel("test accuracy")
         set_accuracy_limits(panels[0])
         handles, labels = panels[0].get_legend_handles_labels()
         handles.append(Line2D([], [], color="#666666", linestyle=REFERENCE_LINES[0], linewidth=0.9))
         place_legend(figure, handles, [*labels, "not quantized"])
         save_png(figure, path)
+
+
+def _act_bits_of_panel(row: Row, rows: Sequence[Row]) -> str:
+    """Return the x label that tells the row's panel apart: "" where weights have one row each.
+
+    Where weights of b bits have rows with several bit-widths of activations, each has its panel.
+    """
+    widths = {(r["bits"], r["act_bits"]) for r in rows if r["scheme"] == row["scheme"]}
+    if len(widths) == len({bits for bits, _ in widths}):
+        return ""
+    return bits_label([row])
 
 
 def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -> None:
@@ -178,6 +193,45 @@ def bits_label(rows: Sequence[Row]) -> str:
     if len(act_bits) == 1:
         return f"bits of a weight, b (activations: {act_bits.pop()})"
     return "bits of weights and activations, b"
+
+
+# --- layer by layer --------------------------------------------------------------------------
+
+
+def per_layer_plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw what quantizing one layer alone does to the accuracy, in percentage points.
+
+    `rows` are those of per_layer.csv. There is a row of panels for each network, a column for each
+    bit-width, and a line for each scheme.
+    """
+    names, widths, schemes, layers = (
+        list(dict.fromkeys(row[key] for row in rows))
+        for key in ("checkpoint", "bits", "scheme", "layer")
+    )
+    size = (1 + max(2.2, 0.28 * len(layers)) * len(widths), 0.9 + 1.7 * len(names))
+    with rc_context(STYLE):
+        figure = Figure(figsize=size)
+        panels = figure.subplots(len(names), len(widths), sharex=True, sharey="row", squeeze=False)
+        for i, name in enumerate(names):
+            for axes, n_bits in zip(panels[i], widths, strict=True):
+                shown = [r for r in rows if (r["checkpoint"], r["bits"]) == (name, n_bits)]
+                per_layer_panel(axes, shown, schemes, layers)
+                axes.set_title(f"{wrap(name, 30)}, {n_bits} bits")
+            panels[i][0].set_ylabel("accuracy change (pp)")
+        place_legend(figure, *panels[0][0].get_legend_handles_labels())
+        save_png(figure, path)
+
+
+def per_layer_panel(
+    axes: Axes, rows: Sequence[Row], schemes: Sequence[str], layers: Sequence[str]
+) -> None:
+    """Draw the rows of one network and bit-width: a line a scheme over the layers in order."""
+    axes.axhline(0, color="#666666", linewidth=0.9)
+    for i, scheme in enumerate(schemes):
+        change = {r["layer"]: 100 * r["accuracy_change"] for r in rows if r["scheme"] == scheme}
+        values = [change.get(layer, math.nan) for layer in layers]
+        axes.plot(range(len(layers)), values, label=scheme, **line_style(i))
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
 
 
 # --- weights ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The quantization report: rows, and how they are printed, saved and logged."""
+"""The quantization report: rows, and how they are printed and saved."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from engine.environment import describe_environment
 from engine.io import atomic_write, backup_existing, save_json
-from engine.tracking import WandbLogger
 
 Row = dict[str, Any]
 UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained
-COLUMNS = (
+FLOAT_BITS = 32  # of what is not quantized
+MEASURED = (
     "checkpoint",
     "scheme",
     "bits",
@@ -26,8 +26,9 @@ COLUMNS = (
     "loss",
     "act_bits",
 )
+PROVENANCE = ("per_channel", "fold_bn", "run_id", "regularizer", "lmbda", "seed")
+COLUMNS = MEASURED + PROVENANCE
 PRINTED_COLUMNS = COLUMNS[:7]
-CURVES = ("accuracy", "accuracy_change", "squared_error")  # logged against bits
 LAYER_COLUMNS = (
     "checkpoint",
     "scheme",
@@ -41,7 +42,15 @@ LAYER_COLUMNS = (
     "second_order",
 )
 # Files of earlier results that are renamed before new ones are written: (stem, suffix).
-FILES = (("results", ".csv"), ("results", ".json"), ("per_layer", ".csv"), ("accuracy", ".png"))
+FILES = (
+    ("results", ".csv"),
+    ("results", ".json"),
+    ("per_layer", ".csv"),
+    ("per_layer", ".png"),
+    ("accuracy", ".png"),
+    ("distributions", ".csv"),
+    ("distributions", ".png"),
+)
 
 
 class Trial(NamedTuple):
@@ -63,7 +72,7 @@ def make_row(
     full_accuracy: float,
     *,
     levels: int | None = None,
-    act_bits: int = 32,
+    act_bits: int = FLOAT_BITS,
 ) -> Row:
     """Return a row with the means over the trials; `full_accuracy` is that without quantizing."""
     accuracies, losses, errors = zip(*trials, strict=True)
@@ -171,39 +180,3 @@ def save_tables(
         save_csv(layer_rows, LAYER_COLUMNS, folder / "per_layer.csv")
         record["per_layer"] = list(layer_rows)
     save_json(record, folder / "results.json")
-
-
-# --- dashboard -------------------------------------------------------------------------------
-
-
-def log_results(
-    logger: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], plots: dict[str, Path]
-) -> None:
-    """Log tables, curves against bits, and the plots, paths by title, as images."""
-    if logger.run is None:
-        return
-    log_curves(logger, rows)
-    wandb, values = logger.wandb, {}
-    for name, table_rows, columns in (
-        ("results", rows, COLUMNS),
-        ("per_layer", layer_rows, LAYER_COLUMNS),
-    ):
-        if table_rows:
-            cells = [[row[column] for column in columns] for row in table_rows]
-            values[name] = wandb.Table(list(columns), cells)
-    images = {f"plots/{title}": wandb.Image(str(path)) for title, path in plots.items()}
-    logger.log(values | images)
-
-
-def log_curves(logger: WandbLogger, rows: Sequence[Row]) -> None:
-    """Log each of CURVES for each checkpoint and scheme, with the bits as x axis."""
-    curves: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if row["scheme"] == UNQUANTIZED:
-            continue
-        for key in CURVES:
-            name = f"{key}/{row['checkpoint'].replace('/', '_')}/{row['scheme']}"
-            logger.define(name, "bits")
-            curves.setdefault(row["bits"], {"bits": row["bits"]})[name] = row[key]
-    for n_bits in sorted(curves):
-        logger.log(curves[n_bits])

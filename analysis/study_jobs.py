@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine.io import warn_on_error
+from engine.progress import LINE_SECONDS
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 PR_SET_PDEATHSIG = 1
@@ -116,6 +117,11 @@ class RunningJob:
         """Whether the job is over."""
         return self.process.poll() is not None
 
+    def last_line(self) -> str:
+        """Return the last line of the job's log: how far it is."""
+        log = self.job.target.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+        return log.splitlines()[-1]
+
     def succeeded(self) -> bool:
         """Wait, and return whether all targets are there; if not, rename a half-made one."""
         if self.process.wait() == 0 and self.job.done:
@@ -168,6 +174,7 @@ class JobRunner:
     failed: set[Path]
     bar: tqdm
     running: list[RunningJob] = field(default_factory=list)
+    shown_at: float = field(default_factory=time.monotonic)  # when progress was last printed
 
     def run(self) -> None:
         """Run all jobs. However this ends, those that still run are stopped, with a checkpoint."""
@@ -179,6 +186,7 @@ class JobRunner:
                     self.on_success(job)
                 if not self.running:
                     break
+                self._show_progress()
                 time.sleep(POLL_SECONDS)
         finally:
             for each in self.running:
@@ -201,6 +209,13 @@ class JobRunner:
                 tqdm.write(f"FAILED: {each.job.line}\n  see {log}")
             self.bar.update(each.job.seconds)
         return succeeded
+
+    def _show_progress(self) -> None:
+        """Print how far each job is, now and then, where there is no terminal for the bar."""
+        if self.bar.disable and time.monotonic() - self.shown_at > LINE_SECONDS:
+            self.shown_at = time.monotonic()
+            for each in self.running:
+                print(f"{each.job.title}: {each.last_line()}", flush=True)
 
     def _start_ready(self) -> None:
         """Start jobs until enough are running or none is ready."""

@@ -71,6 +71,7 @@ class StudyPlan:
         self.n_epochs, self.holdout = settings["n_epochs"], settings["holdout"]
         self.epochs = epoch_names(self.n_epochs)
         self.data_flags = shlex.split(settings["data_flags"])
+        self.group = ["--wandb_group", (out.resolve().name or "study")[:128]]  # of the dashboard
         training = settings["TRAINING"].format(**self.epochs) + " " + settings["train_flags"]
         self.training_flags = [*shlex.split(training), *self.data_flags]
         self.measured = {} if epoch_seconds else study_jobs.job_seconds(out)
@@ -115,7 +116,7 @@ class StudyPlan:
         holdout = ["--holdout", str(self.holdout)] if tuning else []
         command = (  # of a flag that is given twice the last one counts
             *(script, *self.training_flags, *names, "--resume", "--seed", str(seed)),
-            *(*flags, *holdout),
+            *(*flags, *holdout, *self.group),
         )
         targets = (folder / f"{stem}.pt",)
         if not needs:  # others continue from its checkpoint
@@ -130,7 +131,7 @@ class StudyPlan:
         if how == TUNING:
             flags += ["--holdout", str(self.holdout)]
         output = ["--no_plots", "--output", str(folder)]
-        command = ("quant_inference.py", str(trained.target), *flags, *output)
+        command = ("quant_inference.py", str(trained.target), *flags, *output, *self.group)
         target, kind = folder / "results.json", f"quantize {how}"
         seconds = self.measured.get(kind, self.quantizations[how].seconds)
         recorded = self.records.archived(target)

@@ -54,9 +54,13 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
 def reproduction_command(records: StudyRecords, path: Path) -> str:
     """Return the command of a training's record or of a results.json; raises FileError.
 
-    With its number of threads, because sums are split among them.
+    With its number of threads, because sums are split among them. Before there was --biases, PWLQ
+    quantized them on their weights' grids.
     """
     with records.open(path) as record:
         settings = record["settings"] | record  # a results.json has them among its settings
         threads, command = settings["machine"]["threads"], shlex.join(settings["command"])
+        has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
+        if has_pwlq and "biases" not in settings:
+            command += " --biases weight"
     return f"OMP_NUM_THREADS={threads} python {command}"

@@ -14,6 +14,7 @@ from torch.autograd import grad
 
 from engine import distributed
 from engine.loader import Loader
+from engine.networks import run_network
 
 Delta = dict[str, Tensor]  # the change of parameters, by their names
 
@@ -58,9 +59,10 @@ def gradient_and_curvatures(
     g = {key: torch.zeros_like(p) for key, p in params.items()}
     curvatures = [0.0] * len(deltas)
     for x, y in loader.batches(0, distributed.get_rank(), distributed.get_world_size()):
-        logits, _ = net(x)
+        logits, _ = run_network(net, x)
         loss = F.cross_entropy(logits, y, reduction="sum") / loader.n_images
-        grads = dict(zip(params, grad(loss, list(params.values()), create_graph=True), strict=True))
+        grads = grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
+        grads = dict(zip(params, grads, strict=True))
         for i, delta in enumerate(deltas):
             slope, changed = dot(grads, delta), [params[key] for key in delta]
             product = dict(zip(delta, grad(slope, changed, retain_graph=True), strict=True))

@@ -7,7 +7,9 @@ steps, of which the second is timed: as in training, it follows a step of its ow
 moment of the machine meets all sides; a ratio is the median of the ratios within a turn. The last
 line is a JSON object.
 
-    python benchmarks/step_time.py [--rounds 15] [--batch_size 128] [--device cpu]
+    python benchmarks/step_time.py [--model ResNet20] [--rounds 15] [--batch_size 128]
+
+`--model all` measures every network of models.py, one after the other.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import models
 import utils
 from engine import environment, hardware, layers
 from engine.gradients import compute_gradients, needs_double_backward
+from engine.networks import run_network
 from regularizers import Regularizer, make_regularizer
 
 ROWS = {
@@ -46,6 +49,12 @@ class PlainNormReLU(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+def plain_net(args: argparse.Namespace) -> nn.Module:
+    """Make the network of PyTorch's own modules; of ConvNet, too, which is written with ours."""
+    models.Conv2d, models.BatchNormReLU = nn.Conv2d, PlainNormReLU
+    return models.make_model(args.model, 10, args.width)
+
+
 def plain_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -54,7 +63,7 @@ def plain_step(
     labels: torch.Tensor,
 ) -> None:
     """Do a training step by plain autograd."""
-    logits, activations = net(x)
+    logits, activations = run_network(net, x, bool(reg) and "a_grads" in reg.inputs)
     loss = nn.functional.cross_entropy(logits, labels)
     weights, inputs_by_name = layers.penalized_weights(net), {}
     if reg and needs_double_backward(reg):
@@ -72,12 +81,12 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     """Return the step of each row for side "reference", "fp32" or "ours"."""
     torch.manual_seed(0)
     if side == "reference":
-        models.Conv2d, models.BatchNormReLU = nn.Conv2d, PlainNormReLU
-        net, layout = models.ConvNet().to(args.device), torch.contiguous_format
+        net, layout = plain_net(args).to(args.device), torch.contiguous_format
     else:
         hardware.tune_glibc_malloc()
         layers.set_compile(args.compile)
-        net, layout = utils.make_net("ConvNet", 10, args.device), torch.channels_last
+        net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
+        layout = hardware.MEMORY_FORMATS[args.memory_format]
     dtype = hardware.resolve_precision("auto" if side == "ours" else "fp32", args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
@@ -135,10 +144,10 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     )
 
 
-def gigaflop(batch_size: int) -> dict[str, float]:
+def gigaflop(args: argparse.Namespace) -> dict[str, float]:
     """Count the products of a step of each row: 3 forward passes' worth, 9 of second order."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        models.ConvNet()(torch.randn(batch_size, 3, 32, 32))
+        models.make_model(args.model, 10, args.width)(torch.randn(args.batch_size, 3, 32, 32))
     once = counter.get_total_flops() / 1e9
     return {row: once * (9 if "Grad" in row else 3) for row in ROWS}
 
@@ -214,17 +223,35 @@ def machine(device: str) -> str:
     return f"{environment.processor_name()}, {torch.get_num_threads()} threads"
 
 
+def one_or_all(text: str) -> str:
+    """Return the name of a network, or "all": an argparse type."""
+    return text if text == "all" else utils.network_name(text)
+
+
 def main() -> None:
-    """Run the processes, let them take turns, print."""
+    """Compare the networks that the flags say."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=one_or_all, default="ConvNet")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--memory_format", choices=hardware.MEMORY_FORMATS, default="channels_last")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default=hardware.default_device())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    for model in models.MODELS if args.model == "all" else [args.model]:
+        args.model = model
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure one network and print."""
+    width = f" × {args.width:g}" if args.width != 1 else ""
     print(
         f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}, torch {torch.__version__}, "
-        f"batch {args.batch_size}, {args.rounds} rounds, load {os.getloadavg()[0]:.1f}"
+        f"{args.model}{width}, batch {args.batch_size}, {args.rounds} rounds, "
+        f"load {os.getloadavg()[0]:.1f}",
+        flush=True,
     )
     sides = ["reference", "fp32", "ours"]
     pipes, context = {}, multiprocessing.get_context("spawn")
@@ -239,10 +266,10 @@ def main() -> None:
     times, peaks = measure(ask, sides, args.rounds)
     print("peak:", *(f"{side} {rate:.0f} GFLOP/s;" for side, rate in peaks.items()))
     memory = {(row, side): ask(side, "memory", row) for row in ROWS for side in sides}
-    figures = report(times, memory, gigaflop(args.batch_size), peaks)
+    figures = report(times, memory, gigaflop(args), peaks)
     for pipe in pipes.values():
         pipe.send(None)
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@ Folding replaces conv → batch norm by one convolution with the same outputs in
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import NetworkError
-from engine.layers import penalized_weights
+from engine.layers import Conv2d, is_strided_pointwise, penalized_weights
+from engine.networks import BATCH_NORMS, module_order, run_network, successive_modules
 
 
 def freeze_batch_norms(net: nn.Module) -> None:
     """Have batch norms use their running statistics and keep them, until net.train() is called."""
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, BATCH_NORMS):
             m.eval()
 
 
@@ -29,17 +31,16 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Return a copy whose batch norms are folded into the convolutions right before them.
 
     Outputs in evaluation mode stay the same. What is left of a batch norm is its `activation`
-    attribute, where it has one. "Right before" is the order of a module's children. Raises
-    ValueError where there is nothing to fold.
+    attribute, where it has one. Others stay. Raises ValueError where there is nothing to fold.
     """
-    net = copy.deepcopy(net)
-    pairs = list(_foldable_pairs(net))
+    pairs = foldable_pairs(net)
     if not pairs:
         raise ValueError(f"no batch norm after a convolution in {type(net).__name__}: cannot fold")
-    for parent, conv_name, norm_name in pairs:
-        conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
-        setattr(parent, conv_name, _folded_conv(conv, norm))
-        setattr(parent, norm_name, getattr(norm, "activation", nn.Identity()))
+    net = copy.deepcopy(net)
+    for conv_name, norm_name in pairs:
+        conv, norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
+        net.set_submodule(conv_name, _folded_conv(conv, norm))
+        net.set_submodule(norm_name, getattr(norm, "activation", nn.Identity()))
     return net
 
 
@@ -49,15 +50,16 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
     Differentiable in W_l and γ_l. Raises ValueError for a batch norm without running statistics.
     """
     folded = {}
-    for parent, conv_name, norm_name in _foldable_pairs(net):
-        w, norm = getattr(parent, conv_name).weight, getattr(parent, norm_name)
+    for conv_name, norm_name in foldable_pairs(net):
+        w, norm = net.get_submodule(conv_name).weight, net.get_submodule(norm_name)
         folded[w] = w * _gain(norm).to(w.dtype).view(-1, 1, 1, 1)
     return [folded.get(w, w) for w in penalized_weights(net)]
 
 
-def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Raise NetworkError where batch norms cannot be folded, or folding would change outputs.
+def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Return how many batch norms stay when the others are folded.
 
+    Raises NetworkError where batch norms cannot be folded, or folding would change outputs.
     Layers may run in another order than that of their definition, or more than once. Tried on a
     copy with random parameters and statistics, on random images of `image_shape` (3, H, W).
     """
@@ -70,6 +72,7 @@ def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
             f"--fold_bn: {type(net).__name__}: a batch norm does not run right after the "
             "convolution that is defined before it, or not only then: cannot fold"
         )
+    return sum(isinstance(m, BATCH_NORMS) for m in net.modules()) - len(foldable_pairs(net))
 
 
 @torch.no_grad()
@@ -86,18 +89,34 @@ def _outputs_stay(net: nn.Module, image_shape: tuple[int, int, int]) -> bool:
             elif hasattr(m, "reset_parameters"):
                 m.reset_parameters()
         x = torch.randn(2, *image_shape)
-        folded_logits, _ = fold_batch_norm(net)(x)
-        logits, _ = net(x)
+        folded_logits, _ = run_network(fold_batch_norm(net), x)
+        logits, _ = run_network(net, x)
     return bool((folded_logits - logits).abs().max() <= 1e-3 * logits.abs().max())
 
 
-def _foldable_pairs(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield (parent, name of a convolution, name of the batch norm right after it)."""
-    for parent in net.modules():
-        children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                yield parent, conv_name, norm_name
+def foldable_pairs(net: nn.Module) -> list[tuple[str, str]]:
+    """Return the name of each convolution that a batch norm runs right after, and that one's name.
+
+    Of a network whose order cannot be traced, those that are defined one after the other, which
+    `check_folding` has to confirm.
+    """
+    if order := module_order(net):
+        pairs = successive_modules(net, _is_conv, _is_norm)
+        return [(conv, norm) for conv, norm in pairs if order.n_runs[norm] == 1]
+    return [
+        (f"{prefix}.{conv_name}".lstrip("."), f"{prefix}.{norm_name}".lstrip("."))
+        for prefix, parent in net.named_modules()
+        for (conv_name, conv), (norm_name, norm) in pairwise(parent.named_children())
+        if _is_conv(conv) and _is_norm(norm)
+    ]
+
+
+def _is_conv(m: nn.Module) -> bool:
+    return isinstance(m, nn.Conv2d)
+
+
+def _is_norm(m: nn.Module) -> bool:
+    return isinstance(m, nn.BatchNorm2d)
 
 
 def _gain(norm: nn.BatchNorm2d) -> Tensor:
@@ -112,8 +131,9 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a plain convolution that computes norm(conv(x)) of evaluation mode."""
     gain = _gain(norm)
     shift = (0 if conv.bias is None else conv.bias.double()) - norm.running_mean.double()
+    strided_pointwise = is_strided_pointwise(conv.weight, conv.stride, conv.padding)
     folded = nn.utils.skip_init(
-        nn.Conv2d,
+        Conv2d if strided_pointwise else nn.Conv2d,
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,

@@ -125,6 +125,13 @@ def bounded_number(
     return parse
 
 
+class StoreFlat(argparse.Action):
+    """Stores the lists that a flag's type returns for each of its values, joined to one list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, D102
+        setattr(namespace, self.dest, [item for value in values for item in value])
+
+
 def add_choice(
     group: argparse._ArgumentGroup, flag: str, names: Iterable[str], default: str, help: str
 ) -> None:

@@ -18,8 +18,7 @@ def describe_environment() -> dict[str, Any]:
     """Return what decides a result besides the settings: command, commit, versions, machine."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no"),
+        **describe_code(),
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
@@ -32,6 +31,14 @@ def describe_environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "accelerator": (torch.cuda.get_device_name() if torch.cuda.is_available() else None),
         },
+    }
+
+
+def describe_code() -> dict[str, str | None]:
+    """Return the commit of this code and what differs from it; None outside a repository."""
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no"),
     }
 
 

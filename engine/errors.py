@@ -20,12 +20,22 @@ class DataError(ReportedError):
     reported_by = "local rank 0"
 
 
+class ImageError(DataError):
+    """An image that this process was to train or test on cannot be used."""
+
+    reported_by = "every rank"
+
+
 class FileError(ReportedError):
     """A file is not what it should be, or cannot be used now."""
 
 
 class NetworkError(ReportedError):
     """A network cannot do what the flags ask for."""
+
+
+class BatchTooSmallError(NetworkError, ValueError):
+    """A batch norm cannot train on one value per channel."""
 
 
 class PenaltyError(ReportedError):

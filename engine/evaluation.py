@@ -8,9 +8,10 @@ from torch import nn
 from engine import distributed
 from engine.batch_norm import folded_weights
 from engine.gradients import first_order, loss_change, needs_double_backward
-from engine.hardware import autocast
+from engine.hardware import autocast, get_rng_state
 from engine.layers import penalized_weights
 from engine.loader import Loader
+from engine.networks import run_network
 
 
 def evaluate(
@@ -39,12 +40,14 @@ def evaluate(
             loss, n_correct, tensors = result.loss, result.n_correct, result.tensors
         else:
             with torch.inference_mode(), autocast(x.device, dtype):
-                logits, _ = net(x)
+                logits, _ = run_network(net, x)
                 loss, n_correct = criterion(logits, y), (logits.argmax(dim=1) == y).sum()
             tensors = {"weights": penalized_weights(net)}
         penalty = torch.zeros_like(loss)
         if regularizer:
-            change = partial(loss_change, net, criterion, x, y, dtype, loss, ())
+            change = partial(
+                loss_change, net, criterion, x, y, dtype, loss, (), get_rng_state(x.device)
+            )
             available = {**tensors, "loss_change": change, "folded_weights": folded}
             with torch.no_grad():
                 penalty = regularizer(*(available[name] for name in inputs))

@@ -17,8 +17,9 @@ from torch.func import functional_call
 from engine import distributed
 from engine.batch_norm import folded_weights
 from engine.errors import PenaltyError
-from engine.hardware import autocast
+from engine.hardware import autocast, get_rng_state, rng_from
 from engine.layers import penalized_weights, trainable_parameters
+from engine.networks import run_network, split_output
 
 
 def needs_double_backward(regularizer: nn.Module | None) -> bool:
@@ -51,7 +52,7 @@ def first_order(
 ) -> FirstOrderResult:
     """Differentiate the loss of images x (B, 3, H, W) with labels y (B,) once."""
     with autocast(x.device, dtype):
-        logits, activations = net(x)
+        logits, activations = run_network(net, x, with_activations="a_grads" in inputs)
         loss = distributed.to_global_mean(criterion(logits, y), len(x))
     params, weights = [*trainable_parameters(net).values()], penalized_weights(net)
     # an activation before the first trainable layer is a constant
@@ -77,13 +78,15 @@ def loss_change(
     dtype: torch.dtype,
     loss: Tensor,
     grads: Sequence[Tensor],
+    rng_state: Tensor,
     deltas: Sequence[Tensor],
 ) -> Tensor:
     """Return L(W + Δ) − L(W) for a Δ_l of each penalized weight, on the same images.
 
     `loss` is L(W) and `grads` its derivatives, both of the whole batch, from the first-order pass.
     L(W + Δ) is one more forward pass, differentiable in Δ and the parameters. In training mode it
-    normalizes by its own batch statistics; the real running statistics stay unchanged.
+    normalizes by its own batch statistics; the real running statistics stay unchanged. Dropout
+    drops the same units: it starts from `rng_state`, as the first pass did.
     """
     name_of = {p: name for name, p in net.named_parameters()}
     perturbed_params = dict(net.named_parameters())
@@ -92,8 +95,9 @@ def loss_change(
     names, tensors = zip(*perturbed_params.items(), strict=True)
     perturbed_params = dict(zip(names, distributed.copy_to_ranks(*tensors), strict=True))
     buffers = {name: b.clone() for name, b in net.named_buffers()}
-    with autocast(x.device, dtype):
-        logits, _ = functional_call(net, {**buffers, **perturbed_params}, (x,))
+    with autocast(x.device, dtype), rng_from(rng_state, x.device):
+        output = functional_call(net, {**buffers, **perturbed_params}, (x,))
+        logits, _ = split_output(net, output, [])
         perturbed_loss = distributed.reduce_from_ranks(
             distributed.to_global_mean(criterion(logits, y), len(x))
         )
@@ -125,6 +129,7 @@ def compute_gradients(
     inputs = regularizer.inputs if regularizer else ()
     params = [*trainable_parameters(net).values()]
     folded = folded_weights(net) if "folded_weights" in inputs else []
+    rng_state = get_rng_state(x.device)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         first = first_order(
             net, criterion, inputs, x, y, dtype, create_graph=needs_double_backward(regularizer)
@@ -139,7 +144,7 @@ def compute_gradients(
     copies = _detached_copies(first.tensors, penalized_weights(net))
     available = {
         **copies,
-        "loss_change": partial(loss_change, net, criterion, x, y, dtype, loss, grads),
+        "loss_change": partial(loss_change, net, criterion, x, y, dtype, loss, grads, rng_state),
         "folded_weights": folded,
     }
     if "a_grads" in copies:

@@ -3,10 +3,18 @@
 import argparse
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor
 
 PRECISIONS = ("auto", "bf16", "fp32")
+MEMORY_FORMATS = {
+    "channels_last": torch.channels_last,
+    "contiguous": torch.contiguous_format,
+}  # of images, activations and weights of convolutions
 
 
 def default_device() -> str:
@@ -42,6 +50,32 @@ def resolve_precision(precision: str, device: str) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context of a forward pass: bfloat16 convolutions, or none for other dtypes."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def get_rng_state(device: torch.device) -> Tensor:
+    """Return the state of the random stream that a forward pass on the device draws from."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+@contextmanager
+def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Context manager in which the device's stream continues from `state`, and after it as if not.
+
+    `state` is what `get_rng_state` returned.
+    """
+    before = get_rng_state(device)
+    set_state = (
+        torch.set_rng_state
+        if device.type == "cpu"
+        else partial(torch.get_device_module(device).set_rng_state, device=device)
+    )
+    set_state(state)
+    try:
+        yield
+    finally:
+        set_state(before)
 
 
 def tune_glibc_malloc() -> bool:

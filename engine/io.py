@@ -164,10 +164,13 @@ def _without_nan(value: Any) -> Any:
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
-    """Read a .pt file into the network; FileError, in one line, where it is not of that network."""
+    """Read a .pt file, or the weights in a .ckpt, into the network.
+
+    Raises FileError, in one line, where they are not of that network.
+    """
     state = torch_load(path)
     if isinstance(state, dict) and {"format", "net"} <= state.keys():
-        raise FileError(f"{path} is a checkpoint (.ckpt): give the weights (.pt) beside it")
+        state = state["net"]
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(t, torch.Tensor) and not t.is_complex()
         for name, t in state.items()

@@ -8,21 +8,22 @@ norm takes its statistics over all of it, in every order: its sums are sums over
 
     y = conv2d(x, weight); y = batch_norm_relu(y, gamma, beta, running_mean, running_var)
 
-or, as modules with the parameters, initializers and `state_dict` keys of PyTorch's own, `Conv2d`
-and `BatchNormReLU`. Under `torch.autocast` convolutions take its dtype; statistics stay float32.
+or, as modules with the parameters, initializers and `state_dict` keys of PyTorch's own, `Conv2d`,
+`BatchNorm2d` and `BatchNormReLU`; `use_fast_layers` of engine/networks.py puts them into a network.
+Under `torch.autocast` convolutions take its dtype; statistics stay float32.
 """
 
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import distributed
-from engine.errors import SetupError
+from engine.errors import BatchTooSmallError, SetupError
 
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
@@ -50,20 +51,24 @@ def _compiled(fn: Callable) -> Callable:
     end of an epoch compiles nothing. What two sums share is computed twice, not stored between.
     """
     options = {"realize_reads_threshold": 64}
-    variant = functools.cache(
-        lambda *shape: torch.compile(fn, options=options, isolate_recompiles=True)
-    )
+
+    @functools.cache
+    def variant(constants, *shape):
+        def bound(*args):
+            return fn(*args, **dict(constants))
+
+        return torch.compile(bound, options=options, isolate_recompiles=True)
 
     @functools.wraps(fn)
-    def call(*args):
+    def call(*args, **constants):
         if not _compile:
-            return fn(*args)
+            return fn(*args, **constants)
         args = [t.detach() for t in args]  # requires_grad would be compiled for, yes and no
         for t in args:
             if t.dim() == 3:
                 torch._dynamo.maybe_mark_dynamic(t, 0)
         x = args[0]
-        return variant(x.shape[1:], x.stride(1), x.dtype, x.device)(*args)
+        return variant(tuple(constants.items()), x.shape[1:], x.stride(1), x.dtype, x.device)(*args)
 
     return call
 
@@ -155,15 +160,29 @@ def conv2d(
     With (ggx, ggw) the cotangents of the adjoints (gx, gw) of gy, the second backward is
     conv(ggx, w) + conv(x, ggw) for gy, and the adjoints of gy with kernel ggw and input ggx.
     """
+    pair = nn.modules.utils._pair
+    stride, padding = pair(stride), pair(padding)
+    if x.device.type == "cpu" and is_strided_pointwise(weight, stride, padding):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     out = x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         out = torch.get_autocast_dtype(x.device.type)
         dtype = torch.float32 if x.shape[1] <= IMAGE_CHANNELS else out
         x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-    pair = nn.modules.utils._pair
     with torch.autocast(x.device.type, enabled=False):  # the casts are made
-        y = _Conv.apply(x, weight, (pair(stride), pair(padding), pair(dilation), groups))
+        y = _Conv.apply(x, weight, (stride, padding, pair(dilation), groups))
     return (y if bias is None else y + bias[:, None, None]).to(out)
+
+
+def is_strided_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Tell whether a convolution is 1×1, unpadded and strided: it reads every s-th pixel only.
+
+    Then convolving x[:, :, ::s, ::s] with stride 1 is exactly the same. On CPUs that is what is
+    done: PyTorch 2.14.1 ends with a segmentation fault in the weight adjoint of such a convolution
+    of stride 2, float32, channels-last, at most 8 channels in and 16 out, images of 50 or more even
+    rows (`tests/test_networks.py` tells when that is over).
+    """
+    return weight.shape[2:] == (1, 1) and tuple(stride) != (1, 1) and tuple(padding) == (0, 0)
 
 
 class Conv2d(nn.Conv2d):
@@ -178,9 +197,11 @@ class Conv2d(nn.Conv2d):
         )
 
 
-# --- batch norm + ReLU: pure functions of x (N, C, S), S = H·W ---------------------------------
+# --- batch norm, with and without ReLU: pure functions of x (N, C, S), S = H·W ------------------
 #
-# `norm` (4, C) stacks μ, r = 1/√(σ² + eps), γ and β; x̂ = (x − μ)·r; h = gy where y > 0, else 0.
+# `norm` (4, C) stacks μ, r = 1/√(σ² + eps), γ and β; x̂ = (x − μ)·r and z = γ·x̂ + β. `rectifier` is
+# the activation that is part of the function, y = φ(z): None, "relu" or "relu6". h = gy·φ′(z): gy
+# where z > 0 (and z < 6 for "relu6"), else 0.
 # `k` holds one row a coefficient: keeping their arithmetic out of the loops over x halves the time.
 
 
@@ -199,11 +220,14 @@ def _sum(x):
     return x.sum(2).sum(0)
 
 
-def _masked(gy, x, norm):
-    """Return x̂, the mask y > 0 and h."""
+def _masked(gy, x, norm, rectifier):
+    """Return x̂, the mask φ′(z) ≠ 0 (None without a rectifier) and h."""
     mean, r, gamma, beta = _rows(norm)
     xhat = (_at_least_float32(x) - mean) * r
-    mask = xhat * gamma + beta > 0
+    if rectifier is None:
+        return xhat, None, _at_least_float32(gy)
+    z = xhat * gamma + beta
+    mask = (z > 0) & (z < 6) if rectifier == "relu6" else z > 0
     return xhat, mask, torch.where(mask, _at_least_float32(gy), 0)
 
 
@@ -218,80 +242,87 @@ def _statistics(x):
 
 
 @_compiled
-def _normalize(x, norm):
-    """Return y = relu(γ·x̂ + β) in the dtype of x."""
+def _normalize(x, norm, rectifier):
+    """Return y = φ(γ·x̂ + β) in the dtype of x."""
     mean, r, gamma, beta = _rows(norm)
-    return ((_at_least_float32(x) - mean) * r * gamma + beta).relu().to(x.dtype)
+    z = (_at_least_float32(x) - mean) * r * gamma + beta
+    if rectifier is not None:
+        z = z.clamp(0, 6) if rectifier == "relu6" else z.relu()
+    return z.to(x.dtype)
 
 
 @_compiled
-def _adjoint_sums(gy, x, norm):
+def _adjoint_sums(gy, x, norm, rectifier):
     """Return dγ = Σ h·x̂ and dβ = Σ h."""
-    xhat, _, h = _masked(gy, x, norm)
+    xhat, _, h = _masked(gy, x, norm, rectifier)
     return _sum(h * xhat), _sum(h)
 
 
 @_compiled
-def _adjoint(gy, x, norm, k):
+def _adjoint(gy, x, norm, k, rectifier):
     """Return gx = k0·h + k1·x̂ + k2."""
     k0, k1, k2 = _rows(k)
-    xhat, _, h = _masked(gy, x, norm)
+    xhat, _, h = _masked(gy, x, norm, rectifier)
     return (k0 * h + k1 * xhat + k2).to(x.dtype)
 
 
 @_compiled
-def _second_sums(v, gy, x, norm):
+def _second_sums(v, gy, x, norm, rectifier):
     """Return Σ v, Σ v·x̂ and Σ v·h."""
-    xhat, _, h = _masked(gy, x, norm)
+    xhat, _, h = _masked(gy, x, norm, rectifier)
     v = _at_least_float32(v)
     return _sum(v), _sum(v * xhat), _sum(v * h)
 
 
 @_compiled
-def _second(v, gy, x, norm, k):
-    """Return ∂gy = mask·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
+def _second(v, gy, x, norm, k, rectifier):
+    """Return ∂gy = φ′(z)·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
     k0, k1, k2, k3, k4, k5, k6 = _rows(k)
-    xhat, mask, h = _masked(gy, x, norm)
+    xhat, mask, h = _masked(gy, x, norm, rectifier)
     v = _at_least_float32(v)
-    ggy = torch.where(mask, k0 * v + k1 * xhat + k2, 0)
+    ggy = k0 * v + k1 * xhat + k2
+    ggy = ggy if rectifier is None else torch.where(mask, ggy, 0)
     return ggy.to(x.dtype), (k3 * h + k4 * v + k5 * xhat + k6).to(x.dtype)
 
 
-class _NormReLU(torch.autograd.Function):
-    """y = relu(γ·(x − μ)·r + β); μ and r are functions of x, of n values, or constants if n is 0.
+class _BatchNorm(torch.autograd.Function):
+    """y = γ·(x − μ)·r + β; μ and r are functions of x, of n values, or constants if n is 0.
 
-    Where n is more than x has, the others have the rest of it, and sums go over all.
+    With a `rectifier`, y is that of this. Where n is more than x has, the others have the rest of
+    it, and sums go over all.
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, mean, r, n):
+    def forward(ctx, x, gamma, beta, mean, r, n, rectifier):
         norm = torch.stack((mean, r, gamma, beta))
         ctx.save_for_backward(x, gamma, norm)
-        ctx.n = n
-        return _normalize(x.flatten(2), norm).view_as(x)
+        ctx.n, ctx.rectifier = n, rectifier
+        y = _normalize(x.flatten(2), norm, rectifier=rectifier)
+        return torch.ops.aten._unsafe_view(y, x.shape)  # of a view, `y += s` would be refused
 
     @staticmethod
     def backward(ctx, gy):
         x, gamma, norm = ctx.saved_tensors
-        return *_NormReLUAdjoint.apply(gy, x, gamma, norm, ctx.n), None, None, None
+        grads = _BatchNormAdjoint.apply(gy, x, gamma, norm, ctx.n, ctx.rectifier)
+        return *grads, None, None, None, None
 
 
-class _NormReLUAdjoint(torch.autograd.Function):
+class _BatchNormAdjoint(torch.autograd.Function):
     """gx = γr·(h − m(h) − x̂·m(h x̂)), dγ = Σ h x̂, dβ = Σ h; m is the mean, 0 if n is.
 
     dγ and dβ are of this x alone.
     """
 
     @staticmethod
-    def forward(ctx, gy, x, gamma, norm, n):
+    def forward(ctx, gy, x, gamma, norm, n, rectifier):
         gy = _match_memory_format(gy, x)
         flat = gy.flatten(2), x.flatten(2), norm
-        ggamma, gbeta = _adjoint_sums(*flat)
+        ggamma, gbeta = _adjoint_sums(*flat, rectifier=rectifier)
         mhx, mh = _means((ggamma, gbeta), x, n) if n else torch.zeros_like(norm[:2])
         gr = norm[2] * norm[1]
         ctx.save_for_backward(gy, x, norm, mh, mhx)
-        ctx.n = n
-        gx = _adjoint(*flat, torch.stack((gr, -gr * mhx, -gr * mh)))
+        ctx.n, ctx.rectifier = n, rectifier
+        gx = _adjoint(*flat, torch.stack((gr, -gr * mhx, -gr * mh)), rectifier=rectifier)
         return gx.view_as(x), ggamma, gbeta
 
     @staticmethod
@@ -301,13 +332,13 @@ class _NormReLUAdjoint(torch.autograd.Function):
 
         c and d are the same on all ranks, as directions of summed gradients are.
         With q = −γr·(m(h x̂)·v + m(v x̂)·h) + c·h and A = m(v h) − m(v)m(h) − m(v x̂)m(h x̂):
-        ∂gy = mask·(γr·(v − m(v) − x̂·m(v x̂)) + c·x̂ + d),
+        ∂gy = φ′(z)·(γr·(v − m(v) − x̂·m(v x̂)) + c·x̂ + d),
         ∂x = r·(q − m(q) − x̂·m(q x̂)) − γ·A·r²·x̂ and ∂γ = N·r·A.
         """
         gy, x, norm, mh, mhx = ctx.saved_tensors
         flat = _match_memory_format(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
         _, r, gamma, _ = norm
-        sums, n_here = _second_sums(*flat), x.numel() // len(mh)
+        sums, n_here = _second_sums(*flat, rectifier=ctx.rectifier), x.numel() // len(mh)
         if ctx.n:
             mv, mvx, mvh = _means(sums, x, ctx.n)
             a = mvh - mv * mh - mvx * mhx
@@ -320,8 +351,8 @@ class _NormReLUAdjoint(torch.autograd.Function):
         mqx = c * mhx - 2 * gr * mhx * mvx
         ch = c - gr * mvx
         k = (gr, ch, d - gr * mv, r * ch, -r * gr * mhx, -r * (mqx + gr * a), -r * mq)
-        ggy, gx = _second(*flat, torch.stack(k))
-        return ggy.view_as(x), gx.view_as(x), ggamma, None, None
+        ggy, gx = _second(*flat, torch.stack(k), rectifier=ctx.rectifier)
+        return ggy.view_as(x), gx.view_as(x), ggamma, None, None, None
 
 
 def _means(sums, x, n):
@@ -345,12 +376,12 @@ def set_sync_bn(net: nn.Module, enabled: bool) -> None:
     Raises SetupError, with its name, for one that can not.
     """
     for name, m in net.named_modules():
-        if isinstance(m, BatchNormReLU):
+        if isinstance(m, BatchNorm2d):
             m.sync = enabled
         elif enabled and isinstance(m, nn.modules.batchnorm._BatchNorm):
             raise SetupError(
-                f"--sync_bn: {name} is a {type(m).__name__}, and only BatchNormReLU of "
-                "engine/layers.py sums over several processes: use that, or --no-sync_bn"
+                f"--sync_bn: {name} is a {type(m).__name__} of {type(m).__module__}, and only "
+                "nn.BatchNorm2d sums over several processes: use that, or --no-sync_bn"
             )
 
 
@@ -369,7 +400,7 @@ def _match_memory_format(t, like):
     )
 
 
-def batch_norm_relu(
+def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -379,20 +410,26 @@ def batch_norm_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     sync: bool = True,
+    rectifier: str | None = None,
 ) -> Tensor:
-    """Return relu(γ·(x − μ)/√(σ² + eps) + β) of x (N, C, H, W) in the dtype of x.
+    """Return φ(γ·(x − μ)/√(σ² + eps) + β) of x (N, C, H, W) in the dtype of x.
+
+    `rectifier` is φ: "relu", "relu6", or None for the identity.
 
     The other tensors are (C), as in `F.batch_norm`: if `training`, μ and σ² are the batch's and
     the running statistics, where given, move towards them by `momentum` (σ² unbiased); otherwise
     they are the running ones. Where the batch is shared out to several processes, `sync` takes the
-    statistics over all of it. Raises ValueError where a channel has one value to train on.
+    statistics over all of it. Raises BatchTooSmallError where a channel has one value to train on.
     """
     x, n = _match_memory_format(x, x), 0
     if training:
         n_here = x.numel() // x.shape[1]
         n = n_here // len(x) * distributed.global_batch_size(len(x)) if sync else n_here
         if n < 2:
-            raise ValueError(f"expected more than 1 value per channel when training, got {x.shape}")
+            raise BatchTooSmallError(
+                f"a batch norm got {tuple(x.shape)}, and needs more than 1 value per channel to "
+                "train: choose another --batch_size, --train_subset, or larger images"
+            )
         with torch.no_grad():
             mean, var = _statistics(x.flatten(2))
             if n > n_here:
@@ -404,23 +441,22 @@ def batch_norm_relu(
         mean, var = _at_least_float32(running_mean), _at_least_float32(running_var)
     gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    return _NormReLU.apply(x, gamma, beta, mean, (var + eps).rsqrt(), n)
+    return _BatchNorm.apply(x, gamma, beta, mean, (var + eps).rsqrt(), n, rectifier)
 
 
-class BatchNormReLU(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` and the ReLU after it, through `batch_norm_relu`; keys of `nn.BatchNorm2d`.
+batch_norm_relu = functools.partial(batch_norm, rectifier="relu")
 
-    `activation` is what remains of the module once its batch norm is folded away; `sync` is whether
-    statistics are those of all processes' shares of a batch.
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` through `batch_norm`.
+
+    `sync` is whether statistics are those of all processes' shares of a batch.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        """Take the arguments of `nn.BatchNorm2d`."""
-        super().__init__(*args, **kwargs)
-        self.activation, self.sync = nn.ReLU(), True
+    sync, rectifier = True, None  # of the class: `use_fast_layers` changes the class of a module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, C, H, W) to relu(batch_norm(x)), the same shape."""
+        """Map x (N, C, H, W) to φ(batch_norm(x)), the same shape; φ is the `rectifier`."""
         self._check_input_dim(x)
         momentum = self.momentum
         if self.training and self.num_batches_tracked is not None:
@@ -429,9 +465,61 @@ class BatchNormReLU(nn.BatchNorm2d):
                 momentum = 1.0 / float(self.num_batches_tracked)
         buffers = self.running_mean, self.running_var
         training = self.training or buffers == (None, None)
-        return batch_norm_relu(
-            x, self.weight, self.bias, *buffers, training, momentum or 0.0, self.eps, self.sync
-        )
+        options = (training, momentum or 0.0, self.eps, self.sync, self.rectifier)
+        return batch_norm(x, self.weight, self.bias, *buffers, *options)
+
+
+class BatchNormReLU(BatchNorm2d):
+    """`nn.BatchNorm2d` and the ReLU after it, in one; keys of `nn.BatchNorm2d`.
+
+    `activation` is what remains of the module once its batch norm is folded away.
+    """
+
+    rectifier = "relu"
+
+    def __init__(self, *args, **kwargs) -> None:
+        """Take the arguments of `nn.BatchNorm2d`."""
+        super().__init__(*args, **kwargs)
+        self.activation = nn.ReLU()
+
+
+class BatchNormBeforeRectifier(BatchNorm2d):
+    """A batch norm that does the work of the `ReLU` or `ReLU6` after it, its only reader, as well.
+
+    Its attribute `rectifier` says which.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C, H, W) to φ(batch_norm(x)), marked as rectified."""
+        y = super().forward(x)
+        y.is_rectified = True
+        return y
+
+
+class _PassesRectified:
+    """A module that returns what a `BatchNormBeforeRectifier` has rectified as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(x, "is_rectified", False):
+            return super().forward(x)
+        x.is_rectified = False  # for the batch norm's reader only, not for one after that
+        return x
+
+
+class ReLU(_PassesRectified, nn.ReLU):
+    """`nn.ReLU` where the batch norm before it may have done the work."""
+
+
+class ReLU6(_PassesRectified, nn.ReLU6):
+    """`nn.ReLU6` where the batch norm before it may have done the work."""
+
+
+class Add(nn.Module):
+    """The sum of a residual connection: a module, so that what is added can be quantized."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b, of one shape."""
+        return a + b
 
 
 # --- which layers ----------------------------------------------------------------------------
@@ -441,8 +529,15 @@ LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized and quantized
 
 
 def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Return every convolution and linear layer by name, in module order."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, LAYER_TYPES)}
+    """Return every convolution and linear layer by name, in module order.
+
+    Of several layers that share one weight, the first.
+    """
+    layer_of: dict[Tensor, tuple[str, nn.Conv2d | nn.Linear]] = {}
+    for name, m in net.named_modules():
+        if isinstance(m, LAYER_TYPES):
+            layer_of.setdefault(m.weight, (name, m))
+    return dict(layer_of.values())
 
 
 def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:

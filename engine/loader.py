@@ -1,7 +1,7 @@
 """Batches of images held in memory, cropped, flipped and normalized all at once."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,14 @@ from engine.distributed import share_bounds
 PADDING = 4  # black pixels on each side of an image before a random crop
 
 
+def seed_of(*key: object) -> int:
+    """Return a well-mixed function of `key`, from 0 to 2^64 − 1."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
+
+
 def seeded_generator(*key: object) -> torch.Generator:
     """Return a CPU generator of its own, seeded by a well-mixed function of `key`."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 class Loader:
@@ -60,7 +64,7 @@ class Loader:
         cache: bool = False,
     ) -> None:
         """Move the images to `device`; see the class for the arguments."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+        if images.dtype != torch.uint8 or len(images.shape) != 4 or len(images) != len(labels):
             raise ValueError("images must be uint8 (N, 3, H, W) with one label each")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"bad {batch_size=} or {rank=} of {world_size=}")
@@ -70,7 +74,8 @@ class Loader:
         self.seed, self.augment, self.shuffle = seed, augment, shuffle
         self.rank, self.world_size, self.memory_format = rank, world_size, memory_format
         self.labels = labels.to(device)
-        self.images = _all_crops(images.to(device)) if augment else images.to(device)
+        self.device = self.labels.device
+        self.images = self._hold(images)
         mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
         self.scale = (1 / (255 * std)).to(device, torch.float32)
         self.shift = (-mean / std).to(device, torch.float32)
@@ -89,35 +94,65 @@ class Loader:
 
         With a `step`, only every step-th batch.
         """
-        draws = [draw.to(self.labels.device) for draw in self._sample_augmentation(epoch)]
-        for number in range(start, len(self), step):
-            if self.cache is None:
-                yield self._batch(draws, number)
-            else:
-                if number not in self.cache:
-                    self.cache[number] = self._batch(draws, number)
-                yield self.cache[number]
+        numbers = range(start, len(self), step)
+        if self.cache is None:
+            yield from self._make(epoch, numbers)
+            return
+        made = self._make(epoch, [number for number in numbers if number not in self.cache])
+        for number in numbers:
+            if number not in self.cache:
+                self.cache[number] = next(made)
+            yield self.cache[number]
+
+    def close(self) -> None:
+        """End the processes that make batches, where there are any."""
+
+    def _hold(self, images: Tensor) -> Tensor:
+        """Return the images in the form that batches are made from."""
+        images = images.to(self.device)
+        return _all_crops(images) if self.augment else images
+
+    def _make(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Make this rank's share of the batches of these numbers, in their order."""
+        draws = [draw.to(self.device) for draw in self._sample_augmentation(epoch)]
+        for number in numbers:
+            yield self._batch(*(draw[self._share(number)] for draw in draws))
+
+    def _share(self, number: int) -> slice:
+        """Return the positions in the epoch of this rank's share of batch `number`."""
+        first, size = number * self.batch_size, self.n_images_in_batch(number)
+        begin, end = share_bounds(size, self.rank, self.world_size)
+        return slice(first + begin, first + end)
 
     def _sample_augmentation(self, epoch: int) -> list[Tensor]:
         """Return the epoch's image, crop row, crop column and flip at each position, (N,) each."""
         generator, n = seeded_generator("epoch", self.seed, epoch), self.n_images
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        order = self._order(generator)
         rows, columns = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator)
         flips = torch.randint(0, 2, (n,), generator=generator).bool()
         return [order, rows, columns, flips]
 
-    def _batch(self, draws: list[Tensor], number: int) -> tuple[Tensor, Tensor]:
-        """Make this rank's share of batch `number`."""
-        first, size = number * self.batch_size, self.n_images_in_batch(number)
-        begin, end = share_bounds(size, self.rank, self.world_size)
-        order, rows, columns, flips = (draw[first + begin : first + end] for draw in draws)
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Return the image at each position of an epoch, (N,)."""
+        if self.shuffle:
+            return torch.randperm(self.n_images, generator=generator)
+        return torch.arange(self.n_images)
+
+    def _batch(
+        self, order: Tensor, rows: Tensor, columns: Tensor, flips: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Make a batch of the images `order` with these crops and flips."""
         if self.augment:
             x = self.images[order, rows, columns]
             x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
         else:
             x = self.images[order]
+        return self._normalize(x), self.labels[order]
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Return uint8 images as normalized float32 in the memory format of batches."""
         x = x.to(torch.float32, memory_format=self.memory_format)
-        return x.mul_(self.scale).add_(self.shift), self.labels[order]
+        return x.mul_(self.scale).add_(self.shift)
 
 
 def _all_crops(images: Tensor) -> Tensor:

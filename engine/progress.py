@@ -1,4 +1,4 @@
-"""The progress of an epoch: a bar on a terminal, elsewhere a line now and then."""
+"""Progress: a bar on a terminal, elsewhere a line now and then."""
 
 import time
 from typing import Self
@@ -11,6 +11,43 @@ from engine.train_state import TrainProgress
 BAR_SECONDS = 0.5  # between looks at the numbers on a terminal; a look waits for the device
 LINE_SECONDS = 30.0  # between lines where there is no terminal
 SYNC_INTERVAL = 20  # batches between looks in a run of several processes
+
+
+class StepDisplay:
+    """Context manager that shows how many of `total` steps are done; rank 0 shows."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        """Start the clock."""
+        hidden = None if distributed.get_rank() == 0 else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, unit=unit, disable=hidden, leave=False)
+        self.total, self.unit, self.n_done, self.name = total, unit, 0, ""
+        self.started_at = self.shown_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Return this display."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    def describe(self, name: str) -> None:
+        """Name what the next steps are of."""
+        self.name = name
+        self.bar.set_description(name)
+
+    def step(self) -> None:
+        """Count a step."""
+        self.n_done += 1
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and distributed.get_rank() == 0 and now - self.shown_at > LINE_SECONDS:
+            self.shown_at = now
+            left = (now - self.started_at) / self.n_done * (self.total - self.n_done)
+            print(
+                f"{self.name}: {self.unit} {self.n_done} of {self.total}, {left:.0f} s left",
+                flush=True,
+            )
 
 
 class EpochDisplay:

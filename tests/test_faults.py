@@ -317,6 +317,8 @@ class NoTracker:
     def log(self, values):
         pass
 
+    summarize = log_weights = log
+
     def finish(self):
         return ""
 
@@ -632,7 +634,24 @@ class Server(BaseHTTPRequestHandler):
                     "files": [{"name": name, "uploadUrl": url} for name in given["files"]],
                 }
             }
-        return {"serverInfo": {"features": []}, "model": None, "entity": None}
+        if "CreateArtifact " in asked["query"]:
+            wanted = given["input"]
+            name = wanted["artifactCollectionName"]
+            state = "COMMITTED" if name in self.server.made_by else "PENDING"
+            self.server.made_by.setdefault(name, wanted["runName"])
+            artifact = {"id": name, "state": state, "artifactSequence": {"latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if "createArtifactManifest" in asked["query"]:
+            upload = {"uploadUrl": f"http://127.0.0.1:{self.server.server_port}/m"}
+            manifest = {"id": "m", "file": {**upload, "uploadHeaders": []}}
+            return {"createArtifactManifest": {"artifactManifest": manifest}}
+        if "createArtifactFiles" in asked["query"]:
+            return {"createArtifactFiles": {"files": {"edges": []}}}
+        if "useArtifact(" in asked["query"]:
+            wanted = given["input"]
+            self.server.uses.append((wanted["runName"], wanted["artifactID"]))
+            return {"useArtifact": {"artifact": {"id": wanted["artifactID"]}}}
+        return {"serverInfo": {"features": []}, "model": None, "entity": None, "project": None}
 
     do_GET = do_POST = do_PUT = answer
 
@@ -644,6 +663,7 @@ def server():
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # a client that gives up is no error here
     server.run_ids, server.n_streams, server.hangs_after = set(), 0, math.inf
+    server.made_by, server.uses = {}, []  # artifacts: the run that logged each, and (run, artifact)
     server.over = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -720,3 +740,29 @@ def test_a_resumed_run_is_the_same_run_for_the_logger(server, tmp_path):
     completed, _ = train_online(9, tmp_path, "--n_epochs", "6", "--resume", "--override")
     [run_id] = server.run_ids
     assert f"-{run_id}" in completed.stdout and list(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
+
+
+@pytest.mark.faults
+def test_offline_runs_are_linked_by_their_weights_once_they_are_uploaded(server, tmp_path):
+    """A training's weights are its output and the quantization's input, for wandb's own upload."""
+    env = {**os.environ, "WANDB_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+    online = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+
+    def call(*command, **changes):
+        completed = subprocess.run(
+            command, cwd=tmp_path, text=True, capture_output=True, timeout=200, env=env | changes
+        )
+        assert completed.returncode == 0, completed.stderr
+        return completed
+
+    script = (sys.executable, tiny_scripts.__file__)
+    call(*script, "train.py", *FAST, "--n_epochs", "1", "--log_model", WANDB_MODE="offline")
+    common = ("--model", "Tiny", "--dataset", "Tiny", "--bits", "4", "--schemes", "uniform")
+    call(*script, "quant_inference.py", "r.pt", *common, "--no_plots", WANDB_MODE="offline")
+    trained = json.loads((tmp_path / "r.json").read_text())
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*"), key=lambda path: path.name)
+    assert trained["run_id"] in first.name
+    for folder in (first, second):
+        call(sys.executable, "-m", "wandb", "sync", folder, **online)
+    name, quantized = trained["artifact"]["name"], second.name.rpartition("-")[2]
+    assert server.made_by[name] == trained["run_id"] and server.uses == [(quantized, name)]

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import models
 import quant_inference as qi
 import quant_utils as qu
-from engine import layers
+from engine import layers, progress
 from engine.io import save_weights
 from models import ConvNet
 
@@ -129,8 +130,8 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
         assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
     net = qi.load_network(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), tiny, foldable=True)
-    for row, quantizer in ((rows[1], qu.uniform), (rows[3], qu.pwlq)):
-        net_q, layers = qu.quantize_model(net, quantizer, 3)
+    for row, quantizer, source in ((rows[1], qu.uniform, "weight"), (rows[3], qu.pwlq, "own")):
+        net_q, layers = qu.quantize_model(net, quantizer, 3, bias_range=source)
         assert row["squared_error"] == qu.model_error(layers)
         images = tiny.test_images / 255
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
@@ -158,6 +159,8 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         ["--avg_in_layer"],
         ["--act_bits", "3"],
         ["--act_bits", "same", "--calibration", "percentile"],
+        ["--biases", "full"],
+        ["--biases", "weight"],
         ["--act_bits", "3", "--calibration", "minmax", "--calibration_images", "70"],
         ["--recalibrate_bn_images", "64"],
     ],
@@ -171,8 +174,56 @@ def test_every_option_changes_the_result(tiny, flags):
     assert main(*common, *flags) == 0
     changed = results()["rows"]
     assert plain[0]["accuracy"] == changed[0]["accuracy"]
-    key = "loss" if flags[0] in ("--act_bits", "--recalibrate_bn_images") else "squared_error"
+    of_other_values = ("--act_bits", "--recalibrate_bn_images", "--biases")
+    key = "loss" if flags[0] in of_other_values else "squared_error"
     assert plain[1][key] != changed[1][key] and math.isfinite(changed[1]["loss"])
+
+
+def test_biases_as_published_keep_full_precision_or_stay_on_the_weights_grid(tiny, capsys):
+    net = make_net()
+    net.classifier.bias.data.normal_()
+    save_weights(net, Path("a.pt"))
+    quantized = {}
+    for biases in qi.BIASES:
+        args = qi.make_parser().parse_args(["a.pt", "--biases", biases])
+        for scheme in ("dorefa", "pwlq"):
+            layer = qi.quantize_one_layer(net, "classifier", scheme, 3, args)[0].classifier
+            quantized[biases, scheme] = layer.bias
+    b, w = net.classifier.bias.detach(), net.classifier.weight
+    assert all(torch.equal(quantized["full", scheme], b) for scheme in ("dorefa", "pwlq"))
+    assert torch.equal(quantized["published", "pwlq"], qu.pwlq(b, 3))
+    assert torch.equal(quantized["weight", "pwlq"], qu.pwlq(b, 3, range_source=w))
+    assert torch.equal(quantized["published", "dorefa"], quantized["weight", "dorefa"])
+    assert quantized["published", "dorefa"].abs().max() <= w.abs().max() < b.abs().max()
+    assert main("a.pt", "--bits", 8, "--schemes", "dorefa", "pwlq", "--no_plots") == 0
+    said = "biases: on their weights' grids (dorefa); with a range of their own (pwlq)"
+    assert said in capsys.readouterr().out
+
+
+def test_ranges_of_bits_and_several_bits_of_activations(tiny):
+    save_weights(make_net(), Path("a.pt"))
+    flags = ["--bits", "3-4", 8, "--act_bits", "same", 8, "--schemes", "uniform"]
+    assert main("a.pt", *flags) == 0
+    pairs = [(row["bits"], row["act_bits"]) for row in results()["rows"][1:]]
+    assert pairs == [(3, 3), (3, 8), (4, 4), (4, 8), (8, 8)]
+    assert Path("accuracy.png").read_bytes().startswith(PNG)
+
+
+def test_without_a_terminal_it_prints_how_far_it_is(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a: network 1 of 2, ") and lines[0].endswith(" s left")
+    assert lines[1].startswith("a: network 2 of 2, 0 s left")
+
+
+def test_the_first_test_images_are_enough_for_a_quick_look(tiny, capsys):
+    save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--bits", 4, "--test_subset", 5, "--no_plots") == 0
+    assert all(row["accuracy"] * 5 == round(row["accuracy"] * 5) for row in results()["rows"])
+    assert main("a.pt", "--test_subset", 49) == 1
+    assert "--test_subset 49: choose 1 to 48 images" in capsys.readouterr().err
 
 
 def test_bfloat16_convolutions_only_blur_the_loss(tiny):
@@ -311,21 +362,6 @@ def test_without_one_good_file_nothing_is_written(tiny, capsys):
     assert "missing.pt" in capsys.readouterr().err and not list(Path(".").iterdir())
 
 
-def test_globs_and_names(tiny):
-    for path in ("a/net.pt", "b/net.pt", "b/[1].pt", "net.1", "net.2"):
-        Path(path).parent.mkdir(exist_ok=True)
-        Path(path).touch()
-    paths = qi.resolve_paths(["*/net.pt", "a/net.pt", "b/[1].pt", "c*.pt", "net.[12]"])
-    assert paths == {
-        "a/net.pt": Path("a/net.pt"),
-        "b/net.pt": Path("b/net.pt"),
-        "[1]": Path("b/[1].pt"),
-        "c*": Path("c*.pt"),
-        "net.1": Path("net.1"),
-        "net.2": Path("net.2"),
-    }
-
-
 def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "a", "x" * 300, "--bits", 4, "--schemes", "uniform") == 1
@@ -335,7 +371,7 @@ def test_a_name_with_and_without_suffix_is_two_files(tiny, capsys):
 
 
 def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(qi.MODELS, "Reordered", reference.Reordered)
+    monkeypatch.setitem(models.MODELS, "Reordered", reference.Reordered)
     torch.manual_seed(0)
     net = reference.Reordered(10).eval()
     net.norm.running_mean.fill_(-1.5)
@@ -350,7 +386,7 @@ def test_a_network_that_does_not_fold_is_evaluated_as_it_is(tiny, monkeypatch, c
     capsys.readouterr()
     assert main(*flags, "--fold_bn") == 1
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--fold_bn: Reordered: a batch norm does not run" in message
+    assert message.count("\n") == 1 and "--fold_bn: no batch norm after a convolution" in message
 
 
 def test_earlier_results_are_renamed(tiny, capsys):
@@ -429,6 +465,9 @@ def test_constant_and_zero_layers_give_finite_results(tiny):
         (["--schemes", "uniform", "--trials", "5"], "--trials (needs a stochastic scheme)"),
         (["--calibration", "minmax"], "--calibration (needs --act_bits)"),
         (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images (needs batch norms"),
+        (["--biases", "weight", "--fold_bn"], "--biases (needs no --fold_bn)"),
+        (["--absolute_weights", "--no_plots"], "--absolute_weights (needs no --no_plots)"),
+        (["--image_size", "64"], "--image_size (needs --dataset ImageFolder)"),
     ],
 )
 def test_flags_without_effect_are_named_and_ignored(flags, message, capsys):
@@ -447,6 +486,8 @@ def test_flags_without_effect_are_named_and_ignored(flags, message, capsys):
         (["--bits", "1"], "2 to 16"),
         (["--bits", "17"], "2 to 16"),
         (["--bits", "4.5"], "2 to 16"),
+        (["--bits", "8-4"], "a range of them such as 4-8"),
+        (["--bits", "1-4"], "2 to 16"),
         (["--schemes", "ternary"], "uniform, dorefa, pwlq"),
         (["--act_bits", "1"], "2 to 16"),
         (["--calibration", "mean"], "topk_median"),
@@ -505,3 +546,4 @@ def test_per_layer(tiny, capsys):
     assert missed < 0.1 * total
     assert "one layer at a time" in capsys.readouterr().out
     assert len(Path("per_layer.csv").read_text().splitlines()) == 11
+    assert Path("per_layer.png").read_bytes().startswith(PNG)

@@ -348,7 +348,7 @@ def test_what_is_no_quantized_weight_is_refused(quantizer, message):
     net = nn.Sequential()
     net.add_module("conv", nn.Conv2d(3, 4, 3))
     with pytest.raises(ValueError, match=message):
-        qu.quantize_model(net, quantizer, 4, biases=False)
+        qu.quantize_model(net, quantizer, 4, bias_range=None)
 
 
 def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):
@@ -371,7 +371,7 @@ def test_bias_shares_the_levels_of_its_weight_or_stays(net):
     net.classifier.bias.data.mul_(100)
     layer = qu.quantize_model(net, qu.uniform, 3)[0].classifier
     assert len(torch.cat([layer.weight.flatten(), layer.bias]).unique()) <= 2**3
-    layer = qu.quantize_model(net, qu.uniform, 3, biases=False)[0].classifier
+    layer = qu.quantize_model(net, qu.uniform, 3, bias_range=None)[0].classifier
     assert torch.equal(layer.bias, net.classifier.bias)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
+from PIL import Image
 from torch import nn
 
 import combined_protocol
@@ -20,8 +22,10 @@ import quant_utils
 import regularizers
 import study
 import train
+from engine.batch_norm import fold_batch_norm
 from engine.gradients import compute_gradients
 from engine.loader import Loader
+from engine.networks import run_network, use_fast_layers
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -67,6 +71,7 @@ def test_every_command_parses(command):
         return
     module = importlib.import_module(script.stem)
     flags = [word for word in words[first + 1 :] if word not in ("--help", *OF_EXTENDING)]
+    flags = ["ConvNet" if word == "TinyResNet" else word for word in flags]  # of extending.md, too
     module.make_parser().parse_args(flags)
 
 
@@ -307,7 +312,7 @@ def extended():
 
 def tiny_net():
     torch.manual_seed(0)
-    return models.MODELS["TinyNet"](num_classes=4).double()
+    return models.MODELS["TinyResNet"](num_classes=4).double()
 
 
 def batch():
@@ -336,29 +341,33 @@ def test_the_option_of_the_page_is_a_flag(extended):
 
 
 def test_the_network_and_the_gradient_penalty_of_the_page_take_an_exact_step(extended):
-    net, reference, (x, y) = tiny_net(), tiny_net(), batch()
+    net, slow_net, (x, y) = use_fast_layers(tiny_net()), tiny_net(), batch()
     criterion, penalty_of = nn.CrossEntropyLoss(), regularizers.make_regularizer("saliency", 0.1)
     loss, penalty, _ = compute_gradients(net, criterion, penalty_of, x, y, torch.float64)
-    logits, activations = reference(x)
-    assert [tuple(a.shape) for a in activations] == [(6, 16, 8, 8), (6, 32, 4, 4)]
-    weights = [p for name, p in reference.named_parameters() if p.dim() > 1]
+    logits, activations = reference.WithActivations(slow_net)(x)
+    assert [tuple(a.shape) for a in activations] == 3 * [(6, 16, 8, 8)] + 2 * [(6, 32, 4, 4)]
+    assert len(run_network(net, x, with_activations=True)[1]) == 5
+    weights = [p for name, p in slow_net.named_parameters() if p.dim() > 1]
     slow_loss = criterion(logits, y)
     grads = torch.autograd.grad(slow_loss, weights, create_graph=True)
     slow_penalty = 0.1 * sum((w * g).abs().sum() for w, g in zip(weights, grads, strict=True))
-    slow = torch.autograd.grad(slow_loss + slow_penalty, list(reference.parameters()))
+    slow = torch.autograd.grad(slow_loss + slow_penalty, list(slow_net.parameters()))
     assert (loss.item(), penalty.item()) == pytest.approx((slow_loss.item(), slow_penalty.item()))
     for p, g in zip(net.parameters(), slow, strict=True):
         torch.testing.assert_close(p.grad, g)
 
 
 def test_the_network_of_the_page_trains_in_bfloat16_and_quantizes(extended):
-    net, (x, y) = tiny_net().float(), batch()
+    net, (x, y) = use_fast_layers(tiny_net().float()), batch()
     made = regularizers.make_regularizer("L2Grad", 0.01)
     compute_gradients(net, nn.CrossEntropyLoss(), made, x.float(), y, torch.bfloat16)
     assert all(p.grad.isfinite().all() for p in net.parameters())
     net_q, errors = quant_utils.quantize_model(net, quant_utils.uniform, 4)
-    assert [e.name for e in errors] == ["block0.0", "block1.0", "classifier"]
-    assert net_q.eval()(x.float())[0].shape == (6, 4)
+    names = ["stem.0", *(f"blocks.{i}.conv{n}" for i in (0, 1) for n in (1, 2))]
+    assert [e.name for e in errors] == [*names, "blocks.1.down.0", "classifier"]
+    assert net_q.eval()(x.float()).shape == (6, 4)
+    folded = fold_batch_norm(net.eval())
+    torch.testing.assert_close(folded(x.float()), net(x.float()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_bits", [2, 4])
@@ -390,6 +399,21 @@ def test_the_data_set_of_the_page_makes_batches(extended, tmp_path):
     sizes = [(tuple(x.shape), tuple(y.shape)) for x, y in loader.batches(0)]
     assert sizes == [((4, 3, 8, 8), (4,)), ((4, 3, 8, 8), (4,)), ((2, 3, 8, 8), (2,))]
     assert found.num_classes == 5
+
+
+def test_the_files_of_the_page_make_batches(extended, tmp_path):
+    with pytest.raises(data.DataError, match="train.txt"):
+        data.load("MyFiles", str(tmp_path), 0)
+    for i in range(4):
+        Image.new("RGB", (9, 12), (i, 0, 0)).save(tmp_path / f"a picture {i}.png")
+    (tmp_path / "train.txt").write_text("".join(f"a picture {i}.png {i}\n" for i in range(3)))
+    (tmp_path / "test.txt").write_text("a picture 3.png 4\n")
+    found = data.load("MyFiles", str(tmp_path), 0, image_size=8, workers=0, cache_images=0)
+    settings = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    loader = found.make_loader(found.train_images, found.train_labels, 2, **settings)
+    batches = [(x[:, 0].mean((1, 2)).tolist(), y.tolist()) for x, y in loader.batches(0)]
+    assert batches == [([0, 1], [0, 1]), ([2], [2])] and found.test_labels.tolist() == [4]
+    assert data.accepts("MyFiles", "image_size") and not data.accepts("MyImages", "image_size")
 
 
 def test_the_variants_of_the_page_can_be_run(extended):

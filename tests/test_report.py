@@ -1,6 +1,5 @@
 import json
 import math
-from types import SimpleNamespace
 
 from analysis import report
 
@@ -20,7 +19,7 @@ def make_rows():
 def test_a_row_has_the_means_over_trials():
     trials = [report.Trial(0.5, 2.0, 3.0), report.Trial(0.7, 4.0, 5.0)]
     row = report.make_row("a", "dorefa", 4, trials, 0.9, levels=16, act_bits=8)
-    assert tuple(row) == report.COLUMNS
+    assert tuple(row) == report.MEASURED
     assert math.isclose(row["accuracy"], 0.6) and row["loss"] == 3 and row["squared_error"] == 4
     assert row["accuracy_change"] == row["accuracy"] - 0.9
     assert math.isclose(row["accuracy_std"], math.sqrt(0.02))
@@ -42,19 +41,3 @@ def test_results_json_is_json_also_with_a_loss_that_is_not_a_number(tmp_path):
     text = (tmp_path / "results.json").read_text(encoding="utf-8")
     saved = json.loads(text, parse_constant=refuse)["rows"]
     assert saved == [row | {"loss": None, "squared_error": None} for row in rows]
-
-
-def test_rows_plots_and_curves_are_logged(tmp_path):
-    logged, defined = [], {}
-    rows, picture = make_rows(), tmp_path / "accuracy.png"
-    logger = SimpleNamespace(
-        run=object(),
-        define=lambda name, step: defined.update({name: step}),
-        wandb=SimpleNamespace(Table=lambda columns, cells: cells, Image=lambda path: path),
-        log=logged.append,
-    )
-    report.log_results(logger, rows, [], {"accuracy": picture})
-    curve, rest = logged
-    assert curve["bits"] == 4 and curve["accuracy/a_net/uniform"] == 0.5
-    assert set(defined) == set(curve) - {"bits"} and set(defined.values()) == {"bits"}
-    assert len(rest["results"]) == len(rows) and rest["plots/accuracy"] == str(picture)

@@ -260,9 +260,6 @@ def test_the_plan_runs_nothing(scripts, capsys):
         (["--n_epochs", "2"], "'2'"),
         (["--train_flags", "it's"], "No closing quotation"),
         (["--plan", "--tables"], "--tables"),
-        (["--tables", "--only", "control"], "--only"),
-        (["--tables", "--jobs", "2"], "--jobs"),
-        (["--epoch_seconds", "9"], "--epoch_seconds needs --plan"),
         (["--out", "file"], "file"),
         (["--tables"], "no results in results/study yet"),
     ],
@@ -274,6 +271,20 @@ def test_bad_flags(flags, reason, scripts, capsys):
     output = capsys.readouterr().err
     assert refused.value.code in (1, 2) and output.count("\n") == 1 and reason in output
     assert not scripts()
+
+
+def test_flags_without_effect_are_named_and_ignored(finished, capsys):
+    flags = ["--jobs", "2", "--seeds", "5", "--epoch_seconds", "9"]
+    study.main(["--out", "out", "--tables", *flags])
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "renewed the tables" in printed.out
+    assert all(flag in printed.err for flag in flags if flag.startswith("--"))
+
+
+def test_without_a_terminal_it_prints_how_far_each_job_is(scripts, capsys, monkeypatch):
+    monkeypatch.setattr(study_jobs, "LINE_SECONDS", 0)
+    assert main("--only", "control", "--seeds", "0") == 0
+    assert "seed0/trunk: $ python train.py --lr 0.1" in capsys.readouterr().out
 
 
 def test_a_folder_holds_one_study(scripts, capsys, monkeypatch):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import train
+from analysis.offline_run import read_offline_run
 from engine import environment, tracking
+from engine.errors import FileError
 from models import ConvNet
 
 FAST = (
@@ -34,26 +36,13 @@ def test_keys_are_found_where_wandb_looks(no_key, monkeypatch, tmp_path):
     assert tracking.has_key()
 
 
-def logged_rows(folder):
-    """Return the rows logged by the offline run in folder, read by wandb's own inspector."""
-    [log] = folder.glob("wandb/offline-run-*/*.wandb")
-    wandb = Path(sys.executable).with_name("wandb")
-    printed = subprocess.run(
-        [wandb, "leet", "inspect", "--json", log],
-        text=True,
-        check=True,
-        capture_output=True,
-        timeout=60,
-    ).stdout
-    records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return [set(record["history"]["item"]) for record in records if "history" in record]
-
-
 def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypatch, tmp_path):
     """In an interpreter of its own, whose end is what wandb waits for."""
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # a copy of the weights goes there
     flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
+    flags += ["--wandb_group", "g", "--wandb_tags", "a", "b", "--wandb_notes", "why", "--log_model"]
     completed = subprocess.run(  # epochs of two batches
         [sys.executable, train.__file__, *map(str, flags)],
         cwd=tmp_path,
@@ -64,7 +53,10 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
     )
     assert completed.returncode == 0, completed.stderr
     assert "wandb leet" in completed.stdout and "wandb sync" in completed.stdout
-    rows = logged_rows(tmp_path)
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = read_offline_run(log)
+    rows = logged["history"]
+    check_columns(logged, json.loads(Path(tmp_path, "ConvNet_Synthetic_L2Grad.json").read_text()))
     epoch, _ = [row for row in rows if "train_loss" in row]
     assert {
         "train_loss",
@@ -76,10 +68,43 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
         "lr",
         "epoch_seconds",
         "epoch",
-    } <= epoch
-    [watched] = [row for row in rows if "parameters/classifier.bias._type" in row]
-    names = [name for name, _ in ConvNet().named_parameters()]
-    assert {f"{kind}/{n}._type" for kind in ("parameters", "gradients") for n in names} <= watched
+    } <= epoch.keys()
+    [watched] = [row for row in rows if "parameters/classifier.bias" in row]
+    for name, p in ConvNet().named_parameters():
+        for kind in ("parameters", "gradients"):
+            histogram = watched[f"{kind}/{name}"]
+            assert histogram["_type"] == "histogram" and sum(histogram["values"]) == p.numel()
+            assert len(histogram["bins"]) == len(histogram["values"]) + 1
+
+
+def check_columns(logged, record):
+    """Of a training: what its runs are grouped, filtered, sorted and linked by."""
+    names = {"job_type": "train", "group": "g", "tags": ["a", "b"], "notes": "why"}
+    assert names.items() <= logged["run"].items() and logged["run"]["id"] == record["run_id"]
+    settings = {k: v for k, v in record["settings"].items() if v not in (None, [], "")}
+    assert settings.items() <= logged["config"].items()
+    assert set(logged["config"]) - set(settings) <= {"git_commit", "git_uncommitted_changes"}
+    assert logged["config"].get("git_commit") == record["git_commit"]
+    accuracies = [entry["test_accuracy"] for entry in record["history"]]
+    expected = {
+        "final_accuracy": record["final_accuracy"],
+        "best_accuracy": max(accuracies),
+        "best_epoch": accuracies.index(max(accuracies)),
+        "total_seconds": record["seconds"],
+    }
+    assert expected.items() <= logged["summary"].items()
+    [weights] = logged["artifacts"]
+    assert {key: weights[key] for key in ("name", "digest")} == record["artifact"]
+    assert weights["name"] == f"weights-{record['run_id']}" and weights["run_id"] in weights["name"]
+
+
+def test_what_is_no_log_is_refused_in_one_line(tmp_path):
+    with pytest.raises(FileError, match="no such log"):
+        read_offline_run(tmp_path / "x.wandb")
+    (tmp_path / "x.wandb").write_bytes(b"not a log")
+    with pytest.raises(FileError, match=r"x\.wandb is not a log") as error:
+        read_offline_run(tmp_path / "x.wandb")
+    assert "\n" not in str(error.value)
 
 
 def test_online_without_a_key_goes_on_offline(script, no_key):
@@ -114,6 +139,7 @@ def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, mon
     tracker = object.__new__(tracking.WandbLogger)
     tracker.run = tracker.wandb = Broken(call)
     tracker.healthy, tracker.folder = True, tmp_path / "run-1-x"
+    monkeypatch.setattr(tracker, "failed_modes", set(), raising=False)
     tracker.folder.mkdir()
     started_at = time.monotonic()
     for epoch in range(9):

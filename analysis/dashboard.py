@@ -1,0 +1,133 @@
+"""What a quantization logs in Weights & Biases: a run a network, linked with its training."""
+
+import argparse
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.report import COLUMNS, FLOAT_BITS, LAYER_COLUMNS, UNQUANTIZED, Results, Row
+from analysis.weights_files import WeightsFile
+from engine.tracking import WandbLogger, how_to_open, new_run_id, weights_name
+
+
+def log_quantizations(
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
+    files: Mapping[str, WeightsFile],
+    results: Results,
+    plots: Mapping[str, Path],
+) -> str:
+    """Log a run for each network, and return lines that say how to open them.
+
+    A run each, and not one for all: then a network is a row of the project's table of runs, and its
+    accuracies are columns. `files` are those of the networks and `plots` the pictures, by title; a
+    title weights/<name> is of that network alone.
+    """
+    loggers = []
+    for name, file in files.items():
+        others = {f"weights/{other}" for other in files if other != name}
+        own = [
+            [row for row in all_rows if row["checkpoint"] == name]
+            for all_rows in (results.rows, results.layer_rows)
+        ]
+        config = {**settings, "checkpoints": [str(file.path)], **describe_training(file.record)}
+        run_id = uuid.uuid4().hex[:12] if loggers else new_run_id()  # a sweep gives one
+        logger = WandbLogger(args, "quantize", f"quantize_{name}", config, run_id)
+        try:
+            log_results(logger, *own, {k: v for k, v in plots.items() if k not in others})
+            use_weights(logger, file)
+        except BaseException as error:  # such as Ctrl-C
+            logger.fail(error)
+            raise
+        finally:
+            logger.close()
+        loggers.append(logger)
+    return how_to_open(loggers)
+
+
+# --- where the weights come from -------------------------------------------------------------
+
+
+def describe_training(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config entry "training": run ID and name, final accuracy, and its settings."""
+    if not record:
+        return {}
+    settings = {k: v for k, v in record["settings"].items() if not k.startswith("wandb_")}
+    told = {key: record.get(key) for key in ("run_id", "git_commit", "final_accuracy")}
+    return {"training": {**settings, **told}}
+
+
+def use_weights(logger: WandbLogger, file: WeightsFile) -> None:
+    """Log the weights as the run's input, under the name that their training gave them."""
+    path, record = file.path, file.record
+    artifact = record.get("artifact")
+    if isinstance(artifact, dict) and artifact.keys() >= {"name", "digest"}:
+        logger.use_weights(path, str(artifact["name"]), str(artifact["digest"]))
+    else:
+        made_by = record.get("run_id") or path.stem
+        logger.use_weights(path, weights_name(str(made_by)), None)
+
+
+# --- numbers, tables and pictures ------------------------------------------------------------
+
+
+def measures(row: Row) -> dict[str, float]:
+    """Return what of a row is compared, under its name in the dashboard."""
+    return {
+        "accuracy": row["accuracy"],
+        "accuracy_drop": -row["accuracy_change"],
+        "squared_error": row["squared_error"],
+    }
+
+
+def summary(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the summary of one network: a key a measure, scheme and bit-width.
+
+    accuracy/uniform/4 is that of 4-bit weights, accuracy/uniform/4,8 with 8-bit activations as
+    well, and accuracy/full that of the network as it was trained. A drop of 0.01 is one point.
+    """
+    values = {}
+    for row in rows:
+        if row["scheme"] == UNQUANTIZED:
+            values["accuracy/full"], values["loss/full"] = row["accuracy"], row["loss"]
+            continue
+        bits = str(row["bits"])
+        if row["act_bits"] != FLOAT_BITS:
+            bits += f",{row['act_bits']}"
+        for name, value in measures(row).items():
+            values[f"{name}/{row['scheme']}/{bits}"] = value
+    return values
+
+
+def curves(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """Return rows of the history, one per bit-width, whose x axis is "bits".
+
+    A curve is named accuracy/uniform, with /act_8 at its end for 8-bit activations and /act_same
+    where all have as many bits as the weights.
+    """
+    quantized = [row for row in rows if row["scheme"] != UNQUANTIZED]
+    is_same = all(row["act_bits"] == row["bits"] for row in quantized)
+    points: dict[int, dict[str, float]] = {}
+    for row in quantized:
+        act_bits = "same" if is_same else row["act_bits"]
+        ending = "" if act_bits == FLOAT_BITS else f"/act_{act_bits}"
+        point = points.setdefault(row["bits"], {"bits": row["bits"]})
+        for name, value in measures(row).items():
+            point[f"{name}/{row['scheme']}{ending}"] = value
+    return [points[n_bits] for n_bits in sorted(points)]
+
+
+def log_results(
+    logger: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], plots: Mapping[str, Path]
+) -> None:
+    """Log the numbers of one network, and the plots, paths by title, as images."""
+    points = curves(rows)
+    for name in dict.fromkeys(name for point in points for name in point):
+        logger.define(name, "bits", "none")  # the summary has a key of its own per bit-width
+    for point in points:
+        logger.log(point)
+    logger.summarize(summary(rows))
+    tables = {"results": (COLUMNS, rows), "per_layer": (LAYER_COLUMNS, layer_rows)}
+    images = {f"plots/{title}": path for title, path in plots.items()}
+    logger.log_media({name: table for name, table in tables.items() if table[1]}, images)

@@ -1,0 +1,165 @@
+"""How regularizers shape the weights: networks beside each other, layer by layer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import pstdev
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from analysis.figures import COLOURS, STYLE, save_png, wrap
+from analysis.report import Row
+from engine.layers import quantizable_layers
+
+COLUMNS = ("checkpoint", "layer", "n_weights", "mean", "std", "kurtosis", "max_over_std")
+N_LAYERS = 5  # in the figure, where none are named
+N_BINS = 81
+
+Weights = Mapping[str, Mapping[str, Tensor]]  # of each network, by name: of each layer, by name
+
+
+def layer_weights(nets: Mapping[str, nn.Module]) -> Weights:
+    """Return the weights of every quantizable layer of every network, flat and in float64."""
+    return {
+        name: {key: layer.weight.detach().double().flatten() for key, layer in layers.items()}
+        for name, layers in ((name, quantizable_layers(net)) for name, net in nets.items())
+    }
+
+
+def statistics(weights: Weights) -> list[Row]:
+    """Return a row of COLUMNS for each network and layer.
+
+    The kurtosis is the mean fourth power of (w − mean)/std: 3 for normal weights, 1.8 for uniform
+    ones. `max_over_std` is max|w| / std: how many standard deviations the quantizer's range has to
+    cover, and with it the step in units of a typical weight. Of equal weights both are None.
+    """
+    return [
+        {"checkpoint": name, "layer": layer, "n_weights": w.numel(), **_moments(w)}
+        for name, layers in weights.items()
+        for layer, w in layers.items()
+    ]
+
+
+def _moments(w: Tensor) -> Row:
+    mean, std = w.mean(), w.std(correction=0)
+    row = {"mean": mean.item(), "std": std.item(), "kurtosis": None, "max_over_std": None}
+    if std > 0:
+        row["kurtosis"] = ((w - mean) / std).pow(4).mean().item()
+        row["max_over_std"] = (w.abs().max() / std).item()
+    return row
+
+
+def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str]:
+    """Return the layers to show, in the networks' order: those wanted, or the most telling ones.
+
+    Those are the N_LAYERS in which max/σ differs most between the networks. Raises ValueError where
+    a wanted layer is missing, or the networks have no layer in common.
+    """
+    by_layer: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], {})[row["checkpoint"]] = row["max_over_std"] or 0.0
+    n_networks = len({row["checkpoint"] for row in rows})
+    shared = [layer for layer, values in by_layer.items() if len(values) == n_networks]
+    if missing := [layer for layer in wanted or () if layer not in shared]:
+        raise ValueError(f"--layers {missing[0]}: choose among {', '.join(shared) or 'none'}")
+    if not shared:
+        raise ValueError("the networks have no layer of the same name")
+    spread = {layer: pstdev(by_layer[layer].values()) for layer in shared}
+    chosen = wanted or sorted(shared, key=spread.__getitem__, reverse=True)[:N_LAYERS]
+    return [layer for layer in shared if layer in chosen]
+
+
+def distributions_plot(weights: Weights, layers: Sequence[str], absolute: bool, path: Path) -> None:
+    """Draw a histogram of each of the layers: a row a network, a column a layer.
+
+    The panels of a column share their axis, in units of the layer's standard deviation in each
+    network or, if `absolute`, of the weights themselves.
+    """
+    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+        figure = Figure(figsize=(1 + 2.1 * len(layers), 0.6 + 1.25 * len(weights)))
+        panels = figure.subplots(len(weights), len(layers), sharex="col", squeeze=False)
+        for i, (name, tensors) in enumerate(weights.items()):
+            for axes, layer in zip(panels[i], layers, strict=True):
+                histogram_panel(axes, tensors[layer], absolute, COLOURS[i % len(COLOURS)])
+            panels[i][0].set_ylabel(wrap(name, 22), rotation=0, ha="right", va="center")
+        unit = "weight" if absolute else "weight / σ"
+        for axes, layer in zip(panels[0], layers, strict=True):
+            axes.set_title(layer)
+        for axes in panels[-1]:
+            axes.set_xlabel(unit)
+        save_png(figure, path)
+
+
+def histogram_panel(axes: Axes, w: Tensor, absolute: bool, colour: str) -> None:
+    """Draw the histogram of w, whose ends are marked, with σ, kurtosis and max/σ as text."""
+    moments = _moments(w)
+    shown = w if absolute or not moments["std"] else w / moments["std"]
+    heights, edges = torch.histogram(shown.float().cpu(), bins=N_BINS)
+    axes.stairs(heights / heights.max(), edges, fill=True, color=colour, alpha=0.75)
+    axes.vlines(shown.aminmax(), 0, 0.35, color="#333333", linewidth=1)
+    axes.set_yticks([])
+    lines = [f"σ {moments['std']:.3g}"]
+    if moments["kurtosis"] is not None:
+        lines += [f"kurt. {moments['kurtosis']:.1f}", f"max/σ {moments['max_over_std']:.1f}"]
+    axes.text(
+        0.99, 0.97, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=7
+    )
+
+
+# --- over the epochs of a training -----------------------------------------------------------
+
+
+class Histogram(NamedTuple):
+    """A histogram that --watch logged: n counts between n + 1 edges, after so many epochs."""
+
+    epoch: float
+    edges: Sequence[float]
+    counts: Sequence[float]
+
+
+def logged_histograms(history: Iterable[Mapping[str, Any]], parameter: str) -> list[Histogram]:
+    """Return the histograms of a parameter, such as "layer4.0.weight", in a run's logged rows.
+
+    `history` is that of `read_offline_run`.
+    """
+    key = f"parameters/{parameter}"
+    rows = [row for row in history if key in row]
+    return [Histogram(row["epoch"], row[key]["bins"], row[key]["values"]) for row in rows]
+
+
+def epochs_plot(runs: Mapping[str, Sequence[Histogram]], parameter: str, path: Path) -> None:
+    """Draw how a parameter's distribution moves: a panel a run, a curve an epoch, the first below.
+
+    All curves have the same area.
+    """
+    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+        figure = Figure(figsize=(1 + 3.2 * len(runs), 3.8))
+        panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
+        highest = max(max(_density(h)) for run in runs.values() for h in run)
+        for axes, (name, run) in zip(panels, runs.items(), strict=True):
+            for i, histogram in enumerate(run):
+                heights = [i + 2 * value / highest for value in _density(histogram)]
+                axes.stairs(
+                    heights,
+                    histogram.edges,
+                    baseline=i,
+                    fill=True,
+                    color="#0072B2",
+                    alpha=0.55,
+                    zorder=len(run) - i,
+                )
+            axes.set(title=name, xlabel=parameter)
+            axes.set_yticks(range(len(run)), [f"{h.epoch:.0f}" for h in run])
+        panels[0].set_ylabel("epochs")
+        save_png(figure, path)
+
+
+def _density(histogram: Histogram) -> list[float]:
+    widths = [b - a for a, b in pairwise(histogram.edges)]
+    total = sum(histogram.counts)
+    return [n / total / w for n, w in zip(histogram.counts, widths, strict=True)]

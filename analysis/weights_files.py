@@ -1,0 +1,101 @@
+"""Files of weights that a command line names, and what the record beside each says of its training.
+
+The record of `<name>.pt` is `<name>.json`; a checkpoint, `<name>.ckpt`, holds its settings itself.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import DataError, FileError
+from engine.io import CONTENT_ERRORS, torch_load
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file of weights. `record` is that of its training, empty where there is none."""
+
+    path: Path
+    record: Mapping[str, Any]
+
+    def setting(self, name: str) -> Any:
+        """Return a number or text among the training's settings, None where it is not known."""
+        value = self.record.get("settings", {}).get(name)
+        return None if isinstance(value, list) else value
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what a row of the report says of the training."""
+        settings = {name: self.setting(name) for name in ("regularizer", "lmbda", "seed")}
+        if settings["regularizer"] in (None, "none"):
+            settings["lmbda"] = None
+        return {"run_id": self.record.get("run_id"), **settings}
+
+    def expected_accuracy(self, dataset: str, is_whole_test_set: bool) -> float | None:
+        """Return the accuracy that the network had after training, None where that is not known.
+
+        That is on the test set of `dataset`; held-out images, for example, are others.
+        """
+        same_images = self.setting("dataset") == dataset and not self.setting("holdout")
+        accuracy = self.record.get("final_accuracy")
+        is_number = isinstance(accuracy, float | int)
+        return accuracy if is_number and same_images and is_whole_test_set else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the record of the training that wrote the file, {} where there is none that fits."""
+    content: Any = None
+    if path.suffix == ".ckpt":
+        with suppress(FileError):  # said when its weights are read
+            content = torch_load(path)
+    else:
+        with suppress(OSError, RecursionError, *CONTENT_ERRORS):
+            content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        return {}
+    settings = {k: v for k, v in content["settings"].items() if isinstance(k, str) and _is_plain(v)}
+    others = {k: v for k, v in content.items() if _is_plain(v) or k == "artifact"}
+    return {**others, "settings": settings}
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether the value is a number, a text or None, or a list of these, as settings are."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str | int | float | None) for item in items)
+
+
+def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
+    """Return the files that the patterns mean, by name.
+
+    The name is that of the file without .pt, or its path where two files share that. A pattern
+    without a match stays as it is: reading it then says that it is missing.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        paths += map(Path, matches or [pattern])
+    paths = list(dict.fromkeys(paths))
+    stems = [path.name.removesuffix(".pt") for path in paths]
+    return {
+        stem if stems.count(stem) == 1 else str(path): WeightsFile(path, read_record(path))
+        for stem, path in zip(stems, paths, strict=True)
+    }
+
+
+def common_dataset(files: Iterable[WeightsFile], known: Iterable[str]) -> str | None:
+    """Return the data set that the files' records name, None where none does.
+
+    Raises DataError where they name several, or one that is not among the `known`.
+    """
+    by_dataset = {str(f.setting("dataset")): f.path for f in files if f.setting("dataset")}
+    if len(by_dataset) > 1:
+        trained = ", ".join(f"{path} on {name}" for name, path in by_dataset.items())
+        raise DataError(f"trained on different data sets, {trained}: quantize them one by one")
+    if strangers := by_dataset.keys() - set(known):
+        name = strangers.pop()
+        raise DataError(f"{by_dataset[name]} was trained on {name}, which is not here: --dataset")
+    return next(iter(by_dataset), None)
