@@ -45,9 +45,8 @@ def evaluate(
             tensors = {"weights": penalized_weights(net)}
         penalty = torch.zeros_like(loss)
         if regularizer:
-            change = partial(
-                loss_change, net, criterion, x, y, dtype, loss, (), get_rng_state(x.device)
-            )
+            rng_state = get_rng_state(x.device) if "loss_change" in inputs else None
+            change = partial(loss_change, net, criterion, x, y, dtype, loss, (), rng_state)
             available = {**tensors, "loss_change": change, "folded_weights": folded}
             with torch.no_grad():
                 penalty = regularizer(*(available[name] for name in inputs))

@@ -78,7 +78,7 @@ def loss_change(
     dtype: torch.dtype,
     loss: Tensor,
     grads: Sequence[Tensor],
-    rng_state: Tensor,
+    rng_state: Tensor | None,
     deltas: Sequence[Tensor],
 ) -> Tensor:
     """Return L(W + Δ) − L(W) for a Δ_l of each penalized weight, on the same images.
@@ -129,7 +129,7 @@ def compute_gradients(
     inputs = regularizer.inputs if regularizer else ()
     params = [*trainable_parameters(net).values()]
     folded = folded_weights(net) if "folded_weights" in inputs else []
-    rng_state = get_rng_state(x.device)
+    rng_state = get_rng_state(x.device) if "loss_change" in inputs else None
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         first = first_order(
             net, criterion, inputs, x, y, dtype, create_graph=needs_double_backward(regularizer)
