@@ -55,29 +55,8 @@ class WandbLogger:
             if mode == "online" and not has_key():  # wandb would ask for one
                 warn("Weights & Biases, online: no key here; `wandb login` stores one")
                 continue
-            settings = wandb.Settings(
-                init_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
-                finish_timeout_raises=True,
-                silent=True,
-            )
             try:
-                self.run = call_with_timeout(
-                    2 * INIT_SECONDS,
-                    wandb.init,
-                    project=args.wandb_project,
-                    entity=args.wandb_entity,
-                    name=name,
-                    job_type=job_type,
-                    group=args.wandb_group,
-                    tags=args.wandb_tags or None,
-                    notes=args.wandb_notes,
-                    config=without_empty({**config, **describe_code()}),
-                    mode=mode,
-                    id=run_id,
-                    resume="allow",
-                    settings=settings,
-                )
+                self.run = self._start(args, job_type, name, config, run_id)
                 self.folder = Path(os.path.relpath(Path(self.run.dir).parent))
                 break
             except Exception as error:  # whatever the logger raises, training continues
@@ -88,6 +67,38 @@ class WandbLogger:
         if self.run:
             self._attempt(LOG_SECONDS, self.run.define_metric, "epoch", None, None, True)
             self.define("*", "epoch")
+
+    def _start(
+        self,
+        args: argparse.Namespace,
+        job_type: str,
+        name: str,
+        config: dict[str, Any],
+        run_id: str,
+    ) -> Any:
+        """Return a new run of wandb in `self.mode`; raises whatever wandb does."""
+        settings = self.wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=True,
+            silent=True,
+        )
+        return call_with_timeout(
+            2 * INIT_SECONDS,
+            self.wandb.init,
+            project=args.wandb_project,
+            entity=args.wandb_entity,
+            name=name,
+            job_type=job_type,
+            group=args.wandb_group,
+            tags=args.wandb_tags or None,
+            notes=args.wandb_notes,
+            config=without_empty({**config, **describe_code()}),
+            mode=self.mode,
+            id=run_id,
+            resume="allow",
+            settings=settings,
+        )
 
     def define(self, name: str, step: str, summary: str | None = None) -> None:
         """Plot the values of that name against those of `step`.
