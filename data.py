@@ -154,9 +154,7 @@ def subset(data: ImageDataset, n: int) -> ImageDataset:
     Raises:
         ValueError: n < 1 or more than there are.
     """
-    if not 1 <= n <= len(data.train_images):
-        raise ValueError(f"choose 1 to {len(data.train_images)} images")
-    return replace(data, train_images=data.train_images[:n], train_labels=data.train_labels[:n])
+    return _keep_first(data, "train", n)
 
 
 def test_subset(data: ImageDataset, n: int) -> ImageDataset:
@@ -165,9 +163,16 @@ def test_subset(data: ImageDataset, n: int) -> ImageDataset:
     Raises:
         ValueError: n < 1 or more than there are.
     """
-    if not 1 <= n <= len(data.test_images):
-        raise ValueError(f"choose 1 to {len(data.test_images)} images")
-    return replace(data, test_images=data.test_images[:n], test_labels=data.test_labels[:n])
+    return _keep_first(data, "test", n)
+
+
+def _keep_first(data: ImageDataset, part: str, n: int) -> ImageDataset:
+    """Keep the first `n` images of a part, "train" or "test"; ValueError where it has fewer."""
+    fields = f"{part}_images", f"{part}_labels"
+    n_images = len(getattr(data, fields[0]))
+    if not 1 <= n <= n_images:
+        raise ValueError(f"choose 1 to {n_images} images")
+    return replace(data, **{field: getattr(data, field)[:n] for field in fields})
 
 
 def use_holdout_as_test(data: ImageDataset, n: int) -> ImageDataset:

@@ -27,7 +27,7 @@ from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
-from analysis.weights_files import WeightsFile, common_dataset, find_weights
+from analysis.weights_files import WeightsFile, common_dataset, find_paths, find_weights
 from data import DATASETS, ImageDataset
 from engine import distributed
 from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
@@ -87,6 +87,14 @@ class Setup:
     fold: bool  # batch norms, before the network is evaluated: same outputs in half the time
     on_step: Callable[[], Any]  # called after each quantized network is measured
 
+    def prepare(self, net: nn.Module) -> nn.Module:
+        """Return a copy of the network as it is evaluated."""
+        return prepare_for_eval(net, self.args.device, self.fold, self.args.memory_format)
+
+    def first_images(self, n: int) -> Tensor:
+        """Return n test images on the CPU, for finding out which operations run."""
+        return next(image_batches(self.test))[:n].cpu()
+
 
 def make_setup(
     args: argparse.Namespace, dataset: ImageDataset, on_step: Callable[[], Any]
@@ -115,16 +123,8 @@ def make_loader(
     images, labels = dataset.test_images, dataset.test_labels
     if n_train is not None:
         images, labels = dataset.train_images[:n_train], dataset.train_labels[:n_train]
-    return dataset.make_loader(
-        images,
-        labels,
-        batch_size or args.batch_size,
-        dataset.mean,
-        dataset.std,
-        device=args.device,
-        memory_format=MEMORY_FORMATS[args.memory_format],
-        cache=True,
-    )
+    make = utils.loader_maker(args, dataset)
+    return make(images, labels, batch_size=batch_size or args.batch_size, cache=True)
 
 
 def image_batches(loader: Loader) -> Iterator[Tensor]:
@@ -146,9 +146,7 @@ class Quantization(NamedTuple):
 def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     """Yield the rows of one network: unquantized, then every quantization."""
     args = setup.args
-    full = measure(
-        prepare_for_eval(net, args.device, setup.fold, args.memory_format), setup.test, args
-    )
+    full = measure(setup.prepare(net), setup.test, args)
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, FLOAT_BITS, [Trial(**full)], full["accuracy"])
     ranges = activation_ranges(net, setup)
@@ -179,21 +177,30 @@ def run_trial(
     setup: Setup,
 ) -> Trial:
     """Quantize a copy of the network and measure it on the test images."""
-    args, (scheme, n_bits, act_bits) = setup.args, quantization
-    quantizer = make_quantizer(scheme, args, trial)
-    options = {**layer_options(scheme, args), "layer_bits": layer_bits(net, n_bits, setup)}
-    net_q, errors = qu.quantize_model(net, quantizer, n_bits, **options)
+    args = setup.args
+    net_q, errors = quantize_weights(net, quantization, trial, setup)
     if setup.recalibration:
         net_q = net_q.to(args.device, memory_format=MEMORY_FORMATS[args.memory_format])
         recalibrate_batch_norm(net_q, image_batches(setup.recalibration))
-    net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
+    net_q = setup.prepare(net_q)
     if runs_in_integers(args):
         net_q = integer_network(net, quantization, trial, ranges, setup)
     elif ranges:
+        act_bits = quantization.act_bits
         qu.quantize_activations(net_q, act_bits, ranges, layer_bits(net, act_bits, setup))
     measured = measure(net_q, setup.test, args)
     setup.on_step()
     return Trial(**measured, squared_error=qu.model_error(errors, args.avg_in_layer))
+
+
+def quantize_weights(
+    net: nn.Module, quantization: Quantization, trial: int, setup: Setup
+) -> tuple[nn.Module, list[qu.LayerError]]:
+    """Return a copy of the network with quantized weights, and the error of each layer."""
+    args, (scheme, n_bits, _) = setup.args, quantization
+    quantizer, options = make_quantizer(scheme, args, trial), layer_options(scheme, args)
+    bits = layer_bits(net, n_bits, setup)
+    return qu.quantize_model(net, quantizer, n_bits, **options, layer_bits=bits)
 
 
 def prepare_for_eval(
@@ -217,24 +224,19 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
     """Return the range of each module's input, by name; none where activations stay as they are."""
     if setup.calibration is None:
         return {}
-    args = setup.args
-    net = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
-    return qu.calibrate(net, image_batches(setup.calibration), args.calibration, args.quantize_sums)
+    args, images = setup.args, image_batches(setup.calibration)
+    return qu.calibrate(setup.prepare(net), images, args.calibration, args.quantize_sums)
 
 
 # --- what is quantized ------------------------------------------------------------------------
-
-
-def one_image(setup: Setup) -> Tensor:
-    """Return a batch of one image on the CPU, for finding out which layers run."""
-    return next(image_batches(setup.test))[:1].cpu()
 
 
 def layer_bits(net: nn.Module, n_bits: int, setup: Setup) -> dict[str, int]:
     """Return the bits of layers, by name, that have others than n_bits: --keep_first_last."""
     if not setup.args.keep_first_last:
         return {}
-    return dict.fromkeys(qu.first_and_last(net, one_image(setup)), max(n_bits, FIRST_LAST_BITS))
+    names = qu.first_and_last(net, setup.first_images(1))
+    return dict.fromkeys(names, max(n_bits, FIRST_LAST_BITS))
 
 
 def plan(
@@ -242,7 +244,7 @@ def plan(
 ) -> list[dict[str, Any]]:
     """Return what is quantized of the network, as rows: --show_plan."""
     args = setup.args
-    shapes = qu.input_shapes(net, one_image(setup), args.quantize_sums)
+    shapes = qu.input_shapes(net, setup.first_images(1), args.quantize_sums)
 
     def all_bits(names: Iterable[str], numbers: Sequence[int]) -> dict[str, list[int]]:
         other = [layer_bits(net, n, setup) for n in numbers]
@@ -355,7 +357,7 @@ def integer_network(
             integers[name] = make_integer_layer(parts, layer.bias, grids[name], args.per_channel)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return build(trace(net, next(image_batches(setup.test))[:2].cpu()), grids, integers)
+    return build(trace(net, setup.first_images(2)), grids, integers)
 
 
 def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
@@ -366,9 +368,8 @@ def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     """
     args, net = setup.args, network.net
     [quantization] = quantizations(args)
-    scheme, n_bits, act_bits = quantization
-    options = {**layer_options(scheme, args), "layer_bits": layer_bits(net, n_bits, setup)}
-    net_q, _ = qu.quantize_model(net, make_quantizer(scheme, args), n_bits, **options)
+    _, n_bits, act_bits = quantization
+    net_q, _ = quantize_weights(net, quantization, 0, setup)
     if not runs_in_integers(args):
         deployment.write_files(args, net_q)
         return True
@@ -379,8 +380,8 @@ def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     deployment.write_files(args, net_int, integers, dataset, source)
     if not args.verify:
         return True
+    x_bits = layer_bits(net, act_bits, setup)
     for simulation in (net_q, net_int):
-        x_bits = layer_bits(net, act_bits, setup)
         qu.quantize_activations(simulation, act_bits, ranges, x_bits)
     simulations = {"float32": net_int, "float32, biases not rounded": net_q}
     compared = verification.Compared(integers, simulations, net)
@@ -397,7 +398,7 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     the terms of its Taylor expansion there, see analysis/taylor.py.
     """
     args = setup.args
-    full = prepare_for_eval(net, args.device, setup.fold, args.memory_format)
+    full = setup.prepare(net)
     accuracy = measure(full, setup.test, args)["accuracy"]
     loss = measure(full, setup.expansion, args)["loss"]
     rows, deltas = [], []
@@ -406,7 +407,7 @@ def per_layer(name: str, net: nn.Module, setup: Setup) -> list[Row]:
     ):
         net_q, error = quantize_one_layer(net, layer, scheme, n_bits, args)
         deltas.append(parameter_change(net_q, net, layer))
-        net_q = prepare_for_eval(net_q, args.device, setup.fold, args.memory_format)
+        net_q = setup.prepare(net_q)
         row = {"checkpoint": name, "scheme": scheme, "bits": n_bits, "layer": layer}
         row["accuracy_change"] = measure(net_q, setup.test, args)["accuracy"] - accuracy
         row["squared_error"] = error
@@ -443,16 +444,18 @@ def load_networks(
     Without --model a network is the one that the file's record names. Raises NetworkError as
     `is_foldable` does.
     """
-    loaded = {}
+    loaded, foldable = {}, {}
     for name, file in files.items():
         own = with_recorded_network(file, args, explicit_flags)
+        model = own.model, own.width
+        if model not in foldable:
+            foldable[model] = is_foldable(own, dataset)
         try:
-            foldable = is_foldable(own, dataset)
-            net = load_network(file.path, own, dataset, foldable)
+            net = load_network(file.path, own, dataset, foldable[model])
         except FileError as error:
             print_error(error)
         else:
-            loaded[name] = LoadedNetwork(net, file, foldable)
+            loaded[name] = LoadedNetwork(net, file, foldable[model])
     return loaded
 
 
@@ -720,7 +723,9 @@ def make_parser() -> Parser:
         metavar="FILE",
         help=".pt files of weights or .ckpt checkpoints, or globs of them",
     )
-    add_quantizer_arguments(parser.add_argument_group("what is quantized, and how"))
+    group = parser.add_argument_group("what is quantized, and how")
+    add_quantizer_arguments(group)
+    add_layer_arguments(group)
     add_repair_arguments(parser.add_argument_group("batch norms and corrections"))
     add_pwlq_arguments(parser.add_argument_group("pwlq"))
     add_activation_arguments(parser.add_argument_group("activations"))
@@ -770,6 +775,11 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="repeat quantizers that round at random N times, each with a seed of its own",
     )
+
+
+def add_layer_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for what is quantized of a layer, and in which ranges."""
+    add = group.add_argument
     add(
         "--per_channel",
         action="store_true",
@@ -983,7 +993,7 @@ def add_deployment_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse flags that a file to deploy cannot have."""
-    paths = [file.path for file in find_weights(args.checkpoints).values()]
+    paths = find_paths(args.checkpoints).values()
     single = len(list(quantizations(args))) == len(paths) == 1
     bits = [act_bits for _, _, act_bits in quantizations(args)]
     is_uniform = not ({"mean_correction", "bias_correction"} & parser.explicit_flags)
@@ -1053,7 +1063,7 @@ def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
 
     Without --output it is that of the first file that exists.
     """
-    paths = [file.path for file in find_weights(args.checkpoints).values()]
+    paths = find_paths(args.checkpoints).values()
     first = next(filter(os.path.exists, paths), Path("."))
     folder = Path(args.output) if args.output else first.parent
     try:

@@ -30,7 +30,7 @@ from engine.environment import describe_environment
 from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
-from engine.hardware import MEMORY_FORMATS, resolve_precision, tune_glibc_malloc
+from engine.hardware import resolve_precision, tune_glibc_malloc
 from engine.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
@@ -296,13 +296,7 @@ def set_up(
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(lambda: find_checkpoint(args, out))
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
-    config = FitConfig(
-        args.n_epochs,
-        utils.make_criterion(args.criterion),
-        resolve_precision(args.precision, args.device),
-        not args.no_test_penalty,
-        args.freeze_bn_from,
-    )
+    config = make_config(args)
     compiled = layers.set_compile(args.compile)
     state, run_id = make_state(args, dataset, phases), new_run_id()
     if checkpoint:
@@ -341,6 +335,17 @@ def set_up(
     return training
 
 
+def make_config(args: argparse.Namespace) -> FitConfig:
+    """Return what the flags say of the loop, without its callbacks."""
+    return FitConfig(
+        args.n_epochs,
+        utils.make_criterion(args.criterion),
+        resolve_precision(args.precision, args.device),
+        not args.no_test_penalty,
+        args.freeze_bn_from,
+    )
+
+
 def finish(training: TrainingRun) -> None:
     """Save the weights and the record with the final accuracy, which is float32's, and log it."""
     state, out = training.state, training.out
@@ -373,14 +378,7 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
 
     The fixed batch, of the first training images as they are, is what --track is measured on.
     """
-    make_loader = partial(
-        dataset.make_loader,
-        batch_size=args.batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=args.device,
-        memory_format=MEMORY_FORMATS[args.memory_format],
-    )
+    make_loader = utils.loader_maker(args, dataset)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     train_loader = make_loader(
         dataset.train_images,

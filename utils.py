@@ -4,6 +4,7 @@ import argparse
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine import distributed
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
 from engine.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
+from engine.loader import Loader
 from engine.networks import use_fast_layers
 from models import MODELS, TORCHVISION, find_model, has_width, make_model
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
@@ -440,6 +442,21 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
             except ValueError as error:
                 raise DataError(f"--{flag} {n}: {error}") from error
     return dataset
+
+
+def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callable[..., Loader]:
+    """Return the data set's `make_loader` with what data set and flags say of all its loaders.
+
+    What is left to give are images, labels and how they are drawn.
+    """
+    return partial(
+        dataset.make_loader,
+        batch_size=args.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=args.device,
+        memory_format=MEMORY_FORMATS[args.memory_format],
+    )
 
 
 def make_criterion(name: str) -> nn.Module:

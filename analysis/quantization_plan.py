@@ -1,11 +1,11 @@
 """What is quantized of a network: a row for each tensor, in the order in which layers run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-Row = dict[str, Any]
+from analysis.report import Row
+
 COLUMNS = ("operation", "tensor", "shape", "bits", "range")
 FLOAT = "float"
 

@@ -20,7 +20,8 @@ from engine.extras import require
 from engine.integer_network import IntegerNetwork, Layer, build
 from engine.io import save_json
 from engine.loader import Loader
-from engine.network_graph import logits_of, trace
+from engine.network_graph import trace
+from engine.networks import run_network
 from engine.packing import packed_bytes
 
 BATCHES = (1, 128)  # images at once whose times are measured
@@ -104,7 +105,7 @@ def compare_predictions(
         parts["engine"].append(engine(images[n_done : n_done + len(x)].contiguous()))
         n_done += len(x)
         for name, net in nets.items():
-            parts[name].append(logits_of(net.to(x.device)(x)).cpu())
+            parts[name].append(run_network(net.to(x.device), x)[0].cpu())
     logits, labels = {name: torch.cat(parts[name]) for name in parts}, test.labels.cpu()
     last = compared.integers.layers()[-1].integers
     step = last.product_scale(last.parts[0])
@@ -137,7 +138,7 @@ def measure_speed(
     @torch.inference_mode()
     def in_pytorch(batch: Tensor) -> Tensor:
         x = batch.to(torch.float32, memory_format=torch.channels_last)
-        return logits_of(float_net(x.mul_(scale).add_(shift)))
+        return run_network(float_net, x.mul_(scale).add_(shift))[0]
 
     models = {"engine": model, **other_models(compared, test, dataset)}
     runs = {name: onnx_session.open_session(m, name) for name, m in models.items()}

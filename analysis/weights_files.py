@@ -69,6 +69,13 @@ def _is_plain(value: Any) -> bool:
 
 
 def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
+    """Return the files that the patterns mean, by name as in `find_paths`, with their records."""
+    return {
+        name: WeightsFile(path, read_record(path)) for name, path in find_paths(patterns).items()
+    }
+
+
+def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
     """Return the files that the patterns mean, by name.
 
     The name is that of the file without .pt, or its path where two files share that. A pattern
@@ -81,7 +88,7 @@ def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
     paths = list(dict.fromkeys(paths))
     stems = [path.name.removesuffix(".pt") for path in paths]
     return {
-        stem if stems.count(stem) == 1 else str(path): WeightsFile(path, read_record(path))
+        stem if stems.count(stem) == 1 else str(path): path
         for stem, path in zip(stems, paths, strict=True)
     }
 

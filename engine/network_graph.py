@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from engine.networks import split_output
+
 # Modules that are one call; others are entered. Subclasses count as well.
 LEAF_KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv",
@@ -134,12 +136,8 @@ def trace(net: nn.Module, images: Tensor) -> NetworkGraph:
     finally:
         for handle in handles:
             handle.remove()
-    return _without_dead_calls(recorder.calls, recorder.numbers[id(logits_of(output))])
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits of what a network returns: them, or (logits, activations)."""
-    return output[0] if isinstance(output, tuple) else output
+    logits, _ = split_output(net, output, [])
+    return _without_dead_calls(recorder.calls, recorder.numbers[id(logits)])
 
 
 def _without_dead_calls(calls: list[Call], output: int) -> NetworkGraph:
