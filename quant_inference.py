@@ -68,6 +68,7 @@ class LoadedNetwork(NamedTuple):
     """A network in eval mode on the CPU, and the file that its weights come from."""
 
     net: nn.Module
+    model: str  # its name
     file: WeightsFile
     is_foldable: bool  # its batch norms
 
@@ -375,7 +376,10 @@ def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
         return True
     ranges = activation_ranges(net, setup)
     integers = integer_network(net, quantization, 0, ranges, setup)
-    source = deployment.describe_source(network.file.path, args, n_bits, act_bits, dataset)
+    source = {
+        "model": network.model,
+        **deployment.describe_source(network.file.path, args, n_bits, act_bits, dataset),
+    }
     net_int = with_integers(net_q, integers.integers())
     deployment.write_files(args, net_int, integers, dataset, source)
     if not args.verify:
@@ -455,7 +459,7 @@ def load_networks(
         except FileError as error:
             print_error(error)
         else:
-            loaded[name] = LoadedNetwork(net, file, foldable[model])
+            loaded[name] = LoadedNetwork(net, own.model, file, foldable[model])
     return loaded
 
 
@@ -597,7 +601,7 @@ def n_steps(net: nn.Module, args: argparse.Namespace) -> int:
 
 def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Results) -> None:
     """Add the rows of one network to the results; if it cannot be quantized, print why instead."""
-    net, file, is_foldable = network
+    net, _, file, is_foldable = network
     args = setup.args
     # What is folded already is not folded again.
     setup = replace(setup, fold=is_foldable and not args.fold_bn)

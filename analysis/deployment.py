@@ -53,7 +53,6 @@ def describe_source(
     return {
         "checkpoint": path.name,
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "model": args.model,
         "class_names": json.dumps(dataset.classes),
         "scheme": args.schemes[0],
         "bits": str(n_bits),

@@ -197,6 +197,16 @@ def test_export_and_verify(tiny, capsys):
     assert net.conv1.weight.unique().numel() <= 16
 
 
+def test_the_file_names_the_network_of_the_record(tiny):
+    record = {"settings": {"model": "Folding"}}
+    Path("net.json").write_text(json.dumps(record), encoding="utf-8")
+    flags = f"net.pt --dataset Synthetic --device cpu {FLAGS} --export net.onnx"
+    with pytest.raises(SystemExit, match="0"):
+        qi.main(flags.split())
+    metadata = {p.key: p.value for p in onnx.load("net.onnx").metadata_props}
+    assert metadata["model"] == "Folding"
+
+
 def test_without_export_the_simulation_stays_as_it_was(tiny):
     assert main(FLAGS) == 0
     plain = json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"]
