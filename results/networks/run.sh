@@ -29,3 +29,15 @@ quantize sums_per_channel "${both[@]}" --quantize_sums --per_channel
 l2grad=(--n_epochs 1 --regularizer L2Grad --lmbda 0.01 --weight_decay 5e-4)
 run vggsmall_l2grad --model VGGSmall --width 0.5 --lr 0.05 "${l2grad[@]}"
 run mobilenetv2_l2grad --model MobileNetV2 --lr 0.1 "${l2grad[@]}"
+
+"$python" - "$out" <<'PY'
+"""Gather the records of all runs into one file, a line each: {"path": …, "content": …}."""
+import gzip, json, pathlib, sys
+
+folder = pathlib.Path(sys.argv[1])
+paths = sorted([*folder.glob("*.json"), *folder.glob("*/results.json")])
+with gzip.open("results/networks/records.jsonl.gz", "wt", encoding="utf-8") as file:
+    for path in paths:
+        record = {"path": path.relative_to(folder).as_posix(), "content": json.loads(path.read_text())}
+        print(json.dumps(record), file=file)
+PY
