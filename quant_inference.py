@@ -44,7 +44,7 @@ from engine.cli import (
 )
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
-from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision
+from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision, use_ieee_float32
 from engine.integer_layers import make_grid, make_integer_layer, with_integers
 from engine.integer_network import IntegerNetwork, build
 from engine.io import check_writable, load_weights
@@ -570,7 +570,7 @@ def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> boo
     choose_dataset(files, args, explicit_flags)
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
+    use_ieee_float32()
     loaded = distributed.run_on_rank0_and_broadcast(
         lambda: load_networks(files, args, explicit_flags, dataset)
     )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import data
 import quant_inference
 import train
-from analysis.study_jobs import Job, JobRunner, pending
+from analysis.study_jobs import Job, JobRunner, pending, visible_gpus
 from analysis.study_plan import NotChosen, Quantization, StudyPlan, Variant
 from analysis.study_report import update_report
 from analysis.study_settings import SETTING_TYPES, Settings, load_settings, resolve_settings
@@ -165,7 +165,8 @@ def make_parser() -> Parser:
         "--jobs",
         type=bounded_number(int, at_least=1),
         default=1,
-        help="how many jobs run in parallel; they share the cores, so that times say little",
+        help="how many jobs run in parallel; they share the cores, so that times say little, and "
+        "each gets one of the visible GPUs, in turn",
     )
     add("--out", default="results/study", help="folder of everything that is written")
     add(
@@ -304,6 +305,7 @@ def run_all(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int], max_par
     jobs = [job for name in names for job in plan.planned(name, seeds)[0]]
     print_retrained(plan, jobs)
     seconds = sum(job.seconds for job in pending(jobs))
+    names_a_gpu = any("cuda:" in flag for flag in plan.data_flags)
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=seconds, bar_format=bar_format, disable=None) as bar:
         JobRunner(
@@ -314,6 +316,7 @@ def run_all(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int], max_par
             out=plan.out,
             failed=plan.failed,
             bar=bar,
+            gpus=[] if max_parallel == 1 or names_a_gpu else visible_gpus(),
         ).run()
     update_report(plan)
     return report_failures(plan, names, seeds)

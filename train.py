@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from engine.environment import describe_environment
 from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
-from engine.hardware import resolve_precision, tune_glibc_malloc
+from engine.hardware import choose_precision, resolve_precision, tune_glibc_malloc, use_ieee_float32
 from engine.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
@@ -45,7 +45,7 @@ from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
 from engine.networks import check_network
 from engine.progress import EpochDisplay
-from engine.run_settings import load_for_resume, load_init_from
+from engine.run_settings import load_for_resume, load_init_from, read_settings
 from engine.signals import GracefulShutdown
 from engine.tracking import WandbLogger, new_run_id, sweep_run_id
 from engine.train_state import TrainProgress, TrainState
@@ -159,6 +159,7 @@ def fit(
         lr = state.optimizer.param_groups[0]["lr"]
         started_at = time.perf_counter() - progress.epoch_seconds
         train = run_epoch(state, train_loader, phase, config)
+        distributed.check_replicated(state.net.state_dict())
         images_per_second = train_loader.n_images / progress.epoch_seconds
         test = evaluate_epoch(state, test_loader, phase, config)
         state.scheduler.step()
@@ -292,12 +293,14 @@ def set_up(
     """Make network, loaders, optimizer and schedule, or restore them from a checkpoint."""
     started_at = time.perf_counter()
     tune_glibc_malloc()
+    use_ieee_float32()
     utils.seed_everything(args.seed)
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(lambda: find_checkpoint(args, out))
+    args = with_settled_precision(args, checkpoint)
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
     config = make_config(args)
-    compiled = layers.set_compile(args.compile)
+    compiled = layers.set_compile(args.compile, args.device)
     state, run_id = make_state(args, dataset, phases), new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(train_loader), is_own)
@@ -333,6 +336,20 @@ def set_up(
         shutdown,
     )
     return training
+
+
+def with_settled_precision(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any] | None
+) -> argparse.Namespace:
+    """Return the flags with the precision that "auto" means: the checkpoint's, or this device's.
+
+    So a run that goes on with another machine keeps its precision.
+    """
+    precision = args.precision
+    if precision == "auto" and checkpoint:
+        precision = read_settings(checkpoint).get("precision", "auto")
+    precision = choose_precision(precision, args.device)
+    return argparse.Namespace(**{**vars(args), "precision": precision})
 
 
 def make_config(args: argparse.Namespace) -> FitConfig:

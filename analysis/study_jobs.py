@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,14 +94,18 @@ def next_ready_job(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
 class RunningJob:
     """A job that was started as a process; its output goes to <target>.log."""
 
-    def __init__(self, job: Job, scripts: Path, max_parallel: int) -> None:
-        """Start the job, a script in the folder `scripts`, with its share of the cores."""
-        self.job, self.max_parallel = job, max_parallel
+    def __init__(self, job: Job, scripts: Path, max_parallel: int, gpu: str | None = None) -> None:
+        """Start the job, a script in the folder `scripts`, with its share of the cores.
+
+        It sees the one `gpu` alone; None: what this process sees.
+        """
+        self.job, self.max_parallel, self.gpu = job, max_parallel, gpu
         job.target.parent.mkdir(parents=True, exist_ok=True)
         # Only then is its time worth recording: nothing of an earlier attempt is there.
         self.started_fresh = not job.target.with_suffix(".ckpt").exists()
         self.began = time.perf_counter()
         threads = max(1, torch.get_num_threads() // max_parallel)
+        own_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
             print(f"$ {job.line}", file=log, flush=True)
             self.process = subprocess.Popen(
@@ -108,7 +113,7 @@ class RunningJob:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, **own_gpu, "OMP_NUM_THREADS": str(threads)},
                 **detached_process(),
             )
 
@@ -143,6 +148,13 @@ class RunningJob:
         return True
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    n_gpus = torch.cuda.device_count()  # touches none
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:n_gpus] if names else [str(i) for i in range(n_gpus)]
+
+
 def detached_process() -> dict[str, Any]:
     """Return arguments of Popen that keep Ctrl-C from a job: the study stops its jobs itself.
 
@@ -173,6 +185,7 @@ class JobRunner:
     out: Path  # folder of the study
     failed: set[Path]
     bar: tqdm
+    gpus: Sequence[str] = ()  # of which each job gets the one with the fewest jobs; (): all of them
     running: list[RunningJob] = field(default_factory=list)
     shown_at: float = field(default_factory=time.monotonic)  # when progress was last printed
 
@@ -223,8 +236,13 @@ class JobRunner:
             job = self.next_job({each.job.target for each in self.running} | self.failed)
             if job is None:
                 break
-            self.running.append(RunningJob(job, self.scripts, self.max_parallel))
+            self.running.append(RunningJob(job, self.scripts, self.max_parallel, self._free_gpu()))
             self.bar.set_description(", ".join(each.job.title for each in self.running))
+
+    def _free_gpu(self) -> str | None:
+        """Return the first of the GPUs with the fewest jobs, None where they are not shared out."""
+        used = Counter(each.gpu for each in self.running)
+        return min(self.gpus, key=lambda gpu: used[gpu], default=None)
 
 
 # --- times -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import partial
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.errors import PeerLostError, SetupError
+from engine.errors import PeerLostError, RanksDifferError, SetupError
 
 TIMEOUT = timedelta(minutes=10)  # how long to wait for a rank: another may be fetching the data
 RANK0_EXIT_SECONDS = 180.0  # that the other ranks give rank 0 to report an error and to exit
@@ -60,19 +60,17 @@ def process_group(device: str) -> Iterator[None]:
     if missing := {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} - os.environ.keys():
         raise SetupError(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use torchrun")
     on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
-        n_here, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if torch.device(device).index is not None or n_here > n_gpus:
-            raise SetupError(
-                f"--device {device}, {n_here} processes and {n_gpus} GPUs here: each "
-                "process needs one, with --device cuda; or use --device cpu"
-            )
-        torch.cuda.set_device(_env_int("LOCAL_RANK", 0))
+    gpu = _choose_gpu(device) if on_gpu else None
     store, rank, world_size = _call_collective(next, dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(_call_collective(_agree_on_launch_id, store, rank, world_size), store)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+        uuid_of_gpu = str(torch.cuda.get_device_properties(gpu).uuid)
+        _call_collective(_check_own_gpu, store, rank, world_size, uuid_of_gpu)
     _call_collective(
         dist.init_process_group,
         "nccl" if on_gpu else "gloo",
+        device_id=gpu,
         store=store,
         rank=rank,
         world_size=world_size,
@@ -90,6 +88,31 @@ def process_group(device: str) -> Iterator[None]:
     finally:
         _cpu_group = None
         dist.destroy_process_group()
+
+
+def _choose_gpu(device: str) -> torch.device:
+    """Return this process's GPU: its local rank's or, where it sees one alone, that one.
+
+    Raises SetupError where there are fewer GPUs than processes, or `device` has a number.
+    """
+    n_here, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if torch.device(device).index is not None or not (n_gpus == 1 or n_here <= n_gpus):
+        raise SetupError(
+            f"--device {device}, {n_here} processes and {n_gpus} GPUs here: each "
+            "process needs one, with --device cuda; or use --device cpu"
+        )
+    return torch.device("cuda", _env_int("LOCAL_RANK", 0) if n_gpus > 1 else 0)
+
+
+def _check_own_gpu(store: dist.Store, rank: int, world_size: int, gpu: str) -> None:
+    """Raise SetupError where two processes have the GPU of the same unique name."""
+    store.set(f"gpu/{rank}", gpu)
+    gpus = [store.get(f"gpu/{other}").decode() for other in range(world_size)]
+    if len(set(gpus)) < world_size:
+        raise SetupError(
+            f"{world_size} processes and {len(set(gpus))} GPUs: each process needs one of its own; "
+            "or use --device cpu"
+        )
 
 
 def _env_int(name: str, default: int) -> int:
@@ -244,6 +267,27 @@ def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [
         torch.empty_like(t).copy_(part.view(t.shape)) for t, part in zip(like, parts, strict=True)
     ]
+
+
+def check_replicated(tensors: Mapping[str, Tensor]) -> None:
+    """Raise RanksDifferError, with its name, where a tensor is not the same bits on all ranks.
+
+    What is compared is a sum of each one's bits.
+    """
+    if get_world_size() == 1:
+        return
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = torch.stack([t.detach().view(views[t.itemsize]).sum() for t in tensors.values()])
+    largest, smallest = sums.clone(), sums
+    _call_collective(dist.all_reduce, largest, dist.ReduceOp.MAX)
+    _call_collective(dist.all_reduce, smallest, dist.ReduceOp.MIN)
+    differing = (largest != smallest).nonzero().flatten().tolist()
+    if differing:
+        name = list(tensors)[differing[0]]
+        raise RanksDifferError(
+            f"{name} is not the same in all processes any more ({len(differing)} of {len(tensors)} "
+            "tensors differ): the run cannot go on"
+        )
 
 
 # --- a batch that is shared out --------------------------------------------------------------

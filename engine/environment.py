@@ -29,8 +29,23 @@ def describe_environment() -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "processes": distributed.get_world_size(),
             "threads": torch.get_num_threads(),
-            "accelerator": (torch.cuda.get_device_name() if torch.cuda.is_available() else None),
+            **describe_accelerator(),
         },
+    }
+
+
+def describe_accelerator() -> dict[str, Any]:
+    """Return the accelerator's name and the versions of what it runs on; None where there is none.
+
+    `driver` is the newest CUDA version that the driver takes.
+    """
+    if not torch.cuda.is_available():
+        return {"accelerator": None}
+    return {
+        "accelerator": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": torch._C._cuda_getDriverVersion(),
     }
 
 

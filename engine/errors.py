@@ -56,3 +56,7 @@ class PeerLostError(ReportedError):
     """Another process of the run has ended, or did not answer in time."""
 
     reported_by = "every rank"
+
+
+class RanksDifferError(ReportedError):
+    """What should be the same on every process of the run is not."""

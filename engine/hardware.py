@@ -25,26 +25,42 @@ def default_device() -> str:
 
 
 def parse_device(text: str) -> str:
-    """Return the device's name if it can sum in float64, as means need: an argparse type."""
+    """Return the device's name if it is here and has float64, as means need: an argparse type.
+
+    The device is not touched: each process of a run would hold memory of GPU 0.
+    """
     text = text.lower()
     try:
-        torch.zeros(1, dtype=torch.float64, device=text).sum().item()  # "meta" and "mps" cannot
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"no device {text!r} with float64 here: try cpu or cuda"
-        ) from error
+        device = torch.device(text)
+        n_devices = torch.get_device_module(device).device_count()
+    except (RuntimeError, AttributeError):  # not a device's name, or of a kind that is never there
+        n_devices = 0
+    if n_devices == 0 or device.type == "mps" or (device.index or 0) >= n_devices:
+        raise argparse.ArgumentTypeError(f"no device {text!r} with float64 here: try cpu or cuda")
     return text
 
 
-def resolve_precision(precision: str, device: str) -> torch.dtype:
-    """Return the dtype of the convolutions; "auto" is bfloat16 where the hardware is fast at it."""
+def use_ieee_float32() -> None:
+    """Have float32 mean IEEE float32 in this process: no TF32, which rounds factors to 10 bits."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions; True unless somebody says so
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """Return "bf16" or "fp32"; of "auto", bfloat16 where the hardware is fast at it."""
     if precision == "auto":
         if torch.device(device).type == "cpu":
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         else:
             fast = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
         precision = "bf16" if fast else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return precision
+
+
+def resolve_precision(precision: str, device: str) -> torch.dtype:
+    """Return the dtype of the convolutions, see `choose_precision`."""
+    is_bf16 = choose_precision(precision, device) == "bf16"
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

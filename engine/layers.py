@@ -14,8 +14,10 @@ Under `torch.autocast` convolutions take its dtype; statistics stay float32.
 """
 
 import functools
+import importlib.util
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -28,20 +30,25 @@ from engine.errors import BatchTooSmallError, SetupError
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
 log = logging.getLogger(__name__)
-_compile = False
+_compile_for: str | None = None  # type of the device whose element-wise functions are compiled
+COMPILERS = {"cpu": ("c++", "g++"), "cuda": ("cc", "gcc", "clang")}  # that torch.compile calls
 
 
-def set_compile(enabled: bool) -> bool:
-    """Compile the element-wise functions from now on (True) or run them eagerly (False, at import).
+def set_compile(enabled: bool, device: str = "cpu") -> bool:
+    """Compile the element-wise functions of a device from now on (True) or of none (False).
 
-    Nothing is compiled before it is first called. Returns what it is now: False also where there
-    is neither a C++ compiler nor a GPU. One logged line says which.
+    At import it is False. Nothing is compiled before it is first called; where that fails, all run
+    eagerly from then on, and one line says so. Returns what it is now: False also where the
+    compiler that this device needs, or Triton for a GPU, is missing. One logged line says which.
     """
-    global _compile
-    _compile = enabled and (torch.cuda.is_available() or any(map(shutil.which, ("c++", "g++"))))
+    global _compile_for
+    kind = torch.device(device).type
+    has_compiler = any(map(shutil.which, COMPILERS.get(kind, ())))
+    has_triton = kind != "cuda" or importlib.util.find_spec("triton") is not None
+    _compile_for = kind if enabled and has_compiler and has_triton else None
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime …"
-    log.info("element-wise kernels: %s", "torch.compile" if _compile else "eager")
-    return _compile
+    log.info("element-wise kernels: %s", "torch.compile" if _compile_for else "eager")
+    return _compile_for is not None
 
 
 def _compiled(fn: Callable) -> Callable:
@@ -61,14 +68,24 @@ def _compiled(fn: Callable) -> Callable:
 
     @functools.wraps(fn)
     def call(*args, **constants):
-        if not _compile:
+        global _compile_for
+        if args[0].device.type != _compile_for:
             return fn(*args, **constants)
         args = [t.detach() for t in args]  # requires_grad would be compiled for, yes and no
         for t in args:
             if t.dim() == 3:
                 torch._dynamo.maybe_mark_dynamic(t, 0)
         x = args[0]
-        return variant(tuple(constants.items()), x.shape[1:], x.stride(1), x.dtype, x.device)(*args)
+        key = tuple(constants.items()), x.shape[1:], x.stride(1), x.dtype, x.device
+        try:
+            return variant(*key)(*args)
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            print(f"torch.compile failed, kernels run eagerly: {reason}", file=sys.stderr)
+            _compile_for = None
+            return fn(*args, **constants)
 
     return call
 

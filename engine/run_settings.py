@@ -22,6 +22,7 @@ MUST_MATCH_INIT_FROM = {
     "model", "width", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset",
     "train_subset", "image_size", "holdout", "batch_size", "seed", "precision",
 }  # fmt: skip
+AUTO = "auto"  # a setting that the hardware decides, or the checkpoint
 LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}
 LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
     "sync_bn": True, "width": 1.0, "memory_format": "channels_last", "image_size": 224,
@@ -81,7 +82,12 @@ def check_settings(
         validate_structure(values, [int | float | str | None], f"{path}: settings")
     if not (checkpoint["run_id"].isalnum() and math.isfinite(checkpoint["seconds"])):
         raise FileError(f"{path}: run_id or seconds is not what a run would have saved")
-    changed = sorted(name for name in names if (current[name] or None) != (saved.get(name) or None))
+    changed = sorted(
+        name
+        for name in names
+        if (current[name] or None) != (saved.get(name) or None)
+        and AUTO not in (current[name], saved.get(name))
+    )
     for name in changed:
         print(f"--{name} is {current[name]!r}, was {saved.get(name)!r} in {path}", file=sys.stderr)
     matter = [f"--{name}" for name in changed if name not in MAY_CHANGE_ON_RESUME]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import train
 from engine import checkpoints, distributed, networks, train_state
-from engine.errors import SetupError
+from engine.errors import RanksDifferError, SetupError
 from engine.gradients import compute_gradients
 from engine.loader import Loader
 from regularizers import CombinedReg, Regularizer, make_regularizer
@@ -188,6 +188,44 @@ def test_with_statistics_of_their_own_the_ranks_still_agree():
     assert_same(first, second, "ranks")
     for name in names:
         assert np.abs(first[name]["conv1.weight"] - alone[name]["conv1.weight"]).max() > 1e-4
+
+
+def test_a_parameter_that_differs_between_ranks_ends_the_run():
+    def work():
+        with distributed.process_group("cpu"):
+            net = tiny_scripts.TinyFused()
+            for t in net.state_dict().values():
+                t.zero_()
+            distributed.check_replicated(net.state_dict())
+            if distributed.get_rank():
+                net.conv1.weight.data.view(-1)[3] = 1e-40
+            try:
+                distributed.check_replicated(net.state_dict())
+            except RanksDifferError as error:
+                return str(error)
+
+    assert all(answer.startswith("conv1.weight is not the same") for answer in on(2, work))
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    def chosen(n_gpus, device="cuda"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+        return distributed._choose_gpu(device).index
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert (chosen(8), chosen(4), chosen(1)) == (3, 3, 0)  # a launcher may show each one alone
+    for n_gpus, device in ((3, "cuda"), (0, "cuda"), (4, "cuda:1")):
+        with pytest.raises(SetupError, match=f"4 processes and {n_gpus} GPUs"):
+            chosen(n_gpus, device)
+
+
+def test_two_processes_on_one_gpu_are_refused():
+    store = torch.distributed.HashStore()
+    store.set("gpu/1", "GPU-b")
+    distributed._check_own_gpu(store, 0, 2, "GPU-a")
+    with pytest.raises(SetupError, match="2 processes and 1 GPUs: each process needs one"):
+        distributed._check_own_gpu(store, 0, 2, "GPU-b")
 
 
 def network_gradients():

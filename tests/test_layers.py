@@ -169,6 +169,37 @@ def test_bfloat16_under_autocast():
         assert F.cosine_similarity(ours, theirs, dim=0) > least
 
 
+class CompilerMissing(RuntimeError):
+    """Looks like an error of torch.compile."""
+
+    __module__ = "torch._inductor.exc"
+
+
+def test_where_compiling_fails_kernels_run_eagerly_and_one_line_says_so(monkeypatch, capfd):
+    def refuse(function, **options):
+        raise CompilerMissing("no such compiler\nand a long story")
+
+    monkeypatch.setattr(layers.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch, "compile", refuse)
+    x = torch.randn(4, 5, 3, 3)
+    expected = layers.BatchNormReLU(5)(x)
+    assert layers.set_compile(True)
+    for _ in range(2):
+        assert torch.equal(layers.BatchNormReLU(5)(x), expected)
+    line = "torch.compile failed, kernels run eagerly: no such compiler\n"
+    assert capfd.readouterr().err == line
+
+
+def test_what_runs_on_another_device_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(layers.shutil, "which", lambda name: name)
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch, "compile", None)
+    assert layers.set_compile(True, "cuda:1")
+    layers.BatchNormReLU(5)(torch.randn(4, 5, 3, 3))  # a folding check, on the CPU
+    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: None)
+    assert not layers.set_compile(True, "cuda")
+
+
 def test_compiled_equals_eager():
     """All derivatives agree and repeat bit for bit; a smaller batch compiles nothing more."""
     if not layers.set_compile(True):

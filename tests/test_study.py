@@ -449,6 +449,25 @@ def test_a_run_chooses_lambda_tests_once_and_is_not_repeated(scripts):
     }
 
 
+def test_jobs_share_out_the_visible_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(study_jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert study_jobs.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
+    gpus = study_jobs.visible_gpus()
+    started = []
+    monkeypatch.setattr(
+        study_jobs.subprocess, "Popen", lambda command, env, **_: started.append(env)
+    )
+    jobs = [Job("a", (tmp_path / str(i),), ("train.py",), 1.0) for i in range(3)]
+    runner = study_jobs.JobRunner(
+        lambda targets: next((job for job in jobs if job.target not in targets), None),
+        *(None, 4, tmp_path, tmp_path, set(), study_jobs.tqdm(disable=True), gpus),
+    )
+    runner._start_ready()
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["5", "GPU-a", "5"]
+
+
 @pytest.mark.slow
 def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
     monkeypatch.setenv("MEET", "out/seed0/l2grad_0.03 out/seed1/l2grad_0.03")
