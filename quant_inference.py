@@ -56,6 +56,7 @@ from engine.progress import StepDisplay
 from engine.signals import GracefulShutdown
 from models import is_model
 
+PUBLISHED_SCHEMES = ("uniform", "dorefa", "pwlq")  # the default of --schemes
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
 FILE_FLAGS = ("export", "verify", "save_quantized", "save_integers")  # of one quantized network
 FIRST_LAST_BITS = 8  # at least, with --keep_first_last
@@ -732,6 +733,7 @@ def make_parser() -> Parser:
     add_layer_arguments(group)
     add_repair_arguments(parser.add_argument_group("batch norms and corrections"))
     add_pwlq_arguments(parser.add_argument_group("pwlq"))
+    add_clip_arguments(parser.add_argument_group("clip"))
     add_activation_arguments(parser.add_argument_group("activations"))
     add_measurement_arguments(parser.add_argument_group("what is measured"))
     utils.add_data_arguments(parser)
@@ -767,10 +769,10 @@ def add_quantizer_arguments(group: argparse._ArgumentGroup) -> None:
         "--schemes",
         type=choice_ignoring_case(qu.QUANTIZERS),
         nargs="+",
-        default=list(qu.QUANTIZERS),
+        default=list(PUBLISHED_SCHEMES),
         metavar="{" + ",".join(qu.QUANTIZERS) + "}",
-        help="quantizers of weights; dorefa rounds at random, and pwlq has the levels of one bit "
-        "more than it is given",
+        help="quantizers of weights; dorefa rounds at random, pwlq has the levels of one bit more "
+        "than it is given, and clip is uniform on the range of least error",
     )
     add(
         "--trials",
@@ -868,6 +870,17 @@ def add_pwlq_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="quantize the tails on the uniform grid of the whole range instead of grids of "
         "their own",
+    )
+
+
+def add_clip_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flag of the quantizer that searches its range."""
+    group.add_argument(
+        "--clip_p",
+        type=bounded_number(float, at_least=1),
+        default=2.4,
+        metavar="P",
+        help="exponent of the error that the range is chosen by; 2: squared error",
     )
 
 
@@ -1046,6 +1059,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("overlapping", "pwlq among --schemes", has_pwlq),
         ("distribution", "pwlq among --schemes", has_pwlq),
         ("approximate", "--distribution norm or laplace", args.distribution != "search"),
+        ("clip_p", "clip among --schemes", "clip" in args.schemes),
         ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
         ("calibration", "--act_bits", args.act_bits),
         ("quantize_sums", "--act_bits", args.act_bits),

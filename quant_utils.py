@@ -89,10 +89,44 @@ def uniform(
     """Round to the nearest point of the symmetric grid of step 2m / (2^n_bits − 1) through 0."""
     check_bits(n_bits)
     rows, m, _ = clamp_to_range(w, per_channel, range_source)
+    return round_within(rows, m, n_bits).reshape(w.shape)
+
+
+def round_within(rows: Tensor, limit: Tensor, n_bits: int) -> Tensor:
+    """Round each row on the uniform grid of [−limit, limit]; values beyond go to its ends."""
     int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
-    scale = m / (int_max + 0.5)
-    x_int = (rows / safe_divisor(scale)).round_().clamp_(int_min, int_max)
-    return x_int.mul_(scale).reshape(w.shape)
+    scale = limit / (int_max + 0.5)
+    return (rows / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
+
+
+def clip(
+    w: Tensor,
+    n_bits: int,
+    *,
+    per_channel: bool = False,
+    range_source: Tensor | None = None,
+    clip_p: float = 2.4,
+) -> Tensor:
+    """Round on the uniform grid of [−c, c]; c ≤ m is the range of least Σ|w − w_q|^clip_p.
+
+    Out of 80, from m down to 0.21·m. Small values are rounded on a finer grid and the largest are
+    cut off. `clip_p` is the exponent of the error: 2 is the squared error; the larger, the less is
+    cut off.
+    """
+    check_bits(n_bits)
+    rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
+    return round_within(rows, search_range(range_rows, m, n_bits, clip_p), n_bits).reshape(w.shape)
+
+
+def search_range(rows: Tensor, m: Tensor, n_bits: int, clip_p: float) -> Tensor:
+    """Return the c of least Σ|w − w_q|^clip_p of each row, the largest of equals; see `clip`."""
+    best, least = m, torch.full_like(m, math.inf)
+    for percent in range(100, 20, -1):
+        c = m * (percent / 100)
+        difference = (round_within(rows, c, n_bits) - rows).div_(safe_divisor(m))
+        error = difference.abs_().pow_(clip_p).sum(dim=1, keepdim=True)
+        best, least = torch.where(error < least, c, best), torch.minimum(error, least)
+    return best
 
 
 def dorefa(
@@ -292,7 +326,12 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
     return best_p
 
 
-QUANTIZERS: dict[str, Quantizer] = {"uniform": uniform, "dorefa": dorefa, "pwlq": pwlq}
+QUANTIZERS: dict[str, Quantizer] = {
+    "uniform": uniform,
+    "dorefa": dorefa,
+    "pwlq": pwlq,
+    "clip": clip,
+}
 OWN_BIAS_RANGE = {"pwlq"}  # schemes whose published code gives a bias its own range and breakpoint
 
 # Where one uniform grid is not enough: a function that returns several tensors whose sum is what

@@ -45,6 +45,7 @@ TITLES = {  # with levels: bits alone would flatter PWLQ
     "uniform": "uniform, to nearest (2ᵇ levels)",
     "dorefa": "DoReFa, stochastic (2ᵇ levels)",
     "pwlq": "PWLQ (2ᵇ⁺¹ − 1 levels)",
+    "clip": "uniform, range of least error (2ᵇ levels)",
     "recalibrated": "uniform, new batch-norm statistics",
     "corrected": "uniform, means corrected",
 }

@@ -22,6 +22,7 @@ DETERMINISTIC = {
     "approximate": partial(qu.pwlq, approximate=True),
     "overlapping": partial(qu.pwlq, overlapping=True),
     "search": partial(qu.pwlq, distribution="search"),
+    "clip": qu.clip,
 }
 ALL = {**DETERMINISTIC, "dorefa": qu.dorefa}
 
@@ -129,7 +130,7 @@ def test_pwlq_is_off_by_half_a_step_of_its_piece_at_most(w, n_bits, overlapping)
     assert (error.abs() <= step * (0.5 + 1e-9)).all()
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", sorted({*DETERMINISTIC} - {"clip"}))  # one end is a step longer
 @check(w=tensors(), n_bits=st.integers(2, 8))
 def test_symmetric(name, w, n_bits):
     w_q, mirrored = (DETERMINISTIC[name](s * w, n_bits) for s in (1, -1))
@@ -153,7 +154,7 @@ def test_more_bits_less_error(name):
     assert all(more < less for less, more in zip(errors, errors[1:], strict=False))
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", sorted({*DETERMINISTIC} - {"clip"}))  # may choose among equals
 @check(w=tensors(min_dims=2), n_bits=st.integers(2, 8))
 def test_per_channel_is_a_loop_over_channels(name, w, n_bits):
     w = w * torch.logspace(0, 3, len(w)).double().view(-1, *[1] * (w.dim() - 1))
@@ -167,6 +168,34 @@ def test_per_channel_bias_is_on_the_grid_of_its_channel():
     bias = torch.tensor([30.0, 30.0])
     at_4_bits = qu.uniform(bias, 4, per_channel=True, range_source=w)
     torch.testing.assert_close(at_4_bits, torch.tensor([7 * 2 / 15, 2 * 200 / 15]))
+
+
+# --- the range of least error ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("n_bits", "p"), [(2, 2.4), (4, 2.4), (4, 2.0), (6, 1.0)])
+def test_clip_is_a_loop_over_ranges(n_bits, p, per_channel):
+    w = torch.randn(5, 40, 3, generator=seeded()).double() ** 3
+    rows = w.flatten(1) if per_channel else w.flatten()[None]
+    expected = []
+    for row in rows:
+        candidates = []
+        for i in range(80):
+            scale = row.abs().max() * (1 - i / 100) / (2 ** (n_bits - 1) - 0.5)
+            x_int = (row / scale).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
+            candidates.append(x_int * scale)
+        expected.append(min(candidates, key=lambda w_q: ((w_q - row).abs() ** p).sum()))
+    w_q = qu.clip(w, n_bits, per_channel=per_channel, clip_p=p)
+    torch.testing.assert_close(w_q, torch.stack(expected).view(w.shape), rtol=1e-9, atol=0)
+
+
+@check(w=tensors(), n_bits=st.integers(2, 8))
+def test_clip_has_no_more_error_than_the_whole_range(w, n_bits):
+    clipped, uniform = (f(w, n_bits) for f in (partial(qu.clip, clip_p=2), qu.uniform))
+    m = w.abs().max().clamp(min=1e-300)
+    errors = [((w_q - w) / m).square().sum().item() for w_q in (clipped, uniform)]
+    assert errors[0] <= errors[1] * (1 + 1e-9) + 1e-18
 
 
 # --- degenerate tensors and bad arguments ----------------------------------------------------
