@@ -25,6 +25,7 @@ from engine.layers import penalized_weights, trainable_parameters
 from engine.networks import activation_runs, moved_activations, recorded_activations, split_output
 from engine.norms import lp_norm, whole_batch_norms
 
+DIFFERENCE_STEP = 0.01  # relative; docs/fast_step.md says why
 DIFFERENTIATED_GRADIENTS = {"w_grads", "a_grads"}
 
 
@@ -305,6 +306,7 @@ def difference_product(
 Pairs = Iterable[tuple[Tensor, Tensor]]  # of tensors t and their directions d
 
 
+@torch.no_grad()
 def _largest_step(weights: Pairs, activations: Pairs) -> Tensor:
     """Return min ‖t‖₂/‖d‖₂ (scalar) over all pairs (t, d), the same on all ranks.
 

@@ -92,9 +92,7 @@ def moved_activations(net: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator
 
 
 @contextmanager
-def _activation_hooks(
-    net: nn.Module, hook: Callable[[Tensor], Tensor | None]
-) -> Iterator[None]:
+def _activation_hooks(net: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Context manager in which hook(output), unless None, replaces each activation module's output.
 
     It is called in the order in which they run.

@@ -446,7 +446,7 @@ def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
 def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
     strengths = []
     plain = train.compute_gradients
-    monkeypatch.setattr(train, "compute_gradients", lambda *a: strengths.append(a[-1]) or plain(*a))
+    monkeypatch.setattr(train, "compute_gradients", lambda *a: strengths.append(a[6]) or plain(*a))
     ones = type(
         "Ones",
         (Regularizer,),
@@ -777,6 +777,10 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--holdout", "0"], "'0'"),
         (["--lmbda_warmup", "-1"], "'-1'"),
         (["--lmbda_warmup", "nan"], "'nan'"),
+        (["--penalty_every", "0"], "'0'"),
+        (["--penalty_step", "0"], "'0'"),
+        (["--penalty_gradient", "central"], "exact, difference"),
+        (["--regularizer", "Sharpness", "--rho", "0"], "rho is 0"),
         (["--track", "none"], "'none'"),
         (["--track", "L2Grad", "L0Grad"], "'L0Grad'"),
         (["--regularizer", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
@@ -799,6 +803,17 @@ UNUSED = [
     (["--first_regularized_epoch", "2"], "--first_regularized_epoch (needs a --regularizer)"),
     (["--no_activation_gradients"], "--no_activation_gradients (needs --regularizer L<P>Grad)"),
     (["--lmbda_warmup", "2"], "--lmbda_warmup (needs a regularizer)"),
+    (["--penalty_every", "4"], "--penalty_every (needs a regularizer)"),
+    (
+        ["--regularizer", "VarianceNorm", "--penalty_gradient", "difference"],
+        "--penalty_gradient (needs a regularizer of gradients)",
+    ),
+    (["--regularizer", "Sharpness", "--penalty_gradient", "difference"], "--penalty_gradient"),
+    (
+        ["--regularizer", "L2Grad", "--penalty_step", "0.1"],
+        "--penalty_step (needs --penalty_gradient difference)",
+    ),
+    (["--regularizer", "L2Grad", "--rho", "0.1"], "--rho (needs --regularizer Sharpness or Adapt"),
     (["--regularizer", "VarianceNorm", "--no_activation_gradients"], "--no_activation_gradients"),
     (["--freeze_bn_from", "25"], "--freeze_bn_from (needs a longer run)"),
     (["--save_preregularized_model"], "--save_preregularized_model (needs a regularizer)"),
