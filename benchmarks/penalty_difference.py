@@ -56,7 +56,7 @@ def networks(
 def compare(net: nn.Module, penalty: str, batches: list, args: argparse.Namespace) -> Iterator:
     """Yield (kind, step, precision, cosine of one batch, cosine of the mean, ratio of norms)."""
     exact = [gradient(net, penalty, x, y, torch.float32).double() for x, y in batches]
-    for precision, step, kind in product(args.precisions, args.steps, KINDS):
+    for precision, step, kind in product(args.precisions, args.steps, args.kinds):
         dtype = hardware.resolve_precision(precision, args.device)
         differences = [
             sum(gradient(net, penalty, x, y, dtype, sign * step).double() for sign in KINDS[kind])
@@ -91,6 +91,8 @@ def main() -> None:
         help="relative steps",
     )
     add("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="which")
+    add("--kinds", nargs="+", default=[*KINDS], choices=KINDS, help="of differences")
+    add("--penalties", nargs="+", default=[*PENALTIES], help="names of regularizers")
     utils.add_data_arguments(parser)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
@@ -100,7 +102,7 @@ def main() -> None:
     print(f"{'network':<12}{'penalty':<8}{'kind':<11}{'step':<7}{'':<6}one batch  mean   norms")
     for name, net in networks(args, dataset):
         net.train()
-        for penalty in PENALTIES:
+        for penalty in args.penalties:
             for *what, one, mean, ratio in compare(net, penalty, batches, args):
                 kind, step, precision = what
                 result[f"{name}, {penalty}, {kind}, {step:g}, {precision}"] = [
