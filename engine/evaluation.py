@@ -8,7 +8,7 @@ from torch import nn
 from engine import distributed
 from engine.batch_norm import folded_weights
 from engine.gradients import BatchLoss, needs_gradients
-from engine.hardware import autocast, get_rng_state
+from engine.hardware import autocast, get_rng_state, seed_rng
 from engine.layers import penalized_weights
 from engine.loader import Loader
 from engine.networks import run_network
@@ -34,7 +34,7 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for i, (x, y) in enumerate(loader.batches(0, start=rank, step=world_size)):
-        torch.manual_seed(rank + i * world_size)
+        seed_rng(rank + i * world_size, x.device)
         rng_state = get_rng_state(x.device) if "loss_change" in inputs else None
         batch = BatchLoss(net, criterion, x, y, dtype, rng_state)
         if needs_gradients(regularizer):
