@@ -283,6 +283,29 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EPOCHS",
         help="epochs over which λ rises linearly from 0, batch by batch, at the start of a phase",
     )
+    add_penalty_price_arguments(group)
+    add(
+        "--track",
+        type=regularizer_name,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="log the value of these regularizers, too, without penalizing them: with λ = 1, after "
+        "each epoch, on one fixed batch in evaluation mode",
+    )
+    for name, option in regularizer_options().items():
+        kind = {"action": "store_true", "default": None}
+        if option.kind is not bool:
+            kind = {"type": bounded_number(option.kind), "metavar": "N"}
+        owners = ", ".join(option.regularizer_names)
+        defaults = ", ".join(dict.fromkeys(map(str, option.defaults)))
+        add(f"--{name}", **kind, help=f"{owners}: {option.help}; None: {defaults}")
+    add_alias(group, "--hold_step", "detach_step")
+
+
+def add_penalty_price_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that make penalties cheaper."""
+    add = group.add_argument
     add(
         "--penalty_every",
         type=bounded_number(int, at_least=1),
@@ -306,23 +329,6 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --penalty_gradient difference, the step: no weight tensor or activation moves "
         "by more than this part of its norm",
     )
-    add(
-        "--track",
-        type=regularizer_name,
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="log the value of these regularizers, too, without penalizing them: with λ = 1, after "
-        "each epoch, on one fixed batch in evaluation mode",
-    )
-    for name, option in regularizer_options().items():
-        kind = {"action": "store_true", "default": None}
-        if option.kind is not bool:
-            kind = {"type": bounded_number(option.kind), "metavar": "N"}
-        owners = ", ".join(option.regularizer_names)
-        defaults = ", ".join(dict.fromkeys(map(str, option.defaults)))
-        add(f"--{name}", **kind, help=f"{owners}: {option.help}; None: {defaults}")
-    add_alias(group, "--hold_step", "detach_step")
 
 
 def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:

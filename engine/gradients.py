@@ -156,9 +156,9 @@ def compute_gradients(
     x are images (B, 3, H, W), y labels (B,); L is the mean loss, and R is `penalty_scale` times the
     regularizer. R is a function of tensors t (weights, gradients) that are functions of the
     parameters p, so ∇R = Σ_t ∂R/∂t · ∂t/∂p, and, through loss_change and folded weights, of p
-    itself. The directions ∂R/∂t are taken on detached copies, which is cheap; for gradients, one
-    vector-Jacobian product through the graph of the first-order pass carries them to the
-    parameters, or with a `difference_step` the difference that `difference_product` describes.
+    itself. The directions ∂R/∂t are taken on detached copies, which is cheap. For gradients,
+    `vector_jacobian_product` carries them to the parameters through the graph of the first-order
+    pass or, with a `difference_step`, `difference_product` without one.
     Batch norms are folded with the running statistics from before this batch.
     """
     inputs = regularizer.inputs if regularizer else ()
@@ -167,8 +167,7 @@ def compute_gradients(
     second_order = needs_double_backward(regularizer)
     by_difference = second_order and difference_step is not None
     runs_again = by_difference or "loss_change" in inputs
-    rng_state = get_rng_state(x.device) if runs_again else None
-    batch = BatchLoss(net, criterion, x, y, dtype, rng_state)
+    batch = BatchLoss(net, criterion, x, y, dtype, get_rng_state(x.device) if runs_again else None)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         first = batch.first_order(inputs, second_order and not by_difference, by_difference)
         grads = sum_grads(first.grads)
@@ -178,22 +177,38 @@ def compute_gradients(
     if regularizer is None:
         return loss, torch.zeros_like(loss), n_correct
 
-    copies = _detached_copies(first.tensors, penalized_weights(net))
-    available = {
-        **copies,
-        "detached_w_grads": [w.grad for w in penalized_weights(net)],
-        "loss_change": partial(batch.change, loss, grads),
-        "folded_weights": folded,
-    }
-    if "a_grads" in copies:
-        available["a_grads"] = distributed.whole_batch(copies["a_grads"])
-    penalty = penalty_scale * _evaluate_penalty(regularizer, available)
+    penalty, copies = _penalty(regularizer, batch, first, loss, grads, folded)
+    penalty = penalty_scale * penalty
     directions = _add_direct_gradients(params, penalty, first.tensors, copies)
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
         _add(params, vector_jacobian_product(params, first, directions))
     return loss, penalty.detach(), n_correct
+
+
+def _penalty(
+    regularizer: nn.Module,
+    batch: BatchLoss,
+    first: FirstOrderResult,
+    loss: Tensor,
+    grads: Sequence[Tensor],
+    folded: Sequence[Tensor],
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Return the penalty and the copies of `first.tensors` that it is a function of.
+
+    `loss` and `grads` are those of the whole batch, the latter also in the .grad of the parameters.
+    """
+    weights = penalized_weights(batch.net)
+    copies = _detached_copies(first.tensors, weights)
+    available = {
+        **copies,
+        "a_grads": distributed.whole_batch(copies.get("a_grads", [])),
+        "detached_w_grads": [w.grad for w in weights],
+        "loss_change": partial(batch.change, loss, grads),
+        "folded_weights": folded,
+    }
+    return _evaluate_penalty(regularizer, available), copies
 
 
 def _detached_copies(

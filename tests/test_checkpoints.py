@@ -241,7 +241,7 @@ def test_a_second_interrupt_stops_at_once():
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
     training = begin()
-    train_on(training, None, n_epochs=1)
+    train_on(training, "none", n_epochs=1)
     with torch.no_grad():
         training.net.linear.bias[0] = float("nan")
     with pytest.raises(Exception, match="linear.bias"):
