@@ -19,6 +19,8 @@ Inputs (l counts layers, B is the batch size):
     folded_weights  Ŵ_l = W_l·γ_l/√(σ_l² + ε), with the batch norm that follows folded in, as
                     quantization with --fold_bn sees it; W_l where none follows. σ_l² is the
                     running variance, a constant
+    detached_w_grads
+                    w_grads, held constant when the penalty is differentiated
 
 All of them are those of the whole batch, also in a run of several processes. Whatever is computed
 from them is differentiated through them.
@@ -44,9 +46,11 @@ from engine.norms import lp_norm, per_image_lp_norms
 Tensors = Sequence[Tensor]
 LossChange = Callable[[Tensors], Tensor]
 
-# What a regularizer can take. Gradients cost a second backward pass, each call of loss_change one
-# more plain step.
-INPUTS = ("weights", "w_grads", "a_grads", "loss_change", "folded_weights")
+# What a regularizer can take. Gradients cost a second backward pass, unless they are detached, each
+# call of loss_change one more plain step.
+INPUTS = (
+    "weights", "w_grads", "a_grads", "loss_change", "folded_weights", "detached_w_grads",
+)  # fmt: skip
 
 
 class Regularizer(nn.Module):
@@ -277,6 +281,64 @@ class StepNoise(StepRegularizer):
         return self.lmbda * loss_change([s * (torch.rand_like(w) - 0.5) for s, w in steps])
 
 
+class Dampening(StepRegularizer):
+    """λ · Σ_l ‖Q(W_l) − clip(W_l)‖₂²: draws weights to the middle of their quantization bin.
+
+    Q rounds to the nearest point of the grid of step s_l and clips, both held constant; weights
+    beyond the last point of the grid are not moved. Nagel et al., arXiv 2203.11086, which trains
+    with quantized weights and steps that are learned: here the weights stay in full precision.
+    """
+
+    name, inputs = "Dampening", ("weights",)
+
+    def __init__(self, lmbda: float, target_bits: TargetBits = 4) -> None:
+        """Take the bits of the grid."""
+        super().__init__(lmbda, target_bits, detach_step=True)
+
+    def forward(self, weights: Tensors) -> Tensor:
+        """Return the penalty (scalar) of the weights."""
+        n, terms = 2 ** (self.target_bits - 1), []
+        for s, w in zip(self.steps(weights), weights, strict=True):
+            x_int = (w.detach() / s.clamp(min=torch.finfo(s.dtype).tiny)).round().clamp(-n, n - 1)
+            terms.append((s * x_int - w.clamp(-n * s, (n - 1) * s)).square().sum())
+        return self.lmbda * sum(terms)
+
+
+# --- the loss nearby -------------------------------------------------------------------------
+
+Rho = Annotated[float, "radius ρ of the step to where the loss is taken, above 0"]
+
+
+class Sharpness(Regularizer):
+    """λ · ( L(W + ε) − L(W) ), ε = ρ·g/‖g‖₂ held constant; g is ∂L/∂W over all layers l.
+
+    SAM (Foret et al., arXiv 2010.01412) as a penalty: λ = 1 gives its gradient, that at W + ε. Only
+    the weights of convolutions and linear layers are moved. With `adaptive` it is ASAM's step,
+    ε = ρ·T²g/‖Tg‖₂ with T = |W| + 0.01 (Kwon et al., arXiv 2102.11600).
+    """
+
+    inputs = ("weights", "detached_w_grads", "loss_change")
+
+    def __init__(self, lmbda: float, rho: Rho = 0.05, adaptive: bool = False) -> None:
+        """Take ρ; ValueError unless it is finite and above 0."""
+        super().__init__(lmbda)
+        if not (math.isfinite(rho) and rho > 0):
+            raise ValueError(f"rho is {rho}: it must be finite and above 0")
+        self.rho, self.adaptive = rho, adaptive
+        self.name = "AdaptiveSharpness" if adaptive else "Sharpness"
+
+    def forward(
+        self, weights: Tensors, detached_w_grads: Tensors, loss_change: LossChange
+    ) -> Tensor:
+        """Return the penalty (scalar)."""
+        scales = [w.detach().abs() + 0.01 if self.adaptive else 1.0 for w in weights]  # T
+        scaled = [t * g for t, g in zip(scales, detached_w_grads, strict=True)]  # T·g
+        norm = lp_norm(torch.stack([lp_norm(g, 2) for g in scaled]), 2)
+        factor = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        steps = [factor * t * g for t, g in zip(scales, scaled, strict=True)]
+        return self.lmbda * loss_change(steps)
+
+
 # --- sums and names --------------------------------------------------------------------------
 
 
@@ -320,6 +382,9 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "StepL1Grad": StepL1Grad,
     "StepL2Grad": StepL2Grad,
     "StepNoise": StepNoise,
+    "Dampening": Dampening,
+    "Sharpness": Sharpness,
+    "AdaptiveSharpness": partial(Sharpness, rho=0.5, adaptive=True),
 }
 
 
@@ -384,7 +449,7 @@ class Option(NamedTuple):
 
     kind: type
     help: str
-    default: object
+    defaults: tuple[object, ...]  # in the order of regularizer_names
     tracked: bool  # also used for the regularizers that --track names
     regularizer_names: tuple[str, ...]  # keys of REGULARIZERS that accept it
 
@@ -397,6 +462,7 @@ def regularizer_options() -> dict[str, Option]:
             if metadata := getattr(parameter.annotation, "__metadata__", ()):
                 text, *marks = metadata
                 kind, tracked = parameter.annotation.__origin__, PENALTY_ONLY not in marks
-                names = (*(options[key].regularizer_names if key in options else ()), name)
-                options[key] = Option(kind, text, parameter.default, tracked, names)
+                _, _, defaults, _, names = options.get(key, Option(kind, text, (), tracked, ()))
+                defaults, names = (*defaults, parameter.default), (*names, name)
+                options[key] = Option(kind, text, defaults, tracked, names)
     return options

@@ -29,8 +29,14 @@ from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unu
 from engine.environment import describe_environment
 from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
-from engine.gradients import compute_gradients
-from engine.hardware import choose_precision, resolve_precision, tune_glibc_malloc, use_ieee_float32
+from engine.gradients import compute_gradients, needs_double_backward
+from engine.hardware import (
+    choose_precision,
+    resolve_precision,
+    seed_rng,
+    tune_glibc_malloc,
+    use_ieee_float32,
+)
 from engine.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
@@ -43,7 +49,7 @@ from engine.io import (
 )
 from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
-from engine.networks import check_network
+from engine.networks import check_movable_activations, check_network
 from engine.progress import EpochDisplay
 from engine.run_settings import load_for_resume, load_init_from, read_settings
 from engine.signals import GracefulShutdown
@@ -59,13 +65,19 @@ class Phase:
     """From epoch `start` on (the first is 0), train with `regularizer`; None is the loss alone.
 
     With `save_as`, the weights are written there just before the phase begins. With a `warmup`, the
-    penalty's factor rises linearly, batch by batch, from 0 to 1 over that many epochs.
+    penalty's factor rises linearly, batch by batch, from 0 to 1 over that many epochs. The penalty
+    is part of every `every`-th batch of an epoch, the first among them, and counts `every` times.
     """
 
     start: int
     regularizer: Regularizer | None = None
     save_as: Path | None = None
     warmup: float = 0.0
+    every: int = 1
+
+    def regularizer_at(self, batch: int) -> Regularizer | None:
+        """Return the regularizer where that batch of an epoch, from 0, is penalized, else None."""
+        return self.regularizer if batch % self.every == 0 else None
 
     def penalty_scale(self, epochs: float) -> float:
         """Return the factor of the penalty after that many epochs of the whole run."""
@@ -92,6 +104,7 @@ class FitConfig:
     criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)  # logits, labels → mean loss
     dtype: torch.dtype = torch.float32  # of the convolutions; all else stays float32
     test_penalty: bool = True  # measure the penalty on the test set, too
+    difference_step: float | None = None  # for penalties of gradients, see compute_gradients
     freeze_bn_from: int | None = None  # epoch from which on batch norms keep their statistics
     after_batch: Callable[[TrainProgress], None] = no_callback
     after_epoch: Callable[[TrainProgress], None] = no_callback  # history entry included
@@ -111,12 +124,19 @@ def run_epoch(
     started_at = time.perf_counter() - progress.epoch_seconds
     with EpochDisplay(progress, len(loader), loader.n_images) as display:
         for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
-            torch.manual_seed(hash((loader.seed, progress.epoch, progress.batch)))
-            scale = phase.penalty_scale(progress.epoch + progress.batch / len(loader))
+            seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
+            scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
             n_images = loader.n_images_in_batch(progress.batch)  # of all processes
             with distributed.sharded(n_images):
                 loss, penalty, n_correct = compute_gradients(  # sets .grad to ∇L + ∇R
-                    net, config.criterion, regularizer, x, y, config.dtype, scale
+                    net,
+                    config.criterion,
+                    phase.regularizer_at(progress.batch),
+                    x,
+                    y,
+                    config.dtype,
+                    scale,
+                    config.difference_step,
                 )
             distributed.all_reduce_mean_(layers.unsynced_bn_buffers(net))
             row = batch_metrics_row(net, n_images, loss, penalty, n_correct)
@@ -359,6 +379,7 @@ def make_config(args: argparse.Namespace) -> FitConfig:
         utils.make_criterion(args.criterion),
         resolve_precision(args.precision, args.device),
         not args.no_test_penalty,
+        args.penalty_step if args.penalty_gradient == "difference" else None,
         args.freeze_bn_from,
     )
 
@@ -444,7 +465,10 @@ def make_state(
     if distributed.get_world_size() > 1:
         layers.set_sync_bn(net, args.sync_bn)
     penalized = [p.regularizer for p in phases if p.regularizer]
-    if n_activations == 0 and any("a_grads" in r.inputs for r in penalized):
+    of_activations = any("a_grads" in r.inputs for r in penalized)
+    if of_activations and args.penalty_gradient == "difference":
+        check_movable_activations(net, image_shape)
+    if n_activations == 0 and of_activations:
         print(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
@@ -527,6 +551,10 @@ def describe_plan(
         f"from epoch {p.start}: {label}" if p.start else label
         for p, label in zip(phases, labels, strict=True)
     ]
+    if args.penalty_every > 1:
+        parts.append(f"the penalty in one of {args.penalty_every} batches")
+    if args.penalty_gradient == "difference":
+        parts.append(f"its gradient by a difference, step {args.penalty_step:g}")
     kernels = "compiled" if compiled else "eager"
     precision = str(dtype).removeprefix("torch.")
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
@@ -584,7 +612,7 @@ def validate_and_run(
         parser.error(str(error))
     warn_without_effect(parser, args, phases, requirements)
     phases = reachable_phases(parser, args, phases, epoch_flags)
-    phases = [replace(p, warmup=args.lmbda_warmup) for p in phases]
+    phases = [replace(p, warmup=args.lmbda_warmup, every=args.penalty_every) for p in phases]
     if args.save_preregularized_model:
         first = next((p for p in phases if p.regularizer), None)
         save_as = Path(f"{out}_preregul.pt")
@@ -639,7 +667,8 @@ def warn_without_effect(
     """Print one warning line for flags that have no effect, and ignore them."""
     regularized = [p for p in phases if p.regularizer]
     names = [name for p in regularized for name in p.regularizer.name.split("+")]
-    common = utils.training_requirements(args, names)
+    gradient_penalty = any(needs_double_backward(p.regularizer) for p in regularized)
+    common = utils.training_requirements(args, names, gradient_penalty)
     warn_unused_flags(parser, args, [*requirements, *common])
 
 

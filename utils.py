@@ -16,6 +16,7 @@ import data
 from engine import distributed
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
+from engine.gradients import DIFFERENCE_STEP
 from engine.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
 from engine.loader import Loader
 from engine.networks import use_fast_layers
@@ -30,6 +31,8 @@ MILESTONES: dict[str, Callable[[int], list[int]]] = {
     "halfway": lambda n: [max(1, n // 2)],
     "fixed": lambda n: [25, 50],
 }
+
+PENALTY_GRADIENTS = ("exact", "difference")
 
 RELATIVE_MILESTONES = ("default", "halfway")  # those that depend on n
 
@@ -280,6 +283,7 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EPOCHS",
         help="epochs over which λ rises linearly from 0, batch by batch, at the start of a phase",
     )
+    add_penalty_price_arguments(group)
     add(
         "--track",
         type=regularizer_name,
@@ -294,8 +298,37 @@ def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
         if option.kind is not bool:
             kind = {"type": bounded_number(option.kind), "metavar": "N"}
         owners = ", ".join(option.regularizer_names)
-        add(f"--{name}", **kind, help=f"{owners}: {option.help}; None: {option.default}")
+        defaults = ", ".join(dict.fromkeys(map(str, option.defaults)))
+        add(f"--{name}", **kind, help=f"{owners}: {option.help}; None: {defaults}")
     add_alias(group, "--hold_step", "detach_step")
+
+
+def add_penalty_price_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that make penalties cheaper."""
+    add = group.add_argument
+    add(
+        "--penalty_every",
+        type=bounded_number(int, at_least=1),
+        default=1,
+        metavar="K",
+        help="add the penalty in every K-th batch of an epoch only, from the first on, times K",
+    )
+    add_choice(
+        group,
+        "--penalty_gradient",
+        PENALTY_GRADIENTS,
+        "exact",
+        "how a penalty of gradients is differentiated: twice, or by the difference of the loss's "
+        "gradients here and one step further, which costs one plain step and is an estimate",
+    )
+    add(
+        "--penalty_step",
+        type=bounded_number(float, above=0),
+        default=DIFFERENCE_STEP,
+        metavar="EPS",
+        help="with --penalty_gradient difference, the step: no weight tensor or activation moves "
+        "by more than this part of its norm",
+    )
 
 
 def add_wandb_arguments(parser: argparse.ArgumentParser) -> None:
@@ -371,12 +404,16 @@ def regularizer_options_from(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> list[Requirement]:
+def training_requirements(
+    args: argparse.Namespace, names: Sequence[str], has_gradient_penalty: bool
+) -> list[Requirement]:
     """Return what the flags of a training need for an effect, for `warn_unused_flags`.
 
-    `names` are the regularizers that the run trains with.
+    `names` are the regularizers that the run trains with; `has_gradient_penalty` is whether any of
+    them is differentiated through gradients.
     """
     declared, options = regularizer_options(), regularizer_options_from(args)
+    uses_difference = has_gradient_penalty and args.penalty_gradient == "difference"
     continues = args.resume or args.init_from or distributed.is_restart_here()
     requirements = [
         ("gamma", "--scheduler exponential or multistep", "gamma" in schedule_settings(args)),
@@ -384,6 +421,9 @@ def training_requirements(args: argparse.Namespace, names: Sequence[str]) -> lis
         ("watch_freq", "--watch", args.watch),
         ("allow_changed_settings", "--resume or --init_from", continues),
         ("lmbda_warmup", "a regularizer", names),
+        ("penalty_every", "a regularizer", names),
+        ("penalty_gradient", "a regularizer of gradients", has_gradient_penalty),
+        ("penalty_step", "--penalty_gradient difference", uses_difference),
         ("save_preregularized_model", "a regularizer", names),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),

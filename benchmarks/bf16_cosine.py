@@ -5,6 +5,7 @@ of 128 training images: the median and the least over the batches. For a fresh n
 --weights, for a trained one. The last line is one JSON object.
 """
 
+import argparse
 import json
 import statistics
 from pathlib import Path
@@ -24,13 +25,31 @@ from regularizers import make_regularizer
 PENALTIES = ("none", "L1Grad", "L2Grad")
 
 
-def gradient(net: nn.Module, penalty: str, x, y, dtype: torch.dtype) -> torch.Tensor:
-    """Return ∇R, or ∇L for "none", as one vector."""
+def gradient(
+    net: nn.Module, penalty: str, x, y, dtype: torch.dtype, difference_step: float | None = None
+) -> torch.Tensor:
+    """Return ∇R, or ∇L for "none", as one vector; by a difference where its step is given."""
     criterion, vectors = nn.CrossEntropyLoss(), []
     for regularizer in dict.fromkeys((make_regularizer(penalty, 1.0), None)):
-        compute_gradients(net, criterion, regularizer, x, y, dtype)
+        compute_gradients(net, criterion, regularizer, x, y, dtype, difference_step=difference_step)
         vectors.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     return vectors[0] - (vectors[1] if len(vectors) > 1 else 0)
+
+
+def train_loader(dataset: data.ImageDataset, args: argparse.Namespace) -> Loader:
+    """Return the loader of the training images, as a training draws them."""
+    return Loader(
+        dataset.train_images,
+        dataset.train_labels,
+        args.batch_size,
+        dataset.mean,
+        dataset.std,
+        seed=args.seed,
+        augment=True,
+        shuffle=True,
+        device=args.device,
+        memory_format=torch.channels_last,
+    )
 
 
 def main() -> None:
@@ -43,18 +62,7 @@ def main() -> None:
     utils.add_data_arguments(parser)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
-    loader = Loader(
-        dataset.train_images,
-        dataset.train_labels,
-        args.batch_size,
-        dataset.mean,
-        dataset.std,
-        seed=args.seed,
-        augment=True,
-        shuffle=True,
-        device=args.device,
-        memory_format=torch.channels_last,
-    )
+    loader = train_loader(dataset, args)
     batches = [batch for batch, _ in zip(loader.batches(0), range(args.batches), strict=False)]
     result = {}
     for state in ("fresh", "trained") if args.weights else ("fresh",):

@@ -5,7 +5,11 @@ gradients by `create_graph=True`, penalty added to the loss. Ours is
 `engine.gradients.compute_gradients`. Each has a process of its own and they take turns of two
 steps, of which the second is timed: as in training, it follows a step of its own kind. A slow
 moment of the machine meets all sides; a ratio is the median of the ratios within a turn. The last
-line is a JSON object.
+last line is a JSON object.
+
+Rows of an exact penalty in every batch come first. Those after them are cheaper (by a difference,
+in every 4th batch) and are compared with plain PyTorch's exact step in every batch; their time is
+the mean of the 4 steps that repeat.
 
     python benchmarks/step_time.py [--model ResNet20] [--rounds 15] [--batch_size 128]
 
@@ -19,6 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 import torch
@@ -28,16 +33,36 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 import utils
 from engine import environment, hardware, layers
-from engine.gradients import compute_gradients, needs_double_backward
+from engine.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
 from engine.networks import run_network
 from regularizers import Regularizer, make_regularizer
 
+
+class Row(NamedTuple):
+    """What a step does."""
+
+    regularizer: str
+    options: dict[str, Any] = {}  # noqa: RUF012
+    every: int = 1  # the penalty is in the first of so many batches
+    difference_step: float | None = None
+    reference: str | None = None  # the row that plain PyTorch's step is of; None: this one
+
+    @property
+    def forward_passes(self) -> float:
+        """How many forward passes' worth of products a step takes, in the mean."""
+        penalized = 3 if "Grad" not in self.regularizer else 6 if self.difference_step else 9
+        return 3 + (penalized - 3) / self.every
+
+
 ROWS = {
-    "none": ("none", {}),
-    "VarianceNorm": ("VarianceNorm", {}),
-    "L1Grad": ("L1Grad", {}),
-    "L2Grad": ("L2Grad", {}),
-    "L2Grad, no activations": ("L2Grad", {"only_weight_grads": True}),
+    "none": Row("none"),
+    "VarianceNorm": Row("VarianceNorm"),
+    "L1Grad": Row("L1Grad"),
+    "L2Grad": Row("L2Grad"),
+    "L2Grad, no activations": Row("L2Grad", {"only_weight_grads": True}),
+    "L2Grad, difference": Row("L2Grad", {}, 1, DIFFERENCE_STEP, "L2Grad"),
+    "L2Grad, every 4th": Row("L2Grad", {}, 4, None, "L2Grad"),
+    "L2Grad, difference every 4th": Row("L2Grad", {}, 4, DIFFERENCE_STEP, "L2Grad"),
 }
 
 
@@ -59,10 +84,11 @@ def plain_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     reg: Regularizer | None,
+    row: Row,
     x: torch.Tensor,
     labels: torch.Tensor,
 ) -> None:
-    """Do a training step by plain autograd."""
+    """Do a training step by plain autograd, exact and with the penalty."""
     logits, activations = run_network(net, x, bool(reg) and "a_grads" in reg.inputs)
     loss = nn.functional.cross_entropy(logits, labels)
     weights, inputs_by_name = layers.penalized_weights(net), {}
@@ -78,7 +104,7 @@ def plain_step(
 
 
 def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Return the step of each row for side "reference", "fp32" or "ours"."""
+    """Return the work of each row for side "reference", "fp32" or "ours": its `every` steps."""
     torch.manual_seed(0)
     if side == "reference":
         net, layout = plain_net(args).to(args.device), torch.contiguous_format
@@ -94,13 +120,28 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if side == "reference" else True
     )
 
-    def our_step(net, optimizer, reg, x, labels):
-        compute_gradients(net, nn.CrossEntropyLoss(), reg, x, labels, dtype)
-        optimizer.step()
+    def our_steps(net, optimizer, reg, row, x, labels):
+        for i in range(row.every):
+            compute_gradients(
+                net,
+                nn.CrossEntropyLoss(),
+                None if i else reg,
+                x,
+                labels,
+                dtype,
+                row.every,
+                row.difference_step,
+            )
+            optimizer.step()
 
-    step = plain_step if side == "reference" else our_step
-    regs = {row: make_regularizer(name, 0.01, **options) for row, (name, options) in ROWS.items()}
-    return {row: lambda reg=reg: step(net, optimizer, reg, x, labels) for row, reg in regs.items()}
+    steps = plain_step if side == "reference" else our_steps
+    regs = {
+        name: make_regularizer(row.regularizer, 0.01, **row.options) for name, row in ROWS.items()
+    }
+    return {
+        name: lambda reg=regs[name], row=row: steps(net, optimizer, reg, row, x, labels)
+        for name, row in ROWS.items()
+    }
 
 
 def milliseconds(step: Callable[[], object]) -> float:
@@ -145,11 +186,11 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def gigaflop(args: argparse.Namespace) -> dict[str, float]:
-    """Count the products of a step of each row: 3 forward passes' worth, 9 of second order."""
+    """Count the products of a step of each row."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         models.make_model(args.model, 10, args.width)(torch.randn(args.batch_size, 3, 32, 32))
     once = counter.get_total_flops() / 1e9
-    return {row: once * (9 if "Grad" in row else 3) for row in ROWS}
+    return {name: once * row.forward_passes for name, row in ROWS.items()}
 
 
 def serve(pipe, side: str, args: argparse.Namespace) -> None:
@@ -160,7 +201,7 @@ def serve(pipe, side: str, args: argparse.Namespace) -> None:
 
     def time_second(row: str) -> float:
         milliseconds(steps[row])  # finds the caches as the other side left them
-        return milliseconds(steps[row])
+        return milliseconds(steps[row]) / (1 if side == "reference" else ROWS[row].every)
 
     answers = {
         "rate": lambda _: product_rate(dtype, args.device),
@@ -183,9 +224,12 @@ def measure(ask: Callable, sides: list[str], rounds: int) -> tuple[dict, dict]:
                 ask(side, "time", row)
     times, peaks = {row: {side: [] for side in sides} for row in ROWS}, dict.fromkeys(sides, 0.0)
     for _ in range(rounds):
-        for row in ROWS:
+        for name, row in ROWS.items():
             for side in sides:
-                times[row][side].append(ask(side, "time", row))
+                if side == "reference" and row.reference:  # measured in this round already
+                    times[name][side].append(times[row.reference][side][-1])
+                else:
+                    times[name][side].append(ask(side, "time", name))
         peaks = {side: max(peaks[side], ask(side, "rate", "")) for side in sides}
     return times, peaks
 
@@ -197,13 +241,13 @@ def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, floa
         pairs = zip(times[row][a], times[other or row][b], strict=True)
         return statistics.median(p / q for p, q in pairs)
 
-    print(f"\n{'row':<24}{'side':<11}{'ms':>8}{'speedup':>9}{'of peak':>9}{'memory MB':>11}")
+    print(f"\n{'row':<30}{'side':<11}{'ms':>8}{'speedup':>9}{'of peak':>9}{'memory MB':>11}")
     for row, sides in times.items():
         for side, values in sides.items():
             ms = statistics.median(values)
             share = work[row] / ms * 1e3 / peaks[side]
             print(
-                f"{row:<24}{side:<11}{ms:>8.1f}{ratio(row, b=side):>9.2f}{share:>9.0%}"
+                f"{row:<30}{side:<11}{ms:>8.1f}{ratio(row, b=side):>9.2f}{share:>9.0%}"
                 f"{memory[row, side]:>11.0f}"
             )
     return {
@@ -211,6 +255,12 @@ def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, floa
         "l2grad_speedup": ratio("L2Grad"),
         "l1grad_speedup": ratio("L1Grad"),
         "penalty_ratio": ratio("L2Grad", "ours", other="none"),
+        "difference_ratio": ratio("L2Grad, difference", "ours", other="none"),
+        "every_4th_ratio": ratio("L2Grad, every 4th", "ours", other="none"),
+        "difference_every_4th_ratio": ratio("L2Grad, difference every 4th", "ours", other="none"),
+        "difference_speedup": ratio("L2Grad, difference"),
+        "every_4th_speedup": ratio("L2Grad, every 4th"),
+        "difference_every_4th_speedup": ratio("L2Grad, difference every 4th"),
         "fp32_l2grad_speedup": ratio("L2Grad", b="fp32"),
         "memory_ratio": memory["L2Grad", "ours"] / memory["L2Grad", "reference"],
     }

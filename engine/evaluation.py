@@ -7,8 +7,8 @@ from torch import nn
 
 from engine import distributed
 from engine.batch_norm import folded_weights
-from engine.gradients import first_order, loss_change, needs_double_backward
-from engine.hardware import autocast, get_rng_state
+from engine.gradients import BatchLoss, needs_gradients
+from engine.hardware import autocast, get_rng_state, seed_rng
 from engine.layers import penalized_weights
 from engine.loader import Loader
 from engine.networks import run_network
@@ -34,10 +34,13 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for i, (x, y) in enumerate(loader.batches(0, start=rank, step=world_size)):
-        torch.manual_seed(rank + i * world_size)
-        if needs_double_backward(regularizer):
-            result = first_order(net, criterion, inputs, x, y, dtype)
-            loss, n_correct, tensors = result.loss, result.n_correct, result.tensors
+        seed_rng(rank + i * world_size, x.device)
+        rng_state = get_rng_state(x.device) if "loss_change" in inputs else None
+        batch = BatchLoss(net, criterion, x, y, dtype, rng_state)
+        if needs_gradients(regularizer):
+            result = batch.first_order(inputs)
+            loss, n_correct = result.loss, result.n_correct
+            tensors = {**result.tensors, "detached_w_grads": result.w_grads}
         else:
             with torch.inference_mode(), autocast(x.device, dtype):
                 logits, _ = run_network(net, x)
@@ -45,8 +48,7 @@ def evaluate(
             tensors = {"weights": penalized_weights(net)}
         penalty = torch.zeros_like(loss)
         if regularizer:
-            rng_state = get_rng_state(x.device) if "loss_change" in inputs else None
-            change = partial(loss_change, net, criterion, x, y, dtype, loss, (), rng_state)
+            change = partial(batch.change, loss, ())
             available = {**tensors, "loss_change": change, "folded_weights": folded}
             with torch.no_grad():
                 penalty = regularizer(*(available[name] for name in inputs))

@@ -68,6 +68,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
+def seed_rng(seed: int, device: torch.device) -> None:
+    """Seed the global random streams of the CPU and of the device, as torch.manual_seed does.
+
+    It leaves those of other devices alone, which is what costs the time there.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def get_rng_state(device: torch.device) -> Tensor:
     """Return the state of the random stream that a forward pass on the device draws from."""
     if device.type == "cpu":

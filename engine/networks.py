@@ -4,9 +4,10 @@ A network maps images to logits, or to `(logits, activations)`. Where it does no
 activations A_l are the outputs of its activation modules in the order in which they run.
 """
 
+import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,13 +71,75 @@ def recorded_activations(net: nn.Module) -> Iterator[list[Tensor]]:
     A module that runs twice counts twice.
     """
     outputs: list[Tensor] = []
-    modules = [m for m in net.modules() if isinstance(m, ACTIVATIONS)]
-    hooks = [m.register_forward_hook(lambda m, args, y: outputs.append(y)) for m in modules]
-    try:
+    with _activation_hooks(net, outputs.append):
         yield outputs
+
+
+@contextmanager
+def moved_activations(net: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator[None]:
+    """Context manager in which the i-th run of an activation module returns offsets[i] more.
+
+    Runs are counted from 0, as `activation_runs` counts them.
+    """
+    runs = itertools.count()
+
+    def move(y: Tensor) -> Tensor | None:
+        offset = offsets.get(next(runs))
+        return None if offset is None else y + offset.to(y.dtype)
+
+    with _activation_hooks(net, move):
+        yield
+
+
+@contextmanager
+def _activation_hooks(net: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Context manager in which hook(output), unless None, replaces each activation module's output.
+
+    It is called in the order in which they run.
+    """
+    modules = [m for m in net.modules() if isinstance(m, ACTIVATIONS)]
+    handles = [m.register_forward_hook(lambda m, args, y: hook(y)) for m in modules]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def activation_runs(
+    net: nn.Module, activations: Sequence[Tensor], recorded: Sequence[Tensor]
+) -> list[int]:
+    """Return which run of an activation module gave each of the activations.
+
+    `recorded` is what `recorded_activations` yielded. Raises NetworkError where none did, which a
+    network can bring about that returns its activations itself.
+    """
+    run_of = {id(a): run for run, a in enumerate(recorded)}
+    runs = [run_of.get(id(a)) for a in activations]
+    if None in runs:
+        raise NetworkError(
+            f"--penalty_gradient difference: {type(net).__name__} returns activations of which "
+            f"number {runs.index(None)} is the output of no activation module, such as nn.ReLU: "
+            "return such outputs, or leave gradients of activations out"
+        )
+    return runs
+
+
+def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> None:
+    """Raise NetworkError where `moved_activations` cannot reach an activation of the network.
+
+    It is tried on one image of `image_shape` (3, H, W), in evaluation mode.
+    """
+    with torch.no_grad(), _every_module_in(net, training=False):
+        with recorded_activations(net) as recorded:
+            output = net(_blank_images(net, 1, image_shape))
+    activation_runs(net, split_output(net, output, recorded)[1], recorded)
+
+
+def _blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
+    """Return n black images in the dtype and on the device of the network."""
+    p = next(net.parameters())
+    return torch.zeros(n, *image_shape, dtype=p.dtype, device=p.device)
 
 
 def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) -> int:
@@ -86,8 +149,7 @@ def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) 
     evaluation mode.
     """
     size, name = " × ".join(map(str, image_shape)), type(net).__name__
-    p = next(net.parameters())
-    x = torch.zeros(2, *image_shape, dtype=p.dtype, device=p.device)
+    x = _blank_images(net, 2, image_shape)
     try:
         with torch.no_grad(), _every_module_in(net, training=False):
             logits, activations = run_network(net, x, with_activations=True)

@@ -33,9 +33,15 @@ def per_image_lp_norms(a_grads: Sequence[Tensor], P: float) -> list[Tensor]:
     rank's share: no activations are sent.
     """
     shares = distributed.local_shares(a_grads)
-    norms = [lp_norm(g, P) for g in shares]
-    if distributed.is_sharded():  # the norm of the whole is the norm of the shares' norms
+    sizes = [distributed.global_batch_size(len(g)) for g in shares]
+    norms = whole_batch_norms(shares, P)
+    return [size ** (-1 / P) * norm for size, norm in zip(sizes, norms, strict=True)]
+
+
+def whole_batch_norms(shares: Sequence[Tensor], P: float) -> Sequence[Tensor]:
+    """Return ‖t‖_p (scalars) of tensors t (B, …) of which each rank has its share of the images."""
+    norms = [lp_norm(t, P) for t in shares]
+    if norms and distributed.is_sharded():  # the norm of the whole is the norm of the shares' norms
         columns = distributed.gather(torch.stack(norms)).unbind(dim=1)
         norms = [lp_norm(column, P) for column in columns]
-    sizes = [distributed.global_batch_size(len(g)) for g in shares]
-    return [size ** (-1 / P) * norm for size, norm in zip(sizes, norms, strict=True)]
+    return norms

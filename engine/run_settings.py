@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.checkpoints import load_checkpoint, validate_structure
 from engine.errors import FileError
+from engine.gradients import DIFFERENCE_STEP
 
 # Settings that do not change the weights; all others must stay as they are on --resume.
 MAY_CHANGE_ON_RESUME = {
@@ -26,7 +27,8 @@ AUTO = "auto"  # a setting that the hardware decides, or the checkpoint
 LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}
 LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
     "sync_bn": True, "width": 1.0, "memory_format": "channels_last", "image_size": 224,
-    "workers": 2, "cache_images": 4.0,
+    "workers": 2, "cache_images": 4.0, "penalty_every": 1, "penalty_gradient": "exact",
+    "penalty_step": DIFFERENCE_STEP,
 }  # fmt: skip
 
 

@@ -13,11 +13,11 @@ class SmoothNet(nn.Module):
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, 4, 3, stride=2, padding=1)
-        self.linear = nn.Linear(4, num_classes)
+        self.linear, self.softplus = nn.Linear(4, num_classes), nn.Softplus()
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        a1 = F.softplus(self.norm1(self.conv1(x)))
-        a2 = F.softplus(self.conv2(a1))
+        a1 = self.softplus(self.norm1(self.conv1(x)))
+        a2 = self.softplus(self.conv2(a1))
         return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
 
 
@@ -163,6 +163,25 @@ def backward_twice(net, criterion, penalty_of, x: Tensor, y: Tensor) -> tuple[Te
     for p, first, second in zip(net.parameters(), before, after, strict=True):
         p.grad = first + second.detach()
     return loss.detach(), penalty.detach()
+
+
+def sharpness_step(weights: list[Tensor], grads: list[Tensor], rho: float, adaptive: bool):
+    """ε = ρ·T²g/‖Tg‖₂ of all layers as one vector, T = |W| + 0.01 if adaptive, else 1."""
+    w, g = (torch.cat([t.flatten() for t in ts]) for ts in (weights, grads))
+    t = w.abs() + 0.01 if adaptive else torch.ones_like(w)
+    return rho * t**2 * g / ((t * g) ** 2).sum() ** 0.5
+
+
+def dampening(weights: list[Tensor], lmbda: float, n_bits: int) -> float:
+    """λ Σ (Q(w) − clip(w))², weight by weight; the grid ends at −2^(b−1) and 2^(b−1) − 1 steps."""
+    total = 0.0
+    for w in weights:
+        s = step(w, n_bits).item()
+        low, high = -(2 ** (n_bits - 1)) * s, (2 ** (n_bits - 1) - 1) * s
+        for value in w.flatten().tolist():
+            clipped = min(max(value, low), high)
+            total += (round(clipped / s) * s - clipped) ** 2
+    return lmbda * total
 
 
 def integer_layer(

@@ -30,6 +30,7 @@ REGULARIZERS = {
     "L2Grad": LPGrad(0.1, 2),
     "StdDevNorm": VarianceNorm(0.1, std_dev=True),
     "combined": CombinedReg(VarianceNorm(0.1), LPGrad(0.1, 2, only_weight_grads=True)),
+    "by a difference, every second batch": LPGrad(0.1, 2),
 }
 
 
@@ -49,7 +50,7 @@ def begin():
     )
 
 
-def train_on(training, regularizer, after_batch=lambda state: None, n_epochs=4):
+def train_on(training, name, after_batch=lambda state: None, n_epochs=4):
     dataset = synthetic("", 0)
     common = {"mean": dataset.mean, "std": dataset.std}
     train_loader = Loader(
@@ -62,8 +63,9 @@ def train_on(training, regularizer, after_batch=lambda state: None, n_epochs=4):
         **common,
     )
     test_loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 32, **common)
-    phases = [Phase(0), Phase(1, regularizer)]
-    config = FitConfig(n_epochs, after_batch=after_batch)
+    every, step = (2, 0.01) if "difference" in name else (1, None)
+    phases = [Phase(0), Phase(1, REGULARIZERS[name], every=every)]
+    config = FitConfig(n_epochs, difference_step=step, after_batch=after_batch)
     return fit(training, train_loader, test_loader, phases, config)
 
 
@@ -74,9 +76,8 @@ class Cut(Exception):
 @pytest.mark.parametrize("name", REGULARIZERS)
 @pytest.mark.parametrize("cut_at", [1, 3, 5, 6, 11])  # of 12 batches, in and between epochs
 def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
-    regularizer, path = REGULARIZERS[name], tmp_path / "r.ckpt"
-    uninterrupted = begin()
-    history = train_on(uninterrupted, regularizer)
+    path, uninterrupted = tmp_path / "r.ckpt", begin()
+    history = train_on(uninterrupted, name)
 
     cut, batches = begin(), []
 
@@ -87,12 +88,12 @@ def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
             raise Cut
 
     with pytest.raises(Cut):
-        train_on(cut, regularizer, save_and_die)
+        train_on(cut, name, save_and_die)
     torch.rand(10)
     random.random()
     resumed = begin()
     resumed.load_state_dict(load_checkpoint(path), n_epochs=4, n_batches=3)
-    resumed_history = train_on(resumed, regularizer)
+    resumed_history = train_on(resumed, name)
     for a, b in zip(
         uninterrupted.net.state_dict().values(), resumed.net.state_dict().values(), strict=True
     ):
@@ -240,7 +241,7 @@ def test_a_second_interrupt_stops_at_once():
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
     training = begin()
-    train_on(training, None, n_epochs=1)
+    train_on(training, "none", n_epochs=1)
     with torch.no_grad():
         training.net.linear.bias[0] = float("nan")
     with pytest.raises(Exception, match="linear.bias"):

@@ -64,10 +64,13 @@ REGULARIZERS = {
             "StepL1Grad",
             "StepL2Grad",
             "StepNoise",
+            "AdaptiveSharpness",
         )
     },
     "L2Grad, weights": partial(make_regularizer, "L2Grad", 0.5, only_weight_grads=True),
     "RangeNorm, folded": partial(make_regularizer, "RangeNorm", 0.5, fold_bn=True),
+    "difference, every second batch": combined,
+    "difference of one's own": lambda: WholeBatch(0.5),
 }
 
 
@@ -102,8 +105,9 @@ def trained(name, sync=True):
     ranks = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
     train_loader = Doubles(seed=1, augment=True, shuffle=True, **ranks)
     state = train_state.TrainState(net, optimizer, scheduler)
-    phases = [train.Phase(0, REGULARIZERS[name](), warmup=0.5)]
-    config = train.FitConfig(2, criterion, torch.float64)
+    every, step = 2 if "second" in name else 1, 0.01 if "difference" in name else None
+    phases = [train.Phase(0, REGULARIZERS[name](), warmup=0.5, every=every)]
+    config = train.FitConfig(2, criterion, torch.float64, difference_step=step)
     history = train.fit(state, train_loader, Doubles(cache=True), phases, config)
     numbers = [[value for key, value in entry.items() if "second" not in key] for entry in history]
     return {"numbers": torch.tensor(numbers, dtype=torch.float64), **net.state_dict()}
@@ -176,7 +180,10 @@ def assert_same(results, expected, where):
 
 def test_n_processes_train_what_one_does():
     (single,) = on(1, all_trained(REGULARIZERS))
-    for n, names in ((2, REGULARIZERS), (4, ["none", "combined", "L3Grad", "LinfGrad"])):
+    for n, names in (
+        (2, REGULARIZERS),
+        (4, ["none", "combined", "L3Grad", "difference, every second batch"]),
+    ):
         for rank, results in enumerate(on(n, all_trained(names))):
             assert_same(results, {name: single[name] for name in names}, (n, rank))
 

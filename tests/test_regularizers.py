@@ -4,9 +4,11 @@ import pytest
 import reference
 import torch
 
+from quant_utils import uniform
 from regularizers import (
     REGULARIZERS,
     CombinedReg,
+    Dampening,
     InverseVarianceNorm,
     KurtosisNorm,
     LPGrad,
@@ -175,6 +177,26 @@ def test_step_norms_of_zero_gradients_move_nothing(make):
     assert torch.equal(g[0].grad, torch.zeros(4)) and torch.equal(weights[0].grad, torch.zeros(4))
 
 
+@pytest.mark.parametrize("n_bits", [2, 4])
+def test_dampening_is_its_definition(n_bits):
+    weights = [w.requires_grad_() for w in tensors()]
+    penalty = Dampening(0.3, n_bits)(weights)
+    expected = reference.dampening([w.detach() for w in weights], 0.3, n_bits)
+    assert penalty.item() == pytest.approx(expected)
+    penalty.backward()
+    for w in weights:
+        w_q, largest = uniform(w, n_bits), w.abs().max()
+        clipped = w > largest * (2 ** (n_bits - 1) - 1) / (2 ** (n_bits - 1) - 0.5)
+        expected = torch.where(clipped, 0, 0.6 * (w - w_q)).detach()
+        torch.testing.assert_close(w.grad, expected)
+
+
+def test_dampening_of_zero_weights_is_zero():
+    w = torch.zeros(3, requires_grad=True)
+    Dampening(1.0)([w]).backward()
+    assert torch.equal(w.grad, torch.zeros(3))
+
+
 def test_step_noise_is_uniform_in_half_a_step():
     weights, seen = [torch.linspace(-7.5, 3, 100_000), torch.full((1000,), 1.5)], []
 
@@ -259,6 +281,9 @@ def test_combined_asks_for_no_more_than_its_terms_need(terms, inputs):
         ("stepl1grad", "StepL1Grad"),
         ("StepL2GRAD", "StepL2Grad"),
         ("stepnoise", "StepNoise"),
+        ("dampening", "Dampening"),
+        ("SHARPNESS", "Sharpness"),
+        ("adaptivesharpness", "AdaptiveSharpness"),
     ],
 )
 def test_names_in_any_case(name, made):
@@ -298,9 +323,11 @@ def test_options_go_to_those_that_take_them():
 
 def test_an_annotated_argument_is_an_option(monkeypatch):
     names = ("StepL1Grad", "StepL2Grad", "StepNoise")
+    with_bits = (*names, "Dampening")
     found = regularizer_options()
-    assert set(found) == {"fold_bn", "target_bits", "detach_step"}
-    assert (found["target_bits"].kind, found["target_bits"].default) == (int, 4)
+    assert set(found) == {"fold_bn", "target_bits", "detach_step", "rho"}
+    assert found["rho"].defaults == (0.05, 0.5)
+    assert (found["target_bits"].kind, set(found["target_bits"].defaults)) == (int, {4})
     assert (found["detach_step"].kind, found["detach_step"].regularizer_names) == (bool, names)
     assert {name for name in found if not found[name].tracked} == {"fold_bn", "detach_step"}
 
@@ -309,7 +336,7 @@ def test_an_annotated_argument_is_an_option(monkeypatch):
             super().__init__(lmbda)
 
     monkeypatch.setitem(REGULARIZERS, "MyNorm", MyNorm)
-    assert regularizer_options()["target_bits"].regularizer_names == (*names, "MyNorm")
+    assert regularizer_options()["target_bits"].regularizer_names == (*with_bits, "MyNorm")
 
 
 def test_a_new_regularizer_is_a_class_and_a_line(monkeypatch):

@@ -348,6 +348,7 @@ def test_a_settings_file_that_holds_something_else(changed, reason, mode, script
         ("--train_flags=--override", "--train_flags: --allow_changed_settings"),
         ("--train_flags=--seed 242", "--train_flags: --seed"),  # the default of train.py
         ("--train_flags=--lmbda_warmup 1", "--lmbda_warmup"),  # the trunk has no regularizer
+        ("--train_flags=--penalty_every 4", "--penalty_every"),
         ("--train_flags=--regularizer L2Grad", "--regularizer"),
         ("--train_flags=--fold_bn", "--fold_bn"),
         ("--train_flags=--hold_step", "--detach_step"),

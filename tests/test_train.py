@@ -216,11 +216,15 @@ def test_a_regularizer_of_weights_makes_no_second_order_graph(problem, monkeypat
     assert not any(graphs)
 
 
-def test_autocast_keeps_float32_where_it_matters():
+@pytest.mark.parametrize("difference_step", [None, 0.01])
+def test_autocast_keeps_float32_where_it_matters(difference_step):
     torch.manual_seed(0)
     net = utils.make_net("ConvNet", 10, "cpu")
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
-    loss, penalty, _ = compute_gradients(net, CE, LPGrad(0.01, 2), x, y, torch.bfloat16)
+    loss, penalty, _ = compute_gradients(
+        net, CE, LPGrad(0.01, 2), x, y, torch.bfloat16, difference_step=difference_step
+    )
+    assert all(p.grad.isfinite().all() for p in net.parameters())
     assert loss.dtype == penalty.dtype == torch.float32
     assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
     with hardware.autocast(x.device, torch.bfloat16):
@@ -446,7 +450,7 @@ def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
 def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
     strengths = []
     plain = train.compute_gradients
-    monkeypatch.setattr(train, "compute_gradients", lambda *a: strengths.append(a[-1]) or plain(*a))
+    monkeypatch.setattr(train, "compute_gradients", lambda *a: strengths.append(a[6]) or plain(*a))
     ones = type(
         "Ones",
         (Regularizer,),
@@ -613,6 +617,12 @@ def test_options_reach_those_that_take_them(monkeypatch):
     combined_protocol.main(["--phases", "0:none", "1:L1Grad@weights=1+StepL1Grad=2", *options])
     terms = started["phases"][1].regularizer.terms
     assert terms[0].only_weight_grads and terms[1].target_bits == 3
+    cheaper = ["--penalty_every", "4", "--penalty_gradient", "difference", "--penalty_step", "0.1"]
+    combined_protocol.main(["--phases", "0:VarianceNorm=1+L1Grad=1", *cheaper])
+    config = train.make_config(argparse.Namespace(**started))
+    assert (started["penalty_every"], config.difference_step) == (4, 0.1)
+    train.main(["--regularizer", "Sharpness", "--rho", "0.2"])
+    assert started["phases"][0].regularizer.rho == 0.2
 
 
 def test_begin_where_another_run_is(script, tmp_path):
@@ -777,6 +787,10 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--holdout", "0"], "'0'"),
         (["--lmbda_warmup", "-1"], "'-1'"),
         (["--lmbda_warmup", "nan"], "'nan'"),
+        (["--penalty_every", "0"], "'0'"),
+        (["--penalty_step", "0"], "'0'"),
+        (["--penalty_gradient", "central"], "exact, difference"),
+        (["--regularizer", "Sharpness", "--rho", "0"], "rho is 0"),
         (["--track", "none"], "'none'"),
         (["--track", "L2Grad", "L0Grad"], "'L0Grad'"),
         (["--regularizer", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
@@ -799,6 +813,17 @@ UNUSED = [
     (["--first_regularized_epoch", "2"], "--first_regularized_epoch (needs a --regularizer)"),
     (["--no_activation_gradients"], "--no_activation_gradients (needs --regularizer L<P>Grad)"),
     (["--lmbda_warmup", "2"], "--lmbda_warmup (needs a regularizer)"),
+    (["--penalty_every", "4"], "--penalty_every (needs a regularizer)"),
+    (
+        ["--regularizer", "VarianceNorm", "--penalty_gradient", "difference"],
+        "--penalty_gradient (needs a regularizer of gradients)",
+    ),
+    (["--regularizer", "Sharpness", "--penalty_gradient", "difference"], "--penalty_gradient"),
+    (
+        ["--regularizer", "L2Grad", "--penalty_step", "0.1"],
+        "--penalty_step (needs --penalty_gradient difference)",
+    ),
+    (["--regularizer", "L2Grad", "--rho", "0.1"], "--rho (needs --regularizer Sharpness or Adapt"),
     (["--regularizer", "VarianceNorm", "--no_activation_gradients"], "--no_activation_gradients"),
     (["--freeze_bn_from", "25"], "--freeze_bn_from (needs a longer run)"),
     (["--save_preregularized_model"], "--save_preregularized_model (needs a regularizer)"),
