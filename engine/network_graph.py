@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from engine.layers import Add
 from engine.networks import split_output
 
 # Modules that are one call; others are entered. Subclasses count as well.
@@ -18,6 +19,8 @@ LEAF_KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv",
     nn.Linear: "linear",
     nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    Add: "add",
     nn.AdaptiveAvgPool2d: "global_pool",
     nn.MaxPool2d: "max_pool",
     nn.Flatten: "flatten",
@@ -27,7 +30,9 @@ LEAF_KINDS: dict[type[nn.Module], str] = {
 # Functions by name, with and without a trailing underscore (in place).
 FUNCTION_KINDS = {
     "relu": "relu",
+    "relu6": "relu6",
     "flatten": "flatten",
+    "getitem": "slice",
     "to": "identity",
     "float": "identity",
     "contiguous": "identity",
@@ -49,6 +54,13 @@ class Call:
     inputs: tuple[int, ...]
     output: int
     arguments: tuple[Any, ...] = ()  # of a function, without tensors
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Return the names that engine/operation_inputs.py gives to what is quantized."""
+        if self.kind == "add":
+            return f"{self.name}[0]", f"{self.name}[1]"
+        return (self.name,) if self.module is not None else ()
 
 
 @dataclass(frozen=True)
