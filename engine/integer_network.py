@@ -451,12 +451,16 @@ def _add_relu(builder: _Builder, call: Call) -> None:
 
 
 def _add_global_pool(builder: _Builder, call: Call) -> None:
-    """Add average pooling to one pixel."""
+    """Add average pooling to one pixel; to as many pixels as there are, it changes nothing."""
     size = call.module.output_size if call.module is not None else call.arguments[0]
-    if size not in (1, (1, 1)):
-        raise NetworkError(f"--export: {_caller(call)}: only pooling to one pixel is supported")
+    size = size if isinstance(size, tuple) else (size, size)
     [(source, grid)] = builder.sources(call)
-    builder.add(GlobalPool(builder.name_step(call), source, grid), call)
+    if size == call.in_shape[1:]:
+        builder.names[call.output] = source
+    elif size == (1, 1):
+        builder.add(GlobalPool(builder.name_step(call), source, grid), call)
+    else:
+        raise NetworkError(f"--export: {_caller(call)}: only pooling to one pixel is supported")
 
 
 def _add_max_pool(builder: _Builder, call: Call) -> None:
