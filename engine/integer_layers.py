@@ -35,6 +35,10 @@ class Grid:
         """Return the largest distance of a code from the zero point."""
         return max(self.zero_point, self.max_code - self.zero_point)
 
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Return the values of codes, both in float32."""
+        return (codes - self.zero_point) * self.scale
+
     def code_range(self, bounds: tuple[float, float]) -> tuple[int, int]:
         """Return the least and the largest code of values within `bounds`."""
         low = max(bounds[0] / self.scale, -self.zero_point)

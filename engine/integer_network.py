@@ -129,7 +129,10 @@ class Sum(Arithmetic):
         return [(self.source, self.in_grid), (self.other, self.other_grid)]
 
     def run(self, a: Tensor, b: Tensor) -> Tensor:
-        """Map codes, in float32, to codes."""
+        """Map codes, in float32, to codes or floats."""
+        if self.out_grid is None:
+            y = self.in_grid.dequantize(a) + self.other_grid.dequantize(b)
+            return y.clamp(*self.bounds)
         (r_a, zero_a), (r_b, zero_b) = (
             (torch.tensor(grid.scale) / self.out_grid.scale, grid.zero_point)
             for _, grid in self.inputs()
@@ -221,7 +224,7 @@ class Pad(Reorder):
 
 def _multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     """Return x·factor + summand, rounded to float32 once: in float64 a product is exact."""
-    return (x.double() * factor.double() + summand.double()).float()
+    return x.double().mul_(factor).add_(summand).float()
 
 
 def _finish(y: Tensor, grid: Grid | None, bounds: tuple[float, float]) -> Tensor:
@@ -409,10 +412,8 @@ class _Builder:
 
 def _add_layer(builder: _Builder, call: Call) -> None:
     """Add a convolution or linear layer."""
-    if isinstance(call.module, nn.Conv2d) and (
-        call.module.padding_mode != "zeros" or isinstance(call.module.padding, str)
-    ):
-        raise NetworkError(f"--export: {call.name}: only padding by a number of zeros is supported")
+    if isinstance(call.module, nn.Conv2d) and call.module.padding_mode != "zeros":
+        raise NetworkError(f"--export: {call.name}: only padding by zeros is supported")
     [(source, grid)] = builder.sources(call)
     integers = builder.integers.get(call.name)
     name = builder.name_step(call)
@@ -422,10 +423,8 @@ def _add_layer(builder: _Builder, call: Call) -> None:
 def _add_sum(builder: _Builder, call: Call) -> None:
     """Add a residual sum."""
     sources = builder.sources(call)
-    if len(sources) != 2:
-        raise NetworkError(
-            f"--export: {_caller(call)}: only sums of two feature maps are supported"
-        )
+    if len(sources) != 2 or call.arguments:  # such as alpha
+        raise NetworkError(f"--export: {_caller(call)}: only sums of two tensors are supported")
     (a, a_grid), (b, b_grid) = sources
     if builder.grids and None in (a_grid, b_grid):
         raise NetworkError(
@@ -437,17 +436,17 @@ def _add_sum(builder: _Builder, call: Call) -> None:
 
 def _add_relu(builder: _Builder, call: Call) -> None:
     """Make the ReLU part of the step before it, where nothing else reads what is between them."""
-    bounds = RECTIFIERS[call.kind]
+    low, high = RECTIFIERS[call.kind]
     name = builder.names[call.inputs[0]]
     step, is_alone = builder.makers.get(name), builder.n_readers[call.inputs[0]] == 1
     while isinstance(step, Reorder) and is_alone:  # max-pooling and ReLU: in either order the same
         is_alone = builder.readers_of(step.source) == 1
         step = builder.makers.get(step.source)
-    if isinstance(step, Arithmetic) and step.bounds == UNBOUNDED and is_alone:
-        step.bounds = bounds
+    if isinstance(step, Arithmetic) and is_alone:
+        step.bounds = max(low, step.bounds[0]), min(high, step.bounds[1])
         builder.names[call.output] = name
     else:
-        builder.add(Rectify(builder.name_step(call), name, bounds=bounds), call)
+        builder.add(Rectify(builder.name_step(call), name, bounds=(low, high)), call)
 
 
 def _add_global_pool(builder: _Builder, call: Call) -> None:

@@ -283,11 +283,21 @@ def _geometry(module: nn.Conv2d) -> dict[str, object]:
     """Return the attributes of a convolution."""
     return {
         "strides": list(module.stride),
-        "pads": [*module.padding, *module.padding],
+        "pads": _pads(module),
         "dilations": list(module.dilation),
         "group": module.groups,
         "kernel_shape": list(module.kernel_size),
     }
+
+
+def _pads(module: nn.Conv2d) -> list[int]:
+    """Return the padding before both dimensions, then that after them."""
+    if not isinstance(module.padding, str):
+        return [*module.padding, *module.padding]
+    is_same = module.padding == "same"
+    sizes = zip(module.dilation, module.kernel_size, strict=True)
+    totals = [is_same * dilation * (kernel - 1) for dilation, kernel in sizes]
+    return [total // 2 for total in totals] + [total - total // 2 for total in totals]
 
 
 def _emit_global_pool(emitter: _Emitter, step: GlobalPool) -> None:

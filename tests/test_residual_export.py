@@ -116,7 +116,7 @@ def test_a_sum_of_all_pairs_of_codes_is_that_of_the_engine(n_bits):
     codes = torch.arange(2**n_bits)
     pairs = torch.cartesian_prod(codes, codes).T.to(torch.uint8)
     a, b = pairs.reshape(2, 1, 1, -1, 2**n_bits).contiguous()
-    for seed in range(12):
+    for seed in range(6):
         step = random_sum(seed, n_bits)
         run = onnx_session.open_session(onnx_export.step_to_onnx(step, (a, b)), "m")
         torch.testing.assert_close(
@@ -175,6 +175,14 @@ def test_functions_and_pooling_that_keeps_the_size_are_exported(make):
     net = make()
     net.act = nn.ReLU()
     assert_engine_agrees(randomize(net, 0), pixels(16, 32), 6, 6)
+
+
+def test_padding_by_a_word_is_exported():
+    same = nn.Conv2d(3, 6, (3, 4), padding="same", dilation=(2, 1))
+    valid = nn.Conv2d(6, 6, 2, padding="valid")
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)]
+    net = nn.Sequential(same, nn.BatchNorm2d(6), nn.ReLU(), valid, nn.ReLU(), *pool)
+    assert_engine_agrees(randomize(net, 0), pixels(16, 10), 6, 6)
 
 
 @pytest.mark.slow
