@@ -17,7 +17,8 @@ from analysis.deployment import ImageDataset, read_model, to_model
 from engine import onnx_session
 from engine.environment import describe_environment, processor_name
 from engine.extras import require
-from engine.integer_network import IntegerNetwork, Layer, build
+from engine.integer_network import IntegerNetwork, build
+from engine.integer_steps import Layer
 from engine.io import save_json
 from engine.loader import Loader
 from engine.network_graph import trace

@@ -58,7 +58,6 @@ class Call:
     inputs: tuple[int, ...]
     output: int
     arguments: tuple[Any, ...] = ()  # of a function, without tensors
-
     in_shape: tuple[int, ...] = ()
 
     @property

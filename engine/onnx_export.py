@@ -4,7 +4,7 @@ Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of 
 `DequantizeLinear → Add → QuantizeLinear` to a sum of integers. A grid of fewer than 8 bits is
 `QuantizeLinear → Clip` on uint8, which does not stand in the way of that. A layer of two weights
 (PWLQ) has two sums in int32, `ConvInteger` or `MatMulInteger`. Sums and roundings are those of
-engine/integer_network.py.
+engine/integer_steps.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from engine.errors import FileError
 from engine.integer_layers import MAX_CODE, Grid, WeightCodes
-from engine.integer_network import (
+from engine.integer_network import IntegerNetwork
+from engine.integer_steps import (
     RELU,
     UNBOUNDED,
     Arithmetic,
     Flatten,
     GlobalPool,
-    IntegerNetwork,
     Layer,
     MaxPool,
     Pad,

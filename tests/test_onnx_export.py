@@ -14,7 +14,7 @@ import quant_inference as qi
 from analysis import verification
 from benchmarks import deploy_table
 from engine import onnx_export, onnx_session
-from engine.integer_network import RELU, UNBOUNDED
+from engine.integer_steps import RELU, UNBOUNDED
 from engine.io import save_weights, torch_load
 from engine.layers import BatchNormReLU
 

@@ -11,7 +11,8 @@ from engine import onnx_export, onnx_session
 from engine.batch_norm import fold_batch_norm
 from engine.errors import NetworkError
 from engine.integer_layers import Grid
-from engine.integer_network import RELU, RELU6, UNBOUNDED, Sum, build, shared_ranges
+from engine.integer_network import build, shared_ranges
+from engine.integer_steps import RELU, RELU6, UNBOUNDED, Sum
 from engine.network_graph import trace
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
