@@ -178,6 +178,7 @@ def test_functions_and_pooling_that_keeps_the_size_are_exported(make):
     assert_engine_agrees(randomize(net, 0), pixels(16, 32), 6, 6)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding")
 def test_padding_by_a_word_is_exported():
     same = nn.Conv2d(3, 6, (3, 4), padding="same", dilation=(2, 1))
     valid = nn.Conv2d(6, 6, 2, padding="valid")
