@@ -46,7 +46,7 @@ from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
 from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision, use_ieee_float32
 from engine.integer_layers import make_grid, make_integer_layer, with_integers
-from engine.integer_network import IntegerNetwork, build
+from engine.integer_network import IntegerNetwork, build, shared_ranges
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
 from engine.loader import Loader
@@ -227,7 +227,10 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
     if setup.calibration is None:
         return {}
     args, images = setup.args, image_batches(setup.calibration)
-    return qu.calibrate(setup.prepare(net), images, args.calibration, args.quantize_sums)
+    ranges = qu.calibrate(setup.prepare(net), images, args.calibration, args.quantize_sums)
+    if runs_in_integers(args):
+        ranges = shared_ranges(trace(net, setup.first_images(2)), ranges)
+    return ranges
 
 
 # --- what is quantized ------------------------------------------------------------------------

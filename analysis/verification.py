@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,8 @@ from analysis.deployment import ImageDataset, read_model, to_model
 from engine import onnx_session
 from engine.environment import describe_environment, processor_name
 from engine.extras import require
-from engine.integer_network import IntegerNetwork, Layer, build
+from engine.integer_network import IntegerNetwork, build
+from engine.integer_steps import Layer
 from engine.io import save_json
 from engine.loader import Loader
 from engine.network_graph import trace
@@ -26,6 +27,8 @@ from engine.packing import packed_bytes
 
 BATCHES = (1, 128)  # images at once whose times are measured
 ROUNDS, SECONDS_PER_ROUND = 5, 0.3
+DEFAULT_ENGINE = "engine, default options"
+N_NAMES = 3  # of layers in a line of the report
 Run = Callable[[Tensor], Any]
 
 
@@ -68,18 +71,23 @@ def verify_file(
 def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, Any]:
     """Return what the model gives on all test images beside simulations, its speed and its size.
 
-    `test` makes normalized batches of the test images in their order.
+    `test` makes normalized batches of the test images in their order. Where this processor needs a
+    session option for exact sums, the engine is measured with it, and counted without it.
     """
-    float_net = compared.float_net
+    inexact = onnx_session.inexact_steps(compared.integers)
+    still_inexact = onnx_session.inexact_steps(compared.integers, True) if inexact else []
+    exact_products = len(still_inexact) < len(inexact)
     return {
-        **compare_predictions(model, compared, test, dataset.test_images),
-        "inexact_layers": onnx_session.inexact_layers(compared.integers),
-        "nodes": onnx_session.optimized_nodes(model, "the model"),
-        "images_per_second": measure_speed(model, compared, test, dataset),
+        **compare_predictions(model, compared, test, dataset.test_images, exact_products),
+        "inexact_layers": inexact,
+        "session_options": {onnx_session.EXACT_PRODUCTS: "1"} if exact_products else {},
+        "inexact_layers_with_options": still_inexact,
+        "nodes": onnx_session.optimized_nodes(model, "the model", exact_products),
+        "images_per_second": measure_speed(model, compared, test, dataset, exact_products),
         "bytes": {
             "file": len(model),
             "packed": packed_bytes(compared.integers.integers()),
-            "float32": 4 * sum(p.numel() for p in float_net.parameters()),
+            "float32": 4 * sum(p.numel() for p in compared.float_net.parameters()),
         },
         "onnxruntime": require("onnxruntime", "--verify").__version__,
         "environment": describe_environment(),
@@ -91,18 +99,20 @@ def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
 
 @torch.inference_mode()
 def compare_predictions(
-    model: bytes, compared: Compared, test: Loader, images: Tensor
+    model: bytes, compared: Compared, test: Loader, images: Tensor, exact_products: bool = False
 ) -> dict[str, Any]:
     """Return accuracies, and how far each simulation is from the engine.
 
-    Differences of logits are in units of the last layer's scale: its integers' own step.
+    Differences of logits are in units of the last layer's scale: its integers' own step. With
+    `exact_products`, the engine with default options is compared with the integer simulation, too.
     """
-    engine = onnx_session.open_session(model, "the model")
+    engines = _sessions(model, exact_products)
     nets = {"integer": compared.integers, **compared.simulations, "unquantized": compared.float_net}
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("engine", *nets)}
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*engines, *nets)}
     n_done = 0
     for x, _ in test.batches(0):
-        parts["engine"].append(engine(images[n_done : n_done + len(x)].contiguous()))
+        for name, engine in engines.items():
+            parts[name].append(engine(images[n_done : n_done + len(x)].contiguous()))
         n_done += len(x)
         for name, net in nets.items():
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
@@ -110,23 +120,41 @@ def compare_predictions(
     last = compared.integers.layers()[-1].integers
     step = last.product_scale(last.parts[0])
     real = logits["engine"]
-    return {
+    found = {
         "n_images": len(labels),
         "accuracy": {k: (v.argmax(1) == labels).double().mean().item() for k, v in logits.items()},
-        "differing_predictions": {
-            name: (logits[name].argmax(1) != real.argmax(1)).sum().item() for name in nets
-        },
+        "differing_predictions": {name: _n_differing(logits[name], real) for name in nets},
         "largest_logit_difference": {
             name: ((logits[name] - real).abs() / step).max().item() for name in nets
         },
     }
+    if exact_products:
+        found["differing_by_default"] = _n_differing(logits["integer"], logits[DEFAULT_ENGINE])
+    return found
+
+
+def _sessions(model: bytes, exact_products: bool) -> dict[str, Run]:
+    """Return the engine and, if it needs an option, what it is without that."""
+    engine = onnx_session.open_session(model, "the model", exact_products=exact_products)
+    if not exact_products:
+        return {"engine": engine}
+    return {"engine": engine, DEFAULT_ENGINE: onnx_session.open_session(model, "the model")}
+
+
+def _n_differing(logits: Tensor, others: Tensor) -> int:
+    """Return how many predictions differ."""
+    return (logits.argmax(1) != others.argmax(1)).sum().item()
 
 
 # --- speed -----------------------------------------------------------------------------------
 
 
 def measure_speed(
-    model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
+    model: bytes,
+    compared: Compared,
+    test: Loader,
+    dataset: ImageDataset,
+    exact_products: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Return the images per second of the engine and of float32, by batch size.
 
@@ -140,9 +168,9 @@ def measure_speed(
         x = batch.to(torch.float32, memory_format=torch.channels_last)
         return run_network(float_net, x.mul_(scale).add_(shift))[0]
 
-    models = {"engine": model, **other_models(compared, test, dataset)}
-    runs = {name: onnx_session.open_session(m, name) for name, m in models.items()}
-    runs["float32 PyTorch"] = in_pytorch
+    runs = {**_sessions(model, exact_products), "float32 PyTorch": in_pytorch}
+    for name, other in other_models(compared, test, dataset).items():
+        runs[name] = onnx_session.open_session(other, name, exact_products=exact_products)
     speeds = {}
     for n in BATCHES:
         batch = dataset.test_images[:n].contiguous()
@@ -209,6 +237,7 @@ def format_report(found: Mapping[str, Any]) -> str:
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
         f"{found['file']} in ONNX Runtime {found['onnxruntime']} on {machine}",
+        *(f"with the session option {k}={v}" for k, v in found["session_options"].items()),
         f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
     ]
     for name, n_differing in found["differing_predictions"].items():
@@ -245,12 +274,22 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if in_float := [k for k, op in found["nodes"].items() if op in onnx_session.FLOAT_KERNELS]:
         lines.append(f"not on integer kernels: {', '.join(in_float)}")
-    if found["inexact_layers"]:
+    if found["session_options"]:
+        [(option, value)] = found["session_options"].items()
         lines.append(
-            f"sums of {', '.join(found['inexact_layers'])} are not exact on this processor, as "
-            "8-bit sums without VNNI saturate: use 7 bits for weights, or ONNX Runtime's session "
-            "option session.x64quantprecision=1"
+            f"8-bit sums of {_some_of(found['inexact_layers'])} saturate on this processor, which "
+            f"lacks VNNI: set ONNX Runtime's session option {option}={value}, as was done here; "
+            f"without it {found['differing_by_default']} of {found['n_images']} predictions "
+            "differ (7 bits for weights do not need it)"
         )
+    if names := found["inexact_layers_with_options"]:
+        lines.append(f"{_some_of(names)}: not computed exactly on this processor")
     if n := found["differing_predictions"]["integer"]:
         lines.append(f"{n} of {found['n_images']} predictions differ from the simulation")
     return lines
+
+
+def _some_of(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - N_NAMES
+    return ", ".join(names[:N_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -48,13 +48,18 @@ def row(found: Mapping[str, Any]) -> str:
         source["act_bits"],
         scheme_name(source),
         *(f"{100 * accuracy[name]:.2f}" for name in ("unquantized", "integer", "engine")),
-        f"{differing['integer']}",
+        f"{differing['integer']}{_by_default(found)}",
         f"{differing['float32']}",
     ]
     for batch in ("1", "128"):
         cells += [f"{ms:.2f}" for ms in milliseconds(found, batch)]
     cells += [f"{size[name] / 1e6:.2f} MB" for name in ("file", "packed", "float32")]
     return " | ".join(cells)
+
+
+def _by_default(found: Mapping[str, Any]) -> str:
+    """Return how many predictions differ without the session option, where one was needed."""
+    return f" ({found['differing_by_default']} by default)" if found.get("session_options") else ""
 
 
 def second_sums(records: Sequence[Mapping[str, Any]]) -> list[str]:

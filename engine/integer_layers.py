@@ -35,6 +35,16 @@ class Grid:
         """Return the largest distance of a code from the zero point."""
         return max(self.zero_point, self.max_code - self.zero_point)
 
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Return the values of codes, both in float32."""
+        return (codes - self.zero_point) * self.scale
+
+    def code_range(self, bounds: tuple[float, float]) -> tuple[int, int]:
+        """Return the least and the largest code of values within `bounds`."""
+        low = max(bounds[0] / self.scale, -self.zero_point)
+        high = min(bounds[1] / self.scale, self.max_code - self.zero_point)
+        return round(low) + self.zero_point, round(high) + self.zero_point
+
 
 def make_grid(scale: float, int_min: int, int_max: int) -> Grid:
     """Return the grid of the points scale·int_min, …, scale·int_max; the scale as float32."""

@@ -1,145 +1,32 @@
-"""A quantized network in integer arithmetic: its steps, and their exact simulation.
+"""A quantized network in integers: from the calls of a network to steps, which simulate an engine.
 
-The steps are what an integer engine runs, with one definition of everything that engines could do
-in another way (all in float32, rounding half to even):
-
-- an input becomes round(x / scale) + zero_point, clamped to its codes;
-- a layer sums products of integers and its int32 bias without error. Where a quantizer follows, the
-  sum times scale_x·scale_w / scale_y is rounded and clamped once: a ReLU is that clamp. Where none
-  follows (logits), the result is the sum times scale_x·scale_w;
-- a layer of two weights adds its two sums, each times its scale; the result is divided by scale_y;
-- global average pooling rounds the sum of codes times scale_x / (scale_y·H·W).
+What the steps compute is defined in engine/integer_steps.py.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import NetworkError
-from engine.integer_layers import Grid, IntegerLayer, WeightCodes
+from engine.integer_layers import Grid, IntegerLayer
+from engine.integer_steps import (
+    RELU,
+    RELU6,
+    Arithmetic,
+    Flatten,
+    GlobalPool,
+    Layer,
+    MaxPool,
+    Pad,
+    Quantize,
+    Rectify,
+    Reorder,
+    Slice,
+    Step,
+    Sum,
+)
 from engine.network_graph import Call, NetworkGraph
-
-EXACT_IN_FLOAT32 = 2**24  # integers up to this are sums without rounding
-
-
-@dataclass
-class Step:
-    """One step: it makes the value `name` from the value `source`.
-
-    `in_grid` and `out_grid` are those of codes; None: the value is in float32.
-    """
-
-    name: str
-    source: str
-    in_grid: Grid | None = None
-    out_grid: Grid | None = None
-
-
-@dataclass
-class Quantize(Step):
-    """Float to codes."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map floats to codes, in float32."""
-        return _round_to_codes(x, self.out_grid)
-
-
-@dataclass
-class Layer(Step):
-    """A convolution or linear layer, with the ReLU after it if `relu`.
-
-    `integers` is None in a float network.
-    """
-
-    module: nn.Conv2d | nn.Linear = None
-    integers: IntegerLayer | None = None
-    relu: bool = False
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map codes, in float32, to codes or floats."""
-        first, *others = self.integers.parts
-        total = self._product(x, first).to(torch.int32)
-        total = (total + self._column(self.integers.bias, total)).float()
-        scale = self.integers.product_scale(first)
-        if not others and self.out_grid:
-            scale = self._column(scale / self.out_grid.scale, total)
-            return _to_codes(total * scale, self.out_grid, self.relu)
-        y = total * self._column(scale, total)
-        for part in others:
-            scale = self._column(self.integers.product_scale(part), y)
-            y = y + self._product(x, part).to(torch.int32).float() * scale
-        y = y.relu() if self.relu else y
-        return _round_to_codes(y, self.out_grid) if self.out_grid else y
-
-    def _product(self, x: Tensor, part: WeightCodes) -> Tensor:
-        """Return the sum of products of integers, exact."""
-        most = part.codes.float().abs().flatten(1).sum(1).max() * self.in_grid.max_abs
-        is_exact = most < EXACT_IN_FLOAT32 and x.device.type == "cpu"
-        dtype = torch.float32 if is_exact else torch.float64
-        x = (x - self.in_grid.zero_point if self.in_grid.zero_point else x).to(dtype)
-        w = part.codes.to(x.device, dtype)
-        if isinstance(self.module, nn.Linear):
-            return F.linear(x, w).round()
-        m = self.module
-        return F.conv2d(x, w, None, m.stride, m.padding, m.dilation, m.groups).round()
-
-    @staticmethod
-    def _column(values: Tensor, like: Tensor) -> Tensor:
-        """View a value for each output channel so that it broadcasts over `like`."""
-        return values.to(like.device).view(-1, *[1] * (like.dim() - 2))
-
-
-@dataclass
-class GlobalPool(Step):
-    """The mean over all pixels."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map codes (B, C, H, W) to codes or floats (B, C, 1, 1)."""
-        n_pixels = x.shape[2] * x.shape[3]
-        total = x.sum(dim=(2, 3), keepdim=True) - n_pixels * self.in_grid.zero_point
-        scale = torch.tensor(self.in_grid.scale, device=x.device)
-        if self.out_grid is None:
-            return total * (scale / n_pixels)
-        return _to_codes(total * (scale / (self.out_grid.scale * n_pixels)), self.out_grid)
-
-
-@dataclass
-class Reorder(Step):
-    """A step that only moves or selects values, codes or floats: `kind` is that of its call."""
-
-    kind: str = ""
-    module: nn.Module | None = None
-
-    def run(self, x: Tensor) -> Tensor:
-        """Apply the step."""
-        return x.flatten(1) if self.kind == "flatten" else self.module(x)
-
-
-@dataclass
-class Relu(Step):
-    """A ReLU that is not part of a layer."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map floats to floats or codes."""
-        return _round_to_codes(x.relu(), self.out_grid) if self.out_grid else x.relu()
-
-
-def _round_to_codes(x: Tensor, grid: Grid) -> Tensor:
-    """Round x to codes; divided by a tensor, as accelerators multiply by a number's reciprocal."""
-    return _to_codes(x / torch.tensor(grid.scale, device=x.device), grid)
-
-
-def _to_codes(x: Tensor, grid: Grid, relu: bool = False) -> Tensor:
-    """Round x, in units of the grid's scale, to codes; negative ones to 0 if `relu`."""
-    low = 0 if relu else -grid.zero_point
-    return x.round().clamp_(low, grid.max_code - grid.zero_point).add_(grid.zero_point)
-
-
-# --- from calls to steps ---------------------------------------------------------------------
 
 
 class IntegerNetwork(nn.Module):
@@ -157,24 +44,29 @@ class IntegerNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
-        values, last_reader = {"input": x}, {step.source: step for step in self.steps}
+        values = {"input": x}
+        last_reader = {name: step for step in self.steps for name, _ in step.inputs()}
         for step in self.steps:
-            source = values[step.source]
-            if last_reader[step.source] is step:  # a batch's values of all layers are gigabytes
-                del values[step.source]
-            values[step.name] = step.run(source)
+            values[step.name] = step.run(*(values[name] for name, _ in step.inputs()))
+            for name, _ in step.inputs():
+                if last_reader[name] is step:  # a batch's values of all layers are gigabytes
+                    values.pop(name, None)
         return values[self.output], []
 
     def values(self, x: Tensor) -> dict[str, Tensor]:
         """Return all values by name; codes are in float32."""
         values = {"input": x}
         for step in self.steps:
-            values[step.name] = step.run(values[step.source])
+            values[step.name] = step.run(*(values[name] for name, _ in step.inputs()))
         return values
 
     def layers(self) -> list[Layer]:
         """Return the steps that have weights."""
         return [step for step in self.steps if isinstance(step, Layer)]
+
+    def arithmetic(self) -> list[Arithmetic]:
+        """Return the steps that compute and round."""
+        return [step for step in self.steps if isinstance(step, Arithmetic)]
 
     def integers(self) -> dict[str, IntegerLayer]:
         """Return the integers of every layer by name."""
@@ -205,18 +97,40 @@ def build(
 
 
 def _check_steps(network: IntegerNetwork, makers: Mapping[str, Step]) -> None:
-    """Raise NetworkError where a value is needed in two ways, or a layer's sum stays in float."""
+    """Raise NetworkError where a value is needed in two ways, or a result stays in float."""
     for step in network.steps:
-        maker = makers.get(step.source)
-        if step.in_grid != (maker.out_grid if maker else None):
-            raise NetworkError(
-                f"--export: {step.name}: its input is quantized for another layer in another way"
-            )
-    for layer in network.layers():
-        if layer.integers and not layer.out_grid and layer.name != network.output:
-            raise NetworkError(
-                f"--export: {layer.name}: what reads its output does not quantize it"
-            )
+        for name, grid in step.inputs():
+            maker = makers.get(name)
+            if grid != (maker.out_grid if maker else None):
+                raise NetworkError(
+                    f"--export: {step.name}: its input is quantized for another layer in another "
+                    "way"
+                )
+    for step in network.arithmetic():
+        if step.in_grid and not step.out_grid and step.name != network.output:
+            raise NetworkError(f"--export: {step.name}: what reads its output does not quantize it")
+
+
+def shared_ranges(
+    graph: NetworkGraph, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Return the ranges, by name, with one for all inputs that are, or are part of, one tensor.
+
+    It holds all of theirs: an engine keeps a tensor on one grid, whoever reads it.
+    """
+    origin: dict[int, int] = {}  # of what reorders a value: that value
+    readers: dict[int, list[str]] = defaultdict(list)
+    for call in graph.calls:
+        for value, name in zip(call.inputs, call.input_names, strict=False):
+            if name in ranges:
+                readers[origin.get(value, value)].append(name)
+        if call.kind in REORDERS:
+            origin[call.output] = origin.get(call.inputs[0], call.inputs[0])
+    shared = dict(ranges)
+    for names in readers.values():
+        low, high = zip(*(ranges[name] for name in names), strict=True)
+        shared |= dict.fromkeys(names, (min(low), max(high)))
+    return shared
 
 
 def _caller(call: Call) -> str:
@@ -253,14 +167,16 @@ class _Builder:
         """Return how many calls read any of the values that have this name."""
         return max(self.n_readers[value] for value, of in self.names.items() if of == name)
 
-    def source(self, call: Call) -> tuple[str, Grid | None]:
-        """Return the call's input and its grid: codes where the module has one."""
-        name = self.names[call.inputs[0]]
-        grid = self.grids.get(call.name) if call.module is not None else None
-        if grid is None:
-            return name, None
-        self.used_grids.add(call.name)
-        return self.as_codes(name, grid), grid
+    def sources(self, call: Call) -> list[tuple[str, Grid | None]]:
+        """Return the call's inputs and their grids: codes where there is a grid for them."""
+        sources = []
+        for value, input_name in zip(call.inputs, call.input_names, strict=False):
+            name, grid = self.names[value], self.grids.get(input_name)
+            if grid:
+                self.used_grids.add(input_name)
+                name = self.as_codes(name, grid)
+            sources.append((name, grid))
+        return sources
 
     def as_codes(self, name: str, grid: Grid) -> str:
         """Have the value made as codes and return the codes' name; `build` checks for conflicts."""
@@ -278,45 +194,87 @@ class _Builder:
 
 def _add_layer(builder: _Builder, call: Call) -> None:
     """Add a convolution or linear layer."""
-    if isinstance(call.module, nn.Conv2d) and (
-        call.module.padding_mode != "zeros" or isinstance(call.module.padding, str)
-    ):
-        raise NetworkError(f"--export: {call.name}: only padding by a number of zeros is supported")
-    source, grid = builder.source(call)
+    if isinstance(call.module, nn.Conv2d) and call.module.padding_mode != "zeros":
+        raise NetworkError(f"--export: {call.name}: only padding by zeros is supported")
+    [(source, grid)] = builder.sources(call)
     integers = builder.integers.get(call.name)
     name = builder.name_step(call)
-    builder.add(Layer(name, source, grid, None, call.module, integers), call)
+    builder.add(Layer(name, source, grid, module=call.module, integers=integers), call)
+
+
+def _add_sum(builder: _Builder, call: Call) -> None:
+    """Add a residual sum."""
+    sources = builder.sources(call)
+    if len(sources) != 2 or call.arguments:  # such as alpha
+        raise NetworkError(f"--export: {_caller(call)}: only sums of two tensors are supported")
+    (a, a_grid), (b, b_grid) = sources
+    if builder.grids and None in (a_grid, b_grid):
+        raise NetworkError(
+            f"--export: {_caller(call)}: the sum would stay in float: --quantize_sums is needed"
+        )
+    name = builder.name_step(call)
+    builder.add(Sum(name, a, a_grid, other=b, other_grid=b_grid), call)
 
 
 def _add_relu(builder: _Builder, call: Call) -> None:
-    """Make the ReLU part of the layer before it, where nothing else reads what is between them."""
-    name, layer = builder.names[call.inputs[0]], builder.makers.get(builder.names[call.inputs[0]])
-    is_alone = builder.n_readers[call.inputs[0]] == 1
-    while isinstance(layer, Reorder) and is_alone:  # max-pooling and ReLU: in either order the same
-        is_alone = builder.readers_of(layer.source) == 1
-        layer = builder.makers.get(layer.source)
-    if isinstance(layer, Layer) and is_alone:
-        layer.relu = True
+    """Make the ReLU part of the step before it, where nothing else reads what is between them."""
+    low, high = RECTIFIERS[call.kind]
+    name = builder.names[call.inputs[0]]
+    step, is_alone = builder.makers.get(name), builder.readers_of(name) == 1
+    while isinstance(step, Reorder) and is_alone:  # max-pooling and ReLU: in either order the same
+        is_alone = builder.readers_of(step.source) == 1
+        step = builder.makers.get(step.source)
+    if isinstance(step, Arithmetic) and is_alone:
+        step.bounds = max(low, step.bounds[0]), min(high, step.bounds[1])
         builder.names[call.output] = name
     else:
-        builder.add(Relu(builder.name_step(call), name), call)
+        builder.add(Rectify(builder.name_step(call), name, bounds=(low, high)), call)
 
 
 def _add_global_pool(builder: _Builder, call: Call) -> None:
-    """Add average pooling to one pixel."""
+    """Add average pooling to one pixel; to as many pixels as there are, it changes nothing."""
     size = call.module.output_size if call.module is not None else call.arguments[0]
-    if size not in (1, (1, 1)):
+    size = size if isinstance(size, tuple) else (size, size)
+    [(source, grid)] = builder.sources(call)
+    if size == call.in_shape[1:]:
+        builder.names[call.output] = source
+    elif size == (1, 1):
+        builder.add(GlobalPool(builder.name_step(call), source, grid), call)
+    else:
         raise NetworkError(f"--export: {_caller(call)}: only pooling to one pixel is supported")
-    source, grid = builder.source(call)
-    builder.add(GlobalPool(builder.name_step(call), source, grid), call)
 
 
-def _add_reorder(builder: _Builder, call: Call) -> None:
-    """Add a step that commutes with rounding."""
-    if call.kind == "flatten" and (call.arguments or (1,)) != (1,):
-        raise NetworkError(f"--export: {_caller(call)}: only flatten(1) is supported")
+def _add_max_pool(builder: _Builder, call: Call) -> None:
+    """Add max-pooling."""
     name = builder.names[call.inputs[0]]
-    builder.add(Reorder(builder.name_step(call), name, kind=call.kind, module=call.module), call)
+    builder.add(MaxPool(builder.name_step(call), name, module=call.module), call)
+
+
+def _add_flatten(builder: _Builder, call: Call) -> None:
+    """Add flattening of all dimensions but the batch."""
+    if (call.arguments or (1,)) != (1,):
+        raise NetworkError(f"--export: {_caller(call)}: only flatten(1) is supported")
+    builder.add(Flatten(builder.name_step(call), builder.names[call.inputs[0]]), call)
+
+
+def _add_slice(builder: _Builder, call: Call) -> None:
+    """Add every n-th element."""
+    [index] = call.arguments
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(i, slice) and i.start is None and i.stop is None for i in index):
+        raise NetworkError(
+            f"--export: {_caller(call)}: only slices such as x[:, :, ::2] are supported"
+        )
+    builder.add(Slice(builder.name_step(call), builder.names[call.inputs[0]], index=index), call)
+
+
+def _add_pad(builder: _Builder, call: Call) -> None:
+    """Add zeros."""
+    widths, mode, value = (*call.arguments, "constant", None)[:3]
+    if mode != "constant" or value or min(widths) < 0:
+        raise NetworkError(f"--export: {_caller(call)}: only padding by zeros is supported")
+    name = builder.names[call.inputs[0]]
+    builder.add(Pad(builder.name_step(call), name, widths=tuple(widths)), call)
 
 
 def _add_nothing(builder: _Builder, call: Call) -> None:
@@ -328,8 +286,14 @@ STEPS: dict[str, Callable[[_Builder, Call], None]] = {
     "conv": _add_layer,
     "linear": _add_layer,
     "relu": _add_relu,
+    "relu6": _add_relu,
+    "add": _add_sum,
     "global_pool": _add_global_pool,
-    "max_pool": _add_reorder,
-    "flatten": _add_reorder,
+    "max_pool": _add_max_pool,
+    "flatten": _add_flatten,
+    "slice": _add_slice,
+    "pad": _add_pad,
     "identity": _add_nothing,
 }
+RECTIFIERS = {"relu": RELU, "relu6": RELU6}  # bounds of calls of that kind
+REORDERS = {"max_pool", "flatten", "slice", "pad", "identity"}  # kinds that keep values

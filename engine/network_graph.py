@@ -4,6 +4,7 @@ The network is run once on real images, so that any Python in its `forward` is a
 it reads from a tensor become constants.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from engine.layers import Add
 from engine.networks import split_output
 
 # Modules that are one call; others are entered. Subclasses count as well.
@@ -18,6 +20,8 @@ LEAF_KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv",
     nn.Linear: "linear",
     nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    Add: "add",
     nn.AdaptiveAvgPool2d: "global_pool",
     nn.MaxPool2d: "max_pool",
     nn.Flatten: "flatten",
@@ -27,12 +31,17 @@ LEAF_KINDS: dict[type[nn.Module], str] = {
 # Functions by name, with and without a trailing underscore (in place).
 FUNCTION_KINDS = {
     "relu": "relu",
+    "relu6": "relu6",
     "flatten": "flatten",
+    "getitem": "slice",
     "to": "identity",
     "float": "identity",
     "contiguous": "identity",
     "dropout": "identity",
+    "adaptive_avg_pool2d": "global_pool",
 }
+# Functions of these kinds have names of their own, those of engine/operation_inputs.py.
+OPERATIONS = {"add": "add", "global_pool": "pool"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Call:
     """One call: `kind` is a value of LEAF_KINDS or FUNCTION_KINDS, or the function's own name.
 
     `name` is the module's, or that of the module that calls the function. `inputs` and `output` are
-    numbers of values: 0 is the network's input.
+    numbers of values: 0 is the network's input. `in_shape` is that of the first, without the batch.
     """
 
     kind: str
@@ -49,6 +58,12 @@ class Call:
     inputs: tuple[int, ...]
     output: int
     arguments: tuple[Any, ...] = ()  # of a function, without tensors
+    in_shape: tuple[int, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Return the names that engine/operation_inputs.py gives to what is quantized."""
+        return (f"{self.name}[0]", f"{self.name}[1]") if self.kind == "add" else (self.name,)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,8 @@ class _Recorder(TorchFunctionMode):
     calls: list[Call] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)  # id of a tensor → number of its value
     kept: list[Tensor] = field(default_factory=list)  # alive, so that no id is used twice
-    path: list[str] = field(default_factory=lambda: [""])  # modules that are running
+    # Names of the modules that are running, and how often each called a function of OPERATIONS.
+    path: list[tuple[str, Counter]] = field(default_factory=lambda: [("", Counter())])
     in_leaf: bool = False
 
     def __post_init__(self) -> None:
@@ -88,7 +104,16 @@ class _Recorder(TorchFunctionMode):
             return
         rest = tuple(a for a in args if not isinstance(a, Tensor))
         value = self.new_value(output)
-        self.calls.append(Call(kind, self.path[-1], module, inputs, value, rest))
+        name = self.name_operation(OPERATIONS[kind]) if not module and kind in OPERATIONS else None
+        name, shape = name or self.path[-1][0], tuple(tensors[0].shape[1:])
+        self.calls.append(Call(kind, name, module, inputs, value, rest, shape))
+
+    def name_operation(self, operation: str) -> str:
+        """Return a name for a function that the running module calls."""
+        name, counts = self.path[-1]
+        counts[operation] += 1
+        number = f"_{counts[operation]}" if counts[operation] > 1 else ""
+        return f"{name}.{operation}{number}".lstrip(".")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Run the function; record it unless a leaf module calls it."""
@@ -104,7 +129,7 @@ class _Recorder(TorchFunctionMode):
         kinds = [kind for leaf, kind in LEAF_KINDS.items() if isinstance(module, leaf)]
 
         def enter(module: nn.Module, args: tuple) -> None:
-            self.path.append(name)
+            self.path.append((name, Counter()))
             self.in_leaf = bool(kinds)
 
         def leave(module: nn.Module, args: tuple, output: Any) -> None:

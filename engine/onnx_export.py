@@ -1,13 +1,13 @@
 """ONNX files of networks: uint8 images in, logits out; quantized ones with Q/DQ pairs.
 
-Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers. A grid of
-fewer than 8 bits is `QuantizeLinear → Clip` on uint8, which does not stand in the way of that. A
-layer of two weights (PWLQ) has two sums in int32, `ConvInteger` or `MatMulInteger`. Sums and
-roundings are those of engine/integer_network.py.
+Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers, and two
+`DequantizeLinear → Add → QuantizeLinear` to a sum of integers. A grid of fewer than 8 bits is
+`QuantizeLinear → Clip` on uint8, which does not stand in the way of that. A layer of two weights
+(PWLQ) has two sums in int32, `ConvInteger` or `MatMulInteger`. Sums and roundings are those of
+engine/integer_steps.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,23 @@ from torch import Tensor, nn
 
 from engine.errors import FileError
 from engine.integer_layers import MAX_CODE, Grid, WeightCodes
-from engine.integer_network import GlobalPool, IntegerNetwork, Layer, Quantize, Relu, Reorder, Step
+from engine.integer_network import IntegerNetwork
+from engine.integer_steps import (
+    RELU,
+    UNBOUNDED,
+    Arithmetic,
+    Flatten,
+    GlobalPool,
+    Layer,
+    MaxPool,
+    Pad,
+    Quantize,
+    Rectify,
+    Reorder,
+    Slice,
+    Step,
+    Sum,
+)
 from engine.io import atomic_write
 
 try:
@@ -51,21 +67,23 @@ def to_onnx(
     emitter.node("Identity", [emitter.as_float(net.output)], "logits")
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "classes"])
-    model = emitter.model(images, logits)
+    model = emitter.model([images], logits)
     helper.set_model_props(model, {FORMAT_KEY: FORMAT, **metadata})
     return model.SerializeToString()
 
 
-def layer_to_onnx(layer: Layer, in_shape: Sequence[int]) -> bytes:
-    """Return a model of one quantized layer: its "input", codes (batch, *in_shape) → its output."""
-    emitter = _Emitter()
-    emitter.grids["input"] = layer.in_grid
-    _emit_layer(emitter, replace(layer, source="input"))
-    codes = helper.make_tensor_value_info("input", TensorProto.UINT8, ["batch", *in_shape])
-    kind = TensorProto.UINT8 if layer.out_grid else TensorProto.FLOAT
-    sizes = ["batch", *(f"out{i}" for i in range(len(in_shape)))]
-    output = helper.make_tensor_value_info(layer.name, kind, sizes)
-    return emitter.model(codes, output).SerializeToString()
+def step_to_onnx(step: Arithmetic, codes: Sequence[Tensor]) -> bytes:
+    """Return a model of one quantized step alone: inputs such as `codes` → its output."""
+    emitter, sources = _Emitter(), []
+    for (name, grid), example in zip(step.inputs(), codes, strict=True):
+        emitter.grids[name] = grid
+        shape = ["batch", *example.shape[1:]]
+        sources.append(helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
+    EMITTERS[type(step)](emitter, step)
+    kind = TensorProto.UINT8 if step.out_grid else TensorProto.FLOAT
+    sizes = ["batch", *(f"out{i}" for i in range(codes[0].dim() - 1))]
+    target = helper.make_tensor_value_info(step.name, kind, sizes)
+    return emitter.model(sources, target).SerializeToString()
 
 
 def save_model(content: bytes, path: Path) -> None:
@@ -102,10 +120,10 @@ class _Emitter:
         self.known: set[str] = set()
 
     def model(
-        self, source: "onnx.ValueInfoProto", target: "onnx.ValueInfoProto"
+        self, sources: "Sequence[onnx.ValueInfoProto]", target: "onnx.ValueInfoProto"
     ) -> "onnx.ModelProto":
         """Return the model of all nodes so far."""
-        graph = helper.make_graph(self.nodes, "network", [source], [target], self.initializers)
+        graph = helper.make_graph(self.nodes, "network", sources, [target], self.initializers)
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
@@ -146,16 +164,18 @@ class _Emitter:
             self.constant(f"{name}.zero_point", np.asarray(zero_point)),
         ]
 
-    def quantize(self, x: str, name: str, grid: Grid) -> str:
-        """Add float → codes called `name`."""
-        clipped = grid.n_bits < 8
+    def quantize(
+        self, x: str, name: str, grid: Grid, bounds: tuple[float, float] = UNBOUNDED
+    ) -> str:
+        """Add float → codes called `name`, of values within the bounds."""
+        low, high = grid.code_range(bounds)
+        clipped = (low, high) != (0, 255)
         target = f"{name}.rounded" if clipped else name
         self.node("QuantizeLinear", [x, *self.grid_constants(name, grid)], target)
         self.grids[name] = grid
         if clipped:
-            low = self.constant("code.min", np.asarray(np.uint8(0)))
-            high = self.constant(f"code.max{grid.n_bits}", np.asarray(np.uint8(grid.max_code)))
-            self.node("Clip", [target, low, high], name)
+            limits = [self.constant(f"code.{n}", np.asarray(np.uint8(n))) for n in (low, high)]
+            self.node("Clip", [target, *limits], name)
         return name
 
     def as_float(self, name: str) -> str:
@@ -237,31 +257,47 @@ def _emit_integer_sum(emitter: _Emitter, step: Layer, name: str, part: WeightCod
     return emitter.node("ConvInteger", inputs, f"{name}.sum", **_geometry(step.module))
 
 
-def _finish(emitter: _Emitter, step: Layer, y: str) -> None:
-    """Add the ReLU and the rounding of a layer's result y."""
-    is_clamp = step.out_grid and step.out_grid.zero_point == 0  # codes begin at 0 as ReLU does
-    if step.relu and not is_clamp:
-        y = emitter.node("Relu", [y], f"{step.name}.relu" if step.out_grid else step.name)
+def _finish(emitter: _Emitter, step: Arithmetic | Rectify, y: str) -> None:
+    """Add what comes after a step's result y: rounding within its bounds, or these alone."""
     if step.out_grid:
-        emitter.quantize(y, step.name, step.out_grid)
+        emitter.quantize(y, step.name, step.out_grid, step.bounds)
+    elif step.bounds == RELU:
+        emitter.node("Relu", [y], step.name)
+    elif step.bounds != UNBOUNDED:
+        limits = [
+            emitter.constant(f"bound.{bound}", np.asarray(np.float32(bound)))
+            for bound in step.bounds
+        ]
+        emitter.node("Clip", [y, *limits], step.name)
     elif y != step.name:
         emitter.node("Identity", [y], step.name)
 
 
 def _float_name(step: Step) -> str:
     """Return the name of a step's result before rounding, or before its ReLU."""
-    return f"{step.name}.result" if step.out_grid or getattr(step, "relu", False) else step.name
+    is_last = not step.out_grid and getattr(step, "bounds", UNBOUNDED) == UNBOUNDED
+    return step.name if is_last else f"{step.name}.result"
 
 
 def _geometry(module: nn.Conv2d) -> dict[str, object]:
     """Return the attributes of a convolution."""
     return {
         "strides": list(module.stride),
-        "pads": [*module.padding, *module.padding],
+        "pads": _pads(module),
         "dilations": list(module.dilation),
         "group": module.groups,
         "kernel_shape": list(module.kernel_size),
     }
+
+
+def _pads(module: nn.Conv2d) -> list[int]:
+    """Return the padding before both dimensions, then that after them."""
+    if not isinstance(module.padding, str):
+        return [*module.padding, *module.padding]
+    is_same = module.padding == "same"
+    sizes = zip(module.dilation, module.kernel_size, strict=True)
+    totals = [is_same * dilation * (kernel - 1) for dilation, kernel in sizes]
+    return [total // 2 for total in totals] + [total - total // 2 for total in totals]
 
 
 def _emit_global_pool(emitter: _Emitter, step: GlobalPool) -> None:
@@ -271,13 +307,58 @@ def _emit_global_pool(emitter: _Emitter, step: GlobalPool) -> None:
         emitter.quantize(y, step.name, step.out_grid)
 
 
-def _emit_reorder(emitter: _Emitter, step: Reorder) -> None:
-    if step.kind == "flatten":
-        emitter.node("Flatten", [step.source], step.name, axis=1)
-    else:
-        emitter.node("MaxPool", [step.source], step.name, **_pool_geometry(step.module))
+def _emit_sum(emitter: _Emitter, step: Sum) -> None:
+    operands = [emitter.as_float(name) for name, _ in step.inputs()]
+    _finish(emitter, step, emitter.node("Add", operands, _float_name(step)))
+
+
+def _emit_rectify(emitter: _Emitter, step: Rectify) -> None:
+    _finish(emitter, step, emitter.as_float(step.source))
+
+
+def _emit_reorder(
+    emitter: _Emitter, step: Reorder, op: str, *constants: str, **attributes: object
+) -> None:
+    """Add an operator that gives codes where it takes codes, and floats where it takes floats."""
+    emitter.node(op, [step.source, *constants], step.name, **attributes)
     if step.out_grid:
         emitter.grids[step.name] = step.out_grid
+
+
+def _emit_max_pool(emitter: _Emitter, step: MaxPool) -> None:
+    _emit_reorder(emitter, step, "MaxPool", **_pool_geometry(step.module))
+
+
+def _emit_flatten(emitter: _Emitter, step: Flatten) -> None:
+    _emit_reorder(emitter, step, "Flatten", axis=1)
+
+
+def _emit_slice(emitter: _Emitter, step: Slice) -> None:
+    n = len(step.index)
+    constants = {
+        "starts": [0] * n,
+        "ends": [np.iinfo(np.int64).max] * n,
+        "axes": range(n),
+        "steps": [i.step or 1 for i in step.index],
+    }
+    names = [
+        emitter.constant(f"{step.name}.{key}", np.array(values, dtype=np.int64))
+        for key, values in constants.items()
+    ]
+    _emit_reorder(emitter, step, "Slice", *names)
+
+
+def _emit_pad(emitter: _Emitter, step: Pad) -> None:
+    """Add padding: ONNX has the widths before all dimensions first, PyTorch the last dimension."""
+    widths = np.zeros((4, 2), dtype=np.int64)
+    pairs = np.array(step.widths).reshape(-1, 2)[::-1]
+    widths[4 - len(pairs) :] = pairs
+    zero = np.uint8(step.out_grid.zero_point) if step.out_grid else np.float32(0)
+    names = [
+        emitter.constant(f"{step.name}.widths", widths.T.flatten()),
+        emitter.constant(f"{step.name}.zero", np.asarray(zero)),
+    ]
+    _emit_reorder(emitter, step, "Pad", *names)
 
 
 def _pool_geometry(module: nn.MaxPool2d) -> dict[str, object]:
@@ -288,16 +369,14 @@ def _pool_geometry(module: nn.MaxPool2d) -> dict[str, object]:
     return {"kernel_shape": kernel, "ceil_mode": int(module.ceil_mode), **options}
 
 
-def _emit_relu(emitter: _Emitter, step: Relu) -> None:
-    y = emitter.node("Relu", [step.source], _float_name(step))
-    if step.out_grid:
-        emitter.quantize(y, step.name, step.out_grid)
-
-
 EMITTERS: dict[type[Step], Callable[[_Emitter, Step], None]] = {
     Quantize: _emit_quantize,
     Layer: _emit_layer,
+    Sum: _emit_sum,
     GlobalPool: _emit_global_pool,
-    Reorder: _emit_reorder,
-    Relu: _emit_relu,
+    Rectify: _emit_rectify,
+    MaxPool: _emit_max_pool,
+    Flatten: _emit_flatten,
+    Slice: _emit_slice,
+    Pad: _emit_pad,
 }

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.errors import FileError
 from engine.extras import require
-from engine.integer_network import IntegerNetwork, Layer
-from engine.onnx_export import layer_to_onnx
+from engine.integer_network import IntegerNetwork
+from engine.onnx_export import step_to_onnx
 
 # What sums products, or numbers, in integers; and the same in float32.
 INTEGER_KERNELS = {
@@ -34,19 +34,26 @@ FLOAT_KERNELS = {
     "AveragePool",
 }
 ERRORS_ONLY = 3  # of ONNX Runtime's log
-Run = Callable[[Tensor], Tensor]
+# Session option with which sums of 8-bit products do not saturate on processors without VNNI.
+EXACT_PRODUCTS = "session.x64quantprecision"
+Run = Callable[..., Tensor]
 
 
-def open_session(model: bytes, name: str, optimized: Path | None = None) -> Run:
-    """Return a function that runs the model: its one input (batch, …) → its one output.
+def open_session(
+    model: bytes, name: str, optimized: Path | None = None, exact_products: bool = False
+) -> Run:
+    """Return a function that runs the model: its inputs (batch, …) → its one output.
 
     It uses as many threads as PyTorch. `optimized`: where to write what the engine makes of it.
-    Raises FileError, with the model's name, where the engine does not take it.
+    `exact_products`: set the session option EXACT_PRODUCTS. Raises FileError, with the model's
+    name, where the engine does not take it.
     """
     ort = require("onnxruntime", "--verify")
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = torch.get_num_threads()
+    if exact_products:
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
     try:
@@ -54,41 +61,36 @@ def open_session(model: bytes, name: str, optimized: Path | None = None) -> Run:
     except Exception as error:  # of kinds that the package does not export
         reason = str(error).splitlines()[0]
         raise FileError(f"{name}: ONNX Runtime {ort.__version__} refuses it: {reason}") from error
-    [source] = session.get_inputs()
-    return lambda x: torch.from_numpy(session.run(None, {source.name: x.numpy()})[0])
+    names = [source.name for source in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return run
 
 
-def optimized_nodes(model: bytes, name: str) -> dict[str, str]:
+def optimized_nodes(model: bytes, name: str, exact_products: bool = False) -> dict[str, str]:
     """Return the operator of every node that the engine runs, by the node's name."""
     onnx = require("onnx", "--verify")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "optimized.onnx")
-        open_session(model, name, path)
+        open_session(model, name, path, exact_products)
         nodes = onnx.load(path).graph.node
     return {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(nodes)}
 
 
-def inexact_layers(net: IntegerNetwork) -> list[str]:
-    """Return the layers whose results on this processor are not those of exact integer sums.
+def inexact_steps(net: IntegerNetwork, exact_products: bool = False) -> list[str]:
+    """Return the layers and residual sums that this processor does not compute exactly.
 
-    Each is tried on codes that are 0 or the largest: without VNNI, sums of two products saturate at
-    16 bits, which needs weights of 8 bits.
+    Each is tried alone, on codes that show it: without VNNI, sums of two products saturate at 16
+    bits, which needs weights of 8 bits.
     """
     generator = torch.Generator().manual_seed(0)
     names = []
-    for layer in net.layers():
-        codes = _extreme_codes(layer, generator)
-        model = layer_to_onnx(layer, codes.shape[1:])
-        output = open_session(model, layer.name)(codes)
-        if not torch.equal(output.float(), layer.run(codes.float())):
-            names.append(layer.name)
+    for step in net.arithmetic():
+        codes = step.trial_codes(generator)
+        run = open_session(step_to_onnx(step, codes), step.name, exact_products=exact_products)
+        if not torch.equal(run(*codes).float(), step.run(*(c.float() for c in codes))):
+            names.append(step.name)
     return names
-
-
-def _extreme_codes(layer: Layer, generator: torch.Generator) -> Tensor:
-    """Return inputs of a layer, uint8: one of the largest codes, others with zeros at random."""
-    m = layer.module
-    shape = (4, m.in_features) if hasattr(m, "in_features") else (4, m.in_channels, 6, 6)
-    codes = torch.randint(0, 2, shape, generator=generator)
-    codes[0] = 1
-    return (codes * layer.in_grid.max_code).to(torch.uint8)

@@ -20,7 +20,7 @@ from engine.integer_layers import (
     weight_codes,
     with_integers,
 )
-from engine.integer_network import build
+from engine.integer_network import build, shared_ranges
 from engine.layers import quantizable_layers
 from engine.network_graph import Call, NetworkGraph, trace
 from engine.packing import pack, save_integers, unpack
@@ -54,9 +54,10 @@ def images(n=16):
     return torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
-def quantize(net, x, n_bits, act_bits, scheme="uniform", per_channel=False):
+def quantize(net, x, n_bits, act_bits, scheme="uniform", per_channel=False, sums=True):
     """Return the network in integers, its quantized weights in floats, and the ranges."""
-    ranges = qu.calibrate(net, [x], "minmax")
+    graph = trace(net, x[:2])
+    ranges = shared_ranges(graph, qu.calibrate(net, [x], "minmax", sums))
     grids = {name: make_grid(*qu.activation_grid(act_bits, *r)) for name, r in ranges.items()}
     options = {"per_channel": per_channel}
     parts = {
@@ -69,7 +70,7 @@ def quantize(net, x, n_bits, act_bits, scheme="uniform", per_channel=False):
         name: make_integer_layer(of_layer, net.get_submodule(name).bias, grids[name], per_channel)
         for name, of_layer in parts.items()
     }
-    return build(trace(net, x[:2]), grids, integers), ranges
+    return build(graph, grids, integers), ranges
 
 
 # --- integers --------------------------------------------------------------------------------

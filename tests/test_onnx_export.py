@@ -14,6 +14,7 @@ import quant_inference as qi
 from analysis import verification
 from benchmarks import deploy_table
 from engine import onnx_export, onnx_session
+from engine.integer_steps import RELU, UNBOUNDED
 from engine.io import save_weights, torch_load
 from engine.layers import BatchNormReLU
 
@@ -70,10 +71,12 @@ def exported(scheme="uniform", n_bits=4, act_bits=4, per_channel=False):
 )
 def test_every_logit_of_the_engine_is_that_of_the_simulation(scheme, n_bits, act_bits, per_channel):
     net, model = exported(scheme, n_bits, act_bits, per_channel)
-    logits = onnx_session.open_session(model, "m")(pixels())
+    logits = onnx_session.open_session(model, "m", exact_products=True)(pixels())
     torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
     assert logits.unique().numel() > 10
-    assert onnx_session.inexact_layers(net) == []
+    assert onnx_session.inexact_steps(net, exact_products=True) == []
+    if n_bits < 8:
+        assert onnx_session.inexact_steps(net) == []
 
 
 def test_a_relu_after_max_pooling_is_part_of_the_layer_before_it():
@@ -87,7 +90,7 @@ def test_a_relu_after_max_pooling_is_part_of_the_layer_before_it():
     model = onnx_export.to_onnx(net, (3, 12, 12), MEAN, STD, {})
     logits = onnx_session.open_session(model, "m")(pixels())
     torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
-    assert [layer.relu for layer in net.layers()] == [True, True, False]
+    assert [layer.bounds for layer in net.layers()] == [RELU, RELU, UNBOUNDED]
 
 
 def test_all_products_are_summed_by_integer_kernels():
@@ -115,21 +118,40 @@ def test_the_float_network_is_the_same_in_onnx():
         )
 
 
-def test_sums_that_saturate_are_noticed(monkeypatch):
-    net, _ = exported(n_bits=8, act_bits=8)
+def without_vnni(monkeypatch, *names):
+    """Have sessions of that name give wrong results unless they have the option for exact sums."""
     plain = onnx_session.open_session
 
-    def saturating(model, name, optimized=None):
-        run = plain(model, name, optimized)
-        return lambda x: run(x) - 1 if name == "conv2" else run(x)
+    def saturating(model, name, optimized=None, exact_products=False):
+        run = plain(model, name, optimized, exact_products=True)
+        is_wrong = name in names and not exact_products
+        return lambda *x: -run(*x) if is_wrong else run(*x)
 
     monkeypatch.setattr(onnx_session, "open_session", saturating)
-    found = {"nodes": {"conv1": "FusedConv", "conv2": "QLinearConv"}, "n_images": 5}
-    found["inexact_layers"] = onnx_session.inexact_layers(net)
-    found["differing_predictions"] = {"integer": 3}
-    in_float, saturated, differing = verification.warnings(found)
+
+
+def test_sums_that_saturate_are_noticed(monkeypatch):
+    net, _ = exported(n_bits=8, act_bits=8)
+    without_vnni(monkeypatch, "conv2")
+    assert onnx_session.inexact_steps(net) == ["conv2"]
+    assert onnx_session.inexact_steps(net, exact_products=True) == []
+
+
+def test_everything_that_is_not_as_it_should_be_is_one_line():
+    found = {
+        "nodes": {"conv1": "FusedConv", "conv2": "QLinearConv"},
+        "n_images": 5,
+        "inexact_layers": [f"conv{i}" for i in range(2, 7)],
+        "session_options": {"session.x64quantprecision": "1"},
+        "inexact_layers_with_options": ["add"],
+        "differing_by_default": 4,
+        "differing_predictions": {"integer": 3},
+    }
+    in_float, saturated, inexact, differing = verification.warnings(found)
     assert "conv1" in in_float and "conv2" not in in_float
-    assert "conv2" in saturated and "conv1" not in saturated and "VNNI" in saturated
+    assert "conv2, conv3, conv4 and 2 more" in saturated and "VNNI" in saturated
+    assert "session.x64quantprecision=1" in saturated and "4 of 5 predictions" in saturated
+    assert inexact == "add: not computed exactly on this processor"
     assert differing.startswith("3 of 5 predictions differ")
 
 
@@ -177,7 +199,7 @@ def test_export_and_verify(tiny, capsys):
     found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
     assert found["differing_predictions"]["integer"] == 0
     assert found["largest_logit_difference"]["integer"] == 0
-    assert found["inexact_layers"] == []
+    assert found["inexact_layers"] == [] and found["session_options"] == {}
     row = json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"][1]
     assert row["accuracy"] == found["accuracy"]["engine"]
     assert set(found["images_per_second"]["1"]) == {
@@ -195,6 +217,23 @@ def test_export_and_verify(tiny, capsys):
     net = qi.fold_batch_norm(Folding().eval())
     net.load_state_dict(torch_load(Path("q.pt")))
     assert net.conv1.weight.unique().numel() <= 16
+
+
+def test_a_processor_without_vnni_is_verified_with_the_option_that_it_needs(
+    tiny, monkeypatch, capsys
+):
+    without_vnni(monkeypatch, "conv1", "the model")
+    flags = FLAGS.replace("bits 4", "bits 8")
+    assert main(f"{flags} --export net.onnx --verify") == 0
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
+    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
+    assert found["session_options"] == {"session.x64quantprecision": "1"}
+    assert found["inexact_layers"] == ["conv1"] and found["inexact_layers_with_options"] == []
+    assert found["differing_predictions"]["integer"] == 0 < found["differing_by_default"]
+    assert f"without it {found['differing_by_default']} of 40 predictions differ" in line
+    assert "engine, default options" in found["images_per_second"]["1"]
+    by_default = f"| 0 ({found['differing_by_default']} by default) |"
+    assert by_default in deploy_table.table(deploy_table.read_records(Path(".")))
 
 
 def test_the_file_names_the_network_of_the_record(tiny):
