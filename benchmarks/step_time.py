@@ -5,7 +5,7 @@ gradients by `create_graph=True`, penalty added to the loss. Ours is
 `engine.gradients.compute_gradients`. Each has a process of its own and they take turns of two
 steps, of which the second is timed: as in training, it follows a step of its own kind. A slow
 moment of the machine meets all sides; a ratio is the median of the ratios within a turn. The last
-last line is a JSON object.
+line is a JSON object.
 
 Rows of an exact penalty in every batch come first. Those after them are cheaper (by a difference,
 in every 4th batch) and are compared with plain PyTorch's exact step in every batch; their time is
@@ -13,7 +13,8 @@ the mean of the 4 steps that repeat.
 
     python benchmarks/step_time.py [--model ResNet20] [--rounds 15] [--batch_size 128]
 
-`--model all` measures every network of models.py, one after the other.
+`--model all` measures every network of models.py, one after the other. Where bfloat16 is not fast,
+ours is float32 as well, and has one side. `--rows none L2Grad` measures these two rows alone.
 """
 
 import argparse
@@ -63,6 +64,27 @@ ROWS = {
     "L2Grad, difference": Row("L2Grad", {}, 1, DIFFERENCE_STEP, "L2Grad"),
     "L2Grad, every 4th": Row("L2Grad", {}, 4, None, "L2Grad"),
     "L2Grad, difference every 4th": Row("L2Grad", {}, 4, DIFFERENCE_STEP, "L2Grad"),
+}
+
+
+FIGURES = {  # of the last line: (row, side) of a time, and (row, side) of what it is divided by
+    "plain_speedup": (("none", "reference"), ("none", "ours")),
+    "l2grad_speedup": (("L2Grad", "reference"), ("L2Grad", "ours")),
+    "l1grad_speedup": (("L1Grad", "reference"), ("L1Grad", "ours")),
+    "penalty_ratio": (("L2Grad", "ours"), ("none", "ours")),
+    "fp32_l2grad_speedup": (("L2Grad", "reference"), ("L2Grad", "fp32")),
+    **{
+        f"{name}_{figure}": divided
+        for name, row in (
+            ("difference", "L2Grad, difference"),
+            ("every_4th", "L2Grad, every 4th"),
+            ("difference_every_4th", "L2Grad, difference every 4th"),
+        )
+        for figure, divided in (
+            ("ratio", ((row, "ours"), ("none", "ours"))),
+            ("speedup", ((row, "reference"), (row, "ours"))),
+        )
+    },
 }
 
 
@@ -213,18 +235,21 @@ def serve(pipe, side: str, args: argparse.Namespace) -> None:
         pipe.send(answers[what](row))
 
 
-def measure(ask: Callable, sides: list[str], rounds: int) -> tuple[dict, dict]:
+def measure(
+    ask: Callable, rows: dict[str, Row], sides: list[str], rounds: int
+) -> tuple[dict, dict]:
     """Return the milliseconds {row: {side: [one a round]}} and the best product rate {side: }.
 
     The sides take turns, at the steps of each row and at the matrix product.
     """
     for _ in range(2):  # compiles, and fills the allocator
-        for row in ROWS:
+        for name, row in rows.items():
             for side in sides:
-                ask(side, "time", row)
-    times, peaks = {row: {side: [] for side in sides} for row in ROWS}, dict.fromkeys(sides, 0.0)
+                if side != "reference" or not row.reference:
+                    ask(side, "time", name)
+    times, peaks = {row: {side: [] for side in sides} for row in rows}, dict.fromkeys(sides, 0.0)
     for _ in range(rounds):
-        for name, row in ROWS.items():
+        for name, row in rows.items():
             for side in sides:
                 if side == "reference" and row.reference:  # measured in this round already
                     times[name][side].append(times[row.reference][side][-1])
@@ -237,33 +262,32 @@ def measure(ask: Callable, sides: list[str], rounds: int) -> tuple[dict, dict]:
 def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, float]:
     """Print the table and return the figures of the last line."""
 
-    def ratio(row, a="reference", b="ours", other=None):
-        pairs = zip(times[row][a], times[other or row][b], strict=True)
+    def ratio(time: tuple[str, str], divisor: tuple[str, str]) -> float:
+        (row, side), (other, other_side) = time, divisor
+        pairs = zip(times[row][side], times[other][other_side], strict=True)
         return statistics.median(p / q for p, q in pairs)
+
+    def is_measured(row: str, side: str) -> bool:
+        return side in times.get(row, {})
 
     print(f"\n{'row':<30}{'side':<11}{'ms':>8}{'speedup':>9}{'of peak':>9}{'memory MB':>11}")
     for row, sides in times.items():
         for side, values in sides.items():
             ms = statistics.median(values)
             share = work[row] / ms * 1e3 / peaks[side]
+            speedup = ratio((row, "reference"), (row, side))
             print(
-                f"{row:<30}{side:<11}{ms:>8.1f}{ratio(row, b=side):>9.2f}{share:>9.0%}"
+                f"{row:<30}{side:<11}{ms:>8.1f}{speedup:>9.2f}{share:>9.0%}"
                 f"{memory[row, side]:>11.0f}"
             )
-    return {
-        "plain_speedup": ratio("none"),
-        "l2grad_speedup": ratio("L2Grad"),
-        "l1grad_speedup": ratio("L1Grad"),
-        "penalty_ratio": ratio("L2Grad", "ours", other="none"),
-        "difference_ratio": ratio("L2Grad, difference", "ours", other="none"),
-        "every_4th_ratio": ratio("L2Grad, every 4th", "ours", other="none"),
-        "difference_every_4th_ratio": ratio("L2Grad, difference every 4th", "ours", other="none"),
-        "difference_speedup": ratio("L2Grad, difference"),
-        "every_4th_speedup": ratio("L2Grad, every 4th"),
-        "difference_every_4th_speedup": ratio("L2Grad, difference every 4th"),
-        "fp32_l2grad_speedup": ratio("L2Grad", b="fp32"),
-        "memory_ratio": memory["L2Grad", "ours"] / memory["L2Grad", "reference"],
+    figures = {
+        name: ratio(*divided)
+        for name, divided in FIGURES.items()
+        if all(is_measured(*time) for time in divided)
     }
+    if is_measured("L2Grad", "ours"):
+        figures["memory_ratio"] = memory["L2Grad", "ours"] / memory["L2Grad", "reference"]
+    return figures
 
 
 def machine(device: str) -> str:
@@ -285,10 +309,13 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--memory_format", choices=hardware.MEMORY_FORMATS, default="channels_last")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default=hardware.default_device())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    if missing := {ROWS[row].reference for row in args.rows} - {None, *args.rows}:
+        parser.error(f"--rows: rows given are compared with {', '.join(missing)}: add it")
     for model in models.MODELS if args.model == "all" else [args.model]:
         args.model = model
         compare(args)
@@ -303,7 +330,9 @@ def compare(args: argparse.Namespace) -> None:
         f"load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
-    sides = ["reference", "fp32", "ours"]
+    is_fp32 = hardware.choose_precision("auto", args.device) == "fp32"
+    sides = ["reference", "ours"] if is_fp32 else ["reference", "fp32", "ours"]
+    rows = {name: ROWS[name] for name in args.rows}
     pipes, context = {}, multiprocessing.get_context("spawn")
     for side in sides:
         pipes[side], theirs = context.Pipe()
@@ -313,9 +342,9 @@ def compare(args: argparse.Namespace) -> None:
         pipes[side].send((what, row))
         return pipes[side].recv()
 
-    times, peaks = measure(ask, sides, args.rounds)
+    times, peaks = measure(ask, rows, sides, args.rounds)
     print("peak:", *(f"{side} {rate:.0f} GFLOP/s;" for side, rate in peaks.items()))
-    memory = {(row, side): ask(side, "memory", row) for row in ROWS for side in sides}
+    memory = {(row, side): ask(side, "memory", row) for row in rows for side in sides}
     figures = report(times, memory, gigaflop(args), peaks)
     for pipe in pipes.values():
         pipe.send(None)
