@@ -487,8 +487,8 @@ def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
         if args.fold_bn:
             raise
         return False
-    if n_left and args.fold_bn:
-        print(f"{n_left} batch norms of {args.model} do not follow a convolution alone: they stay")
+    if args.fold_bn:
+        utils.print_unfolded(n_left, args.model)
     return True
 
 

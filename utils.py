@@ -504,6 +504,12 @@ def make_criterion(name: str) -> nn.Module:
     return CRITERIA[name]()
 
 
+def print_unfolded(n_left: int, model: str) -> None:
+    """Print how many batch norms stay when the others are folded, if any do."""
+    if n_left:
+        print(f"{n_left} batch norms of {model} do not follow a convolution alone: they stay")
+
+
 def make_net(
     name: str,
     num_classes: int,

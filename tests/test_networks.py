@@ -333,6 +333,20 @@ def test_a_network_without_activation_modules_is_told(capsys, tmp_path, monkeypa
     assert (tmp_path / "r.pt").exists()
 
 
+def test_batch_norms_that_stay_are_counted_before_training(capsys, tmp_path, monkeypatch):
+    class Staying(nn.Sequential):
+        def __init__(self, num_classes):
+            layers = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.MODELS, "Staying", Staying)
+    flags = "--run_name r --model staying --no-compile --precision fp32 --regularizer RangeNorm"
+    train.main([*flags.split(), "--fold_bn", *TINY.split()])
+    printed = capsys.readouterr().out
+    assert "1 batch norms of Staying do not follow a convolution alone: they stay" in printed
+
+
 # --- quantizing ------------------------------------------------------------------------------
 
 
