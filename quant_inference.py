@@ -933,7 +933,8 @@ def add_measurement_arguments(group: argparse._ArgumentGroup) -> None:
         "--per_layer",
         action="store_true",
         help="also quantize the weights of one layer at a time and expand the loss in their "
-        "change; activations and batch-norm statistics then stay as they are",
+        "change, whatever --keep_first_last says; activations and batch-norm statistics then stay "
+        "as they are",
     )
     add(
         "--per_layer_images",
