@@ -8,6 +8,7 @@ of 128 training images: the median and the least over the batches. For a fresh n
 import argparse
 import json
 import statistics
+from itertools import islice
 from pathlib import Path
 
 import _root  # noqa: F401
@@ -52,6 +53,18 @@ def train_loader(dataset: data.ImageDataset, args: argparse.Namespace) -> Loader
     )
 
 
+def first_batches(
+    dataset: data.ImageDataset, args: argparse.Namespace
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the first --batches batches of the first epoch: images and labels."""
+    return list(islice(train_loader(dataset, args).batches(0), args.batches))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the cosine of the angle between two vectors."""
+    return torch.cosine_similarity(a, b, dim=0).item()
+
+
 def main() -> None:
     """Print a table and one JSON line."""
     parser = cli.Parser(__doc__.splitlines()[0])
@@ -62,8 +75,7 @@ def main() -> None:
     utils.add_data_arguments(parser)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
-    loader = train_loader(dataset, args)
-    batches = [batch for batch, _ in zip(loader.batches(0), range(args.batches), strict=False)]
+    batches = first_batches(dataset, args)
     result = {}
     for state in ("fresh", "trained") if args.weights else ("fresh",):
         torch.manual_seed(args.seed)
@@ -72,11 +84,10 @@ def main() -> None:
             load_weights(net, args.weights)
         for penalty in PENALTIES:
             cosines = [
-                torch.cosine_similarity(
+                cosine(
                     gradient(net, penalty, x, y, torch.bfloat16).double(),
                     gradient(net, penalty, x, y, torch.float32).double(),
-                    dim=0,
-                ).item()
+                )
                 for x, y in batches
             ]
             name = f"{state}_{'loss' if penalty == 'none' else penalty}"

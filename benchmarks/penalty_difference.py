@@ -18,8 +18,8 @@ from pathlib import Path
 
 import _root  # noqa: F401
 import torch
-from bf16_cosine import gradient, train_loader
-from torch import Tensor, nn
+from bf16_cosine import cosine, first_batches, gradient, train_loader
+from torch import nn
 
 import data
 import train
@@ -68,11 +68,6 @@ def compare(net: nn.Module, penalty: str, batches: list, args: argparse.Namespac
         yield kind, step, precision, statistics.median(cosines), cosine(mean, exact_mean), ratio
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Return the cosine of the angle between two vectors."""
-    return torch.cosine_similarity(a, b, dim=0).item()
-
-
 def main() -> None:
     """Print a table and one JSON line."""
     parser = cli.Parser(__doc__.splitlines()[0])
@@ -96,8 +91,7 @@ def main() -> None:
     utils.add_data_arguments(parser)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
-    loader = train_loader(dataset, args)
-    batches = [batch for batch, _ in zip(loader.batches(0), range(args.batches), strict=False)]
+    batches = first_batches(dataset, args)
     result = {}
     print(f"{'network':<12}{'penalty':<8}{'kind':<11}{'step':<7}{'':<6}one batch  mean   norms")
     for name, net in networks(args, dataset):

@@ -47,7 +47,7 @@ class IntegerNetwork(nn.Module):
         values = {"input": x}
         last_reader = {name: step for step in self.steps for name, _ in step.inputs()}
         for step in self.steps:
-            values[step.name] = step.run(*(values[name] for name, _ in step.inputs()))
+            _run(step, values)
             for name, _ in step.inputs():
                 if last_reader[name] is step:  # a batch's values of all layers are gigabytes
                     values.pop(name, None)
@@ -57,7 +57,7 @@ class IntegerNetwork(nn.Module):
         """Return all values by name; codes are in float32."""
         values = {"input": x}
         for step in self.steps:
-            values[step.name] = step.run(*(values[name] for name, _ in step.inputs()))
+            _run(step, values)
         return values
 
     def layers(self) -> list[Layer]:
@@ -94,6 +94,11 @@ def build(
     network = IntegerNetwork(builder.steps, builder.names[graph.output])
     _check_steps(network, builder.makers)
     return network
+
+
+def _run(step: Step, values: dict[str, Tensor]) -> None:
+    """Add the step's result to the values so far, by name."""
+    values[step.name] = step.run(*(values[name] for name, _ in step.inputs()))
 
 
 def _check_steps(network: IntegerNetwork, makers: Mapping[str, Step]) -> None:
