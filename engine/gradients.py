@@ -22,7 +22,7 @@ from engine.batch_norm import folded_weights
 from engine.errors import PenaltyError
 from engine.hardware import autocast, get_rng_state, rng_from
 from engine.layers import penalized_weights, trainable_parameters
-from engine.networks import activation_runs, moved_activations, recorded_activations, split_output
+from engine.networks import activation_runs, moved_activations, run_recorded, split_output
 from engine.norms import lp_norm, whole_batch_norms
 
 DIFFERENCE_STEP = 0.01  # relative; docs/fast_step.md says why
@@ -76,12 +76,7 @@ class BatchLoss:
         """Differentiate once, by what the regularizer's `inputs` ask for."""
         net, x, has_activations = self.net, self.x, "a_grads" in inputs
         with autocast(x.device, self.dtype):
-            if has_activations:
-                with recorded_activations(net) as recorded:
-                    output = net(x)
-            else:
-                output, recorded = net(x), []
-            logits, activations = split_output(net, output, recorded)
+            logits, activations, recorded = run_recorded(net, x, has_activations)
             loss = distributed.to_global_mean(self.criterion(logits, self.y), len(x))
         params, weights = [*trainable_parameters(net).values()], penalized_weights(net)
         # an activation before the first trainable layer is a constant

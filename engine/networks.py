@@ -38,11 +38,22 @@ def run_network(
 
     Raises NetworkError where the network returns something else.
     """
+    logits, activations, _ = run_recorded(net, x, with_activations)
+    return logits, activations
+
+
+def run_recorded(
+    net: nn.Module, x: Tensor, with_activations: bool = True
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return what `run_network` does, and all outputs of activation modules where asked for.
+
+    The A_l are others than these where the network returns its activations itself.
+    """
     if not with_activations:
-        return split_output(net, net(x), [])
-    with recorded_activations(net) as activations:
+        return *split_output(net, net(x), []), []
+    with recorded_activations(net) as recorded:
         output = net(x)
-    return split_output(net, output, activations)
+    return *split_output(net, output, recorded), recorded
 
 
 def split_output(
@@ -131,9 +142,8 @@ def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> Non
     It is tried on one image of `image_shape` (3, H, W), in evaluation mode.
     """
     with torch.no_grad(), _every_module_in(net, training=False):
-        with recorded_activations(net) as recorded:
-            output = net(_blank_images(net, 1, image_shape))
-    activation_runs(net, split_output(net, output, recorded)[1], recorded)
+        _, activations, recorded = run_recorded(net, _blank_images(net, 1, image_shape))
+    activation_runs(net, activations, recorded)
 
 
 def _blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
