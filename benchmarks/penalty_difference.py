@@ -6,7 +6,7 @@ is the median over the batches of 128 training images, "mean" is of the means ov
 a network that is trained so many epochs without a penalty (--epochs, learning rate --lr), and for
 those in --weights. The last line is one JSON object.
 
-    python benchmarks/penalty_difference.py [--epochs 0 1 9] [--weights control.pt] [--batches 6]
+    python benchmarks/penalty_difference.py [--epochs 0 1 9] [--weights weights/control.pt]
 """
 
 import argparse
@@ -36,12 +36,12 @@ def networks(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield the networks that the flags name, each with what it is."""
     torch.manual_seed(args.seed)
-    net = utils.make_net(args.model, dataset.num_classes, args.device)
+    net = utils.make_net(args.model, dataset.num_classes, args.device, args.width)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=5e-4)
     scheduler = utils.make_scheduler("none", optimizer, 1.0, "default", 1)
     state, loader = train_state.TrainState(net, optimizer, scheduler), train_loader(dataset, args)
     config = train.FitConfig(
-        max(args.epochs), dtype=hardware.resolve_precision("auto", args.device)
+        max(args.epochs, default=0), dtype=hardware.resolve_precision("auto", args.device)
     )
     for n_epochs in sorted(args.epochs):
         while state.progress.epoch < n_epochs:
@@ -73,8 +73,8 @@ def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     count = cli.bounded_number(int, at_least=0)
-    add("--model", type=utils.network_name, default="ConvNet", help="network")
-    add("--epochs", type=count, nargs="+", default=[0, 1, 9], help="epochs to train before")
+    utils.add_network_arguments(parser, "network")
+    add("--epochs", type=count, nargs="*", default=[0, 1, 9], help="epochs to train before")
     add("--lr", type=cli.bounded_number(float, above=0), default=0.1, help="learning rate there")
     add("--weights", type=Path, nargs="+", default=[], help=".pt files of trained networks")
     add("--batches", type=cli.bounded_number(int, at_least=1), default=6, help="how many")
