@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from tqdm import tqdm
 import utils
 from data import ImageDataset
 from engine import distributed, layers
+from engine.averaging import MAX_BN_IMAGES, averaged_network, make_average
 from engine.batch_norm import check_folding, freeze_batch_norms
 from engine.checkpoints import Checkpointer
 from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
 from engine.environment import describe_environment
-from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
+from engine.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients, needs_double_backward
 from engine.hardware import (
@@ -143,7 +144,7 @@ def run_epoch(
             progress.batch_metrics.append(row)
             if x.device.type == "cpu" and not row.isfinite().all():
                 summarize(state, regularizer)  # raises, before the weights are spoilt
-            state.optimizer.step()
+            state.step()
             progress.batch += 1
             progress.epoch_seconds = time.perf_counter() - started_at
             if display.is_due():
@@ -180,6 +181,8 @@ def fit(
         started_at = time.perf_counter() - progress.epoch_seconds
         train = run_epoch(state, train_loader, phase, config)
         distributed.check_replicated(state.net.state_dict())
+        if state.average is not None:
+            distributed.check_replicated(state.average.state_dict())
         images_per_second = train_loader.n_images / progress.epoch_seconds
         test = evaluate_epoch(state, test_loader, phase, config)
         state.scheduler.step()
@@ -228,6 +231,7 @@ class TrainingRun:
     train_loader: Loader
     test_loader: Loader
     fixed_batch: Loader  # what --track is measured on
+    bn_loader: Loader | None  # of images for the batch-norm statistics of averaged weights
     num_classes: int
     record: dict[str, Any]  # settings, versions and machine
     run_id: str
@@ -274,7 +278,8 @@ class TrainingRun:
 
     def close(self) -> None:
         """End the processes of the loaders, and print where the run is logged."""
-        for loader in (self.train_loader, self.test_loader, self.fixed_batch):
+        loaders = (self.train_loader, self.test_loader, self.fixed_batch, self.bn_loader)
+        for loader in filter(None, loaders):
             loader.close()
         print(self.logger.finish(), flush=True)
 
@@ -319,6 +324,7 @@ def set_up(
     args = with_settled_precision(args, checkpoint)
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
+    bn_loader = None if args.ema is None else make_bn_loader(dataset, args)
     config = make_config(args)
     compiled = layers.set_compile(args.compile, args.device)
     state, run_id = make_state(args, dataset, phases), new_run_id()
@@ -328,7 +334,7 @@ def set_up(
     elif args.init_weights:
         load_weights(state.net, Path(args.init_weights))
     if not args.resume:
-        files = [(out, suffix) for suffix in RUN_FILE_SUFFIXES]
+        files = [(name, suffix) for name in run_names(args, out) for suffix in RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
 
     plan = describe_plan(args, phases, config.dtype, compiled)
@@ -343,7 +349,7 @@ def set_up(
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     training = TrainingRun(
         args, out, phases, state, config, train_loader, test_loader, fixed_batch,
-        dataset.num_classes, record, run_id, started_at, logger,
+        bn_loader, dataset.num_classes, record, run_id, started_at, logger,
     )  # fmt: skip
     training.config = replace(
         config, after_batch=training.after_batch, after_epoch=training.after_epoch
@@ -376,12 +382,17 @@ def make_config(args: argparse.Namespace) -> FitConfig:
     """Return what the flags say of the loop, without its callbacks."""
     return FitConfig(
         args.n_epochs,
-        utils.make_criterion(args.criterion),
+        utils.make_criterion(args.criterion, args.label_smoothing),
         resolve_precision(args.precision, args.device),
         not args.no_test_penalty,
         args.penalty_step if args.penalty_gradient == "difference" else None,
         args.freeze_bn_from,
     )
+
+
+def run_names(args: argparse.Namespace, out: Path) -> list[Path]:
+    """Return the run's files without their suffixes: with --ema the average has a name, too."""
+    return [out] if args.ema is None else [out, Path(f"{out}_ema")]
 
 
 def finish(training: TrainingRun) -> None:
@@ -390,6 +401,8 @@ def finish(training: TrainingRun) -> None:
     final = evaluate(state.net, training.config.criterion, training.test_loader)
     final = {f"final_{key}": value for key, value in final.items()}
     save_weights(state.net, Path(f"{out}.pt"))
+    if state.average is not None:
+        final |= finish_average(training)
     seconds = time.perf_counter() - training.started_at
     record = {**training.record, **final, "seconds": seconds, "history": state.progress.history}
     save_json(record, Path(f"{out}.json"))
@@ -406,6 +419,23 @@ def finish(training: TrainingRun) -> None:
             f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
             f"{chance:.3g}; a smaller --lr or --lmbda may help"
         )
+
+
+def finish_average(training: TrainingRun) -> dict[str, float]:
+    """Save the averaged weights and their record; return "ema_loss" and "ema_accuracy".
+
+    Both are measured on the test set, in float32.
+    """
+    out, average = f"{training.out}_ema", training.state.average
+    images = (x for x, _ in training.bn_loader.batches(0))
+    net = averaged_network(average, images)
+    measured = evaluate(net, training.config.criterion, training.test_loader)
+    save_weights(net, Path(f"{out}.pt"))
+    final = {f"final_{key}": value for key, value in measured.items()}
+    steps = {"averaged_steps": average.n_averaged.item(), "bn_images": training.bn_loader.n_images}
+    save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
+    print(f"saved {out}.pt and {out}.json: averaged weights, accuracy {measured['accuracy']:.2%}")
+    return {f"ema_{key}": value for key, value in measured.items()}
 
 
 # --- what a run is made of -------------------------------------------------------------------
@@ -438,6 +468,15 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
         make_loader(dataset.test_images, dataset.test_labels, cache=True),
         make_loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True),
     )
+
+
+def make_bn_loader(dataset: ImageDataset, args: argparse.Namespace) -> Loader:
+    """Return the loader of the first training images, as they are: --recalibrate_bn_images."""
+    n_train = len(dataset.train_images)
+    n = args.recalibrate_bn_images or min(MAX_BN_IMAGES, n_train)
+    if n > n_train:
+        raise DataError(f"--recalibrate_bn_images {n}: there are {n_train} training images")
+    return utils.loader_maker(args, dataset)(dataset.train_images[:n], dataset.train_labels[:n])
 
 
 def make_state(
@@ -473,7 +512,8 @@ def make_state(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
         )
-    return TrainState(net, optimizer, scheduler)
+    average = None if args.ema is None else make_average(net, args.ema)
+    return TrainState(net, optimizer, scheduler, average=average)
 
 
 def check_trainable(net: nn.Module, phases: Sequence[Phase]) -> None:
@@ -502,6 +542,8 @@ def continue_from(
     """Restore the state from the checkpoint, and print where it continues; FileError if unfit."""
     state.load_state_dict(checkpoint, args.n_epochs, n_batches)
     check_phases(state.progress, phases, args, is_own)
+    if state.average is not None and "average" not in checkpoint:
+        print("the average of the weights begins here: the checkpoint has none")
     print(where_it_continues(state.progress, args, is_own))
 
 
@@ -557,6 +599,8 @@ def describe_plan(
         parts.append(f"its gradient by a difference, step {args.penalty_step:g}")
     kernels = "compiled" if compiled else "eager"
     precision = str(dtype).removeprefix("torch.")
+    if args.ema is not None:
+        parts.append(f"weights averaged with decay {args.ema:g}")
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
     if args.holdout:
         parts.append(f"tested on {args.holdout} training images, held out")
@@ -622,7 +666,7 @@ def validate_and_run(
         exit_codes(parser, partial(resume_hint, out)),
         GracefulShutdown() as shutdown,
         distributed.process_group(args.device),
-        output_lock(out),
+        output_lock(args, out),
     ):
         args.resume = distributed.restarted() or args.resume
         run(args, phases, out, shutdown)
@@ -635,11 +679,13 @@ def resume_hint(out: Path) -> str:
 
 
 @contextmanager
-def output_lock(out: Path) -> Iterator[None]:
-    """Context manager that makes the folder of the run's files and holds their lock."""
+def output_lock(args: argparse.Namespace, out: Path) -> Iterator[None]:
+    """Context manager that makes the folder of the run's files and holds the locks of its names."""
     if distributed.get_rank() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-    with run_lock(out):
+    with ExitStack() as locks:
+        for name in run_names(args, out):
+            locks.enter_context(run_lock(name))
         yield
 
 

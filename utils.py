@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 import data
 from engine import distributed
+from engine.averaging import MAX_BN_IMAGES
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
 from engine.gradients import DIFFERENCE_STEP
@@ -23,7 +24,7 @@ from engine.networks import use_fast_layers
 from models import MODELS, TORCHVISION, find_model, has_width, make_model
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
 
-CRITERIA: dict[str, Callable[[], nn.Module]] = {"CE": nn.CrossEntropyLoss}
+CRITERIA: dict[str, Callable[..., nn.Module]] = {"CE": nn.CrossEntropyLoss}
 
 # The epochs, of a run of n, at which multistep multiplies the learning rate by γ.
 MILESTONES: dict[str, Callable[[int], list[int]]] = {
@@ -137,6 +138,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser.add_argument_group("start, checkpoints and resuming"))
     add_optimization_arguments(parser.add_argument_group("training"))
     add_precision_arguments(parser.add_argument_group("precision and batch norm"))
+    add_averaging_arguments(parser.add_argument_group("average of the weights"))
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
@@ -203,6 +205,14 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     positive, non_negative = bounded_number(float, above=0), bounded_number(float, at_least=0)
     add_network_arguments(group, "network to train")
     add_choice(group, "--criterion", CRITERIA, "CE", "loss, without the penalty")
+    add(
+        "--label_smoothing",
+        type=bounded_number(float, at_least=0, below=1),
+        default=0.0,
+        metavar="E",
+        help="part of each label that is shared out evenly to all classes, in the loss of training "
+        "and of testing",
+    )
     add("--n_epochs", type=bounded_number(int, at_least=1), default=25, help="epochs to train")
     add("--lr", type=positive, default=0.1, help="learning rate at the start")
     add_choice(
@@ -269,6 +279,25 @@ def add_precision_arguments(group: argparse._ArgumentGroup) -> None:
         "--no_test_penalty",
         action="store_true",
         help="do not measure the penalty on the test set after each epoch",
+    )
+
+
+def add_averaging_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the exponential average of the weights."""
+    add = group.add_argument
+    add(
+        "--ema",
+        type=bounded_number(float, at_least=0, below=1),
+        metavar="DECAY",
+        help="also average the weights exponentially, with this decay a step, such as 0.999, and "
+        "save the average in <…>_ema.pt; None: no average",
+    )
+    add(
+        "--recalibrate_bn_images",
+        type=bounded_number(int, at_least=2),
+        metavar="N",
+        help="with --ema, estimate the batch-norm statistics of the averaged weights on N training "
+        f"images; None: {MAX_BN_IMAGES}, or all where there are fewer",
     )
 
 
@@ -425,6 +454,7 @@ def training_requirements(
         ("penalty_gradient", "a regularizer of gradients", has_gradient_penalty),
         ("penalty_step", "--penalty_gradient difference", uses_difference),
         ("save_preregularized_model", "a regularizer", names),
+        ("recalibrate_bn_images", "--ema", args.ema is not None),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),
         *data_requirements(args),
@@ -499,9 +529,9 @@ def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callab
     )
 
 
-def make_criterion(name: str) -> nn.Module:
+def make_criterion(name: str, label_smoothing: float = 0.0) -> nn.Module:
     """Make the loss of that name in CRITERIA: a mean over the batch."""
-    return CRITERIA[name]()
+    return CRITERIA[name](label_smoothing=label_smoothing)
 
 
 def print_unfolded(n_left: int, model: str) -> None:

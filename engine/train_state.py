@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from engine.checkpoints import set_rng_state, validate_structure
 from engine.errors import FileError, NotFiniteError
@@ -47,6 +48,13 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: TrainProgress = field(default_factory=TrainProgress)
+    average: AveragedModel | None = None  # of the weights
+
+    def step(self) -> None:
+        """Update the weights by their gradients, and the average by the new weights."""
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.net)
 
     def state_dict(self, regularizer: nn.Module | None) -> dict[str, Any]:
         """Return the content of a checkpoint; NotFiniteError if it is not worth saving.
@@ -64,13 +72,15 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "state": progress.state_dict(),
+            **({} if self.average is None else {"average": self.average.state_dict()}),
         }
 
     def load_state_dict(self, content: dict[str, Any], n_epochs: int, n_batches: int) -> None:
         """Restore a checkpoint of a run of n_epochs of n_batches, random states included.
 
-        The learning rate is not read but derived from settings and epoch. Raises FileError where
-        the checkpoint does not fit.
+        The learning rate is not read but derived from settings and epoch. An average that the
+        checkpoint lacks begins with its weights. Raises FileError where the checkpoint does not
+        fit.
         """
         row = torch.empty(4 + len(trainable_parameters(self.net)))
         template = {
@@ -86,6 +96,8 @@ class TrainState:
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise FileError(f"the checkpoint is of another network: {reason}") from error
+        if self.average is not None:
+            self._load_average(content)
         self._load_momenta(content["optimizer"]["state"])
         # after the last batch of an epoch, the schedule rightly steps before the optimizer does
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -111,6 +123,13 @@ class TrainState:
                 f"the checkpoint is not of a run of {n_epochs} epochs of {n_batches} batches"
             )
         return progress
+
+    def _load_average(self, content: dict[str, Any]) -> None:
+        if "average" not in content:
+            self.average.module.load_state_dict(self.net.state_dict())
+            return
+        validate_structure(content["average"], self.average.state_dict(), "the checkpoint.average")
+        self.average.load_state_dict(content["average"])
 
     def _load_momenta(self, momenta: dict[int, dict[str, Tensor]]) -> None:
         """Restore SGD's momenta; there are none before the first step, or with --momentum 0."""
