@@ -48,6 +48,7 @@ from engine.io import (
     save_weights,
     warn_on_error,
 )
+from engine.learned_steps import LearnedSteps, make_steps, parameter_groups
 from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
 from engine.networks import check_movable_activations, check_network
@@ -179,12 +180,11 @@ def fit(
             save_weights(state.net, phase.save_as)
         lr = state.optimizer.param_groups[0]["lr"]
         started_at = time.perf_counter() - progress.epoch_seconds
-        train = run_epoch(state, train_loader, phase, config)
-        distributed.check_replicated(state.net.state_dict())
-        if state.average is not None:
-            distributed.check_replicated(state.average.state_dict())
-        images_per_second = train_loader.n_images / progress.epoch_seconds
-        test = evaluate_epoch(state, test_loader, phase, config)
+        with state.quantized():
+            train = run_epoch(state, train_loader, phase, config)
+            state.check()
+            images_per_second = train_loader.n_images / progress.epoch_seconds
+            test = evaluate_epoch(state, test_loader, phase, config)
         state.scheduler.step()
         progress.history.append(
             {
@@ -403,8 +403,13 @@ def finish(training: TrainingRun) -> None:
     save_weights(state.net, Path(f"{out}.pt"))
     if state.average is not None:
         final |= finish_average(training)
+    learned = {}
+    if state.steps is not None:
+        learned = {"learned_steps": state.steps.record()}
+        final |= evaluate_quantized(training)
     seconds = time.perf_counter() - training.started_at
-    record = {**training.record, **final, "seconds": seconds, "history": state.progress.history}
+    history = state.progress.history
+    record = {**training.record, **final, **learned, "seconds": seconds, "history": history}
     save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
     training.logger.summarize({**best_epoch(state.progress.history), "total_seconds": seconds})
@@ -419,6 +424,15 @@ def finish(training: TrainingRun) -> None:
             f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
             f"{chance:.3g}; a smaller --lr or --lmbda may help"
         )
+
+
+def evaluate_quantized(training: TrainingRun) -> dict[str, float]:
+    """Return and print "quantized_loss" and "quantized_accuracy" on the test set, in float32."""
+    state = training.state
+    with state.steps.quantized(state.net):
+        measured = evaluate(state.net, training.config.criterion, training.test_loader)
+    print(f"quantized with the learned steps: accuracy {measured['accuracy']:.2%}")
+    return {f"quantized_{key}": value for key, value in measured.items()}
 
 
 def finish_average(training: TrainingRun) -> dict[str, float]:
@@ -489,8 +503,9 @@ def make_state(
     check_trainable(net, phases)
     image_shape = dataset.test_images.shape[1:]
     n_activations = check_network(net, image_shape, dataset.num_classes)
+    steps = make_learned_steps(net, image_shape, args)
     optimizer = torch.optim.SGD(
-        layers.trainable_parameters(net).values(),
+        parameter_groups(net, steps),
         args.lr,
         args.momentum,
         weight_decay=args.weight_decay,
@@ -513,7 +528,18 @@ def make_state(
             "gradients of activations are not penalized"
         )
     average = None if args.ema is None else make_average(net, args.ema)
-    return TrainState(net, optimizer, scheduler, average=average)
+    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
+
+
+def make_learned_steps(
+    net: nn.Module, image_shape: Sequence[int], args: argparse.Namespace
+) -> LearnedSteps | None:
+    """Give the network the step sizes that --qat_bits asks for, in place; None without it."""
+    if args.qat_bits is None:
+        return None
+    bits = utils.qat_bit_widths(args.qat_bits)
+    options = {"keep_first_last": args.keep_first_last, "first_epoch": args.qat_from}
+    return make_steps(net, image_shape, *bits, **options)
 
 
 def check_trainable(net: nn.Module, phases: Sequence[Phase]) -> None:
@@ -580,6 +606,8 @@ def check_init_from(
     for p in phases:
         if p.regularizer and p.start < n_started:
             raise FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
+    if args.qat_bits and args.qat_from < n_started:
+        raise FileError(f"{where}: --qat_from {args.qat_from} is over")
     if args.freeze_bn_from and args.freeze_bn_from < n_started:
         raise FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
 
@@ -599,6 +627,13 @@ def describe_plan(
         parts.append(f"its gradient by a difference, step {args.penalty_step:g}")
     kernels = "compiled" if compiled else "eager"
     precision = str(dtype).removeprefix("torch.")
+    if args.qat_bits is not None:
+        weight_bits, act_bits = utils.qat_bit_widths(args.qat_bits)
+        inputs = f"inputs of {act_bits}" if act_bits else "inputs in full precision"
+        parts.append(
+            f"from epoch {args.qat_from} quantized with learned steps: weights of {weight_bits} "
+            f"bits, {inputs}"
+        )
     if args.ema is not None:
         parts.append(f"weights averaged with decay {args.ema:g}")
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
@@ -655,6 +690,7 @@ def validate_and_run(
     except ValueError as error:
         parser.error(str(error))
     warn_without_effect(parser, args, phases, requirements)
+    check_quantization(parser, args, phases)
     phases = reachable_phases(parser, args, phases, epoch_flags)
     phases = [replace(p, warmup=args.lmbda_warmup, every=args.penalty_every) for p in phases]
     if args.save_preregularized_model:
@@ -716,6 +752,20 @@ def warn_without_effect(
     gradient_penalty = any(needs_double_backward(p.regularizer) for p in regularized)
     common = utils.training_requirements(args, names, gradient_penalty)
     warn_unused_flags(parser, args, [*requirements, *common])
+
+
+def check_quantization(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
+    """End the program where --qat_bits is given with what it does not go with."""
+    if args.qat_bits is None:
+        return
+    if args.ema is not None:
+        parser.error("--qat_bits does not go with --ema: averaged weights have no learned steps")
+    for regularizer in (p.regularizer for p in phases if p.regularizer):
+        if not {"weights", "folded_weights"}.issuperset(regularizer.inputs):
+            parser.error(
+                f"--qat_bits goes with penalties of weights alone, not with {regularizer.name}: "
+                "rounding has no second derivative"
+            )
 
 
 def output_path(parser: Parser, args: argparse.Namespace) -> Path:

@@ -139,6 +139,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_optimization_arguments(parser.add_argument_group("training"))
     add_precision_arguments(parser.add_argument_group("precision and batch norm"))
     add_averaging_arguments(parser.add_argument_group("average of the weights"))
+    add_quantization_arguments(parser.add_argument_group("quantization-aware training"))
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
@@ -301,6 +302,46 @@ def add_averaging_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_quantization_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for training with learned step sizes."""
+    add = group.add_argument
+    add(
+        "--qat_bits",
+        type=parse_qat_bits,
+        metavar="W[,A]",
+        help="train with weights rounded to W bits, and inputs of layers to A bits, each from 2 to "
+        "16, with learned step sizes (LSQ); without A inputs keep full precision; None: no "
+        "rounding",
+    )
+    add(
+        "--qat_from",
+        type=bounded_number(int, at_least=0),
+        default=0,
+        metavar="N",
+        help="with --qat_bits, train N epochs in full precision first",
+    )
+    add(
+        "--keep_first_last",
+        action="store_true",
+        help="with --qat_bits, round the first and the last layer to 8 bits where the others have "
+        "fewer",
+    )
+
+
+def parse_qat_bits(text: str) -> str:
+    """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
+    words = text.split(",")
+    if len(words) > 2 or not all(w.isdecimal() and 2 <= int(w) <= 16 for w in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4")
+    return ",".join(str(int(word)) for word in words)
+
+
+def qat_bit_widths(text: str) -> tuple[int, int | None]:
+    """Return the bits of weights and of inputs that --qat_bits means; None: full precision."""
+    weight_bits, _, act_bits = text.partition(",")
+    return int(weight_bits), int(act_bits) if act_bits else None
+
+
 def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of any regularizer, and those that the regularizers themselves declare."""
     group = parser.add_argument_group("options of regularizers")
@@ -444,6 +485,7 @@ def training_requirements(
     declared, options = regularizer_options(), regularizer_options_from(args)
     uses_difference = has_gradient_penalty and args.penalty_gradient == "difference"
     continues = args.resume or args.init_from or distributed.is_restart_here()
+    quantizes = args.qat_bits is not None and args.qat_from < args.n_epochs
     requirements = [
         ("gamma", "--scheduler exponential or multistep", "gamma" in schedule_settings(args)),
         ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
@@ -455,6 +497,9 @@ def training_requirements(
         ("penalty_step", "--penalty_gradient difference", uses_difference),
         ("save_preregularized_model", "a regularizer", names),
         ("recalibrate_bn_images", "--ema", args.ema is not None),
+        ("qat_bits", "a longer run", args.qat_from < args.n_epochs),
+        ("qat_from", "--qat_bits in a longer run", quantizes),
+        ("keep_first_last", "--qat_bits in a longer run", quantizes),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),
         *data_requirements(args),
