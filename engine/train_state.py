@@ -70,7 +70,7 @@ class TrainState:
         """Raise RanksDifferError or StepSizeError where the state is not what it must be."""
         distributed.check_replicated(self.net.state_dict())
         if self.average is not None:
-            distributed.check_replicated(self.average.state_dict())
+            distributed.check_replicated(self.average.module.state_dict())
         if self.steps is not None:
             distributed.check_replicated(self.steps.state_dict())
             self.steps.check()
