@@ -419,9 +419,10 @@ def finish(training: TrainingRun) -> None:
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
     chance = math.log(training.num_classes)  # the loss of equal probabilities
-    if final["final_loss"] > DIVERGED_LOSS_RATIO * chance:
+    loss = final.get("quantized_loss", final["final_loss"])  # of the network that was trained
+    if loss > DIVERGED_LOSS_RATIO * chance:
         print(
-            f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
+            f"the training diverged: the loss is {loss:.3g}, that of guessing is "
             f"{chance:.3g}; a smaller --lr or --lmbda may help"
         )
 

@@ -198,8 +198,8 @@ def make_steps(
         for kind, quantizer in quantizers.items():
             layer.register_parameter(PARAMETERS[kind], quantizer.step)
         layers[name] = quantizers
-    net.register_state_dict_post_hook(_leave_out_steps)
-    net.register_load_state_dict_post_hook(_miss_no_steps)
+    net.register_state_dict_post_hook(_remove_steps)
+    net.register_load_state_dict_post_hook(_allow_missing_steps)
     return LearnedSteps(layers, weight_bits, act_bits, first_epoch)
 
 
@@ -233,13 +233,13 @@ def _layer_inputs(net: nn.Module, image_shape: Sequence[int]) -> dict[str, Tenso
     return inputs
 
 
-def _leave_out_steps(net: nn.Module, state: dict, prefix: str, metadata: object) -> None:
+def _remove_steps(net: nn.Module, state: dict, prefix: str, metadata: object) -> None:
     """Remove the step sizes from a state_dict."""
     for key in [key for key in state if key.endswith(tuple(PARAMETERS.values()))]:
         del state[key]
 
 
-def _miss_no_steps(net: nn.Module, incompatible_keys: Any) -> None:
+def _allow_missing_steps(net: nn.Module, incompatible_keys: Any) -> None:
     """Accept a state_dict without step sizes."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith(tuple(PARAMETERS.values()))]

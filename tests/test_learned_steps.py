@@ -276,25 +276,19 @@ def test_a_run_that_was_cut_gives_the_same_bits(cut_at, tmp_path):
 
 
 def test_a_checkpoint_without_steps_is_a_beginning(tmp_path):
-    whole, resumed = begin(), begin()
+    plain, whole, resumed = begin(qat=False), begin(), begin()
     train_on(whole)
-    cut(begin(qat=False), 5, tmp_path / "c")
+    train_on(plain, n_epochs=1)
+    save_checkpoint(plain.state_dict(None), tmp_path / "c")
     content = load_checkpoint(tmp_path / "c")
-    with pytest.raises(FileError, match="of 3|not what this run"):
+    with pytest.raises(FileError, match="checkpoint.steps: not what this run"):
         begin().load_state_dict({**content, "steps": {}}, 3, BATCHES)
     with pytest.raises(FileError, match="--qat_from 0 is over"):
-        begin(first_epoch=0).load_state_dict({**content, "state": TrainStateAt(1)}, 3, BATCHES)
-    content["state"] = TrainStateAt(1, content["state"])
+        begin(first_epoch=0).load_state_dict(content, 3, BATCHES)
     resumed.load_state_dict(content, 3, BATCHES)
     train_on(resumed)
     expected = everything(whole)
     assert all(torch.equal(t, expected[key]) for key, t in everything(resumed).items())
-
-
-def TrainStateAt(epoch, saved=None):
-    """The progress in a checkpoint between two epochs."""
-    history = [{"epoch": 0, "lr": 0.05, "train_loss": 1.0}] * epoch
-    return {"epoch": epoch, "batch": 0, "rows": [], "history": history, "epoch_seconds": 0.0}
 
 
 def test_ranks_train_what_one_process_does():
