@@ -197,6 +197,23 @@ def test_the_average_is_saved_measured_and_quantized(monkeypatch, tmp_path, caps
     assert rows[0]["accuracy"] == averaged["final_accuracy"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--ema", "0.8"], ["--qat_bits", "4,4", "--qat_from", "1"]])
+def test_two_processes_write_the_files_of_one(flags, tmp_path):
+    """The average, or the network and its learned steps: all of it measured together."""
+    flags = [*tiny_scripts.FLAGS, "--model", "TinyFused", "--n_epochs", "2", *flags]
+    command = test_distributed.command(tmp_path, "train.py", *flags)
+    assert test_distributed.on(2, command) == [0, 0], test_distributed.logs(tmp_path)
+    assert test_distributed.logs(tmp_path)[1] == ""
+    record = json.loads((tmp_path / "r.json").read_text())
+    if "--ema" in flags:
+        averaged = json.loads((tmp_path / "r_ema.json").read_text())
+        assert averaged["final_accuracy"] == record["ema_accuracy"]
+        assert (tmp_path / "r_ema.pt").exists()
+    else:
+        assert record["quantized_accuracy"] == record["history"][-1]["test_accuracy"]
+
+
 def test_combined_protocol_averages_too(monkeypatch, tmp_path):
     run_here(
         monkeypatch, tmp_path, "--phases", "0:none", "1:VarianceNorm=1",
