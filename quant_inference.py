@@ -33,6 +33,7 @@ from engine import distributed
 from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
 from engine.cli import (
     Parser,
+    Requirement,
     StoreFlat,
     add_alias,
     add_choice,
@@ -49,6 +50,7 @@ from engine.integer_layers import make_grid, make_integer_layer, with_integers
 from engine.integer_network import IntegerNetwork, build, shared_ranges
 from engine.io import check_writable, load_weights
 from engine.layers import quantizable_layers
+from engine.learned_steps import FIRST_LAST_BITS, LearnedSteps, read_steps
 from engine.loader import Loader
 from engine.network_graph import trace
 from engine.networks import check_network
@@ -57,9 +59,9 @@ from engine.signals import GracefulShutdown
 from models import is_model
 
 PUBLISHED_SCHEMES = ("uniform", "dorefa", "pwlq")  # the default of --schemes
+LEARNED = "lsq"  # as a row's scheme: the steps that --steps_from gives
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
 FILE_FLAGS = ("export", "verify", "save_quantized", "save_integers")  # of one quantized network
-FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 BIASES = ("published", "weight", "full")  # see --biases
 MAX_BASELINE_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
@@ -148,6 +150,7 @@ class Quantization(NamedTuple):
 def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     """Yield the rows of one network: unquantized, then every quantization."""
     args = setup.args
+    steps = read_steps(Path(args.steps_from), net) if args.steps_from else None
     full = measure(setup.prepare(net), setup.test, args)
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, FLOAT_BITS, [Trial(**full)], full["accuracy"])
@@ -169,6 +172,33 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
             levels=qu.n_levels(scheme, n_bits, args.overlapping),
             act_bits=act_bits,
         )
+    if steps:
+        trial = run_learned(net, steps, setup)
+        yield report.make_row(
+            name,
+            LEARNED,
+            steps.weight_bits,
+            [trial],
+            full["accuracy"],
+            levels=2**steps.weight_bits,
+            act_bits=steps.act_bits or FLOAT_BITS,
+        )
+
+
+def run_learned(net: nn.Module, steps: LearnedSteps, setup: Setup) -> Trial:
+    """Measure the network with the learned steps of its training, as the training ran it.
+
+    Batch norms are not folded: rounding would then see activations that differ in their last bits.
+    """
+    errors = [
+        qu.LayerError(name, (w_q - w).double().square().sum().item(), w.numel())
+        for name, w, w_q in steps.quantized_weights(net)
+    ]
+    net = replace(setup, fold=False).prepare(net)
+    with steps.quantized(net):
+        measured = measure(net, setup.test, setup.args)
+    setup.on_step()
+    return Trial(**measured, squared_error=qu.model_error(errors, setup.args.avg_in_layer))
 
 
 def run_trial(
@@ -598,6 +628,7 @@ def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> boo
 def n_steps(net: nn.Module, args: argparse.Namespace) -> int:
     """Return how often `on_step` is called for the network."""
     steps = 1 + sum(n_trials(quantization.scheme, args) for quantization in quantizations(args))
+    steps += args.steps_from is not None
     if args.per_layer:
         steps += len(args.schemes) * len(args.bits) * len(quantizable_layers(net))
     return steps
@@ -737,6 +768,7 @@ def make_parser() -> Parser:
     add_repair_arguments(parser.add_argument_group("batch norms and corrections"))
     add_pwlq_arguments(parser.add_argument_group("pwlq"))
     add_clip_arguments(parser.add_argument_group("clip"))
+    add_learned_arguments(parser.add_argument_group("learned steps"))
     add_activation_arguments(parser.add_argument_group("activations"))
     add_measurement_arguments(parser.add_argument_group("what is measured"))
     utils.add_data_arguments(parser)
@@ -884,6 +916,16 @@ def add_clip_arguments(group: argparse._ArgumentGroup) -> None:
         default=2.4,
         metavar="P",
         help="exponent of the error that the range is chosen by; 2: squared error",
+    )
+
+
+def add_learned_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flag for what quantization-aware training has learned."""
+    group.add_argument(
+        "--steps_from",
+        metavar="JSON",
+        help="also quantize FILE with the step sizes that its training with --qat_bits learned and "
+        "put into this record: a row of scheme lsq, with the bits of the training",
     )
 
 
@@ -1055,6 +1097,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     contradictions = (
         ("act_bits", "--precision fp32", is_fp32),
         ("per_layer", "--precision fp32", is_fp32),
+        *steps_requirements(args),
     )
     refuse_unused_flags(parser, contradictions)
     requirements = (
@@ -1078,6 +1121,18 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     warn_unused_flags(parser, args, requirements)
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
     check_deployment(parser, args)
+
+
+def steps_requirements(args: argparse.Namespace) -> list[Requirement]:
+    """Return what --steps_from needs, for `refuse_unused_flags`."""
+    flag, has_file = "steps_from", any(getattr(args, flag) for flag in FILE_FLAGS)
+    return [
+        (flag, "one FILE", len(find_paths(args.checkpoints)) == 1),
+        (flag, "--precision fp32", args.precision == "fp32"),
+        (flag, "batch norms as they were trained: leave out --fold_bn", not args.fold_bn),
+        (flag, "no --recalibrate_bn_images", not args.recalibrate_bn_images),
+        (flag, f"none of {', '.join(f'--{name}' for name in FILE_FLAGS)}", not has_file),
+    ]
 
 
 def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:

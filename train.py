@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from tqdm import tqdm
 import utils
 from data import ImageDataset
 from engine import distributed, layers
+from engine.averaging import MAX_BN_IMAGES, averaged_network, make_average
 from engine.batch_norm import check_folding, freeze_batch_norms
 from engine.checkpoints import Checkpointer
 from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
 from engine.environment import describe_environment
-from engine.errors import FileError, NetworkError, NotFiniteError, SetupError
+from engine.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients, needs_double_backward
 from engine.hardware import (
@@ -47,6 +48,7 @@ from engine.io import (
     save_weights,
     warn_on_error,
 )
+from engine.learned_steps import LearnedSteps, make_steps, parameter_groups
 from engine.loader import Loader
 from engine.metrics import batch_metrics_row, epoch_means
 from engine.networks import check_movable_activations, check_network
@@ -143,7 +145,7 @@ def run_epoch(
             progress.batch_metrics.append(row)
             if x.device.type == "cpu" and not row.isfinite().all():
                 summarize(state, regularizer)  # raises, before the weights are spoilt
-            state.optimizer.step()
+            state.step()
             progress.batch += 1
             progress.epoch_seconds = time.perf_counter() - started_at
             if display.is_due():
@@ -178,10 +180,11 @@ def fit(
             save_weights(state.net, phase.save_as)
         lr = state.optimizer.param_groups[0]["lr"]
         started_at = time.perf_counter() - progress.epoch_seconds
-        train = run_epoch(state, train_loader, phase, config)
-        distributed.check_replicated(state.net.state_dict())
-        images_per_second = train_loader.n_images / progress.epoch_seconds
-        test = evaluate_epoch(state, test_loader, phase, config)
+        with state.quantized():
+            train = run_epoch(state, train_loader, phase, config)
+            state.check()
+            images_per_second = train_loader.n_images / progress.epoch_seconds
+            test = evaluate_epoch(state, test_loader, phase, config)
         state.scheduler.step()
         progress.history.append(
             {
@@ -228,6 +231,7 @@ class TrainingRun:
     train_loader: Loader
     test_loader: Loader
     fixed_batch: Loader  # what --track is measured on
+    bn_loader: Loader | None  # of images for the batch-norm statistics of averaged weights
     num_classes: int
     record: dict[str, Any]  # settings, versions and machine
     run_id: str
@@ -274,7 +278,8 @@ class TrainingRun:
 
     def close(self) -> None:
         """End the processes of the loaders, and print where the run is logged."""
-        for loader in (self.train_loader, self.test_loader, self.fixed_batch):
+        loaders = (self.train_loader, self.test_loader, self.fixed_batch, self.bn_loader)
+        for loader in filter(None, loaders):
             loader.close()
         print(self.logger.finish(), flush=True)
 
@@ -319,6 +324,7 @@ def set_up(
     args = with_settled_precision(args, checkpoint)
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
+    bn_loader = None if args.ema is None else make_bn_loader(dataset, args)
     config = make_config(args)
     compiled = layers.set_compile(args.compile, args.device)
     state, run_id = make_state(args, dataset, phases), new_run_id()
@@ -328,7 +334,7 @@ def set_up(
     elif args.init_weights:
         load_weights(state.net, Path(args.init_weights))
     if not args.resume:
-        files = [(out, suffix) for suffix in RUN_FILE_SUFFIXES]
+        files = [(name, suffix) for name in run_names(args, out) for suffix in RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
 
     plan = describe_plan(args, phases, config.dtype, compiled)
@@ -343,7 +349,7 @@ def set_up(
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     training = TrainingRun(
         args, out, phases, state, config, train_loader, test_loader, fixed_batch,
-        dataset.num_classes, record, run_id, started_at, logger,
+        bn_loader, dataset.num_classes, record, run_id, started_at, logger,
     )  # fmt: skip
     training.config = replace(
         config, after_batch=training.after_batch, after_epoch=training.after_epoch
@@ -376,12 +382,17 @@ def make_config(args: argparse.Namespace) -> FitConfig:
     """Return what the flags say of the loop, without its callbacks."""
     return FitConfig(
         args.n_epochs,
-        utils.make_criterion(args.criterion),
+        utils.make_criterion(args.criterion, args.label_smoothing),
         resolve_precision(args.precision, args.device),
         not args.no_test_penalty,
         args.penalty_step if args.penalty_gradient == "difference" else None,
         args.freeze_bn_from,
     )
+
+
+def run_names(args: argparse.Namespace, out: Path) -> list[Path]:
+    """Return the run's files without their suffixes: with --ema the average has a name, too."""
+    return [out] if args.ema is None else [out, Path(f"{out}_ema")]
 
 
 def finish(training: TrainingRun) -> None:
@@ -390,8 +401,15 @@ def finish(training: TrainingRun) -> None:
     final = evaluate(state.net, training.config.criterion, training.test_loader)
     final = {f"final_{key}": value for key, value in final.items()}
     save_weights(state.net, Path(f"{out}.pt"))
+    if state.average is not None:
+        final |= finish_average(training)
+    learned = {}
+    if state.steps is not None:
+        learned = {"learned_steps": state.steps.record()}
+        final |= evaluate_quantized(training)
     seconds = time.perf_counter() - training.started_at
-    record = {**training.record, **final, "seconds": seconds, "history": state.progress.history}
+    history = state.progress.history
+    record = {**training.record, **final, **learned, "seconds": seconds, "history": history}
     save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
     training.logger.summarize({**best_epoch(state.progress.history), "total_seconds": seconds})
@@ -401,11 +419,38 @@ def finish(training: TrainingRun) -> None:
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
     chance = math.log(training.num_classes)  # the loss of equal probabilities
-    if final["final_loss"] > DIVERGED_LOSS_RATIO * chance:
+    loss = final.get("quantized_loss", final["final_loss"])  # of the network that was trained
+    if loss > DIVERGED_LOSS_RATIO * chance:
         print(
-            f"the training diverged: the loss is {final['final_loss']:.3g}, that of guessing is "
+            f"the training diverged: the loss is {loss:.3g}, that of guessing is "
             f"{chance:.3g}; a smaller --lr or --lmbda may help"
         )
+
+
+def evaluate_quantized(training: TrainingRun) -> dict[str, float]:
+    """Return and print "quantized_loss" and "quantized_accuracy" on the test set, in float32."""
+    state = training.state
+    with state.steps.quantized(state.net):
+        measured = evaluate(state.net, training.config.criterion, training.test_loader)
+    print(f"quantized with the learned steps: accuracy {measured['accuracy']:.2%}")
+    return {f"quantized_{key}": value for key, value in measured.items()}
+
+
+def finish_average(training: TrainingRun) -> dict[str, float]:
+    """Save the averaged weights and their record; return "ema_loss" and "ema_accuracy".
+
+    Both are measured on the test set, in float32.
+    """
+    out, average = f"{training.out}_ema", training.state.average
+    images = (x for x, _ in training.bn_loader.batches(0))
+    net = averaged_network(average, images)
+    measured = evaluate(net, training.config.criterion, training.test_loader)
+    save_weights(net, Path(f"{out}.pt"))
+    final = {f"final_{key}": value for key, value in measured.items()}
+    steps = {"averaged_steps": average.n_averaged.item(), "bn_images": training.bn_loader.n_images}
+    save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
+    print(f"saved {out}.pt and {out}.json: averaged weights, accuracy {measured['accuracy']:.2%}")
+    return {f"ema_{key}": value for key, value in measured.items()}
 
 
 # --- what a run is made of -------------------------------------------------------------------
@@ -440,6 +485,15 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
     )
 
 
+def make_bn_loader(dataset: ImageDataset, args: argparse.Namespace) -> Loader:
+    """Return the loader of the first training images, as they are: --recalibrate_bn_images."""
+    n_train = len(dataset.train_images)
+    n = args.recalibrate_bn_images or min(MAX_BN_IMAGES, n_train)
+    if n > n_train:
+        raise DataError(f"--recalibrate_bn_images {n}: there are {n_train} training images")
+    return utils.loader_maker(args, dataset)(dataset.train_images[:n], dataset.train_labels[:n])
+
+
 def make_state(
     args: argparse.Namespace, dataset: ImageDataset, phases: Sequence[Phase]
 ) -> TrainState:
@@ -450,8 +504,9 @@ def make_state(
     check_trainable(net, phases)
     image_shape = dataset.test_images.shape[1:]
     n_activations = check_network(net, image_shape, dataset.num_classes)
+    steps = make_learned_steps(net, image_shape, args)
     optimizer = torch.optim.SGD(
-        layers.trainable_parameters(net).values(),
+        parameter_groups(net, steps),
         args.lr,
         args.momentum,
         weight_decay=args.weight_decay,
@@ -473,7 +528,19 @@ def make_state(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
         )
-    return TrainState(net, optimizer, scheduler)
+    average = None if args.ema is None else make_average(net, args.ema)
+    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
+
+
+def make_learned_steps(
+    net: nn.Module, image_shape: Sequence[int], args: argparse.Namespace
+) -> LearnedSteps | None:
+    """Give the network the step sizes that --qat_bits asks for, in place; None without it."""
+    if args.qat_bits is None:
+        return None
+    bits = utils.qat_bit_widths(args.qat_bits)
+    options = {"keep_first_last": args.keep_first_last, "first_epoch": args.qat_from}
+    return make_steps(net, image_shape, *bits, **options)
 
 
 def check_trainable(net: nn.Module, phases: Sequence[Phase]) -> None:
@@ -502,6 +569,8 @@ def continue_from(
     """Restore the state from the checkpoint, and print where it continues; FileError if unfit."""
     state.load_state_dict(checkpoint, args.n_epochs, n_batches)
     check_phases(state.progress, phases, args, is_own)
+    if state.average is not None and "average" not in checkpoint:
+        print("the average of the weights begins here: the checkpoint has none")
     print(where_it_continues(state.progress, args, is_own))
 
 
@@ -538,6 +607,8 @@ def check_init_from(
     for p in phases:
         if p.regularizer and p.start < n_started:
             raise FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
+    if args.qat_bits and args.qat_from < n_started:
+        raise FileError(f"{where}: --qat_from {args.qat_from} is over")
     if args.freeze_bn_from and args.freeze_bn_from < n_started:
         raise FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
 
@@ -557,6 +628,15 @@ def describe_plan(
         parts.append(f"its gradient by a difference, step {args.penalty_step:g}")
     kernels = "compiled" if compiled else "eager"
     precision = str(dtype).removeprefix("torch.")
+    if args.qat_bits is not None:
+        weight_bits, act_bits = utils.qat_bit_widths(args.qat_bits)
+        inputs = f"inputs of {act_bits}" if act_bits else "inputs in full precision"
+        parts.append(
+            f"from epoch {args.qat_from} quantized with learned steps: weights of {weight_bits} "
+            f"bits, {inputs}"
+        )
+    if args.ema is not None:
+        parts.append(f"weights averaged with decay {args.ema:g}")
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
     if args.holdout:
         parts.append(f"tested on {args.holdout} training images, held out")
@@ -611,6 +691,7 @@ def validate_and_run(
     except ValueError as error:
         parser.error(str(error))
     warn_without_effect(parser, args, phases, requirements)
+    check_quantization(parser, args, phases)
     phases = reachable_phases(parser, args, phases, epoch_flags)
     phases = [replace(p, warmup=args.lmbda_warmup, every=args.penalty_every) for p in phases]
     if args.save_preregularized_model:
@@ -622,7 +703,7 @@ def validate_and_run(
         exit_codes(parser, partial(resume_hint, out)),
         GracefulShutdown() as shutdown,
         distributed.process_group(args.device),
-        output_lock(out),
+        output_lock(args, out),
     ):
         args.resume = distributed.restarted() or args.resume
         run(args, phases, out, shutdown)
@@ -635,11 +716,13 @@ def resume_hint(out: Path) -> str:
 
 
 @contextmanager
-def output_lock(out: Path) -> Iterator[None]:
-    """Context manager that makes the folder of the run's files and holds their lock."""
+def output_lock(args: argparse.Namespace, out: Path) -> Iterator[None]:
+    """Context manager that makes the folder of the run's files and holds the locks of its names."""
     if distributed.get_rank() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-    with run_lock(out):
+    with ExitStack() as locks:
+        for name in run_names(args, out):
+            locks.enter_context(run_lock(name))
         yield
 
 
@@ -670,6 +753,20 @@ def warn_without_effect(
     gradient_penalty = any(needs_double_backward(p.regularizer) for p in regularized)
     common = utils.training_requirements(args, names, gradient_penalty)
     warn_unused_flags(parser, args, [*requirements, *common])
+
+
+def check_quantization(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
+    """End the program where --qat_bits is given with what it does not go with."""
+    if args.qat_bits is None:
+        return
+    if args.ema is not None:
+        parser.error("--qat_bits does not go with --ema: averaged weights have no learned steps")
+    for regularizer in (p.regularizer for p in phases if p.regularizer):
+        if not {"weights", "folded_weights"}.issuperset(regularizer.inputs):
+            parser.error(
+                f"--qat_bits goes with penalties of weights alone, not with {regularizer.name}: "
+                "rounding has no second derivative"
+            )
 
 
 def output_path(parser: Parser, args: argparse.Namespace) -> Path:

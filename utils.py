@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 import data
 from engine import distributed
+from engine.averaging import MAX_BN_IMAGES
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
 from engine.gradients import DIFFERENCE_STEP
@@ -23,7 +24,7 @@ from engine.networks import use_fast_layers
 from models import MODELS, TORCHVISION, find_model, has_width, make_model
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
 
-CRITERIA: dict[str, Callable[[], nn.Module]] = {"CE": nn.CrossEntropyLoss}
+CRITERIA: dict[str, Callable[..., nn.Module]] = {"CE": nn.CrossEntropyLoss}
 
 # The epochs, of a run of n, at which multistep multiplies the learning rate by γ.
 MILESTONES: dict[str, Callable[[int], list[int]]] = {
@@ -137,6 +138,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser.add_argument_group("start, checkpoints and resuming"))
     add_optimization_arguments(parser.add_argument_group("training"))
     add_precision_arguments(parser.add_argument_group("precision and batch norm"))
+    add_averaging_arguments(parser.add_argument_group("average of the weights"))
+    add_quantization_arguments(parser.add_argument_group("quantization-aware training"))
 
 
 def add_run_arguments(group: argparse._ArgumentGroup) -> None:
@@ -203,6 +206,14 @@ def add_optimization_arguments(group: argparse._ArgumentGroup) -> None:
     positive, non_negative = bounded_number(float, above=0), bounded_number(float, at_least=0)
     add_network_arguments(group, "network to train")
     add_choice(group, "--criterion", CRITERIA, "CE", "loss, without the penalty")
+    add(
+        "--label_smoothing",
+        type=bounded_number(float, at_least=0, below=1),
+        default=0.0,
+        metavar="E",
+        help="part of each label that is shared out evenly to all classes, in the loss of training "
+        "and of testing",
+    )
     add("--n_epochs", type=bounded_number(int, at_least=1), default=25, help="epochs to train")
     add("--lr", type=positive, default=0.1, help="learning rate at the start")
     add_choice(
@@ -270,6 +281,65 @@ def add_precision_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="do not measure the penalty on the test set after each epoch",
     )
+
+
+def add_averaging_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the exponential average of the weights."""
+    add = group.add_argument
+    add(
+        "--ema",
+        type=bounded_number(float, at_least=0, below=1),
+        metavar="DECAY",
+        help="also average the weights exponentially, with this decay a step, such as 0.999, and "
+        "save the average in <…>_ema.pt; None: no average",
+    )
+    add(
+        "--recalibrate_bn_images",
+        type=bounded_number(int, at_least=2),
+        metavar="N",
+        help="with --ema, estimate the batch-norm statistics of the averaged weights on N training "
+        f"images; None: {MAX_BN_IMAGES}, or all where there are fewer",
+    )
+
+
+def add_quantization_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for training with learned step sizes."""
+    add = group.add_argument
+    add(
+        "--qat_bits",
+        type=parse_qat_bits,
+        metavar="W[,A]",
+        help="train with weights rounded to W bits, and inputs of layers to A bits, each from 2 to "
+        "16, with learned step sizes (LSQ); without A inputs keep full precision; None: no "
+        "rounding",
+    )
+    add(
+        "--qat_from",
+        type=bounded_number(int, at_least=0),
+        default=0,
+        metavar="N",
+        help="with --qat_bits, train N epochs in full precision first",
+    )
+    add(
+        "--keep_first_last",
+        action="store_true",
+        help="with --qat_bits, round the first and the last layer to 8 bits where the others have "
+        "fewer",
+    )
+
+
+def parse_qat_bits(text: str) -> str:
+    """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
+    words = text.split(",")
+    if len(words) > 2 or not all(w.isdecimal() and 2 <= int(w) <= 16 for w in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4")
+    return ",".join(str(int(word)) for word in words)
+
+
+def qat_bit_widths(text: str) -> tuple[int, int | None]:
+    """Return the bits of weights and of inputs that --qat_bits means; None: full precision."""
+    weight_bits, _, act_bits = text.partition(",")
+    return int(weight_bits), int(act_bits) if act_bits else None
 
 
 def add_regularizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -415,6 +485,7 @@ def training_requirements(
     declared, options = regularizer_options(), regularizer_options_from(args)
     uses_difference = has_gradient_penalty and args.penalty_gradient == "difference"
     continues = args.resume or args.init_from or distributed.is_restart_here()
+    quantizes = args.qat_bits is not None and args.qat_from < args.n_epochs
     requirements = [
         ("gamma", "--scheduler exponential or multistep", "gamma" in schedule_settings(args)),
         ("milestones", "--scheduler multistep", args.scheduler == "multistep"),
@@ -425,6 +496,10 @@ def training_requirements(
         ("penalty_gradient", "a regularizer of gradients", has_gradient_penalty),
         ("penalty_step", "--penalty_gradient difference", uses_difference),
         ("save_preregularized_model", "a regularizer", names),
+        ("recalibrate_bn_images", "--ema", args.ema is not None),
+        ("qat_bits", "a longer run", args.qat_from < args.n_epochs),
+        ("qat_from", "--qat_bits in a longer run", quantizes),
+        ("keep_first_last", "--qat_bits in a longer run", quantizes),
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),
         *data_requirements(args),
@@ -499,9 +574,9 @@ def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callab
     )
 
 
-def make_criterion(name: str) -> nn.Module:
+def make_criterion(name: str, label_smoothing: float = 0.0) -> nn.Module:
     """Make the loss of that name in CRITERIA: a mean over the batch."""
-    return CRITERIA[name]()
+    return CRITERIA[name](label_smoothing=label_smoothing)
 
 
 def print_unfolded(n_left: int, model: str) -> None:

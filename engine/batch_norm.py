@@ -153,6 +153,11 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 # --- statistics ------------------------------------------------------------------------------
 
 
+def norms_with_statistics(net: nn.Module) -> list[nn.BatchNorm2d]:
+    """Return the batch norms that keep running statistics, in module order."""
+    return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+
+
 @torch.no_grad()
 def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every batch norm by those of these images, in place.
@@ -162,7 +167,7 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     statistics of the unquantized network no longer fit. Source: Sun et al., NeurIPS 2019 (hybrid
     8-bit floating point). Raises ValueError where no batch norm keeps statistics.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = norms_with_statistics(net)
     if not norms:
         raise ValueError(f"{type(net).__name__} has no batch-norm statistics to estimate again")
     momenta = [norm.momentum for norm in norms]

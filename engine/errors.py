@@ -46,6 +46,10 @@ class NotFiniteError(ReportedError):
     """A loss, penalty or gradient became NaN or infinite; the message says which and when."""
 
 
+class StepSizeError(ReportedError):
+    """A learned step size of quantization is no longer positive; the message says which."""
+
+
 class SetupError(ReportedError):
     """The run cannot be divided among these processes; the message says what would work."""
 

@@ -141,7 +141,7 @@ def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> Non
 
     It is tried on one image of `image_shape` (3, H, W), in evaluation mode.
     """
-    with torch.no_grad(), _every_module_in(net, training=False):
+    with torch.no_grad(), every_module_in(net, training=False):
         _, activations, recorded = run_recorded(net, _blank_images(net, 1, image_shape))
     activation_runs(net, activations, recorded)
 
@@ -161,7 +161,7 @@ def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) 
     size, name = " × ".join(map(str, image_shape)), type(net).__name__
     x = _blank_images(net, 2, image_shape)
     try:
-        with torch.no_grad(), _every_module_in(net, training=False):
+        with torch.no_grad(), every_module_in(net, training=False):
             logits, activations = run_network(net, x, with_activations=True)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:  # of shapes that differ
         reason = str(error).strip().splitlines()[0][:200]
@@ -173,7 +173,7 @@ def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) 
 
 
 @contextmanager
-def _every_module_in(net: nn.Module, *, training: bool) -> Iterator[None]:
+def every_module_in(net: nn.Module, *, training: bool) -> Iterator[None]:
     """Context manager that puts every module into training or evaluation mode, and back."""
     modes = [(m, m.training) for m in net.modules()]
     net.train(training)
@@ -233,7 +233,7 @@ def module_order(net: nn.Module) -> Order | None:
         orders = []
         for training in (True, False):
             try:
-                with _every_module_in(net, training=training):
+                with every_module_in(net, training=training):
                     orders.append(Order(_Tracer().trace(net)))
             except Exception:  # what a foreign forward raises on symbols is of any kind
                 orders.append(None)

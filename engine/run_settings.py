@@ -20,8 +20,9 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 # Settings of --init_from's checkpoint that the new run must share: they shaped what is in it.
 MUST_MATCH_INIT_FROM = {
-    "model", "width", "criterion", "lr", "scheduler", "momentum", "weight_decay", "dataset",
-    "train_subset", "image_size", "holdout", "batch_size", "seed", "precision",
+    "model", "width", "criterion", "label_smoothing", "lr", "scheduler", "momentum",
+    "weight_decay", "dataset", "train_subset", "image_size", "holdout", "batch_size", "seed",
+    "precision",
 }  # fmt: skip
 AUTO = "auto"  # a setting that the hardware decides, or the checkpoint
 LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"}

@@ -2,15 +2,19 @@
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
+from engine import distributed
 from engine.checkpoints import set_rng_state, validate_structure
 from engine.errors import FileError, NotFiniteError
 from engine.layers import trainable_parameters
+from engine.learned_steps import LearnedSteps
 from engine.metrics import epoch_means
 
 
@@ -47,6 +51,29 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: TrainProgress = field(default_factory=TrainProgress)
+    average: AveragedModel | None = None  # of the weights
+    steps: LearnedSteps | None = None  # of quantization-aware training
+
+    def quantized(self) -> AbstractContextManager[None]:
+        """Context manager in which the network runs as this epoch trains it."""
+        if self.steps is None or self.progress.epoch < self.steps.first_epoch:
+            return nullcontext()
+        return self.steps.quantized(self.net)
+
+    def step(self) -> None:
+        """Update the weights by their gradients, and the average by the new weights."""
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+
+    def check(self) -> None:
+        """Raise RanksDifferError or StepSizeError where the state is not what it must be."""
+        distributed.check_replicated(self.net.state_dict())
+        if self.average is not None:
+            distributed.check_replicated(self.average.module.state_dict())
+        if self.steps is not None:
+            distributed.check_replicated(self.steps.state_dict())
+            self.steps.check()
 
     def state_dict(self, regularizer: nn.Module | None) -> dict[str, Any]:
         """Return the content of a checkpoint; NotFiniteError if it is not worth saving.
@@ -64,13 +91,16 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "state": progress.state_dict(),
+            **({} if self.average is None else {"average": self.average.state_dict()}),
+            **({} if self.steps is None else {"steps": self.steps.state_dict()}),
         }
 
     def load_state_dict(self, content: dict[str, Any], n_epochs: int, n_batches: int) -> None:
         """Restore a checkpoint of a run of n_epochs of n_batches, random states included.
 
-        The learning rate is not read but derived from settings and epoch. Raises FileError where
-        the checkpoint does not fit.
+        The learning rate is not read but derived from settings and epoch. An average that the
+        checkpoint lacks begins with its weights. Raises FileError where the checkpoint does not
+        fit.
         """
         row = torch.empty(4 + len(trainable_parameters(self.net)))
         template = {
@@ -86,7 +116,11 @@ class TrainState:
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise FileError(f"the checkpoint is of another network: {reason}") from error
-        self._load_momenta(content["optimizer"]["state"])
+        if self.average is not None:
+            self._load_average(content)
+        if self.steps is not None:
+            self._load_steps(content)
+        self._load_momenta(content["optimizer"]["state"], "steps" in content)
         # after the last batch of an epoch, the schedule rightly steps before the optimizer does
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for _ in range(self.progress.epoch):
@@ -112,9 +146,32 @@ class TrainState:
             )
         return progress
 
-    def _load_momenta(self, momenta: dict[int, dict[str, Tensor]]) -> None:
-        """Restore SGD's momenta; there are none before the first step, or with --momentum 0."""
-        params = [*trainable_parameters(self.net).values()]
+    def _load_average(self, content: dict[str, Any]) -> None:
+        if "average" not in content:
+            self.average.module.load_state_dict(self.net.state_dict())
+            return
+        validate_structure(content["average"], self.average.state_dict(), "the checkpoint.average")
+        self.average.load_state_dict(content["average"])
+
+    def _load_steps(self, content: dict[str, Any]) -> None:
+        n_started = self.progress.epochs_started
+        if "steps" in content:
+            template = self.steps.state_dict()
+            validate_structure(content["steps"], template, "the checkpoint.steps")
+            self.steps.load_state_dict(content["steps"], n_started)
+        elif n_started > self.steps.first_epoch:
+            raise FileError(
+                f"the checkpoint has {n_started} epochs begun and no learned steps: --qat_from "
+                f"{self.steps.first_epoch} is over"
+            )
+
+    def _load_momenta(self, momenta: dict[int, dict[str, Tensor]], has_steps: bool) -> None:
+        """Restore SGD's momenta; there are none before the first step, or with --momentum 0.
+
+        Learned steps are the optimizer's second group, and begin without where they have none.
+        """
+        groups = self.optimizer.param_groups[: None if has_steps else 1]
+        params = [p for group in groups for p in group["params"]]
         if not momenta:
             return
         template = {i: {"momentum_buffer": p} for i, p in enumerate(params)}
