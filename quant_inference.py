@@ -235,7 +235,7 @@ def activation_ranges(net: nn.Module, setup: Setup) -> dict[int, dict[str, qu.Ra
     full, images = setup.prepare(net), partial(image_batches, setup.calibration)
     ranges = qu.calibrate(full, images(), args.calibration, args.quantize_sums)
     by_bits = dict.fromkeys(widths, ranges)
-    if args.calibration in qu.LEAST_ERROR:
+    if qu.CALIBRATIONS[args.calibration].least_error:
         for n_bits in widths:
             exceptions = layer_bits(net, n_bits, setup)
             by_bits[n_bits] = qu.least_error_ranges(full, images(), ranges, n_bits, exceptions)

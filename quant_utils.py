@@ -497,13 +497,23 @@ def minmax(x: Tensor) -> Range:
     return tuple(extreme.item() for extreme in torch.aminmax(x))
 
 
-CALIBRATIONS: dict[str, Callable[[Tensor], Range]] = {
-    "topk_median": topk_median,
-    "percentile": percentile,
-    "minmax": minmax,
-    "mse": minmax,
+class Calibration(NamedTuple):
+    """How the range of an input comes from that of each batch.
+
+    `least_error`: `least_error_ranges` then narrows it for each number of bits.
+    """
+
+    batch_range: Callable[[Tensor], Range]
+    over_batches: tuple[Callable[[Iterable[float]], float], ...] = (fmean, fmean)  # of low and high
+    least_error: bool = False
+
+
+CALIBRATIONS = {
+    "topk_median": Calibration(topk_median),
+    "percentile": Calibration(percentile),
+    "minmax": Calibration(minmax, (min, max)),
+    "mse": Calibration(minmax, (min, max), least_error=True),
 }
-LEAST_ERROR = {"mse"}  # whose ranges `least_error_ranges` then narrows, for each number of bits
 
 
 @torch.no_grad()
@@ -516,18 +526,17 @@ def calibrate(
     under which name. `batches` are images (B, 3, H, W). A range is the mean of those of the
     batches, with "minmax" and "mse" the one that holds them all.
     """
-    batch_ranges: dict[str, list[Range]] = {}
+    rule, batch_ranges = CALIBRATIONS[method], {}
 
     def record_range(name: str, x: Tensor) -> Tensor:
         if sums or not is_of_sum(name):
-            batch_ranges.setdefault(name, []).append(CALIBRATIONS[method](x))
+            batch_ranges.setdefault(name, []).append(rule.batch_range(x))
         return x
 
     with transformed_inputs(net, record_range):
         for images in batches:
             net(images)
-    holds_all = CALIBRATIONS[method] is minmax
-    reduce_low, reduce_high = (min, max) if holds_all else (fmean, fmean)
+    reduce_low, reduce_high = rule.over_batches
     return {
         name: (reduce_low(low for low, _ in ranges), reduce_high(high for _, high in ranges))
         for name, ranges in batch_ranges.items()

@@ -15,10 +15,11 @@ from torch import nn
 
 import models
 import quant_inference as qi
-from analysis import verification
+from analysis import deployment, verification
+from engine import onnx_export
 from engine.batch_norm import fold_batch_norm
 from engine.equalization import ChannelReLU6, equalize, find_pairs
-from engine.errors import NetworkError
+from engine.errors import FileError, NetworkError
 from engine.io import save_weights
 from engine.network_graph import trace
 from engine.networks import run_network, use_fast_layers
@@ -387,3 +388,10 @@ def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monk
     assert found["differing_predictions"]["integer"] == 0 and found["source"]["equalize"] == "true"
     assert run("ResNet20", f"{flags} --verify e.onnx") == 1
     assert "made with equalize true, and this is false" in capsys.readouterr().err
+    model = onnx_export.load_model(Path("e.onnx"))
+    [entry] = [p for p in model.metadata_props if p.key == "equalize"]
+    model.metadata_props.remove(entry)  # as in files of earlier versions
+    onnx_export.save_model(model.SerializeToString(), Path("old.onnx"))
+    assert deployment.read_model(Path("old.onnx"), {"equalize": "false"})
+    with pytest.raises(FileError, match="made with equalize false"):
+        deployment.read_model(Path("old.onnx"), {"equalize": "true"})
