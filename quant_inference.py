@@ -43,6 +43,7 @@ from engine.cli import (
     refuse_unused_flags,
     warn_unused_flags,
 )
+from engine.equalization import equalize
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
 from engine.hardware import MEMORY_FORMATS, PRECISIONS, resolve_precision, use_ieee_float32
@@ -53,7 +54,7 @@ from engine.layers import quantizable_layers
 from engine.learned_steps import FIRST_LAST_BITS, LearnedSteps, read_steps
 from engine.loader import Loader
 from engine.network_graph import trace
-from engine.networks import check_network
+from engine.networks import BATCH_NORMS, check_network
 from engine.progress import StepDisplay
 from engine.signals import GracefulShutdown
 from models import is_model
@@ -160,7 +161,7 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     for quantization in quantizations(args):
         scheme, n_bits, act_bits = quantization
         trials = [
-            run_trial(net, quantization, trial, ranges, setup)
+            run_trial(net, quantization, trial, ranges[act_bits], setup)
             for trial in range(n_trials(scheme, args))
         ]
         yield report.make_row(
@@ -252,15 +253,26 @@ def measure(net: nn.Module, loader: Loader, args: argparse.Namespace) -> dict[st
     return evaluate(net, nn.CrossEntropyLoss(), loader, dtype)
 
 
-def activation_ranges(net: nn.Module, setup: Setup) -> dict[str, qu.Range]:
-    """Return the range of each module's input, by name; none where activations stay as they are."""
+def activation_ranges(net: nn.Module, setup: Setup) -> dict[int, dict[str, qu.Range]]:
+    """Return the range of each module's input, by bits of activations and by name.
+
+    None where activations stay as they are. Bits matter to the ranges of least error only.
+    """
+    args = setup.args
+    widths = sorted({quantization.act_bits for quantization in quantizations(args)})
     if setup.calibration is None:
-        return {}
-    args, images = setup.args, image_batches(setup.calibration)
-    ranges = qu.calibrate(setup.prepare(net), images, args.calibration, args.quantize_sums)
+        return {n_bits: {} for n_bits in widths}
+    full, images = setup.prepare(net), partial(image_batches, setup.calibration)
+    ranges = qu.calibrate(full, images(), args.calibration, args.quantize_sums)
+    by_bits = dict.fromkeys(widths, ranges)
+    if qu.CALIBRATIONS[args.calibration].least_error:
+        for n_bits in widths:
+            exceptions = layer_bits(net, n_bits, setup)
+            by_bits[n_bits] = qu.least_error_ranges(full, images(), ranges, n_bits, exceptions)
     if runs_in_integers(args):
-        ranges = shared_ranges(trace(net, setup.first_images(2)), ranges)
-    return ranges
+        graph = trace(net, setup.first_images(2))
+        by_bits = {n_bits: shared_ranges(graph, ranges) for n_bits, ranges in by_bits.items()}
+    return by_bits
 
 
 # --- what is quantized ------------------------------------------------------------------------
@@ -275,10 +287,14 @@ def layer_bits(net: nn.Module, n_bits: int, setup: Setup) -> dict[str, int]:
 
 
 def plan(
-    name: str, net: nn.Module, ranges: Mapping[str, qu.Range], setup: Setup
+    name: str, net: nn.Module, ranges: Mapping[int, Mapping[str, qu.Range]], setup: Setup
 ) -> list[dict[str, Any]]:
-    """Return what is quantized of the network, as rows: --show_plan."""
+    """Return what is quantized of the network, as rows: --show_plan.
+
+    `ranges` are those of inputs, by bits of activations and by name.
+    """
     args = setup.args
+    inputs = next(iter(ranges.values())).keys()
     shapes = qu.input_shapes(net, setup.first_images(1), args.quantize_sums)
 
     def all_bits(names: Iterable[str], numbers: Sequence[int]) -> dict[str, list[int]]:
@@ -290,8 +306,8 @@ def plan(
         net,
         shapes,
         all_bits(quantizable_layers(net), args.bits),
-        all_bits(ranges, sorted({a for n in args.bits for a in act_bit_widths(n, args)})),
-        ranges,
+        all_bits(inputs, list(ranges)),
+        {key: [of_inputs[key] for of_inputs in ranges.values()] for key in inputs},
         biases=any(bias_range(scheme, args) for scheme in args.schemes),
         per_channel=args.per_channel,
     )
@@ -408,7 +424,7 @@ def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     if not runs_in_integers(args):
         deployment.write_files(args, net_q)
         return True
-    ranges = activation_ranges(net, setup)
+    ranges = activation_ranges(net, setup)[act_bits]
     integers = integer_network(net, quantization, 0, ranges, setup)
     source = {
         "model": network.model,
@@ -508,9 +524,15 @@ def with_recorded_network(
 
 
 def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
-    """Tell whether batch norms of the model can be folded; NetworkError if not, with --fold_bn."""
+    """Tell whether batch norms of the model can be folded.
+
+    Raises NetworkError where they cannot, with --fold_bn, or have to be, without.
+    """
     net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width)
     check_network(net, dataset.test_images.shape[1:], dataset.num_classes)
+    has_batch_norms = any(isinstance(m, BATCH_NORMS) for m in net.modules())
+    if args.equalize and has_batch_norms and not args.fold_bn:
+        raise NetworkError(f"--equalize needs --fold_bn: {args.model} has batch norms")
     try:
         n_left = check_folding(net, dataset.test_images.shape[1:])
     except NetworkError:
@@ -525,25 +547,31 @@ def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
 def load_network(
     path: Path, args: argparse.Namespace, dataset: ImageDataset, foldable: bool
 ) -> nn.Module:
-    """Return the network with the file's weights, folded with --fold_bn, in eval mode on the CPU.
+    """Return the network with the file's weights in eval mode on the CPU.
 
-    Quantizing on the CPU gives the same grids whatever the device. Raises FileError where the file
-    does not hold weights of this network, or they are not finite, folded or not.
+    It is folded with --fold_bn, then equalized with --equalize, which a line reports. Quantizing on
+    the CPU gives the same grids whatever the device. Raises FileError where the file does not hold
+    weights of this network, or they are not finite, folded or not.
     """
     net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width).eval()
     load_weights(net, path)
     for key, value in net.state_dict().items():
         if not value.isfinite().all():
             raise FileError(f"{path}: {key} holds NaN or infinite values")
-    if not foldable:
-        return net
-    folded = fold_batch_norm(net)
-    if not all(p.isfinite().all() for p in folded.parameters()):
-        raise FileError(
-            f"{path}: folding overflows: a batch norm has a negative or vast "
-            "variance, or weights are vast"
-        )
-    return folded if args.fold_bn else net
+    if foldable:
+        folded = fold_batch_norm(net)
+        if not all(p.isfinite().all() for p in folded.parameters()):
+            raise FileError(
+                f"{path}: folding overflows: a batch norm has a negative or vast "
+                "variance, or weights are vast"
+            )
+        net = folded if args.fold_bn else net
+    if args.equalize:
+        # A file to deploy holds weights only: no network of others has a bound for each channel.
+        across_relu6 = not any(getattr(args, flag) for flag in FILE_FLAGS)
+        net, equalization = equalize(net, dataset.test_images.shape[1:], across_relu6)
+        print(f"{path}: {equalization}")
+    return net
 
 
 def choose_dataset(
@@ -640,7 +668,8 @@ def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Re
     args = setup.args
     # What is folded already is not folded again.
     setup = replace(setup, fold=is_foldable and not args.fold_bn)
-    common = file.provenance() | {"per_channel": args.per_channel, "fold_bn": args.fold_bn}
+    common = file.provenance()
+    common |= {flag: getattr(args, flag) for flag in ("per_channel", "fold_bn", "equalize")}
     try:
         for row in sweep(name, net, setup):
             if row["scheme"] == UNQUANTIZED:
@@ -857,6 +886,13 @@ def add_repair_arguments(group: argparse._ArgumentGroup) -> None:
         help="fold batch norms into the convolutions first; biases then keep full precision",
     )
     add(
+        "--equalize",
+        action="store_true",
+        help="then scale the channels between each two layers that follow each other, so that the "
+        "ranges of both layers' weights are equal and the network computes the same "
+        "(cross-layer equalization); with files to deploy not across ReLU6",
+    )
+    add(
         "--recalibrate_bn_images",
         type=bounded_number(int, at_least=2),
         metavar="N",
@@ -952,7 +988,8 @@ def add_activation_arguments(group: argparse._ArgumentGroup) -> None:
         qu.CALIBRATIONS,
         "topk_median",
         "range of an input: median of its 10 largest and smallest values, or all but 0.01 %% of "
-        "values on each side, each averaged over batches, or the extremes",
+        "values on each side, each averaged over batches, or the extremes, or, for each number of "
+        "bits, the range of least squared error of all recorded values (mse)",
     )
     add(
         "--calibration_images",

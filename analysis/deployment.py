@@ -22,6 +22,7 @@ PACKAGES = {
     "save_integers": ("safetensors",),
     "save_quantized": (),
 }
+OLDER = {"equalize": "false"}  # metadata of files that say nothing about it
 
 
 class ImageDataset(Protocol):
@@ -59,6 +60,7 @@ def describe_source(
         "act_bits": str(act_bits),
         "per_channel": json.dumps(args.per_channel),
         "keep_first_last": json.dumps(args.keep_first_last),
+        "equalize": json.dumps(args.equalize),
         "pwlq": json.dumps([args.distribution, args.approximate, args.overlapping]),
         "calibration": f"{args.calibration} of {args.calibration_images} images",
     }
@@ -95,7 +97,7 @@ def to_model(
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:
     """Return the bytes of an exported file; FileError where it is not of this source."""
     model = onnx_export.load_model(path)
-    found = {p.key: p.value for p in model.metadata_props}
+    found = OLDER | {p.key: p.value for p in model.metadata_props}
     for key, value in source.items():
         if key != "checkpoint" and found.get(key) != value:
             raise FileError(f"{path} was made with {key} {found.get(key)}, and this is {value}")

@@ -16,7 +16,7 @@ def plan_rows(
     inputs: Mapping[str, Sequence[int]],
     weight_bits: Mapping[str, Sequence[int]],
     input_bits: Mapping[str, Sequence[int]],
-    ranges: Mapping[str, tuple[float, float]],
+    ranges: Mapping[str, Sequence[tuple[float, float]]],
     *,
     biases: bool,
     per_channel: bool,
@@ -25,13 +25,15 @@ def plan_rows(
 
     `inputs` are the shapes of what each operation takes, without the batch, in the order in which
     they run. `weight_bits` and `input_bits` have the bits by name, one for each quantized network;
-    what is not there stays in floating point. `ranges` are the calibrated ones of inputs.
+    what is not there stays in floating point. `ranges` are the calibrated ones of inputs, one for
+    each of their bits.
     """
     layers = {name: m for name, m in net.named_modules() if name in weight_bits}
     rows = []
     for name, shape in inputs.items():
         bits = input_bits.get(name, ())
-        rows.append(_row(name, "input", shape, bits, _range(ranges.get(name))))
+        extent = "/".join(dict.fromkeys(map(_range, ranges.get(name, ()))))
+        rows.append(_row(name, "input", shape, bits, extent))
         if name in layers:
             rows += _parameter_rows(name, layers[name], weight_bits[name], biases, per_channel)
     return [{"checkpoint": checkpoint, **row} for row in rows]
@@ -55,10 +57,8 @@ def _row(name: str, tensor: str, shape: Sequence[int], bits: Sequence[int], exte
     return {"operation": name, "tensor": tensor, "shape": size, "bits": text, "range": extent}
 
 
-def _range(limits: tuple[float, float] | None) -> str:
+def _range(limits: tuple[float, float]) -> str:
     """Return a range as text: from 0 where the grid is unsigned, else as far on either side."""
-    if limits is None:
-        return ""
     low, high = limits
     return f"0 … {high:.4g}" if low >= 0 else f"±{max(high, -low):.4g}"
 

@@ -95,18 +95,19 @@ class _Recorder(TorchFunctionMode):
         return len(self.kept) - 1
 
     def record(self, kind: str, module: nn.Module | None, args: tuple, output: Any) -> None:
-        """Add a call, if a value goes into it and a tensor comes out."""
+        """Add a call for each tensor that comes out, if a value goes into it."""
         tensors = [a for a in _flat(args) if isinstance(a, Tensor)]
         inputs = tuple(self.numbers[id(a)] for a in tensors if id(a) in self.numbers)
-        if not inputs or not isinstance(output, Tensor):
+        outputs = [y for y in _flat((output,)) if isinstance(y, Tensor)]
+        if not inputs or not outputs:
             return
         if any(output is a for a in tensors) and kind == "identity":
             return
         rest = tuple(a for a in args if not isinstance(a, Tensor))
-        value = self.new_value(output)
         name = self.name_operation(OPERATIONS[kind]) if not module and kind in OPERATIONS else None
         name, shape = name or self.path[-1][0], tuple(tensors[0].shape[1:])
-        self.calls.append(Call(kind, name, module, inputs, value, rest, shape))
+        for y in outputs:
+            self.calls.append(Call(kind, name, module, inputs, self.new_value(y), rest, shape))
 
     def name_operation(self, operation: str) -> str:
         """Return a name for a function that the running module calls."""

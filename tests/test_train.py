@@ -685,7 +685,7 @@ def test_begin_where_another_run_is(script, tmp_path):
 
 
 def test_a_branch_has_no_part_of_an_epoch_before_it():
-    args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None)
+    args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None, qat_bits=None)
     phases = [Phase(1, VarianceNorm(1.0))]
     train.check_init_from(TrainProgress(epoch=1), phases, args)
     with pytest.raises(FileError, match="2 epochs begun: a regularizer cannot begin at epoch 1"):
