@@ -26,7 +26,7 @@ MEASURED = (
     "loss",
     "act_bits",
 )
-PROVENANCE = ("per_channel", "fold_bn", "run_id", "regularizer", "lmbda", "seed")
+PROVENANCE = ("per_channel", "fold_bn", "run_id", "regularizer", "lmbda", "seed", "rounding")
 COLUMNS = MEASURED + PROVENANCE
 PRINTED_COLUMNS = COLUMNS[:7]
 LAYER_COLUMNS = (
