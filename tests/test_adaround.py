@@ -169,7 +169,7 @@ def images():
 
 def learn(net, n_bits=3, n_steps=60, quantizer=qu.uniform, order=None):
     def quantize_layer(name, round_up):
-        if order is not None and round_up == 0:
+        if order is not None and round_up is None:
             order.append(name)
         layer = copy.deepcopy(net.get_submodule(name))
         qu.quantize_layer(layer, quantizer, n_bits, round_up=round_up)
