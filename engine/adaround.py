@@ -37,7 +37,7 @@ Batches = Callable[[], Iterable[Tensor]]  # images (B, 3, H, W), the same ones a
 LAMBDA = 0.01  # of the term that drives h to 0 and 1
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 WARM_UP = 0.2  # share of the steps
-LEARNING_RATE = 0.03  # of Adam
+LEARNING_RATE = 0.1  # of Adam: in 500 steps a tenth less error than 0.03 (ConvNet, layer2, 3 bits)
 
 
 @torch.no_grad()

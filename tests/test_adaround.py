@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from test_onnx_export import FLAGS, main, tiny  # noqa: F401
+from test_onnx_export import FLAGS, main, onnx, tiny  # noqa: F401
 from torch import nn
 
 import quant_inference as qi
 import quant_utils as qu
-from engine import adaround, onnx_session
+from engine import adaround
 from engine.batch_norm import fold_batch_norm, output_gains
 
 LAYERS = {
@@ -209,8 +209,28 @@ def test_no_layer_is_worse_than_rounded_to_nearest_on_the_images(n_bits):
             pair = copy.deepcopy(layer).double(), copy.deepcopy(layer_q).double()
             errors.append(squared_error(*pair, x, x_q, gains.get(name, 1)).item())
         assert errors[1] <= errors[0] * (1 + 1e-6)
-        better.append(errors[1] < 0.9 * errors[0])
-    assert sum(better) >= 3
+        better.append(errors[1] / errors[0])
+    assert min(better) < 0.7 and sorted(better)[2] < 0.99, better
+
+
+def test_it_comes_near_the_best_of_all_combinations():
+    """Of one output and eight correlated inputs: all 2^8 tried one by one."""
+    gaps = []
+    for seed in range(6):
+        w = torch.randn(1, 1, 8, generator=seeded(seed), dtype=torch.float64)
+        mixing = torch.randn(8, 8, generator=seeded(seed + 50), dtype=torch.float64)
+        x = mixing @ torch.randn(8, 200, generator=seeded(seed + 99), dtype=torch.float64)
+        gram = (x @ x.T / 200)[None]
+        zero, one = torch.zeros((), dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
+        error = adaround.OutputError(gram, torch.zeros_like(w), zero, one)
+        nearest, low, high = (qu.uniform(w, 3, round_up=up) for up in (None, 0, 1))
+        up = adaround.learn_layer(w, nearest, low, high, error, 500, lambda: None)
+        ups = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 8)
+        best = min(error(low + u * (high - low) - w) for u in ups)
+        learned, rounded = error(torch.where(up, high, low) - w), error(nearest - w)
+        assert best * (1 - 1e-9) <= learned <= rounded
+        gaps.append((learned - best) / (rounded - best))
+    assert sum(gaps) / len(gaps) < 0.25, gaps
 
 
 def test_repeated_it_is_the_same_to_the_bit():
@@ -259,7 +279,6 @@ def count_learning(monkeypatch):
 
 def test_export_and_verify_what_was_learned_once(tiny, count_learning):  # noqa: F811
     pytest.importorskip("safetensors", reason="requirements-export.txt is not installed")
-    assert main(f"{FLAGS} --export nearest.onnx") == 0
     for scheme, more in (("uniform", ""), ("clip", "--per_channel --keep_first_last")):
         count_learning.clear()
         flags = f"{FLAGS.replace('uniform', scheme)} {ADAROUND} {more}"
@@ -270,7 +289,6 @@ def test_export_and_verify_what_was_learned_once(tiny, count_learning):  # noqa:
         assert found["differing_predictions"]["integer"] == 0
         assert found["largest_logit_difference"]["integer"] == 0
         assert rows()[1]["accuracy"] == found["accuracy"]["engine"]
-    assert main(f"{flags} --verify net.onnx") == 0
 
 
 def test_an_exported_file_says_how_its_weights_were_rounded(tiny, capsys):  # noqa: F811
@@ -279,18 +297,23 @@ def test_an_exported_file_says_how_its_weights_were_rounded(tiny, capsys):  # no
     assert main(f"{FLAGS} --verify net.onnx") == 1
     said = "rounding adaround on 40 images in 40 steps, and this is nearest"
     assert said in capsys.readouterr().err
-    onnx_session.open_session(Path("net.onnx").read_bytes(), "net")
+    model = onnx.load("net.onnx")  # as an earlier version wrote it, of weights rounded to nearest
+    [entry] = [p for p in model.metadata_props if p.key == "rounding"]
+    model.metadata_props.remove(entry)
+    onnx.save(model, "net.onnx")
+    main(f"{FLAGS} --verify net.onnx")
+    assert "was made with" not in capsys.readouterr().err
 
 
 def test_rows_say_how_weights_were_rounded(tiny, capsys, count_learning):  # noqa: F811
     schemes = "--schemes uniform clip dorefa pwlq --trials 1"
-    flags = f"--bits 2-3 --act_bits 3 8 {schemes} --overlapping --no_plots"
+    flags = f"--bits 3 --act_bits 3 8 {schemes} --overlapping --no_plots"
     assert main(flags) == 0
     nearest = rows()
     assert main(f"{flags} {ADAROUND}") == 0
     learned, err = rows(), capsys.readouterr().err
     assert "--rounding adaround has no effect on dorefa, pwlq" in err
-    assert len(count_learning) == 4  # activations of both bit-widths share what was learned
+    assert len(count_learning) == 2  # activations of both bit-widths share what was learned
     kinds = {row["scheme"]: row["rounding"] for row in learned}
     assert kinds == {
         "none": None,
@@ -305,7 +328,9 @@ def test_rows_say_how_weights_were_rounded(tiny, capsys, count_learning):  # noq
             assert before["rounding"] == "nearest"
         else:
             assert after == before
-    assert main(f"--bits 3 --schemes uniform --act_bits 8 --no_plots --batch_size 7 {ADAROUND}") == 0
+    assert (
+        main(f"--bits 3 --schemes uniform --act_bits 8 --no_plots --batch_size 7 {ADAROUND}") == 0
+    )
     [row] = [r for r in learned if (r["scheme"], r["bits"], r["act_bits"]) == ("uniform", 3, 8)]
     assert rows()[1]["squared_error"] == row["squared_error"]  # alone, in other batches
 
@@ -346,5 +371,3 @@ def test_flags_without_effect_are_named_and_ignored(capsys, flags, message):
     assert message in capsys.readouterr().err
     name = message.split()[0][2:]
     assert vars(args)[name] == parser.get_default(name)
-
-
