@@ -215,7 +215,7 @@ def test_no_layer_is_worse_than_rounded_to_nearest_on_the_images(n_bits):
 
 def test_it_comes_near_the_best_of_all_combinations():
     """Of one output and eight correlated inputs: all 2^8 tried one by one."""
-    gaps = []
+    missed = missed_by_nearest = 0
     for seed in range(6):
         w = torch.randn(1, 1, 8, generator=seeded(seed), dtype=torch.float64)
         mixing = torch.randn(8, 8, generator=seeded(seed + 50), dtype=torch.float64)
@@ -229,8 +229,8 @@ def test_it_comes_near_the_best_of_all_combinations():
         best = min(error(low + u * (high - low) - w) for u in ups)
         learned, rounded = error(torch.where(up, high, low) - w), error(nearest - w)
         assert best * (1 - 1e-9) <= learned <= rounded
-        gaps.append((learned - best) / (rounded - best))
-    assert sum(gaps) / len(gaps) < 0.25, gaps
+        missed, missed_by_nearest = missed + learned - best, missed_by_nearest + rounded - best
+    assert missed < missed_by_nearest / 4
 
 
 def test_repeated_it_is_the_same_to_the_bit():
