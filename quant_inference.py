@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from analysis.taylor import parameter_change, taylor_terms
 from analysis.weights_files import WeightsFile, common_dataset, find_paths, find_weights
 from data import DATASETS, ImageDataset
 from engine import distributed
+from engine.adaround import learn_rounding
 from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
 from engine.cli import (
     Parser,
@@ -64,6 +65,9 @@ LEARNED = "lsq"  # as a row's scheme: the steps that --steps_from gives
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
 FILE_FLAGS = ("export", "verify", "save_quantized", "save_integers")  # of one quantized network
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
+N_ROUNDING_IMAGES, N_ROUNDING_STEPS = 1024, 500
+ROUNDING_BATCH = 32  # images: what is learned must not depend on --batch_size
+ROUNDINGS = ("nearest", "adaround")
 BIASES = ("published", "weight", "full")  # see --biases
 MAX_BASELINE_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
 
@@ -89,8 +93,11 @@ class Setup:
     calibration: Loader | None  # for the ranges of activations
     recalibration: Loader | None  # for batch-norm statistics of the quantized network
     expansion: Loader | None  # for the loss, one layer at a time
+    rounding: Loader | None  # for learning to round weights
     fold: bool  # batch norms, before the network is evaluated: same outputs in half the time
     on_step: Callable[[], Any]  # called after each quantized network is measured
+    # The last of `learned_rounding`: activations of all bit-widths and files to deploy share it.
+    learned: dict[tuple[nn.Module, str, int], dict[str, Tensor]] = field(default_factory=dict)
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """Return a copy of the network as it is evaluated."""
@@ -113,6 +120,9 @@ def make_setup(
         calibration=loader(args.calibration_images, CALIBRATION_BATCH) if args.act_bits else None,
         recalibration=loader(n_bn_images) if n_bn_images else None,
         expansion=loader(args.per_layer_images) if args.per_layer else None,
+        rounding=(
+            loader(args.rounding_images, ROUNDING_BATCH) if args.rounding == "adaround" else None
+        ),
         fold=False,
         on_step=on_step,
     )
@@ -232,8 +242,38 @@ def quantize_weights(
     """Return a copy of the network with quantized weights, and the error of each layer."""
     args, (scheme, n_bits, _) = setup.args, quantization
     quantizer, options = make_quantizer(scheme, args, trial), layer_options(scheme, args)
-    bits = layer_bits(net, n_bits, setup)
-    return qu.quantize_model(net, quantizer, n_bits, **options, layer_bits=bits)
+    bits, round_up = layer_bits(net, n_bits, setup), learned_rounding(net, quantization, setup)
+    return qu.quantize_model(net, quantizer, n_bits, **options, layer_bits=bits, round_up=round_up)
+
+
+def learned_rounding(
+    net: nn.Module, quantization: Quantization, setup: Setup
+) -> Mapping[str, Tensor]:
+    """Return where weights are rounded up, by the name of their layer; none: all go to nearest.
+
+    Activations are not quantized while it is learned, as in the paper: one result serves them all.
+    """
+    args, (scheme, n_bits, _) = setup.args, quantization
+    if not learns_rounding(scheme, args):
+        return qu.NO_EXCEPTIONS
+    quantizer, bits = make_quantizer(scheme, args), layer_bits(net, n_bits, setup)
+
+    def quantize_layer(name: str, round_up: Tensor | int | None) -> nn.Module:
+        layer, options = copy.deepcopy(net.get_submodule(name)), layer_options(scheme, args)
+        qu.quantize_layer(layer, quantizer, bits.get(name, n_bits), **options, round_up=round_up)
+        return layer
+
+    def batches() -> Iterator[Tensor]:
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        return (x for x, _ in setup.rounding.batches(0, rank, world_size))
+
+    if (key := (net, scheme, n_bits)) not in setup.learned:
+        layers = qu.running_layers(net, setup.first_images(1))
+        setup.learned.clear()
+        setup.learned[key] = learn_rounding(
+            net, layers, quantize_layer, batches, args.rounding_steps, args.device
+        )
+    return setup.learned[key]
 
 
 def prepare_for_eval(
@@ -339,6 +379,19 @@ def is_stochastic(scheme: str) -> bool:
     return "generator" in quantizer_options(scheme)
 
 
+def learns_rounding(scheme: str, args: argparse.Namespace) -> bool:
+    """Tell whether the rounding of the scheme's weights is learned."""
+    return args.rounding == "adaround" and "round_up" in quantizer_options(scheme)
+
+
+def rounding_of(scheme: str, args: argparse.Namespace) -> str | None:
+    """Return how a row's weights are rounded: "nearest", "stochastic" or "adaround"."""
+    if scheme == UNQUANTIZED:
+        return None
+    rounding = "adaround" if learns_rounding(scheme, args) else "nearest"
+    return "stochastic" if is_stochastic(scheme) else rounding
+
+
 def n_trials(scheme: str, args: argparse.Namespace) -> int:
     """Return how often a quantization is repeated: stochastic schemes only."""
     return args.trials if is_stochastic(scheme) else 1
@@ -398,9 +451,10 @@ def integer_network(
         name: make_grid(*qu.activation_grid(x_bits.get(name, act_bits), *limits))
         for name, limits in ranges.items()
     }
-    integers = {}
+    integers, round_up = {}, learned_rounding(net, quantization, setup)
     for name, layer in quantizable_layers(net).items():
-        parts = make_parts(layer.weight.detach(), w_bits.get(name, n_bits))
+        rounding = qu.rounding_option(round_up.get(name))
+        parts = make_parts(layer.weight.detach(), w_bits.get(name, n_bits), **rounding)
         if name not in grids:  # it never runs
             continue
         parts = parts if isinstance(parts, tuple) else (parts,)
@@ -602,7 +656,8 @@ def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: 
 
     A default that does is lowered to their number.
     """
-    for flag in ("recalibrate_bn_images", "calibration_images", "per_layer_images"):
+    flags = ("recalibrate_bn_images", "calibration_images", "per_layer_images", "rounding_images")
+    for flag in flags:
         n_images = getattr(args, flag)
         if n_images and n_images > n_train:
             if flag in explicit_flags:
@@ -674,7 +729,7 @@ def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Re
         for row in sweep(name, net, setup):
             if row["scheme"] == UNQUANTIZED:
                 check_baseline(row, file, args)
-            results.rows.append(row | common)
+            results.rows.append(row | common | {"rounding": rounding_of(row["scheme"], args)})
         if args.per_layer:
             results.layer_rows += per_layer(name, net, setup)
     except ValueError as error:
@@ -795,6 +850,7 @@ def make_parser() -> Parser:
     add_quantizer_arguments(group)
     add_layer_arguments(group)
     add_repair_arguments(parser.add_argument_group("batch norms and corrections"))
+    add_rounding_arguments(parser.add_argument_group("rounding of weights"))
     add_pwlq_arguments(parser.add_argument_group("pwlq"))
     add_clip_arguments(parser.add_argument_group("clip"))
     add_learned_arguments(parser.add_argument_group("learned steps"))
@@ -917,6 +973,32 @@ def add_repair_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="restore each output channel's mean and standard deviation after quantizing the "
         "weights",
+    )
+
+
+def add_rounding_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for rounding weights up or down."""
+    add_choice(
+        group,
+        "--rounding",
+        ROUNDINGS,
+        "nearest",
+        "round weights of uniform and clip to nearest, or learn for each whether up or down keeps "
+        "its layer's output (AdaRound)",
+    )
+    group.add_argument(
+        "--rounding_images",
+        type=bounded_number(int, at_least=1),
+        default=N_ROUNDING_IMAGES,
+        metavar="N",
+        help="training images that adaround learns from",
+    )
+    group.add_argument(
+        "--rounding_steps",
+        type=bounded_number(int, at_least=1),
+        default=N_ROUNDING_STEPS,
+        metavar="N",
+        help="steps of adaround in each layer",
     )
 
 
@@ -1131,10 +1213,15 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     Activations and layers are measured in float32: another precision would round beside them.
     """
     is_fp32, has_pwlq = args.precision == "fp32", "pwlq" in args.schemes
+    learners = [scheme for scheme in args.schemes if learns_rounding(scheme, args)]
+    on_grid = "--rounding nearest: it would move weights off the grid that was learned on"
     contradictions = (
         ("act_bits", "--precision fp32", is_fp32),
         ("per_layer", "--precision fp32", is_fp32),
         *steps_requirements(args),
+        ("per_layer", "--rounding nearest: adaround learns layers one after another", not learners),
+        ("mean_correction", on_grid, not learners),
+        ("bias_correction", on_grid, not learners),
     )
     refuse_unused_flags(parser, contradictions)
     requirements = (
@@ -1143,6 +1230,9 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("overlapping", "pwlq among --schemes", has_pwlq),
         ("distribution", "pwlq among --schemes", has_pwlq),
         ("approximate", "--distribution norm or laplace", args.distribution != "search"),
+        ("rounding", "uniform or clip among --schemes", learners),
+        ("rounding_images", "--rounding adaround and uniform or clip", learners),
+        ("rounding_steps", "--rounding adaround and uniform or clip", learners),
         ("clip_p", "clip among --schemes", "clip" in args.schemes),
         ("trials", "a stochastic scheme", any(map(is_stochastic, args.schemes))),
         ("calibration", "--act_bits", args.act_bits),
@@ -1156,6 +1246,8 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         utils.width_requirement(args),
     )
     warn_unused_flags(parser, args, requirements)
+    if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
+        print_warning(f"--rounding adaround has no effect on {', '.join(others)}")
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
     check_deployment(parser, args)
 

@@ -7,7 +7,9 @@ It chooses a range, rounds to integers and goes back to float, in that order. Al
 - `range_source`: the tensor whose range is used, `w` itself by default: a bias is quantized on the
   grid of its weight. Values beyond the grid go to its nearest end.
 
-A quantizer that rounds stochastically takes a `generator`. They raise ValueError for `n_bits`
+A quantizer that rounds stochastically takes a `generator`. One whose rounding can be learned takes
+`round_up`: where a value goes to the next grid point above it, not below (a bool each, 0 or 1 for
+all); None: to nearest. They raise ValueError for `n_bits`
 outside 2…16 and for tensors that are empty or not finite. A new quantizer is one such function and
 one line in `QUANTIZERS`; flags of quant_inference.py that are named like its arguments reach it.
 
@@ -19,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,19 +88,36 @@ def safe_divisor(scale: Tensor) -> Tensor:
 
 
 def uniform(
-    w: Tensor, n_bits: int, *, per_channel: bool = False, range_source: Tensor | None = None
+    w: Tensor,
+    n_bits: int,
+    *,
+    per_channel: bool = False,
+    range_source: Tensor | None = None,
+    round_up: Tensor | int | None = None,
 ) -> Tensor:
     """Round to the nearest point of the symmetric grid of step 2m / (2^n_bits − 1) through 0."""
     check_bits(n_bits)
     rows, m, _ = clamp_to_range(w, per_channel, range_source)
-    return round_within(rows, m, n_bits).reshape(w.shape)
+    return round_within(rows, m, n_bits, round_up).reshape(w.shape)
 
 
-def round_within(rows: Tensor, limit: Tensor, n_bits: int) -> Tensor:
-    """Round each row on the uniform grid of [−limit, limit]; values beyond go to its ends."""
+def round_within(
+    rows: Tensor, limit: Tensor, n_bits: int, round_up: Tensor | int | None = None
+) -> Tensor:
+    """Round each row on the uniform grid of [−limit, limit]; values beyond go to its ends.
+
+    To nearest, or as `round_up` says, see the module.
+    """
     int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
     scale = limit / (int_max + 0.5)
-    return (rows / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
+    x = rows / safe_divisor(scale)
+    x_int = x.round_() if round_up is None else x.floor_().add_(as_rows(round_up, rows))
+    return x_int.clamp_(int_min, int_max).mul_(scale)
+
+
+def as_rows(round_up: Tensor | int, rows: Tensor) -> Tensor | int:
+    """Return a tensor in the shape of the rows; a number as it is."""
+    return round_up.reshape(rows.shape) if isinstance(round_up, Tensor) else round_up
 
 
 def clip(
@@ -108,6 +127,7 @@ def clip(
     per_channel: bool = False,
     range_source: Tensor | None = None,
     clip_p: float = 2.4,
+    round_up: Tensor | int | None = None,
 ) -> Tensor:
     """Round on the uniform grid of [−c, c]; c ≤ m is the range of least Σ|w − w_q|^clip_p.
 
@@ -117,7 +137,8 @@ def clip(
     """
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
-    return round_within(rows, search_range(range_rows, m, n_bits, clip_p), n_bits).reshape(w.shape)
+    c = search_range(range_rows, m, n_bits, clip_p)
+    return round_within(rows, c, n_bits, round_up).reshape(w.shape)
 
 
 def search_range(rows: Tensor, m: Tensor, n_bits: int, clip_p: float) -> Tensor:
@@ -371,7 +392,7 @@ def model_error(layers: list[LayerError], avg_in_layer: bool = False) -> float:
     return sum(e.squared_error / (e.n_weights if avg_in_layer else 1) for e in layers) / len(layers)
 
 
-NO_EXCEPTIONS: Mapping[str, int] = MappingProxyType({})
+NO_EXCEPTIONS: Mapping[str, Any] = MappingProxyType({})
 Correction = Callable[[Tensor, Tensor], Tensor]  # (w, w_q) → corrected w_q, all of one shape
 
 
@@ -393,21 +414,27 @@ def quantize_layer(
     *,
     bias_range: str | None = "weight",
     correction: Correction | None = None,
+    round_up: Tensor | int | None = None,
 ) -> float:
     """Quantize the layer in place and return the squared error of its weight.
 
     `bias_range`: None keeps the bias in full precision, "weight" quantizes it on its weight's grid,
     "own" with one range and breakpoint of its own. `correction`: applied to the quantized weight,
-    as `mean_correction` is.
+    as `mean_correction` is. `round_up`: of the weight, for quantizers that take it.
     """
     w = layer.weight.detach().clone()
     if bias_range and layer.bias is not None:
         layer.bias.copy_(
             checked(_quantize_bias(layer.bias, w, quantizer, n_bits, bias_range), layer.bias)
         )
-    w_q = checked(quantizer(w, n_bits), w)
+    w_q = checked(quantizer(w, n_bits, **rounding_option(round_up)), w)
     layer.weight.copy_(correction(w, w_q) if correction else w_q)
     return (layer.weight - w).double().square().sum().item()
+
+
+def rounding_option(round_up: Tensor | int | None) -> dict[str, Tensor | int]:
+    """Return the option of a quantizer; none for None, as not every quantizer takes it."""
+    return {} if round_up is None else {"round_up": round_up}
 
 
 def _quantize_bias(
@@ -427,12 +454,14 @@ def quantize_model(
     bias_range: str | None = "weight",
     correction: Correction | None = None,
     layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
+    round_up: Mapping[str, Tensor] = NO_EXCEPTIONS,
 ) -> tuple[nn.Module, list[LayerError]]:
     """Return a copy of the network with quantized layers, and the error of each layer.
 
     Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `bias_range` and
     `correction` see `quantize_layer`. `layer_bits` are the bits of layers, by name, that have
-    others than n_bits. Raises ValueError, naming the layer, for NaN weights.
+    others than n_bits, `round_up` how weights of layers are rounded that do not go to nearest.
+    Raises ValueError, naming the layer, for NaN weights.
     """
     net = copy.deepcopy(net)
     errors = []
@@ -444,6 +473,7 @@ def quantize_model(
                 layer_bits.get(name, n_bits),
                 bias_range=bias_range,
                 correction=correction,
+                round_up=round_up.get(name),
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -612,8 +642,13 @@ def input_shapes(net: nn.Module, images: Tensor, sums: bool = False) -> dict[str
 
 def first_and_last(net: nn.Module, images: Tensor) -> tuple[str, str]:
     """Return the names of the first and the last convolution or linear layer that runs."""
-    names = [n for n in input_shapes(net, images) if n in quantizable_layers(net)]
+    names = running_layers(net, images)
     return names[0], names[-1]
+
+
+def running_layers(net: nn.Module, images: Tensor) -> list[str]:
+    """Return the names of the convolutions and linear layers that run, in that order."""
+    return [name for name in input_shapes(net, images) if name in quantizable_layers(net)]
 
 
 def activation_grid(n_bits: int, low: float, high: float) -> tuple[float, int, int]:

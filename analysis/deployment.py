@@ -22,7 +22,8 @@ PACKAGES = {
     "save_integers": ("safetensors",),
     "save_quantized": (),
 }
-OLDER = {"equalize": "false"}  # metadata of files that say nothing about it
+# What the metadata of earlier versions' files do not say.
+NOT_RECORDED = {"equalize": "false", "rounding": "nearest"}
 
 
 class ImageDataset(Protocol):
@@ -51,7 +52,9 @@ def describe_source(
     path: Path, args: argparse.Namespace, n_bits: int, act_bits: int, dataset: ImageDataset
 ) -> dict[str, str]:
     """Return a file's metadata: what it was made from, and how. All of it decides the integers."""
+    learned = f"adaround on {args.rounding_images} images in {args.rounding_steps} steps"
     return {
+        "rounding": learned if args.rounding == "adaround" else "nearest",
         "checkpoint": path.name,
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "class_names": json.dumps(dataset.classes),
@@ -97,7 +100,7 @@ def to_model(
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:
     """Return the bytes of an exported file; FileError where it is not of this source."""
     model = onnx_export.load_model(path)
-    found = OLDER | {p.key: p.value for p in model.metadata_props}
+    found = NOT_RECORDED | {p.key: p.value for p in model.metadata_props}
     for key, value in source.items():
         if key != "checkpoint" and found.get(key) != value:
             raise FileError(f"{path} was made with {key} {found.get(key)}, and this is {value}")

@@ -135,7 +135,9 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
         panels = figure.subplots(1, len(by_panel), sharey=True, squeeze=False)[0]
         for axes, ((scheme, act_bits), points) in zip(panels, by_panel.items(), strict=True):
             accuracy_panel(axes, points, full)
-            axes.set(title=TITLES.get(scheme, scheme), xlabel=act_bits or bits_label(points))
+            learned = points[0].get("rounding") == "adaround"
+            title = f"{scheme}, AdaRound (2ᵇ levels)" if learned else TITLES.get(scheme, scheme)
+            axes.set(title=title, xlabel=act_bits or bits_label(points))
         panels[0].set_ylabel("test accuracy")
         set_accuracy_limits(panels[0])
         handles, labels = panels[0].get_legend_handles_labels()

@@ -26,7 +26,9 @@ MEASURED = (
     "loss",
     "act_bits",
 )
-PROVENANCE = ("per_channel", "fold_bn", "equalize", "run_id", "regularizer", "lmbda", "seed")
+PROVENANCE = (
+    "per_channel", "fold_bn", "equalize", "rounding", "run_id", "regularizer", "lmbda", "seed"
+)  # fmt: skip
 COLUMNS = MEASURED + PROVENANCE
 PRINTED_COLUMNS = COLUMNS[:7]
 LAYER_COLUMNS = (

@@ -56,6 +56,15 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
     return [folded.get(w, w) for w in penalized_weights(net)]
 
 
+def output_gains(net: nn.Module) -> dict[str, Tensor]:
+    """Return γ/√(σ² + ε) of the batch norm that runs right after a convolution, by its name.
+
+    In float64, (output channels). None for a batch norm without running statistics.
+    """
+    pairs = [(conv, net.get_submodule(norm)) for conv, norm in foldable_pairs(net)]
+    return {conv: _gain(norm).detach() for conv, norm in pairs if norm.running_var is not None}
+
+
 def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """Return how many batch norms stay when the others are folded.
 
