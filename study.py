@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-import quant_inference
+import quant_flags
 import train
 from analysis.study_jobs import Job, JobRunner, pending, visible_gpus
 from analysis.study_plan import NotChosen, Quantization, StudyPlan, Variant
@@ -225,7 +225,7 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
     Returns what --data_flags mean for a training.
     """
     data_flags, train_flags = map(shlex.split, (settings["data_flags"], settings["train_flags"]))
-    quant_inference.make_parser().parse_args(["weights.pt", *data_flags])
+    quant_flags.make_parser().parse_args(["weights.pt", *data_flags])
     train_parser = train.make_parser()  # it ends the program at a flag that it does not know
     train_parser.parse_args(train_flags)
     refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}

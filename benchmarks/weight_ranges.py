@@ -15,14 +15,14 @@ from engine import batch_norm, cli, layers
 from engine.errors import FileError
 from engine.io import load_weights
 from models import MODELS
-from quant_inference import bit_width
 
 
 def main() -> None:
     """Print the table."""
     parser = cli.Parser(__doc__.splitlines()[0])
     parser.add_argument("weights", nargs="+", type=Path, metavar="FILE", help=".pt files")
-    parser.add_argument("--bits", type=bit_width, default=4, help="of a weight: 2 to 16")
+    bits = cli.bounded_number(int, at_least=2, below=17)
+    parser.add_argument("--bits", type=bits, default=4, help="of a weight: 2 to 16")
     cli.add_choice(parser, "--model", MODELS, "ConvNet", "network that the files are of")
     parser.add_argument("--fold_bn", action="store_true", help="with batch norms folded in")
     args = parser.parse_args()

@@ -12,6 +12,7 @@ MODULES = sorted(
     for path in (ROOT / folder).glob("*.py")
     if path.stem != "__init__"
 )
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
 POSIX_ONLY = ("fcntl", "pwd", "resource", "termios")
 
 
@@ -29,6 +30,17 @@ def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
     completed = fork_server.call(import_alone, module, cwd=tmp_path)
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout == "" and not list(tmp_path.iterdir())
+
+
+def import_benchmark(name):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_benchmark_imports(name, tmp_path):
+    completed = fork_server.call(import_benchmark, name, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
 
 
 def train_without_posix(modules, script, flags):

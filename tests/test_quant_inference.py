@@ -12,6 +12,7 @@ from torch import nn
 
 import data
 import models
+import quant_flags
 import quant_inference as qi
 import quant_utils as qu
 from engine import layers, progress
@@ -184,7 +185,7 @@ def test_biases_as_published_keep_full_precision_or_stay_on_the_weights_grid(tin
     net.classifier.bias.data.normal_()
     save_weights(net, Path("a.pt"))
     quantized = {}
-    for biases in qi.BIASES:
+    for biases in quant_flags.BIASES:
         args = qi.make_parser().parse_args(["a.pt", "--biases", biases])
         for scheme in ("dorefa", "pwlq"):
             layer = qi.quantize_one_layer(net, "classifier", scheme, 3, args)[0].classifier
@@ -519,8 +520,8 @@ def test_a_quantizer_gets_the_flags_that_it_takes(monkeypatch):
 
     monkeypatch.setitem(qu.QUANTIZERS, "clipped", clipped)
     args = qi.make_parser().parse_args(["a.pt", "--per_channel", "--seed", "3"])
-    assert qi.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
-    assert not qi.is_stochastic("clipped")
+    assert quant_flags.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
+    assert not quant_flags.is_stochastic("clipped")
 
 
 def test_no_files_end_with_one_line(capsys):
