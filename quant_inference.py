@@ -151,6 +151,8 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     """Yield the rows of one network: unquantized, then every quantization."""
     args = setup.args
     steps = read_steps(Path(args.steps_from), net) if args.steps_from else None
+    if runs_in_integers(args):
+        check_integer_form(net, setup)
     full = measure(setup.prepare(net), setup.test, args)
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, FLOAT_BITS, [Trial(**full)], full["accuracy"])
@@ -376,6 +378,13 @@ def integer_network(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return build(trace(net, setup.first_images(2)), grids, integers)
+
+
+def check_integer_form(net: nn.Module, setup: Setup) -> None:
+    """Raise NetworkError where a call of the network has no integer form; nothing is measured."""
+    names = qu.input_shapes(net, setup.first_images(1), setup.args.quantize_sums)
+    some_grid = make_grid(*qu.activation_grid(8, 0.0, 1.0))
+    build(trace(net, setup.first_images(2)), dict.fromkeys(names, some_grid), {})
 
 
 def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:

@@ -217,6 +217,10 @@ def _add_sum(builder: _Builder, call: Call) -> None:
         raise NetworkError(
             f"--export: {_caller(call)}: the sum would stay in float: --quantize_sums is needed"
         )
+    if a == b:
+        raise NetworkError(
+            f"--export: {_caller(call)}: a sum of a tensor and itself is not supported"
+        )
     name = builder.name_step(call)
     builder.add(Sum(name, a, a_grid, other=b, other_grid=b_grid), call)
 

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from engine.layers import LAYER_TYPES, Add
-from engine.networks import is_leaf
 
 Transform = Callable[[str, Tensor], Tensor]  # (name of the input, input) → what to take instead
 
@@ -24,6 +23,7 @@ POOLINGS = nn.AvgPool2d | nn.AdaptiveAvgPool2d
 POOLING_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d)
 MEAN_FUNCTIONS = (torch.mean, Tensor.mean)  # of height and width: global average pooling
 SUM_FUNCTIONS = (torch.add, Tensor.add, Tensor.add_)
+OPERATION_MODULES = ("torch.nn", "engine.")  # whose modules are operations: not looked into
 SPATIAL = ((2, 3), (-2, -1), (3, 2), (-1, -2))
 
 
@@ -70,7 +70,7 @@ def _both_inputs(transform: Transform, name: str) -> Callable:
 
 
 class _FunctionInputs(TorchFunctionMode):
-    """Transforms what functions take that a module with children calls in its own forward."""
+    """Transforms what functions take that a module, not itself an operation, calls in its forward."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class _FunctionInputs(TorchFunctionMode):
 
     def watch(self, m: nn.Module, name: str) -> list[RemovableHandle]:
         """Know while the module runs."""
-        leaf = is_leaf(m)
+        is_operation = type(m).__module__.startswith(OPERATION_MODULES)
 
         def begin(module: nn.Module, args: tuple) -> None:
-            self.running.append((name, leaf, Counter()))
+            self.running.append((name, is_operation, Counter()))
 
         def end(module: nn.Module, args: tuple, output: Any) -> None:
             self.running.pop()

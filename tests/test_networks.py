@@ -377,6 +377,29 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
         torch.testing.assert_close(only_sums(x), net.fc((c + d).relu().mean((2, 3))))
 
 
+class Residual(nn.Module):
+    """A sum and a mean as a module of one's own, without children."""
+
+    def forward(self, x, y):
+        return (x + y).mean((2, 3))
+
+
+class WithResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.sum = Residual()
+
+    def forward(self, x):
+        return self.sum(x, self.norm(self.conv(x)))
+
+
+def test_functions_of_modules_without_children_are_quantized_too():
+    net = networks.use_fast_layers(WithResidual()).eval()
+    shapes = qu.input_shapes(net, torch.zeros(1, 3, 8, 8), sums=True)
+    assert [*shapes] == ["conv", "sum.add[0]", "sum.add[1]", "sum.pool"]
+
+
 def test_sums_and_pooling_of_our_networks_are_modules():
     for name, n_sums in (("ResNet20", 9), ("ResNet18", 8), ("MobileNetV2", 10), ("VGGSmall", 0)):
         net = models.make_model(name, 10, SMALL[name]).eval()

@@ -153,6 +153,19 @@ def test_a_sum_that_stays_in_float_is_refused_by_the_flag_that_it_needs():
     assert "\n" not in str(caught.value)
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x + x
+
+
+def test_a_sum_of_a_tensor_and_itself_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Doubled(), nn.Flatten(), nn.LazyLinear(5))
+    x = torch.randn(2, 3, 10, 10)
+    net.eval()(x)
+    with pytest.raises(NetworkError, match=r"--export: 2.add: a sum of a tensor and itself"):
+        quantize(net, x, 4, 4)
+
+
 def test_a_relu6_ends_at_the_code_of_6():
     grid = Grid(0.05, 0, 8)
     assert grid.code_range(RELU6) == (0, 120) and grid.code_range(RELU) == (0, 255)
