@@ -70,7 +70,7 @@ def _both_inputs(transform: Transform, name: str) -> Callable:
 
 
 class _FunctionInputs(TorchFunctionMode):
-    """Transforms what functions take that a module, not itself an operation, calls in its forward."""
+    """Transforms what functions take that a module calls, unless it is an operation itself."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
