@@ -51,12 +51,13 @@ def set_compile(enabled: bool, device: str = "cpu") -> bool:
     return _compile_for is not None
 
 
-def _compiled(fn: Callable) -> Callable:
+def _compiled(fn: Callable, on_cpu: bool = True) -> Callable:
     """Run the pure function fn compiled while `set_compile` says so, else as it is.
 
     One compilation for each shape but for the batch, which stays free: the smaller batch at the
     end of an epoch compiles nothing. What two sums share is computed twice, not stored between.
     A function of values per channel (C) or (K, C) is compiled once for any number of channels.
+    What is not worth a compilation on a CPU is never compiled there.
     """
     options = {"realize_reads_threshold": 64}
 
@@ -70,7 +71,8 @@ def _compiled(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def call(*args, **constants):
         global _compile_for
-        if args[0].device.type != _compile_for:
+        kind = args[0].device.type
+        if kind != _compile_for or (kind == "cpu" and not on_cpu):
             return fn(*args, **constants)
         args = [t.detach() for t in args]  # requires_grad would be compiled for, yes and no
         x = args[0]
@@ -90,6 +92,9 @@ def _compiled(fn: Callable) -> Callable:
 
     call.is_compiled = True
     return call
+
+
+_compiled_on_gpu = functools.partial(_compiled, on_cpu=False)
 
 
 def _forbid_third_derivative(backward: Callable) -> Callable:
@@ -307,20 +312,20 @@ def _second(v, gy, x, norm, k, rectifier):
 # --- the same per channel, of tensors (C): small, but each operation is a launch on a GPU ---------
 
 
-@_compiled
+@_compiled_on_gpu
 def _norm_rows(mean, var, gamma, beta, eps):
     """Return `norm`."""
     return torch.stack((mean, (var + eps).rsqrt(), gamma, beta))
 
 
-@_compiled
+@_compiled_on_gpu
 def _adjoint_rows(mhx, mh, norm):
     """Return the `k` of `_adjoint`, given the means of h·x̂ and h."""
     gr = norm[2] * norm[1]
     return torch.stack((gr, -gr * mhx, -gr * mh))
 
 
-@_compiled
+@_compiled_on_gpu
 def _second_rows(c, d, mv, mvx, mvh, mhx, mh, norm):
     """Return the `k` of `_second`, and A, as `_BatchNormAdjoint.backward` names them."""
     r, gamma = norm[1], norm[2]
