@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from engine import gradients, hardware, loader, networks
+from engine import gradients, loader, networks
 from engine.metrics import batch_metrics_row
 from engine.train_state import TrainState
 from models import ConvNet
@@ -97,7 +97,9 @@ def test_a_batch_of_the_loop(monkeypatch):
 
     monkeypatch.setattr(batches, "batches", rest)
     with OnOneDevice():
-        train.run_epoch(state, batches, train.Phase(0, LPGrad(0.1, 2), warmup=1), train.FitConfig(1))
+        train.run_epoch(
+            state, batches, train.Phase(0, LPGrad(0.1, 2), warmup=1), train.FitConfig(1)
+        )
     assert state.progress.batch == 3
 
 
