@@ -491,7 +491,7 @@ CHECKS = {
     "synchronizations": Check(check_synchronizations, needs_cuda=True),
     "compiled": Check(check_compiled),
     "steps": Check(check_steps),
-    "epoch": Check(check_epoch),
+    "epoch": Check(check_epoch, needs_cuda=True),
     "runs": Check(check_runs),
     "processes": Check(check_processes, needs_cuda=True),
     "several_gpus": Check(check_several_gpus, needs_cuda=True),
@@ -537,7 +537,7 @@ def set_sizes(args: argparse.Namespace) -> None:
     args.model, args.memory_format = "ConvNet", "channels_last"
     args.width, args.n_images, args.image_size = (0.125, 4, 8) if tiny else (1.0, 32, 32)
     args.batch_sizes, args.rounds = ([8], 2) if tiny else ([128, 512, 2048], 5)
-    args.n_epochs, args.epoch_batches = (1, 2) if tiny else (2, 40)
+    args.n_epochs, args.epoch_batches = 1 if tiny else 2, 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:

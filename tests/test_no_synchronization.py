@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference import SmoothNet
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,13 +39,26 @@ class OnOneDevice(TorchDispatchMode):
     """Fails where an operation takes or makes a tensor elsewhere than on the meta device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.lift_fresh.default:
-            raise AssertionError("a tensor is made of Python numbers")
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves((args, kwargs, result)):
             if isinstance(t, torch.Tensor) and t.device != META:
                 raise AssertionError(f"{func} has a tensor on the CPU")
         return result
+
+
+class NotMadeOfNumbers(TorchFunctionMode):
+    """Fails where a tensor is made of Python's numbers: they are copied to the device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            raise AssertionError(f"{func.__name__} copies to the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_synchronization():
+    with OnOneDevice(), NotMadeOfNumbers():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +87,7 @@ def batch(n=4):
 def test_a_step(kind, penalty, difference_step):
     net, criterion = make_net(kind), nn.CrossEntropyLoss(label_smoothing=0.1)
     x, y = batch()
-    with OnOneDevice():
+    with no_synchronization():
         result = gradients.compute_gradients(
             net, criterion, penalty, x, y, torch.bfloat16, 0.5, difference_step
         )
@@ -96,10 +110,9 @@ def test_a_batch_of_the_loop(monkeypatch):
         yield from made
 
     monkeypatch.setattr(batches, "batches", rest)
-    with OnOneDevice():
-        train.run_epoch(
-            state, batches, train.Phase(0, LPGrad(0.1, 2), warmup=1), train.FitConfig(1)
-        )
+    with no_synchronization():
+        phase = train.Phase(0, LPGrad(0.1, 2), warmup=1)
+        train.run_epoch(state, batches, phase, train.FitConfig(1))
     assert state.progress.batch == 3
 
 
@@ -118,5 +131,5 @@ def test_a_batch_of_the_loop(monkeypatch):
 )
 def test_what_would_wait_is_found(waits):
     x, _ = batch()
-    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), OnOneDevice():
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), no_synchronization():
         waits(x)
