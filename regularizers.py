@@ -41,7 +41,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.norms import lp_norm, per_image_lp_norms
+from engine.norms import lp_norm, lp_norms, per_image_lp_norms
 
 Tensors = Sequence[Tensor]
 LossChange = Callable[[Tensors], Tensor]
@@ -108,7 +108,7 @@ class LPGrad(Regularizer):
 
     def forward(self, w_grads: Tensors, a_grads: Tensors = ()) -> Tensor:
         """Return the penalty (scalar) of w_grads and, unless only_weight_grads, of a_grads."""
-        total = sum(lp_norm(g, self.P) for g in w_grads)
+        total = sum(lp_norms(w_grads, self.P))
         if not self.only_weight_grads:
             total = total + sum(per_image_lp_norms(a_grads, self.P))
         return self.lmbda * total
@@ -246,8 +246,8 @@ class StepL1Grad(StepRegularizer):
 
     def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
         """Return the penalty (scalar) of the weights and their gradients."""
-        terms = zip(self.steps(weights), w_grads, strict=True)
-        return self.lmbda * sum(s / 2 * lp_norm(g, 1) for s, g in terms)
+        terms = zip(self.steps(weights), lp_norms(w_grads, 1), strict=True)
+        return self.lmbda * sum(s / 2 * norm for s, norm in terms)
 
 
 class StepL2Grad(StepRegularizer):
@@ -261,8 +261,8 @@ class StepL2Grad(StepRegularizer):
 
     def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
         """Return the penalty (scalar) of the weights and their gradients."""
-        terms = zip(self.steps(weights), w_grads, strict=True)
-        norms = torch.stack([s * lp_norm(g, 2) for s, g in terms])
+        terms = zip(self.steps(weights), lp_norms(w_grads, 2), strict=True)
+        norms = torch.stack([s * norm for s, norm in terms])
         return self.lmbda * torch.linalg.vector_norm(norms) / math.sqrt(12)
 
 
@@ -333,7 +333,7 @@ class Sharpness(Regularizer):
         """Return the penalty (scalar)."""
         scales = [w.detach().abs() + 0.01 if self.adaptive else 1.0 for w in weights]  # T
         scaled = [t * g for t, g in zip(scales, detached_w_grads, strict=True)]  # T·g
-        norm = lp_norm(torch.stack([lp_norm(g, 2) for g in scaled]), 2)
+        norm = lp_norm(torch.stack([*lp_norms(scaled, 2)]), 2)
         factor = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         steps = [factor * t * g for t, g in zip(scales, scaled, strict=True)]
         return self.lmbda * loss_change(steps)

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--device", default=hardware.default_device())
     args = parser.parse_args()
     hardware.tune_glibc_malloc()
-    layers.set_compile(True)
+    layers.set_compile(True, args.device)
     epoch, steps = make_work(args.regularizer, args.batches, args.device)
     steps()  # compiles
     pairs = [(seconds(epoch), seconds(steps)) for _ in range(args.rounds)]

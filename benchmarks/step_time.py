@@ -24,7 +24,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import _root  # noqa: F401
 import torch
@@ -98,8 +100,8 @@ class PlainNormReLU(nn.BatchNorm2d):
 
 def plain_net(args: argparse.Namespace) -> nn.Module:
     """Make the network of PyTorch's own modules; of ConvNet, too, which is written with ours."""
-    models.Conv2d, models.BatchNormReLU = nn.Conv2d, PlainNormReLU
-    return models.make_model(args.model, 10, args.width)
+    with mock.patch.multiple(models, Conv2d=nn.Conv2d, BatchNormReLU=PlainNormReLU):
+        return models.make_model(args.model, 10, args.width)
 
 
 def plain_step(
@@ -109,10 +111,12 @@ def plain_step(
     row: Row,
     x: torch.Tensor,
     labels: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Do a training step by plain autograd, exact and with the penalty."""
-    logits, activations = run_network(net, x, bool(reg) and "a_grads" in reg.inputs)
-    loss = nn.functional.cross_entropy(logits, labels)
+    with hardware.autocast(x.device, dtype):
+        logits, activations = run_network(net, x, bool(reg) and "a_grads" in reg.inputs)
+        loss = nn.functional.cross_entropy(logits, labels)
     weights, inputs_by_name = layers.penalized_weights(net), {}
     if reg and needs_double_backward(reg):
         inputs = weights + (activations if "a_grads" in reg.inputs else [])
@@ -126,20 +130,27 @@ def plain_step(
 
 
 def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Return the work of each row for side "reference", "fp32" or "ours": its `every` steps."""
+    """Return the work of each row for a side: its `every` steps.
+
+    Sides are "ours", "fp32" (ours in float32), "reference" and "autocast": plain PyTorch in float32
+    and contiguous layout, and in bfloat16 autocast and channels-last layout.
+    """
     torch.manual_seed(0)
-    if side == "reference":
-        net, layout = plain_net(args).to(args.device), torch.contiguous_format
+    is_plain, layout = side in ("reference", "autocast"), torch.contiguous_format
+    if side != "reference":
+        layout = hardware.MEMORY_FORMATS[args.memory_format]
+    if is_plain:
+        net = plain_net(args).to(args.device, memory_format=layout)
     else:
         hardware.tune_glibc_malloc()
-        layers.set_compile(args.compile)
+        layers.set_compile(args.compile, args.device)
         net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
-        layout = hardware.MEMORY_FORMATS[args.memory_format]
-    dtype = hardware.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+    precision = {"ours": "auto", "autocast": "bf16"}.get(side, "fp32")
+    dtype = hardware.resolve_precision(precision, args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
     optimizer = torch.optim.SGD(
-        net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if side == "reference" else True
+        net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if is_plain else True
     )
 
     def our_steps(net, optimizer, reg, row, x, labels):
@@ -156,7 +167,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
             )
             optimizer.step()
 
-    steps = plain_step if side == "reference" else our_steps
+    steps = partial(plain_step, dtype=dtype) if is_plain else our_steps
     regs = {
         name: make_regularizer(row.regularizer, 0.01, **row.options) for name, row in ROWS.items()
     }

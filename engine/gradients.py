@@ -23,7 +23,7 @@ from engine.errors import PenaltyError
 from engine.hardware import autocast, get_rng_state, rng_from
 from engine.layers import penalized_weights, trainable_parameters
 from engine.networks import activation_runs, moved_activations, run_recorded, split_output
-from engine.norms import lp_norm, whole_batch_norms
+from engine.norms import lp_norms, whole_batch_norms
 
 DIFFERENCE_STEP = 0.01  # relative; docs/fast_step.md says why
 DIFFERENTIATED_GRADIENTS = {"w_grads", "a_grads"}
@@ -254,10 +254,13 @@ def _add_direct_gradients(
 
 
 def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Add gradients, where there are, to the .grad of parameters."""
-    for p, g in zip(params, gradients, strict=True):
-        if g is not None:
-            p.grad = p.grad + g
+    """Add gradients, where there are, to the .grad of parameters: all of them in one launch."""
+    pairs = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
+    if pairs:
+        params, gradients = zip(*pairs, strict=True)
+        sums = torch._foreach_add([p.grad for p in params], gradients)
+        for p, total in zip(params, sums, strict=True):
+            p.grad = total
 
 
 # --- from directions at gradients to the parameters ------------------------------------------
@@ -302,15 +305,21 @@ def difference_product(
     activations = zip(first.activations.items(), directions.get("a_grads", ()), strict=True)
     of_activations = {run: (a, e) for (run, a), e in activations if e is not None}
     h = relative_step * _largest_step(of_weights.items(), of_activations.values())
+    moved = {}
+    if of_weights:
+        with torch.no_grad():
+            steps = torch._foreach_mul([*of_weights.values()], h)
+            sums = torch._foreach_add([*of_weights], steps)
+        moved = dict(zip(of_weights, sums, strict=True))
     params = {
-        name: (p + h * of_weights[p] if p in of_weights else p).detach().requires_grad_()
+        name: moved.get(p, p).detach().requires_grad_()
         for name, p in trainable_parameters(batch.net).items()
     }
     leaves = [*params.values()]
     with distributed.overlapped_grad_all_reduce(leaves) as sum_grads:
         loss = batch.perturbed(params, {run: h * e for run, (_, e) in of_activations.items()})
         moved_grads = sum_grads(grad(loss, leaves, materialize_grads=True))
-    return [(moved - g) / h for moved, g in zip(moved_grads, grads, strict=True)]
+    return torch._foreach_div(torch._foreach_sub(moved_grads, grads), h)
 
 
 Pairs = Iterable[tuple[Tensor, Tensor]]  # of tensors t and their directions d
@@ -323,7 +332,7 @@ def _largest_step(weights: Pairs, activations: Pairs) -> Tensor:
     Of activations each rank has its share of the images. Where t or d is zero there is no bound; if
     there is none at all, the result is 1.
     """
-    of_weights = [lp_norm(t, 2) for pair in weights for t in pair]
+    of_weights = lp_norms([t for pair in weights for t in pair], 2)
     of_activations = whole_batch_norms([t for pair in activations for t in pair], 2)
     norms = torch.stack([*of_weights, *of_activations])
     sizes, slopes = norms[::2], norms[1::2]

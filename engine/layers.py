@@ -51,11 +51,13 @@ def set_compile(enabled: bool, device: str = "cpu") -> bool:
     return _compile_for is not None
 
 
-def _compiled(fn: Callable) -> Callable:
+def _compiled(fn: Callable, on_cpu: bool = True) -> Callable:
     """Run the pure function fn compiled while `set_compile` says so, else as it is.
 
     One compilation for each shape but for the batch, which stays free: the smaller batch at the
     end of an epoch compiles nothing. What two sums share is computed twice, not stored between.
+    A function of values per channel (C) or (K, C) is compiled once for any number of channels.
+    What is not worth a compilation on a CPU is never compiled there.
     """
     options = {"realize_reads_threshold": 64}
 
@@ -69,14 +71,15 @@ def _compiled(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def call(*args, **constants):
         global _compile_for
-        if args[0].device.type != _compile_for:
+        kind = args[0].device.type
+        if kind != _compile_for or (kind == "cpu" and not on_cpu):
             return fn(*args, **constants)
         args = [t.detach() for t in args]  # requires_grad would be compiled for, yes and no
-        for t in args:
-            if t.dim() == 3:
-                torch._dynamo.maybe_mark_dynamic(t, 0)
         x = args[0]
-        key = tuple(constants.items()), x.shape[1:], x.stride(1), x.dtype, x.device
+        for t in args:
+            torch._dynamo.maybe_mark_dynamic(t, 0 if t.dim() == 3 else t.dim() - 1)
+        layout = (x.shape[1:], x.stride(1)) if x.dim() == 3 else ()
+        key = tuple(constants.items()), layout, x.dtype, x.device
         try:
             return variant(*key)(*args)
         except RuntimeError as error:
@@ -87,7 +90,11 @@ def _compiled(fn: Callable) -> Callable:
             _compile_for = None
             return fn(*args, **constants)
 
+    call.is_compiled = True
     return call
+
+
+_compiled_on_gpu = functools.partial(_compiled, on_cpu=False)
 
 
 def _forbid_third_derivative(backward: Callable) -> Callable:
@@ -302,16 +309,45 @@ def _second(v, gy, x, norm, k, rectifier):
     return ggy.to(x.dtype), (k3 * h + k4 * v + k5 * xhat + k6).to(x.dtype)
 
 
+# --- the same per channel, of tensors (C): small, but each operation is a launch on a GPU ---------
+
+
+@_compiled_on_gpu
+def _norm_rows(mean, var, gamma, beta, eps):
+    """Return `norm`."""
+    return torch.stack((mean, (var + eps).rsqrt(), gamma, beta))
+
+
+@_compiled_on_gpu
+def _adjoint_rows(mhx, mh, norm):
+    """Return the `k` of `_adjoint`, given the means of h·x̂ and h."""
+    gr = norm[2] * norm[1]
+    return torch.stack((gr, -gr * mhx, -gr * mh))
+
+
+@_compiled_on_gpu
+def _second_rows(c, d, mv, mvx, mvh, mhx, mh, norm):
+    """Return the `k` of `_second`, and A, as `_BatchNormAdjoint.backward` names them."""
+    r, gamma = norm[1], norm[2]
+    a = mvh - mv * mh - mvx * mhx
+    gr = gamma * r
+    mq = c * mh - gr * (mhx * mv + mvx * mh)
+    mqx = c * mhx - 2 * gr * mhx * mvx
+    ch = c - gr * mvx
+    k = (gr, ch, d - gr * mv, r * ch, -r * gr * mhx, -r * (mqx + gr * a), -r * mq)
+    return torch.stack(k), a
+
+
 class _BatchNorm(torch.autograd.Function):
-    """y = γ·(x − μ)·r + β; μ and r are functions of x, of n values, or constants if n is 0.
+    """y = γ·(x − μ)·r + β; μ and σ² are functions of x, of n values, or constants if n is 0.
 
     With a `rectifier`, y is that of this. Where n is more than x has, the others have the rest of
     it, and sums go over all.
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, mean, r, n, rectifier):
-        norm = torch.stack((mean, r, gamma, beta))
+    def forward(ctx, x, gamma, beta, mean, var, eps, n, rectifier):
+        norm = _norm_rows(mean, var, gamma, beta, eps=eps)
         ctx.save_for_backward(x, gamma, norm)
         ctx.n, ctx.rectifier = n, rectifier
         y = _normalize(x.flatten(2), norm, rectifier=rectifier)
@@ -321,7 +357,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, gy):
         x, gamma, norm = ctx.saved_tensors
         grads = _BatchNormAdjoint.apply(gy, x, gamma, norm, ctx.n, ctx.rectifier)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _BatchNormAdjoint(torch.autograd.Function):
@@ -336,10 +372,9 @@ class _BatchNormAdjoint(torch.autograd.Function):
         flat = gy.flatten(2), x.flatten(2), norm
         ggamma, gbeta = _adjoint_sums(*flat, rectifier=rectifier)
         mhx, mh = _means((ggamma, gbeta), x, n) if n else torch.zeros_like(norm[:2])
-        gr = norm[2] * norm[1]
-        ctx.save_for_backward(gy, x, norm, mh, mhx)
+        ctx.save_for_backward(gy, x, norm, mhx, mh)
         ctx.n, ctx.rectifier = n, rectifier
-        gx = _adjoint(*flat, torch.stack((gr, -gr * mhx, -gr * mh)), rectifier=rectifier)
+        gx = _adjoint(*flat, _adjoint_rows(mhx, mh, norm), rectifier=rectifier)
         return gx.view_as(x), ggamma, gbeta
 
     @staticmethod
@@ -352,30 +387,22 @@ class _BatchNormAdjoint(torch.autograd.Function):
         ∂gy = φ′(z)·(γr·(v − m(v) − x̂·m(v x̂)) + c·x̂ + d),
         ∂x = r·(q − m(q) − x̂·m(q x̂)) − γ·A·r²·x̂ and ∂γ = N·r·A.
         """
-        gy, x, norm, mh, mhx = ctx.saved_tensors
+        gy, x, norm, mhx, mh = ctx.saved_tensors
         flat = _match_memory_format(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
-        _, r, gamma, _ = norm
-        sums, n_here = _second_sums(*flat, rectifier=ctx.rectifier), x.numel() // len(mh)
-        if ctx.n:
-            mv, mvx, mvh = _means(sums, x, ctx.n)
-            a = mvh - mv * mh - mvx * mhx
-            ggamma = n_here * r * a
-        else:
-            ggamma = r * sums[2]
-            mv, mvx, a = torch.zeros_like(norm[:3])
-        gr = gamma * r
-        mq = c * mh - gr * (mhx * mv + mvx * mh)
-        mqx = c * mhx - 2 * gr * mhx * mvx
-        ch = c - gr * mvx
-        k = (gr, ch, d - gr * mv, r * ch, -r * gr * mhx, -r * (mqx + gr * a), -r * mq)
-        ggy, gx = _second(*flat, torch.stack(k), rectifier=ctx.rectifier)
+        r, n_here = norm[1], x.numel() // len(mh)
+        sums = _second_sums(*flat, rectifier=ctx.rectifier)
+        means = _means(sums, x, ctx.n) if ctx.n else torch.zeros_like(norm[:3])
+        k, a = _second_rows(c, d, *means, mhx, mh, norm)
+        ggamma = n_here * r * a if ctx.n else r * sums[2]
+        ggy, gx = _second(*flat, k, rectifier=ctx.rectifier)
         return ggy.view_as(x), gx.view_as(x), ggamma, None, None, None
 
 
 def _means(sums, x, n):
     """Divide sums (C) over x by n, after adding those of the ranks that have the rest of n."""
-    sums = torch.stack(sums)
-    return ((sums if n == x.numel() // x.shape[1] else distributed.batch_sum(sums)) / n).unbind()
+    if n != x.numel() // x.shape[1]:
+        sums = distributed.batch_sum(torch.stack(sums)).unbind()
+    return torch._foreach_div(sums, n)
 
 
 def _merge_rank_stats(mean, var, n):
@@ -452,13 +479,15 @@ def batch_norm(
             if n > n_here:
                 mean, var = _merge_rank_stats(mean, var, n_here)
             if running_mean is not None:
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
+                running = running_mean, running_var
+                ours = (mean, var * (n / (n - 1)))
+                ours = [t.to(to.dtype) for t, to in zip(ours, running, strict=True)]
+                torch._foreach_lerp_(running, ours, momentum)
     else:
         mean, var = _at_least_float32(running_mean), _at_least_float32(running_var)
     gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    return _BatchNorm.apply(x, gamma, beta, mean, (var + eps).rsqrt(), n, rectifier)
+    return _BatchNorm.apply(x, gamma, beta, mean, var, eps, n, rectifier)
 
 
 batch_norm_relu = functools.partial(batch_norm, rectifier="relu")

@@ -17,7 +17,7 @@ def batch_metrics_row(
     Columns: batch size, loss, penalty, number correct, and the norm of each trainable parameter's
     gradient.
     """
-    norms = [torch.linalg.vector_norm(p.grad) for p in trainable_parameters(net).values()]
+    norms = torch._foreach_norm([p.grad for p in trainable_parameters(net).values()])
     size = torch.full_like(loss, n_images)
     return torch.stack([size, loss, penalty, n_correct.to(loss.dtype), *norms])
 
