@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import quant_utils as qu
 import utils
-from analysis.report import FLOAT_BITS, UNQUANTIZED
+from analysis.report import FLOAT_BITS
 from analysis.weights_files import find_paths
 from engine import distributed
 from engine.cli import (
@@ -490,6 +490,7 @@ def steps_requirements(args: argparse.Namespace) -> list[Requirement]:
         (flag, "--precision fp32", args.precision == "fp32"),
         (flag, "batch norms as they were trained: leave out --fold_bn", not args.fold_bn),
         (flag, "no --recalibrate_bn_images", not args.recalibrate_bn_images),
+        (flag, "weights as they were trained: leave out --equalize", not args.equalize),
         (flag, f"none of {', '.join(f'--{name}' for name in FILE_FLAGS)}", not has_file),
     ]
 
@@ -551,7 +552,7 @@ def learns_rounding(scheme: str, args: argparse.Namespace) -> bool:
 
 def rounding_of(scheme: str, args: argparse.Namespace) -> str | None:
     """Return how a row's weights are rounded: "nearest", "stochastic" or "adaround"."""
-    if scheme == UNQUANTIZED:
+    if scheme not in qu.QUANTIZERS:  # unquantized, or with learned steps
         return None
     rounding = "adaround" if learns_rounding(scheme, args) else "nearest"
     return "stochastic" if is_stochastic(scheme) else rounding

@@ -150,7 +150,7 @@ def image_batches(loader: Loader) -> Iterator[Tensor]:
 def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     """Yield the rows of one network: unquantized, then every quantization."""
     args = setup.args
-    steps = read_steps(Path(args.steps_from), net) if args.steps_from else None
+    steps = learned_steps(net, setup)
     if runs_in_integers(args):
         check_integer_form(net, setup)
     full = measure(setup.prepare(net), setup.test, args)
@@ -185,6 +185,17 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
             levels=2**steps.weight_bits,
             act_bits=steps.act_bits or FLOAT_BITS,
         )
+
+
+def learned_steps(net: nn.Module, setup: Setup) -> LearnedSteps | None:
+    """Return the steps of --steps_from, None without it; FileError where they do not fit."""
+    if not setup.args.steps_from:
+        return None
+    path = Path(setup.args.steps_from)
+    steps = read_steps(path, net)
+    if steps.layers.keys() != set(qu.running_layers(net, setup.first_images(1))):
+        raise FileError(f"{path}: its learned steps are not of the layers of this network")
+    return steps
 
 
 def run_learned(net: nn.Module, steps: LearnedSteps, setup: Setup) -> Trial:
@@ -383,8 +394,10 @@ def integer_network(
 def check_integer_form(net: nn.Module, setup: Setup) -> None:
     """Raise NetworkError where a call of the network has no integer form; nothing is measured."""
     names = qu.input_shapes(net, setup.first_images(1), setup.args.quantize_sums)
-    some_grid = make_grid(*qu.activation_grid(8, 0.0, 1.0))
-    build(trace(net, setup.first_images(2)), dict.fromkeys(names, some_grid), {})
+    [(_, _, act_bits)] = quantizations(setup.args)
+    bits = dict.fromkeys(names, act_bits) | layer_bits(net, act_bits, setup)
+    grids = {name: make_grid(*qu.activation_grid(n, 0.0, 1.0)) for name, n in bits.items()}
+    build(trace(net, setup.first_images(2)), grids, {})
 
 
 def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
@@ -654,7 +667,8 @@ def report_results(
     """Print the tables, write files and plots into the folder, and log all to the dashboard."""
     rows, layer_rows = results.rows, results.layer_rows
     nets = {name: loaded[name].net for name in loaded if name in results.checkpoints()}
-    print(report.table(rows, report.PRINTED_COLUMNS + ("act_bits",) * bool(args.act_bits)))
+    has_act_bits = any(row["act_bits"] != FLOAT_BITS for row in rows)
+    print(report.table(rows, report.PRINTED_COLUMNS + ("act_bits",) * has_act_bits))
     print(f"biases: {describe_biases(args)}")
     if layer_rows:
         print(f"\none layer at a time; loss on {args.per_layer_images} training images")

@@ -324,6 +324,10 @@ def set_up(
     args = with_settled_precision(args, checkpoint)
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
+    if args.penalty_every > len(train_loader):
+        raise SetupError(
+            f"--penalty_every {args.penalty_every}: an epoch has {len(train_loader)} batches"
+        )
     bn_loader = None if args.ema is None else make_bn_loader(dataset, args)
     config = make_config(args)
     compiled = layers.set_compile(args.compile, args.device)
@@ -567,10 +571,12 @@ def continue_from(
     is_own: bool,
 ) -> None:
     """Restore the state from the checkpoint, and print where it continues; FileError if unfit."""
+    if not is_own and read_settings(checkpoint).get("ema") != args.ema:
+        checkpoint = {key: value for key, value in checkpoint.items() if key != "average"}
     state.load_state_dict(checkpoint, args.n_epochs, n_batches)
     check_phases(state.progress, phases, args, is_own)
     if state.average is not None and "average" not in checkpoint:
-        print("the average of the weights begins here: the checkpoint has none")
+        print("the average of the weights begins here: the checkpoint has none with this --ema")
     print(where_it_continues(state.progress, args, is_own))
 
 
@@ -633,8 +639,10 @@ def describe_plan(
         inputs = f"inputs of {act_bits}" if act_bits else "inputs in full precision"
         parts.append(
             f"from epoch {args.qat_from} quantized with learned steps: weights of {weight_bits} "
-            f"bits, {inputs}"
+            f"bits, {inputs}{', 8 in the first and the last layer' * args.keep_first_last}"
         )
+    if args.label_smoothing:
+        parts.append(f"labels smoothed by {args.label_smoothing:g}")
     if args.ema is not None:
         parts.append(f"weights averaged with decay {args.ema:g}")
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")

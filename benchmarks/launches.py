@@ -1,4 +1,4 @@
-"""Count what a training step launches, and time its host side with a tiny network.
+"""Count what a training step of ConvNet launches, and time that of a tiny ResNet20 on the host.
 
 A launch is an operation of PyTorch that computes something: on a GPU, a kernel or a few. Views and
 empty tensors are none. With --compiled, a compiled function counts as one, which is the least that
@@ -84,10 +84,10 @@ def count(step, compiled: bool) -> Counter[str]:
     return counter.launches
 
 
-def make_step(row: str, width: float = 1.0, size: int = 32):
-    """Return a function that does a whole step of ConvNet, as training does, of two images."""
+def make_step(row: str, model: str = "ConvNet", width: float = 1.0, size: int = 32):
+    """Return a function that does a whole step of training with two images of size × size."""
     torch.manual_seed(0)
-    net = utils.make_net("ConvNet", 10, "cpu", width).train()
+    net = utils.make_net(model, 10, "cpu", width).train()
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=True)
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
     y, reg = torch.randint(10, (2,)), make_regularizer(ROWS[row].regularizer, 0.01)
@@ -114,7 +114,7 @@ def main() -> None:
         step()
         launches = count(step, args.compiled)
         print(f"{row}:", ", ".join(f"{n} {name}" for name, n in launches.most_common(12)))
-        tiny_step = make_step(row, 0.0625, 8)
+        tiny_step = make_step(row, "ResNet20", 0.25, 8)
         tiny_step()
         times = [milliseconds(tiny_step) for _ in range(args.repetitions)]
         figures[row] = [sum(launches.values()), round(statistics.median(times), 3)]

@@ -150,7 +150,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
     optimizer = torch.optim.SGD(
-        net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if is_plain else True
+        net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if side == "reference" else True
     )
 
     def our_steps(net, optimizer, reg, row, x, labels):

@@ -109,7 +109,7 @@ def _check_steps(network: IntegerNetwork, makers: Mapping[str, Step]) -> None:
             if grid != (maker.out_grid if maker else None):
                 raise NetworkError(
                     f"--export: {step.name}: its input is quantized for another layer in another "
-                    "way"
+                    "way, as with --keep_first_last"
                 )
     for step in network.arithmetic():
         if step.in_grid and not step.out_grid and step.name != network.output:

@@ -275,7 +275,11 @@ def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
         }
         if not all({"weight"} <= kinds.keys() <= PARAMETERS.keys() for kinds in layers.values()):
             raise ValueError("a layer without the step of its weight")
-        return LearnedSteps(layers, int(saved["weight_bits"]), saved["act_bits"])
+        weight_bits, act_bits = int(saved["weight_bits"]), saved["act_bits"]
+        act_bits = None if act_bits is None else int(act_bits)
+        if not all(2 <= n_bits <= 16 for n_bits in (weight_bits, act_bits or 2)):
+            raise ValueError(f"{weight_bits} and {act_bits} are not from 2 to 16 bits")
+        return LearnedSteps(layers, weight_bits, act_bits)
 
 
 def _read_step(saved: Mapping[str, Any], layer: nn.Module) -> LearnedStep:

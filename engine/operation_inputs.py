@@ -22,6 +22,7 @@ Transform = Callable[[str, Tensor], Tensor]  # (name of the input, input) → wh
 POOLINGS = nn.AvgPool2d | nn.AdaptiveAvgPool2d
 POOLING_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d)
 MEAN_FUNCTIONS = (torch.mean, Tensor.mean)  # of height and width: global average pooling
+NAMED_INPUT = (*POOLING_FUNCTIONS, *MEAN_FUNCTIONS)  # whose tensor may be given as input=
 SUM_FUNCTIONS = (torch.add, Tensor.add, Tensor.add_)
 OPERATION_MODULES = ("torch.nn", "engine.")  # whose modules are operations: not looked into
 SPATIAL = ((2, 3), (-2, -1), (3, 2), (-1, -2))
@@ -110,6 +111,8 @@ class _FunctionInputs(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _transformed(self, function, args, kwargs):
+        if "input" in kwargs and not args and function in NAMED_INPUT:
+            args = (kwargs.pop("input"),)
         if _pools(function, args, kwargs):
             return self.transform(self._name("pool"), args[0]), *args[1:]
         if function in SUM_FUNCTIONS and _are_maps(args):

@@ -150,8 +150,16 @@ class TrainState:
         if "average" not in content:
             self.average.module.load_state_dict(self.net.state_dict())
             return
-        validate_structure(content["average"], self.average.state_dict(), "the checkpoint.average")
-        self.average.load_state_dict(content["average"])
+        saved, template, where = (
+            content["average"],
+            self.average.state_dict(),
+            "the checkpoint.average",
+        )
+        validate_structure(saved, template, where)
+        saved = {key: saved[key] for key in template}
+        if saved["n_averaged"] < 0 or not all(t.isfinite().all() for t in saved.values()):
+            raise FileError(f"{where}: not what this run would have saved")
+        self.average.load_state_dict(saved)
 
     def _load_steps(self, content: dict[str, Any]) -> None:
         n_started = self.progress.epochs_started

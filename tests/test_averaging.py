@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import reference
@@ -107,12 +108,27 @@ def test_an_average_begins_where_the_checkpoint_has_none(tmp_path):
     assert state.average.n_averaged == 4
 
 
-def test_an_average_of_another_network_is_no_average_of_this_one(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "where"),
+    [
+        ("module.linear.bias", torch.zeros(3), r"average\.module\.linear\.bias"),
+        ("module.linear.bias", torch.full((10,), math.nan), "average"),
+        ("n_averaged", torch.tensor(-5), "average"),
+    ],
+)
+def test_what_is_no_average_of_this_network_is_refused(key, value, where, tmp_path):
     cut(begin(), 6, tmp_path / "c")
     content = load_checkpoint(tmp_path / "c")
-    content["average"]["module.linear.bias"] = torch.zeros(3)
-    with pytest.raises(FileError, match=r"average\.module\.linear\.bias: not what this run"):
+    content["average"][key] = value
+    with pytest.raises(FileError, match=rf"{where}: not what this run"):
         begin().load_state_dict(content, 2, BATCHES)
+
+
+def test_what_a_foreign_checkpoint_has_besides_is_ignored(tmp_path):
+    cut(begin(), 6, tmp_path / "c")
+    content = load_checkpoint(tmp_path / "c")
+    content["average"] |= {"foreign": 1, 5: 2}
+    begin().load_state_dict(content, 2, BATCHES)
 
 
 def test_statistics_are_those_of_the_averaged_network():
@@ -256,6 +272,7 @@ def test_a_branch_begins_an_average_and_another_decay_is_no_resume(monkeypatch, 
         (["--ema", "nan"], 2, "'nan' is not a finite number of at least 0"),
         (["--label_smoothing", "1"], 2, "'1' is not below 1"),
         (["--label_smoothing", "much"], 2, "'much' is not a finite number of at least 0"),
+        (["--regularizer", "VarianceNorm", "--penalty_every", "999"], 2, "999: an epoch has "),
         (["--recalibrate_bn_images", "1"], 2, "'1' is not a whole number of at least 2"),
         (["--recalibrate_bn_images", "161"], 1, "161: there are 160 training images"),
     ],

@@ -361,6 +361,11 @@ def test_saved_weights_with_their_steps_are_what_was_trained(bits, monkeypatch, 
     assert learned["squared_error"] == pytest.approx(error, rel=1e-4)
     assert steps.record() == record["learned_steps"]
 
+    record["learned_steps"]["layers"].popitem()
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    assert quantize() == 1
+    assert "r.json: its learned steps are not of the layers" in capsys.readouterr().err
+
 
 def test_a_killed_run_resumes_with_its_steps(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -448,6 +453,8 @@ def test_learned_steps_do_not_go_with_what_changes_weights(
         ("[]", "has no learned steps|not what was saved"),
         ({}, "not what was saved there"),
         ({"layers": {}, "weight_bits": 4}, "not what was saved there"),
+        ({"layers": {}, "weight_bits": -3, "act_bits": None}, "-3 and None are not from 2 to 16"),
+        ({"layers": {}, "weight_bits": 4, "act_bits": "x"}, "not what was saved there"),
         ({"step": 0.0}, "is no step"),
         ({"step": math.inf}, "is no step"),
         ({"int_min": 3}, "is no step"),

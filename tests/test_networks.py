@@ -381,7 +381,7 @@ class Residual(nn.Module):
     """A sum and a mean as a module of one's own, without children."""
 
     def forward(self, x, y):
-        return (x + y).mean((2, 3))
+        return torch.mean(input=x + y, dim=(2, 3))
 
 
 class WithResidual(nn.Module):
