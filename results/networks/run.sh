@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Real CIFAR-10 with networks other than ConvNet: ResNet20 for 20 epochs, then quantized; an epoch of
-# 6,400 images with L2Grad of VGGSmall and of MobileNetV2. Run from the root of the repository; files
+# Real CIFAR-10 with networks other than ConvNet: ResNet20 for 20 epochs, then quantized; an epoch with
+# L2Grad of VGGSmall, and one of 6,400 images of MobileNetV2. Run from the root of the repository; files
 # are written to runs/networks. Finished runs are skipped, others resume.
 set -euo pipefail
 out=runs/networks
@@ -27,7 +27,7 @@ quantize sums_keep_first_last "${both[@]}" --quantize_sums --keep_first_last
 quantize sums_per_channel "${both[@]}" --quantize_sums --per_channel
 
 l2grad=(--n_epochs 1 --regularizer L2Grad --lmbda 0.01 --weight_decay 5e-4 --no_test_penalty)
-run vggsmall_l2grad --model VGGSmall --width 0.5 --lr 0.01 --train_subset 6400 "${l2grad[@]}"
+run vggsmall_l2grad --model VGGSmall --width 0.5 --lr 0.01 "${l2grad[@]}"
 run mobilenetv2_l2grad --model MobileNetV2 --lr 0.1 --train_subset 6400 "${l2grad[@]}"
 
 "$python" - "$out" <<'PY'
