@@ -1,6 +1,7 @@
 """What several test files use: a quiet logger, a small problem, and the scripts as commands."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # the nets are small: a second thread only waits
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # runs that tests interrupt have it
 
 
 @pytest.fixture(autouse=True)
