@@ -113,6 +113,9 @@ def test_jobs_of_a_study_have_its_name_as_group(tmp_path, capsys):
 
 
 def test_a_quantization_names_its_training_and_uses_its_weights(monkeypatch, tmp_path):
+    import wandb
+
+    wandb.teardown()  # else it keeps the folder of an earlier test of this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
