@@ -53,6 +53,22 @@ def net():
 
 
 @pytest.fixture
+def tiny_images(monkeypatch):
+    """Register "Tiny": 96 training and 48 test images of 8 × 8 pixels and 4 classes."""
+    import data
+
+    whole = data.synthetic()
+    small = data.ImageDataset(
+        whole.train_images[:96, :, :8, :8].clone(),
+        whole.train_labels[:96] % 4,
+        whole.test_images[:48, :, :8, :8].clone(),
+        whole.test_labels[:48] % 4,
+        num_classes=4,
+    )
+    monkeypatch.setitem(data.DATASETS, "Tiny", lambda data_dir, seed: small)
+
+
+@pytest.fixture
 def script(tmp_path):
     """script("train.py", "--flag", …, VARIABLE="value") runs it in tmp_path, without a terminal.
 

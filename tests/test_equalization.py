@@ -315,19 +315,8 @@ def test_a_reader_that_no_call_shows_is_found():
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path, tiny_images):
     """run(model, flags) quantizes a tiny network in an empty folder; returns the exit code."""
-    import data
-
-    whole = data.synthetic()
-    small = data.ImageDataset(
-        whole.train_images[:96, :, :8, :8].clone(),
-        whole.train_labels[:96] % 4,
-        whole.test_images[:48, :, :8, :8].clone(),
-        whole.test_labels[:48] % 4,
-        num_classes=4,
-    )
-    monkeypatch.setitem(data.DATASETS, "Tiny", lambda data_dir, seed: small)
     monkeypatch.chdir(tmp_path)
 
     def quantize(name, flags):

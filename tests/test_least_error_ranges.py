@@ -135,20 +135,10 @@ TINY = "--model Residual --dataset Tiny --device cpu --schemes uniform --no_plot
 
 
 @pytest.fixture
-def residual_file(monkeypatch, tmp_path):
+def residual_file(monkeypatch, tmp_path, tiny_images):
     """Weights of the network in an empty folder."""
-    import data
     import models
 
-    whole = data.synthetic()
-    small = data.ImageDataset(
-        whole.train_images[:96, :, :8, :8].clone(),
-        whole.train_labels[:96] % 4,
-        whole.test_images[:48, :, :8, :8].clone(),
-        whole.test_labels[:48] % 4,
-        num_classes=4,
-    )
-    monkeypatch.setitem(data.DATASETS, "Tiny", lambda data_dir, seed: small)
     monkeypatch.setitem(models.MODELS, "Residual", Residual)
     monkeypatch.chdir(tmp_path)
     save_weights(residual(), Path("a.pt"))
