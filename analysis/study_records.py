@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -96,13 +96,18 @@ class StudyRecords:
         return path.relative_to(self.out).as_posix()
 
     def _save(self) -> None:
-        """Write the compact file: the same records always give the same bytes."""
-        lines = (
-            json.dumps({"path": key, "content": self._archived[key]}, separators=(",", ":"))
-            for key in sorted(self._archived)
-        )
-        content = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+        """Write the compact file."""
+        content = pack_records(self._archived)
         atomic_write(self.archive, lambda path: path.write_bytes(content))
+
+
+def pack_records(records: Mapping[str, Any]) -> bytes:
+    """Return a compact file of records by path: the same ones always give the same bytes."""
+    lines = (
+        json.dumps({"path": path, "content": records[path]}, separators=(",", ":"))
+        for path in sorted(records)
+    )
+    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
 
 
 def _read_archive(path: Path) -> dict[str, Any]:

@@ -32,12 +32,12 @@ run mobilenetv2_l2grad --model MobileNetV2 --lr 0.1 --train_subset 6400 "${l2gra
 
 "$python" - "$out" <<'PY'
 """Gather the records of all runs into one file, a line each: {"path": …, "content": …}."""
-import gzip, json, pathlib, sys
+import json, pathlib, sys
+
+from analysis.study_records import pack_records
 
 folder = pathlib.Path(sys.argv[1])
-paths = sorted([*folder.glob("*.json"), *folder.glob("*/results.json")])
-with gzip.open("results/networks/records.jsonl.gz", "wt", encoding="utf-8") as file:
-    for path in paths:
-        record = {"path": path.relative_to(folder).as_posix(), "content": json.loads(path.read_text())}
-        print(json.dumps(record), file=file)
+paths = [*folder.glob("*.json"), *folder.glob("*/results.json")]
+records = {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in paths}
+pathlib.Path("results/networks/records.jsonl.gz").write_bytes(pack_records(records))
 PY

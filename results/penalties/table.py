@@ -3,7 +3,6 @@
 From the root of the repository: python results/penalties/table.py
 """
 
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from analysis.study_records import pack_records  # noqa: E402
 from analysis.study_results import mean_intervals  # noqa: E402
 from analysis.study_tables import markdown  # noqa: E402
 
@@ -55,11 +55,9 @@ def difference(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
     ]
 
 
-records = sorted([*RUNS.glob("*.json"), *RUNS.glob("*/results.json")])
-with gzip.GzipFile(OUT / "records.jsonl.gz", "wb", mtime=0) as file:
-    for path in records:
-        line = {"path": path.relative_to(RUNS).as_posix(), "content": read(path)}
-        file.write((json.dumps(line) + "\n").encode())
+paths = [*RUNS.glob("*.json"), *RUNS.glob("*/results.json")]
+records = {path.relative_to(RUNS).as_posix(): read(path) for path in paths}
+(OUT / "records.jsonl.gz").write_bytes(pack_records(records))
 seeds = sorted(int(path.stem.split("_")[-1]) for path in RUNS.glob("trunk_*.json"))
 values = {
     variant: pd.DataFrame({seed: measured(f"{variant}_{seed}") for seed in seeds}).T
