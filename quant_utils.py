@@ -648,7 +648,8 @@ def first_and_last(net: nn.Module, images: Tensor) -> tuple[str, str]:
 
 def running_layers(net: nn.Module, images: Tensor) -> list[str]:
     """Return the names of the convolutions and linear layers that run, in that order."""
-    return [name for name in input_shapes(net, images) if name in quantizable_layers(net)]
+    layers = quantizable_layers(net)
+    return [name for name in input_shapes(net, images) if name in layers]
 
 
 def activation_grid(n_bits: int, low: float, high: float) -> tuple[float, int, int]:

@@ -324,10 +324,6 @@ def set_up(
     args = with_settled_precision(args, checkpoint)
     dataset = utils.load_dataset(args)
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
-    if args.penalty_every > len(train_loader):
-        raise SetupError(
-            f"--penalty_every {args.penalty_every}: an epoch has {len(train_loader)} batches"
-        )
     bn_loader = None if args.ema is None else make_bn_loader(dataset, args)
     config = make_config(args)
     compiled = layers.set_compile(args.compile, args.device)
@@ -480,6 +476,10 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Lo
         raise SetupError(
             f"a batch of {smallest} images, the last of an epoch, for {world_size} "
             "processes: choose another --batch_size or --train_subset"
+        )
+    if args.penalty_every > len(train_loader):
+        raise SetupError(
+            f"--penalty_every {args.penalty_every}: an epoch has {len(train_loader)} batches"
         )
     n = args.batch_size
     return (

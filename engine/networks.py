@@ -211,14 +211,9 @@ class _Tracer(fx.Tracer):
     """Traces down to modules without children and to PyTorch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
-
-
-def is_leaf(m: nn.Module) -> bool:
-    """Tell whether a module is one operation: it has no children, or is one of PyTorch's own."""
-    is_container = isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    own = type(m).__module__.startswith("torch.nn") and not is_container
-    return own or isinstance(m, BATCH_NORMS) or next(m.children(), None) is None
+        is_container = isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        own = type(m).__module__.startswith("torch.nn") and not is_container
+        return own or isinstance(m, BATCH_NORMS) or next(m.children(), None) is None
 
 
 _orders: weakref.WeakKeyDictionary[nn.Module, Order | None] = weakref.WeakKeyDictionary()
