@@ -23,7 +23,7 @@ from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
-from analysis.weights_files import WeightsFile, common_dataset, find_weights
+from analysis.weights_files import WeightsFile, common_dataset, find_weights, read_weights_file
 from data import DATASETS, ImageDataset
 from engine import distributed
 from engine.adaround import learn_rounding
@@ -66,7 +66,7 @@ from quant_flags import (
 LEARNED = "lsq"  # as a row's scheme: the steps that --steps_from gives
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 ROUNDING_BATCH = 32  # images: what is learned must not depend on --batch_size
-MAX_BASELINE_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
+MAX_ACCURACY_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
 
 
 class LoadedNetwork(NamedTuple):
@@ -575,13 +575,25 @@ def choose_dataset(
             print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
 
 
-def check_baseline(row: Row, file: WeightsFile, args: argparse.Namespace) -> None:
-    """Warn where the unquantized network is not as accurate as it was when it had been trained."""
+def check_steps_record(file: WeightsFile, steps: WeightsFile) -> None:
+    """Warn where the record of --steps_from is of another training than the weights."""
+    ids = file.record.get("run_id"), steps.record.get("run_id")
+    if None not in ids and ids[0] != ids[1]:
+        print_warning(f"{steps.path} has the steps of another training than that of {file.path}")
+
+
+def check_accuracy(row: Row, file: WeightsFile, args: argparse.Namespace) -> None:
+    """Warn where a row is not as accurate as the network was when it had been trained.
+
+    That is known of the unquantized network, and of one with the steps that it has learned.
+    """
+    key = {UNQUANTIZED: "final_accuracy", LEARNED: "quantized_accuracy"}.get(row["scheme"])
     is_whole = not (args.holdout or args.test_subset)
-    expected = file.expected_accuracy(args.dataset, is_whole)
-    if expected is not None and abs(row["accuracy"] - expected) > MAX_BASELINE_CHANGE:
+    expected = file.expected_accuracy(args.dataset, is_whole, key) if key else None
+    if expected is not None and abs(row["accuracy"] - expected) > MAX_ACCURACY_CHANGE:
+        how = "without quantizing" if key == "final_accuracy" else "with the learned steps"
         print_warning(
-            f"{file.path}: accuracy {row['accuracy']:.2%} without quantizing, but its record "
+            f"{file.path}: accuracy {row['accuracy']:.2%} {how}, but its record "
             f"says {expected:.2%}: are these its data and weights?"
         )
 
@@ -649,10 +661,12 @@ def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Re
     setup = replace(setup, fold=is_foldable and not args.fold_bn)
     common = file.provenance()
     common |= {flag: getattr(args, flag) for flag in ("per_channel", "fold_bn", "equalize")}
+    steps = read_weights_file(Path(args.steps_from)) if args.steps_from else None
+    if steps:
+        check_steps_record(file, steps)
     try:
         for row in sweep(name, net, setup):
-            if row["scheme"] == UNQUANTIZED:
-                check_baseline(row, file, args)
+            check_accuracy(row, steps if row["scheme"] == LEARNED else file, args)
             results.rows.append(row | common | {"rounding": rounding_of(row["scheme"], args)})
         if args.per_layer:
             results.layer_rows += per_layer(name, net, setup)

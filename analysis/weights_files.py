@@ -35,13 +35,16 @@ class WeightsFile:
             settings["lmbda"] = None
         return {"run_id": self.record.get("run_id"), **settings}
 
-    def expected_accuracy(self, dataset: str, is_whole_test_set: bool) -> float | None:
+    def expected_accuracy(
+        self, dataset: str, is_whole_test_set: bool, key: str = "final_accuracy"
+    ) -> float | None:
         """Return the accuracy that the network had after training, None where that is not known.
 
-        That is on the test set of `dataset`; held-out images, for example, are others.
+        That is on the test set of `dataset`; held-out images, for example, are others. `key` is its
+        name in the record.
         """
         same_images = self.setting("dataset") == dataset and not self.setting("holdout")
-        accuracy = self.record.get("final_accuracy")
+        accuracy = self.record.get(key)
         is_number = isinstance(accuracy, float | int)
         return accuracy if is_number and same_images and is_whole_test_set else None
 
@@ -68,11 +71,14 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(item, str | int | float | None) for item in items)
 
 
+def read_weights_file(path: Path) -> WeightsFile:
+    """Return the file with the record of its training."""
+    return WeightsFile(path, read_record(path))
+
+
 def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
     """Return the files that the patterns mean, by name as in `find_paths`, with their records."""
-    return {
-        name: WeightsFile(path, read_record(path)) for name, path in find_paths(patterns).items()
-    }
+    return {name: read_weights_file(path) for name, path in find_paths(patterns).items()}
 
 
 def find_paths(patterns: Sequence[str]) -> dict[str, Path]:

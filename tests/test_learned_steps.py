@@ -421,6 +421,26 @@ def test_flags_without_effect_are_named(flags, message, monkeypatch, tmp_path, c
     assert message in capsys.readouterr().err and runs[0].qat_bits is None
 
 
+def test_steps_of_another_training_are_warned_about(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*FLAGS, "--qat_bits", "3"])
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert quantize() == 0 and "warning" not in capsys.readouterr().err
+    changed = {
+        **record,
+        "run_id": "another",
+        "quantized_accuracy": record["quantized_accuracy"] + 0.5,
+    }
+    (tmp_path / "s.json").write_text(json.dumps(changed))
+    assert quantize("--steps_from", "s.json") == 0
+    printed = capsys.readouterr().err
+    assert "s.json has the steps of another training than that of r.pt" in printed
+    assert (
+        f"with the learned steps, but its record says {changed['quantized_accuracy']:.2%}"
+        in printed
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
