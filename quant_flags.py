@@ -18,6 +18,7 @@ import utils
 from analysis.report import FLOAT_BITS
 from analysis.weights_files import find_paths
 from engine import distributed
+from engine.bit_widths import check_bits
 from engine.cli import (
     Parser,
     Requirement,
@@ -48,7 +49,7 @@ def bit_widths(text: str) -> list[int]:
     try:
         widths = list(range(int(first), int(last or first) + 1))
         for n_bits in widths or [0]:
-            qu.check_bits(n_bits)
+            check_bits(n_bits)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number from 2 to 16, or a range of them such as 4-8"

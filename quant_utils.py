@@ -27,22 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.bit_widths import check_bits
 from engine.layers import quantizable_layers
 from engine.operation_inputs import transform_inputs, transformed_inputs
 
 Quantizer = Callable[..., Tensor]
-MIN_BITS, MAX_BITS = 2, 16
 RANGE_FACTORS = tuple(percent / 100 for percent in range(100, 20, -1))  # of m: ranges to try
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
 
 
 # --- ranges and integers ---------------------------------------------------------------------
-
-
-def check_bits(n_bits: int) -> None:
-    """Raise ValueError unless n_bits is a whole number from 2 to 16."""
-    if n_bits != int(n_bits) or not MIN_BITS <= n_bits <= MAX_BITS:
-        raise ValueError(f"{n_bits} bits: choose {MIN_BITS} to {MAX_BITS}")
 
 
 def to_2d(w: Tensor, per_channel: bool) -> Tensor:

@@ -41,6 +41,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.bit_widths import check_bits
 from engine.norms import lp_norm, lp_norms, per_image_lp_norms
 
 Tensors = Sequence[Tensor]
@@ -225,8 +226,10 @@ class StepRegularizer(Regularizer):
     ) -> None:
         """Take b; detach_step: no derivative through s_l. ValueError unless b is in 2…16."""
         super().__init__(lmbda)
-        if target_bits != int(target_bits) or not 2 <= target_bits <= 16:
-            raise ValueError(f"target_bits is {target_bits}: choose 2 to 16")
+        try:
+            check_bits(target_bits)
+        except ValueError as error:
+            raise ValueError(f"target_bits: {error}") from None
         self.target_bits, self.detach_step = int(target_bits), detach_step
 
     def steps(self, weights: Tensors) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine import distributed
+from engine.bit_widths import check_bits
 from engine.errors import FileError, NetworkError, StepSizeError
 from engine.io import read_json
 from engine.layers import LAYER_TYPES, quantizable_layers, trainable_parameters
@@ -277,8 +278,8 @@ def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
             raise ValueError("a layer without the step of its weight")
         weight_bits, act_bits = int(saved["weight_bits"]), saved["act_bits"]
         act_bits = None if act_bits is None else int(act_bits)
-        if not all(2 <= n_bits <= 16 for n_bits in (weight_bits, act_bits or 2)):
-            raise ValueError(f"{weight_bits} and {act_bits} are not from 2 to 16 bits")
+        for n_bits in [weight_bits] if act_bits is None else [weight_bits, act_bits]:
+            check_bits(n_bits)
         return LearnedSteps(layers, weight_bits, act_bits)
 
 

@@ -473,7 +473,7 @@ def test_learned_steps_do_not_go_with_what_changes_weights(
         ("[]", "has no learned steps|not what was saved"),
         ({}, "not what was saved there"),
         ({"layers": {}, "weight_bits": 4}, "not what was saved there"),
-        ({"layers": {}, "weight_bits": -3, "act_bits": None}, "-3 and None are not from 2 to 16"),
+        ({"layers": {}, "weight_bits": -3, "act_bits": None}, "-3 bits: choose 2 to 16"),
         ({"layers": {}, "weight_bits": 4, "act_bits": "x"}, "not what was saved there"),
         ({"step": 0.0}, "is no step"),
         ({"step": math.inf}, "is no step"),

@@ -793,8 +793,11 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--regularizer", "Sharpness", "--rho", "0"], "rho is 0"),
         (["--track", "none"], "'none'"),
         (["--track", "L2Grad", "L0Grad"], "'L0Grad'"),
-        (["--regularizer", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
-        (["--track", "StepNoise", "--target_bits", "1"], "target_bits is 1"),
+        (
+            ["--regularizer", "StepNoise", "--target_bits", "1"],
+            "target_bits: 1 bits: choose 2 to 16",
+        ),
+        (["--track", "StepNoise", "--target_bits", "1"], "target_bits: 1 bits: choose 2 to 16"),
         (["--init_from", "no.ckpt"], "no.ckpt"),
     ],
 )
@@ -955,7 +958,10 @@ def assert_refused(main, flags, message, capsys):
         (["--phases", "0:none+L2Grad=1"], "none"),
         (["--phases", "5:none", "5:L1Grad=1"], "[5, 5]"),
         (["--P", "0"], "'0'"),
-        (["--phases", "0:StepNoise=1", "--target_bits", "1"], "target_bits is 1"),
+        (
+            ["--phases", "0:StepNoise=1", "--target_bits", "1"],
+            "target_bits: 1 bits: choose 2 to 16",
+        ),
         (["--gradient_lmbda", "nan"], "nan"),
     ],
 )
