@@ -159,6 +159,13 @@ def test_every_file_that_is_named_exists(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("folder", ["engine", "analysis"])
+def test_the_map_lists_every_module(folder):
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("[!_]*.py")}
+    assert {module for module in modules if f"`{module}`" not in page} == set()
+
+
 def test_the_readme_leaves_no_script_out_and_is_short():
     named = set(re.findall(r"`(\w+\.py)`", README))
     assert named == {path.name for path in ROOT.glob("*.py")}
