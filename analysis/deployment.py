@@ -23,7 +23,7 @@ PACKAGES = {
     "save_quantized": (),
 }
 # What the metadata of earlier versions' files do not say.
-NOT_RECORDED = {"equalize": "false", "rounding": "nearest"}
+NOT_RECORDED = {"equalize": "false", "rounding": "nearest", "clip_p": "2.4"}
 
 
 class ImageDataset(Protocol):
@@ -64,6 +64,7 @@ def describe_source(
         "per_channel": json.dumps(args.per_channel),
         "keep_first_last": json.dumps(args.keep_first_last),
         "equalize": json.dumps(args.equalize),
+        "clip_p": str(args.clip_p),
         "pwlq": json.dumps([args.distribution, args.approximate, args.overlapping]),
         "calibration": f"{args.calibration} of {args.calibration_images} images",
     }

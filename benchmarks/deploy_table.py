@@ -4,17 +4,19 @@ Prints markdown, or writes table.md and records.jsonl.gz into --output. See resu
 """
 
 import argparse
-import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _root  # noqa: F401
+
+from analysis.study_records import pack_records
+
 HEADER = (
     "network | W | A | scheme | float32 | simulated | engine | differ | differ, float simulation | "
     "ms, batch 1 | float32 | ms, batch 128 | float32 | file | packed | float32"
 )
-ORDER = ("uniform", "uniform per channel", "pwlq")
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -28,7 +30,12 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 def scheme_name(source: Mapping[str, str]) -> str:
     """Return the quantizer in words."""
-    return source["scheme"] + " per channel" * (source["per_channel"] == "true")
+    return (
+        source["scheme"]
+        + " per channel" * (source["per_channel"] == "true")
+        + ", equalized" * (source.get("equalize") == "true")
+        + ", AdaRound" * source.get("rounding", "").startswith("adaround")
+    )
 
 
 def milliseconds(found: Mapping[str, Any], batch: str) -> tuple[float, float]:
@@ -84,7 +91,8 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     def key(found: Mapping[str, Any]) -> tuple:
         source = found["source"]
         bits = -int(source["bits"]), -int(source["act_bits"])
-        return source["checkpoint"], ORDER.index(scheme_name(source)), *bits
+        is_pwlq = source["scheme"] == "pwlq"  # the slowest last
+        return source["checkpoint"], is_pwlq, scheme_name(source), *bits
 
     found = sorted(records.values(), key=key)
     lines = [HEADER, " | ".join(["---"] * 4 + ["---:"] * 12), *map(row, found)]
@@ -96,9 +104,9 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         f"the same biases. Times against the faster float32 program, on {about}."
     )
     body = "\n".join(f"| {line} |" for line in lines)
-    return "\n\n".join([intro, body, "What the second sums of PWLQ cost:", ""]) + "\n".join(
-        second_sums(found)
-    )
+    costs = second_sums(found)
+    about_costs = ["What the second sums of PWLQ cost:", "\n".join(costs)] if costs else []
+    return "\n\n".join([intro, body, *about_costs])
 
 
 def main() -> None:
@@ -113,10 +121,9 @@ def main() -> None:
     text = table(records)
     print(text)
     if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "table.md").write_text(text + "\n", encoding="utf-8")
-        with gzip.open(args.output / "records.jsonl.gz", "wt", encoding="utf-8") as file:
-            for path, content in records.items():
-                file.write(json.dumps({"path": path, "content": content}) + "\n")
+        (args.output / "records.jsonl.gz").write_bytes(pack_records(records))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
 """benchmarks/gpu.py on a CPU: the checks that need no GPU, and what happens where one fails."""
 
 import json
-import sys
-
-import pytest
-import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu
+import pytest
+import torch
 
 
 def last_line(capsys):

@@ -33,7 +33,6 @@ def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
 
 
 def import_benchmark(name):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     importlib.import_module(name)
 
 

@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import deploy_table
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ import data
 import models
 import quant_inference as qi
 from analysis import verification
-from benchmarks import deploy_table
 from engine import onnx_export, onnx_session
 from engine.integer_steps import RELU, UNBOUNDED
 from engine.io import save_weights, torch_load
