@@ -20,9 +20,9 @@ run() { # NAME FLAGS…
     for calibration in minmax topk_median percentile mse; do
         quantize "$1" "$calibration"
         quantize "$1" "${calibration}_first_last" --keep_first_last
-        quantize "$1" "${calibration}_equalize" --equalize
-        quantize "$1" "${calibration}_per_channel" --per_channel
     done
+    quantize "$1" mse_equalize --equalize
+    quantize "$1" mse_per_channel --per_channel
 }
 
 quantize() { # NAME CASE FLAGS…

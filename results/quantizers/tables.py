@@ -83,8 +83,9 @@ def collapse_table(records: Records, network: str) -> str:
     for case, flag in CASES.items():
         for calibration in CALIBRATIONS:
             found = rows(records, network, "_".join(filter(None, (calibration, case))))
-            accuracies = [percent(found, bits) for bits in (8, 6, 4)]
-            lines.append([f"`{calibration}`{flag}", *accuracies])
+            if found:
+                accuracies = [percent(found, bits) for bits in (8, 6, 4)]
+                lines.append([f"`{calibration}`{flag}", *accuracies])
     full = percent(rows(records, network, "minmax"), 32)
     return f"{network}, {full} % in full precision:\n\n" + markdown(
         ["calibration", "(8,8)", "(6,6)", "(4,4)"], lines
