@@ -21,6 +21,7 @@ run() { # NAME FLAGS…
         quantize "$1" "$calibration"
         quantize "$1" "${calibration}_first_last" --keep_first_last
     done
+    calibration=mse
     quantize "$1" mse_equalize --equalize
     quantize "$1" mse_per_channel --per_channel
 }
