@@ -439,7 +439,6 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("biases", "no --fold_bn", not args.fold_bn or args.biases == "full"),
         ("absolute_weights", "no --no_plots", not args.no_plots),
         *utils.wandb_requirements(),
-        *utils.data_requirements(args),
         utils.width_requirement(args),
     )
     warn_unused_flags(parser, args, requirements)

@@ -23,12 +23,18 @@ from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
-from analysis.weights_files import WeightsFile, common_dataset, find_weights, read_weights_file
+from analysis.weights_files import (
+    WeightsFile,
+    common_dataset,
+    common_image_size,
+    find_weights,
+    read_weights_file,
+)
 from data import DATASETS, ImageDataset
 from engine import distributed
 from engine.adaround import learn_rounding
 from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
-from engine.cli import exit_codes
+from engine.cli import Parser, exit_codes, warn_unused_flags
 from engine.equalization import equalize
 from engine.errors import DataError, FileError, NetworkError
 from engine.evaluation import evaluate
@@ -566,9 +572,14 @@ def load_network(
 def choose_dataset(
     files: Mapping[str, WeightsFile], args: argparse.Namespace, explicit_flags: Set[str]
 ) -> None:
-    """Set --dataset to what the files were trained on, unless it is given: then warn of others."""
+    """Set --dataset to what the files were trained on, unless it is given: then warn of others.
+
+    And --image_size to that of their images.
+    """
     if "dataset" not in explicit_flags:
         args.dataset = common_dataset(files.values(), DATASETS) or args.dataset
+    if "image_size" not in explicit_flags:
+        args.image_size = common_image_size(files.values(), args.dataset) or args.image_size
     for file in files.values():
         trained_on = file.setting("dataset") or args.dataset
         if trained_on != args.dataset:
@@ -615,12 +626,14 @@ def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: 
 # --- a run -----------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, explicit_flags: Set[str], folder: Path) -> bool:
+def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     """Measure every file and report into the folder; return whether all could be measured."""
+    explicit_flags = parser.explicit_flags
     files, results = find_weights(args.checkpoints), Results()
     if not any(file.path.exists() for file in files.values()):
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
     choose_dataset(files, args, explicit_flags)
+    warn_unused_flags(parser, args, utils.data_requirements(args))
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
     use_ieee_float32()
@@ -764,7 +777,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
         deployment.check_run(args)
-        is_complete = run(args, parser.explicit_flags, folder)
+        is_complete = run(parser, args, folder)
     sys.exit(0 if is_complete else 1)
 
 

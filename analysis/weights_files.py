@@ -112,3 +112,16 @@ def common_dataset(files: Iterable[WeightsFile], known: Iterable[str]) -> str | 
         name = strangers.pop()
         raise DataError(f"{by_dataset[name]} was trained on {name}, which is not here: --dataset")
     return next(iter(by_dataset), None)
+
+
+def common_image_size(files: Iterable[WeightsFile], dataset: str) -> int | None:
+    """Return the --image_size that files were trained with on the dataset, None where none says it.
+
+    Raises DataError where they say several.
+    """
+    sizes = {f.setting("image_size") for f in files if f.setting("dataset") == dataset}
+    sizes = {size for size in sizes if isinstance(size, int) and size > 0}
+    if len(sizes) > 1:
+        found = " and ".join(map(str, sorted(sizes)))
+        raise DataError(f"trained on images of {found} pixels: quantize them one by one")
+    return next(iter(sizes), None)

@@ -312,13 +312,21 @@ def test_a_folder_is_trained_on_resumed_and_quantized(original, tmp_path, monkey
         train.main([*again, "--workers", "0", "--image_size", "16"])
     assert refused.value.code == 1 and "(--image_size)" in capsys.readouterr().err
 
-    quantize = ["r.pt", "--model", "TinyFused", *flags(original, "--workers", "0"), "--no_plots"]
+    quantize = [
+        "r.pt",
+        "--data_dir",
+        str(original),
+        "--workers",
+        "0",
+        "--no_plots",
+    ]  # the record says the rest
     quantize += ["--bits", "4", "--act_bits", "8", "--recalibrate_bn_images", "10"]
     with pytest.raises(SystemExit) as done:
         quant_inference.main([*quantize, "--calibration_images", "6"])
     assert done.value.code == 0
-    rows = json.loads(Path("results.json").read_text())["rows"]
-    assert len(rows) == 4 and all(0 <= row["accuracy"] <= 1 for row in rows)
+    results = json.loads(Path("results.json").read_text())
+    assert results["settings"]["image_size"] == SIZE
+    assert len(results["rows"]) == 4 and all(0 <= row["accuracy"] <= 1 for row in results["rows"])
 
 
 def run(folder, *arguments):

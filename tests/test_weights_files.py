@@ -6,8 +6,9 @@ import torch
 
 import data
 import quant_inference as qi
-from analysis.weights_files import find_weights, read_record
+from analysis.weights_files import common_image_size, find_weights, read_record
 from engine.checkpoints import save_checkpoint
+from engine.errors import DataError
 from engine.io import save_weights
 from models import MODELS, ConvNet
 
@@ -93,6 +94,23 @@ def test_a_baseline_other_than_the_record_says_is_told(folder, capsys, flags):
     Path("a.json").write_text(json.dumps(record | {"final_accuracy": 0.95}))
     assert main("a.pt", *flags)[0] == 0
     assert ("its record says 95.00%" in capsys.readouterr().err) == (not flags)
+
+
+def test_the_size_of_images_is_taken_from_the_records(folder):
+    names = ("a", "b", "c", "d")
+    for name, size, dataset in zip(names, (64, 64, 32, "x"), [*["ImageFolder"] * 3, "CIFAR10"]):
+        save(name, image_size=size, dataset=dataset)
+    files = find_weights([f"{name}.pt" for name in names])
+    assert common_image_size([files[name] for name in "abd"], "ImageFolder") == 64
+    assert common_image_size([files["d"]], "CIFAR10") is None
+    with pytest.raises(DataError, match="32 and 64 pixels: quantize them one by one"):
+        common_image_size(files.values(), "ImageFolder")
+
+
+def test_a_size_without_effect_is_ignored(folder, capsys):
+    save("a")
+    assert main("a.pt", "--image_size", "64")[0] == 0
+    assert "--image_size (needs --dataset ImageFolder)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_quantized_as_its_weights_are(folder):
