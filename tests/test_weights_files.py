@@ -97,10 +97,10 @@ def test_a_baseline_other_than_the_record_says_is_told(folder, capsys, flags):
 
 
 def test_the_size_of_images_is_taken_from_the_records(folder):
-    names = ("a", "b", "c", "d")
-    for name, size, dataset in zip(names, (64, 64, 32, "x"), [*["ImageFolder"] * 3, "CIFAR10"]):
-        save(name, image_size=size, dataset=dataset)
-    files = find_weights([f"{name}.pt" for name in names])
+    for name, size in {"a": 64, "b": 64, "c": 32}.items():
+        save(name, image_size=size, dataset="ImageFolder")
+    save("d", image_size="x", dataset="CIFAR10")
+    files = find_weights([f"{name}.pt" for name in "abcd"])
     assert common_image_size([files[name] for name in "abd"], "ImageFolder") == 64
     assert common_image_size([files["d"]], "CIFAR10") is None
     with pytest.raises(DataError, match="32 and 64 pixels: quantize them one by one"):
