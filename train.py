@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
@@ -27,6 +27,7 @@ from engine.averaging import MAX_BN_IMAGES, averaged_network, make_average
 from engine.batch_norm import check_folding, freeze_batch_norms
 from engine.checkpoints import Checkpointer
 from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
+from engine.cuda_graph import GraphedGradients
 from engine.environment import describe_environment
 from engine.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
 from engine.evaluation import evaluate
@@ -108,6 +109,7 @@ class FitConfig:
     test_penalty: bool = True  # measure the penalty on the test set, too
     difference_step: float | None = None  # for penalties of gradients, see compute_gradients
     freeze_bn_from: int | None = None  # epoch from which on batch norms keep their statistics
+    compute_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = compute_gradients
     after_batch: Callable[[TrainProgress], None] = no_callback
     after_epoch: Callable[[TrainProgress], None] = no_callback  # history entry included
 
@@ -130,7 +132,7 @@ def run_epoch(
             scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
             n_images = loader.n_images_in_batch(progress.batch)  # of all processes
             with distributed.sharded(n_images):
-                loss, penalty, n_correct = compute_gradients(  # sets .grad to ∇L + ∇R
+                loss, penalty, n_correct = config.compute_gradients(  # sets .grad to ∇L + ∇R
                     net,
                     config.criterion,
                     phase.regularizer_at(progress.batch),
@@ -387,7 +389,16 @@ def make_config(args: argparse.Namespace) -> FitConfig:
         not args.no_test_penalty,
         args.penalty_step if args.penalty_gradient == "difference" else None,
         args.freeze_bn_from,
+        gradient_function(args),
     )
+
+
+def gradient_function(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return what computes the gradients of a batch, with --cuda_graph as CUDA graphs."""
+    if args.cuda_graph and distributed.get_world_size() > 1:
+        print("--cuda_graph is ignored: several processes have no graph of their sums")
+        return compute_gradients
+    return GraphedGradients() if args.cuda_graph else compute_gradients
 
 
 def run_names(args: argparse.Namespace, out: Path) -> list[Path]:

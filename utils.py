@@ -265,6 +265,13 @@ def add_precision_arguments(group: argparse._ArgumentGroup) -> None:
         help="compile the element-wise kernels where a compiler is present",
     )
     add(
+        "--cuda_graph",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="launch the kernels of a step at once, as a CUDA graph, where that can be captured; "
+        "nobody has tried it on a GPU yet",
+    )
+    add(
         "--sync_bn",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -504,6 +511,7 @@ def training_requirements(
         ("penalty_gradient", "a regularizer of gradients", has_gradient_penalty),
         ("penalty_step", "--penalty_gradient difference", uses_difference),
         ("save_preregularized_model", "a regularizer", names),
+        ("cuda_graph", "--device cuda", torch.device(args.device).type == "cuda"),
         ("recalibrate_bn_images", "--ema", args.ema is not None),
         ("qat_bits", "a longer run", args.qat_from < args.n_epochs),
         ("qat_from", "--qat_bits in a longer run", quantizes),

@@ -16,7 +16,7 @@ MAY_CHANGE_ON_RESUME = {
     "run_name", "save_file", "save_preregularized_model", "watch", "watch_freq", "data_dir",
     "no_test_penalty", "track", "checkpoint_every", "checkpoint_minutes", "wandb_project",
     "wandb_entity", "wandb_group", "wandb_tags", "wandb_notes", "log_model", "workers",
-    "cache_images",
+    "cache_images", "cuda_graph",
 }  # fmt: skip
 # Settings of --init_from's checkpoint that the new run must share: they shaped what is in it.
 MUST_MATCH_INIT_FROM = {

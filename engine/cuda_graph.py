@@ -1,0 +1,125 @@
+"""The step as a CUDA graph: all of a batch's kernels in one launch. Nobody has run it on a GPU yet.
+
+A small network is bound by the launches of its kernels, not by their work. A graph repeats the
+kernels that one batch launched, on the same memory, so everything that changes from batch to batch
+is copied into fixed tensors first: images, labels, and the factor of the penalty. The optimizer
+stays outside, so that the learning rate stays a number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.gradients import compute_gradients
+from engine.layers import trainable_parameters
+
+N_EAGER = 3  # batches of a kind before it is captured: what is set up lazily is then there
+MAX_GRAPHS = 4  # each has memory of its own: full and last batches, with and without the penalty
+
+Tensors = Sequence[Tensor]
+
+
+class CudaCapture:
+    """What a function launches on the GPU, without running it, and then as often as one likes."""
+
+    def __init__(self, function: Callable[[], Tensors]) -> None:
+        """Capture one call; raises RuntimeError where it does what no graph can hold."""
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = function()
+
+    def replay(self) -> None:
+        """Run it: `outputs` then have the values for what its inputs hold now."""
+        self.graph.replay()
+
+
+@dataclass
+class _Kind:
+    """Batches that one graph can serve, and what has become of them so far."""
+
+    n_eager: int = 0
+    inputs: Tensors = ()  # images, labels, the penalty's factor: what the graph reads
+    capture: Any = None  # None: not yet, or it has failed
+    has_failed: bool = False
+
+
+class GraphedGradients:
+    """`compute_gradients` for training in one process, as a graph for each kind of batch.
+
+    A kind is a shape of images, a regularizer or none, and a state of the network's modules (which
+    of them train, which have hooks). Its first batches run as ever. Where capturing fails, a line
+    says so, and the kind runs as ever for good. The tensors that a call returns, and the gradients
+    that it sets, are overwritten by later calls.
+    """
+
+    def __init__(self, make_capture: Callable[[Callable[[], Tensors]], Any] = CudaCapture) -> None:
+        """`make_capture` is replaced in tests."""
+        self.make_capture = make_capture
+        self.kinds: dict[tuple, _Kind] = {}  # the last one used is the last
+
+    def __call__(
+        self,
+        net: nn.Module,
+        criterion: nn.Module,
+        regularizer: nn.Module | None,
+        x: Tensor,
+        y: Tensor,
+        dtype: torch.dtype = torch.float32,
+        penalty_scale: float = 1.0,
+        difference_step: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `compute_gradients` does, with the same bits."""
+
+        def step(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensors:
+            return compute_gradients(
+                net, criterion, regularizer, x, y, dtype, scale, difference_step
+            )
+
+        key = net, criterion, regularizer, x.shape, x.stride(), dtype, difference_step
+        kind = self._kind((*key, *_mode(net)))
+        params = [*trainable_parameters(net).values()]
+        if kind.n_eager >= N_EAGER and not (kind.capture or kind.has_failed):
+            self._capture(kind, step, params, (x, y, penalty_scale))
+        if kind.capture is None:
+            kind.n_eager += 1
+            return step(x, y, penalty_scale)
+        for held, value in zip(kind.inputs, (x, y, penalty_scale), strict=True):
+            held.copy_(value) if isinstance(value, Tensor) else held.fill_(value)
+        kind.capture.replay()
+        loss, penalty, n_correct, *grads = kind.capture.outputs
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        return loss, penalty, n_correct
+
+    def _kind(self, key: tuple) -> _Kind:
+        """Return the kind of that key; of too many, the one that was not used for longest goes."""
+        kind = self.kinds.pop(key, None) or _Kind()
+        self.kinds[key] = kind
+        if len(self.kinds) > MAX_GRAPHS:
+            del self.kinds[next(iter(self.kinds))]
+        return kind
+
+    def _capture(
+        self, kind: _Kind, step: Callable[..., Tensors], params: Tensors, example: tuple
+    ) -> None:
+        """Capture a step; where that fails, print why."""
+        x, y, scale = example
+        kind.inputs = x.clone(), y.clone(), torch.tensor(scale, device=x.device)
+        try:
+            kind.capture = self.make_capture(
+                lambda: [*step(*kind.inputs), *(p.grad for p in params)]
+            )
+        except RuntimeError as error:
+            kind.has_failed = True
+            tqdm.write(f"no CUDA graph of this step: {str(error).splitlines()[0]}")
+
+
+def _mode(net: nn.Module) -> tuple:
+    """Return what decides which kernels run, besides parameters: training modes and hooks."""
+    return tuple(
+        (m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in net.modules()
+    )
