@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 import utils
 from engine import environment, hardware, layers
+from engine.cuda_graph import GraphedGradients
 from engine.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
 from engine.networks import run_network
 from regularizers import Regularizer, make_regularizer
@@ -132,8 +133,9 @@ def plain_step(
 def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Return the work of each row for a side: its `every` steps.
 
-    Sides are "ours", "fp32" (ours in float32), "reference" and "autocast": plain PyTorch in float32
-    and contiguous layout, and in bfloat16 autocast and channels-last layout.
+    Sides are "ours", "graph" (ours as CUDA graphs), "fp32" (ours in float32), "reference" and
+    "autocast": plain PyTorch in float32 and contiguous layout, and in bfloat16 autocast and
+    channels-last layout.
     """
     torch.manual_seed(0)
     is_plain, layout = side in ("reference", "autocast"), torch.contiguous_format
@@ -145,7 +147,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         hardware.tune_glibc_malloc()
         layers.set_compile(args.compile, args.device)
         net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
-    precision = {"ours": "auto", "autocast": "bf16"}.get(side, "fp32")
+    precision = {"ours": "auto", "graph": "auto", "autocast": "bf16"}.get(side, "fp32")
     dtype = hardware.resolve_precision(precision, args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
@@ -153,28 +155,23 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         net.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=None if side == "reference" else True
     )
 
-    def our_steps(net, optimizer, reg, row, x, labels):
+    criterion = nn.CrossEntropyLoss()
+
+    def our_steps(net, optimizer, reg, row, x, labels, compute):
         for i in range(row.every):
-            compute_gradients(
-                net,
-                nn.CrossEntropyLoss(),
-                None if i else reg,
-                x,
-                labels,
-                dtype,
-                row.every,
-                row.difference_step,
+            compute(
+                net, criterion, None if i else reg, x, labels, dtype, row.every, row.difference_step
             )
             optimizer.step()
 
-    steps = partial(plain_step, dtype=dtype) if is_plain else our_steps
-    regs = {
-        name: make_regularizer(row.regularizer, 0.01, **row.options) for name, row in ROWS.items()
-    }
-    return {
-        name: lambda reg=regs[name], row=row: steps(net, optimizer, reg, row, x, labels)
-        for name, row in ROWS.items()
-    }
+    def make_step(row: Row) -> Callable[[], None]:
+        reg = make_regularizer(row.regularizer, 0.01, **row.options)
+        if is_plain:
+            return partial(plain_step, net, optimizer, reg, row, x, labels, dtype)
+        compute = GraphedGradients() if side == "graph" else compute_gradients
+        return partial(our_steps, net, optimizer, reg, row, x, labels, compute)
+
+    return {name: make_step(row) for name, row in ROWS.items()}
 
 
 def milliseconds(step: Callable[[], object]) -> float:
