@@ -30,7 +30,7 @@ from engine.cli import (
     refuse_unused_flags,
     warn_unused_flags,
 )
-from engine.hardware import PRECISIONS
+from engine.hardware import PRECISIONS, with_float64
 from engine.io import check_writable
 
 PUBLISHED_SCHEMES = ("uniform", "dorefa", "pwlq")  # the default of --schemes
@@ -412,7 +412,9 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     is_fp32, has_pwlq = args.precision == "fp32", "pwlq" in args.schemes
     learners = [scheme for scheme in args.schemes if learns_rounding(scheme, args)]
     on_grid = "--rounding nearest: it would move weights off the grid that was learned on"
+    device = torch.device(args.device)
     contradictions = (
+        ("rounding", "--device cpu or cuda, which have float64", with_float64(device) == device),
         ("act_bits", "--precision fp32", is_fp32),
         ("per_layer", "--precision fp32", is_fp32),
         *steps_requirements(args),

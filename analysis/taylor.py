@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from engine import distributed
+from engine.hardware import with_float64
 from engine.loader import Loader
 from engine.networks import run_network
 
@@ -70,7 +71,8 @@ def gradient_and_curvatures(
         for key in g:
             g[key] += grads[key].detach()
     g = {key: distributed.all_reduce_sum(partial_sum) for key, partial_sum in g.items()}
-    totals = torch.tensor(curvatures, dtype=torch.float64, device=loader.labels.device)
+    device = with_float64(loader.labels.device)
+    totals = torch.tensor(curvatures, dtype=torch.float64, device=device)
     return g, distributed.all_reduce_sum(totals).tolist()
 
 

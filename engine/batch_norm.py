@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import NetworkError
+from engine.hardware import to_float64
 from engine.layers import Conv2d, is_strided_pointwise, penalized_weights
 from engine.networks import BATCH_NORMS, module_order, run_network, successive_modules
 
@@ -52,7 +53,7 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
     folded = {}
     for conv_name, norm_name in foldable_pairs(net):
         w, norm = net.get_submodule(conv_name).weight, net.get_submodule(norm_name)
-        folded[w] = w * _gain(norm).to(w.dtype).view(-1, 1, 1, 1)
+        folded[w] = w * _gain(norm).to(w).view(-1, 1, 1, 1)
     return [folded.get(w, w) for w in penalized_weights(net)]
 
 
@@ -132,14 +133,14 @@ def _gain(norm: nn.BatchNorm2d) -> Tensor:
     """Return γ/√(σ² + ε) of each channel, in float64; σ² is a constant."""
     if norm.running_var is None:
         raise ValueError("cannot fold a batch norm without running statistics")
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    return gain if norm.weight is None else gain * norm.weight.double()
+    gain = (to_float64(norm.running_var) + norm.eps).rsqrt()
+    return gain if norm.weight is None else gain * to_float64(norm.weight)
 
 
 def _folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a plain convolution that computes norm(conv(x)) of evaluation mode."""
     gain = _gain(norm)
-    shift = (0 if conv.bias is None else conv.bias.double()) - norm.running_mean.double()
+    shift = (0 if conv.bias is None else to_float64(conv.bias)) - to_float64(norm.running_mean)
     strided_pointwise = is_strided_pointwise(conv.weight, conv.stride, conv.padding)
     folded = nn.utils.skip_init(
         Conv2d if strided_pointwise else nn.Conv2d,
@@ -153,8 +154,8 @@ def _folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
         padding_mode=conv.padding_mode,
         device=conv.weight.device,
     )
-    folded.weight = nn.Parameter((conv.weight.double() * gain.view(-1, 1, 1, 1)).to(conv.weight))
-    bias = shift * gain + (0 if norm.bias is None else norm.bias.double())
+    folded.weight = nn.Parameter((to_float64(conv.weight) * gain.view(-1, 1, 1, 1)).to(conv.weight))
+    bias = shift * gain + (0 if norm.bias is None else to_float64(norm.bias))
     folded.bias = nn.Parameter(bias.to(conv.weight))
     return folded.train(conv.training)
 

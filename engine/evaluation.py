@@ -8,7 +8,7 @@ from torch import nn
 from engine import distributed
 from engine.batch_norm import folded_weights
 from engine.gradients import BatchLoss, needs_gradients
-from engine.hardware import autocast, get_rng_state, seed_rng
+from engine.hardware import autocast, get_rng_state, seed_rng, with_float64
 from engine.layers import penalized_weights
 from engine.loader import Loader
 from engine.networks import run_network
@@ -31,7 +31,7 @@ def evaluate(
     inputs = regularizer.inputs if regularizer else ()
     with torch.no_grad():
         folded = folded_weights(net) if "folded_weights" in inputs else []
-    totals = torch.zeros(3, dtype=torch.float64, device=loader.labels.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=with_float64(loader.labels.device))
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for i, (x, y) in enumerate(loader.batches(0, start=rank, step=world_size)):
         seed_rng(rank + i * world_size, x.device)
@@ -52,7 +52,7 @@ def evaluate(
             available = {**tensors, "loss_change": change, "folded_weights": folded}
             with torch.no_grad():
                 penalty = regularizer(*(available[name] for name in inputs))
-        totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty])
+        totals += torch.stack([len(x) * loss, n_correct, len(x) * penalty]).to(totals.device)
     means = (distributed.all_reduce_sum(totals) / loader.n_images).tolist()
     names = ["loss", "accuracy", *([regularizer.name] if regularizer else [])]
     return dict(zip(names, means, strict=False))

@@ -5,7 +5,6 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,14 +17,27 @@ MEMORY_FORMATS = {
 
 
 def default_device() -> str:
-    """Return the name of the accelerator where there is one with float64, else "cpu"."""
+    """Return the name of the accelerator where there is one with float64, else "cpu".
+
+    Apple's GPUs (mps) have none: nobody has tried them, so they have to be asked for.
+    """
     has_one = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if has_one else None
-    return device.type if device and device.type != "mps" else "cpu"
+    device = torch.accelerator.current_accelerator() if has_one else torch.device("cpu")
+    return with_float64(device).type
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU in place of one that has no float64: Apple's GPUs."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(t: Tensor) -> Tensor:
+    """Return the tensor in float64, on the CPU where its device has none."""
+    return t.to(with_float64(t.device), torch.float64)
 
 
 def parse_device(text: str) -> str:
-    """Return the device's name if it is here and has float64, as means need: an argparse type.
+    """Return the device's name if it is here: an argparse type.
 
     The device is not touched: each process of a run would hold memory of GPU 0.
     """
@@ -35,8 +47,8 @@ def parse_device(text: str) -> str:
         n_devices = torch.get_device_module(device).device_count()
     except (RuntimeError, AttributeError):  # not a device's name, or of a kind that is never there
         n_devices = 0
-    if n_devices == 0 or device.type == "mps" or (device.index or 0) >= n_devices:
-        raise argparse.ArgumentTypeError(f"no device {text!r} with float64 here: try cpu or cuda")
+    if n_devices == 0 or (device.index or 0) >= n_devices:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: try cpu or cuda")
     return text
 
 
@@ -82,7 +94,12 @@ def get_rng_state(device: torch.device) -> Tensor:
     """Return the state of the random stream that a forward pass on the device draws from."""
     if device.type == "cpu":
         return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)
+    return torch.get_device_module(device).get_rng_state(*_index_of(device))
+
+
+def _index_of(device: torch.device) -> tuple[torch.device, ...]:
+    """Return the device as an argument, where there can be several of its kind."""
+    return () if device.type == "mps" else (device,)
 
 
 @contextmanager
@@ -95,7 +112,7 @@ def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
     set_state = (
         torch.set_rng_state
         if device.type == "cpu"
-        else partial(torch.get_device_module(device).set_rng_state, device=device)
+        else lambda state: torch.get_device_module(device).set_rng_state(state, *_index_of(device))
     )
     set_state(state)
     try:

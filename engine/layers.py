@@ -451,7 +451,7 @@ def batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     sync: bool = True,
     rectifier: str | None = None,
@@ -482,6 +482,8 @@ def batch_norm(
                 running = running_mean, running_var
                 ours = (mean, var * (n / (n - 1)))
                 ours = [t.to(to.dtype) for t, to in zip(ours, running, strict=True)]
+                if isinstance(momentum, Tensor):  # a scalar: nothing is read from the device
+                    momentum = [momentum.expand_as(t) for t in running]
                 torch._foreach_lerp_(running, ours, momentum)
     else:
         mean, var = _at_least_float32(running_mean), _at_least_float32(running_var)
@@ -508,10 +510,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # the cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
+                momentum = 1.0 / self.num_batches_tracked.to(self.running_mean.dtype)
         buffers = self.running_mean, self.running_var
         training = self.training or buffers == (None, None)
-        options = (training, momentum or 0.0, self.eps, self.sync, self.rectifier)
+        momentum = 0.0 if momentum is None else momentum
+        options = (training, momentum, self.eps, self.sync, self.rectifier)
         return batch_norm(x, self.weight, self.bias, *buffers, *options)
 
 

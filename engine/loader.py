@@ -77,8 +77,8 @@ class Loader:
         self.device = self.labels.device
         self.images = self._hold(images)
         mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
-        self.scale = (1 / (255 * std)).to(device, torch.float32)
-        self.shift = (-mean / std).to(device, torch.float32)
+        self.scale = (1 / (255 * std)).float().to(device)
+        self.shift = (-mean / std).float().to(device)
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ def epoch_means(
 
     Raises NotFiniteError that names the batch and term where a number is not finite.
     """
-    table = torch.stack(list(rows)).double().cpu()
+    table = torch.stack(list(rows)).cpu().double()
     if not table.isfinite().all():
         batch, column = (~table.isfinite()).nonzero()[0].tolist()
         terms = ["", "loss", f"penalty {regularizer.name}" if regularizer else "penalty", ""]

@@ -27,6 +27,28 @@ def test_a_device_is_looked_for_and_not_touched(monkeypatch):
             hardware.parse_device(name)
 
 
+def test_apples_gpus_are_used_where_asked_for_and_have_no_float64(monkeypatch):
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
+    assert hardware.parse_device("mps") == "mps"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name, default in {"mps": "cpu", "cuda": "cuda"}.items():
+        device = torch.device(name)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
+        assert hardware.default_device() == default
+        assert hardware.with_float64(device).type == default
+    doubled = hardware.to_float64(torch.ones(2))
+    assert doubled.dtype == torch.float64 and doubled.device.type == "cpu"
+
+
+def test_streams_of_random_numbers_of_apples_gpus_have_no_index(monkeypatch):
+    states = [torch.tensor([1])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    with hardware.rng_from(torch.tensor([2]), torch.device("mps")):
+        assert hardware.get_rng_state(torch.device("mps")) == 2
+    assert hardware.get_rng_state(torch.device("mps")) == 1
+
+
 @pytest.mark.parametrize(
     ("flag", "saved", "chosen"),
     [

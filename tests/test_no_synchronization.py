@@ -81,6 +81,14 @@ def batch(n=4):
     return torch.empty(n, 3, 8, 8, device=META), torch.empty(n, dtype=torch.int64, device=META)
 
 
+def test_a_batch_norm_that_averages_over_all_batches():
+    with META:
+        norm = networks.use_fast_layers(nn.Sequential(nn.BatchNorm2d(3, momentum=None)))
+    x, _ = batch()
+    with no_synchronization():
+        norm(x)
+
+
 @pytest.mark.parametrize("kind", [ConvNet, SmoothNet])
 @pytest.mark.parametrize("difference_step", [None, 0.01])
 @pytest.mark.parametrize("penalty", [None, *PENALTIES], ids=lambda p: p and p.label)
