@@ -12,10 +12,10 @@ verify() { # CASE FLAGS…
         --export "$folder/w4a4_$1.onnx" --verify --output "$folder" "${@:2}"
 }
 
-verify clip --schemes clip --calibration mse
-verify clip_per_channel --schemes clip --calibration mse --per_channel
-verify equalize --schemes uniform --calibration percentile --equalize
 verify adaround --schemes uniform --calibration mse --equalize --rounding adaround
 verify adaround_per_channel --schemes uniform --calibration mse --per_channel --rounding adaround
+verify clip --schemes clip --calibration mse
+verify equalize --schemes uniform --calibration percentile --equalize
+verify clip_per_channel --schemes clip --calibration mse --per_channel
 verify adaround_clip --schemes clip --calibration mse --equalize --rounding adaround
 "$python" benchmarks/deploy_table.py runs/deploy_quantizers --output results/deploy/quantizers
