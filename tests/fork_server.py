@@ -1,16 +1,24 @@
 """Processes that start in milliseconds, where an interpreter takes seconds to load torch.
 
 They are forks of a server that has loaded other people's packages, and none of our own modules. So
-a module that uses one of these packages without importing it is not detected.
+a module that uses one of these packages without importing it is not detected. Where this does not
+matter, a `Launcher` has loaded ours, too.
+
+No fork is one of the test process: its threads, such as those of ONNX Runtime or of tqdm, would not
+be in the fork, but the locks that they hold would.
 """
 
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -67,3 +75,79 @@ def command(argv: Sequence[str]) -> None:
     sys.argv = list(argv)
     sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")
+
+
+class Launcher:
+    """Starts functions of our modules in forks of a process that has these modules loaded."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = FORKS.Pipe()
+        FORKS.Process(target=_launch, args=(theirs,), daemon=True).start()
+        theirs.close()
+
+    def start(self, function: Callable[..., int | None], *arguments: object) -> int:
+        """Return the pid of a process that calls the function; it exits with what it returns."""
+        self.connection.send((_fork, dict(os.environ), function, arguments))
+        return self.connection.recv()
+
+    def poll(self, pid: int) -> int | None:
+        """Return the exit code, −n where signal n ended it, or None while the process runs."""
+        self.connection.send((_poll, pid))
+        return self.connection.recv()
+
+    def wait(self, pid: int, seconds: float = SECONDS) -> int:
+        """Return the exit code; kill the process and raise TimeoutExpired if it takes longer."""
+        deadline = time.monotonic() + seconds
+        while (code := self.poll(pid)) is None:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(str(pid), seconds)
+            time.sleep(0.005)
+        return code
+
+
+launcher = cache(Launcher)  # the one of this test process
+
+
+def _launch(connection):
+    """Do what a Launcher asks for until it is gone; then end what still runs."""
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    running: set[int] = set()
+    try:
+        while True:
+            call, *arguments = connection.recv()  # which imports the function's module
+            connection.send(call(running, *arguments))
+    except EOFError:
+        pass
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _fork(running, env, function, arguments):
+    if pid := os.fork():
+        running.add(pid)
+        return pid
+    code = 1
+    try:
+        running.clear()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(env)
+        code = function(*arguments) or 0
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _poll(running, pid):
+    found, status = os.waitpid(pid, os.WNOHANG)
+    if not found:
+        return None
+    running.discard(pid)
+    return os.waitstatus_to_exitcode(status)

@@ -160,24 +160,26 @@ def test_a_network_without_batch_norms_is_averaged_as_it_is():
     assert torch.equal(averaged_network(average, iter(())).weight, net.weight)
 
 
-def test_ranks_have_the_average_of_one_process():
-    def work():
-        with distributed.process_group("cpu"):
-            torch.manual_seed(0)
-            net = tiny_scripts.TinyFused().double()
-            optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
-            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-            state = TrainState(net, optimizer, scheduler, average=make_average(net, DECAY))
-            share = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
-            loader = test_distributed.Doubles(seed=1, augment=True, shuffle=True, **share)
-            test_loader = test_distributed.Doubles(cache=True)
-            config = train.FitConfig(2, nn.CrossEntropyLoss(), torch.float64)
-            train.fit(state, loader, test_loader, [train.Phase(0)], config)
-            images = (x for x, _ in test_loader.batches(0))
-            net = averaged_network(state.average, images)
-            return {key: t.numpy() for key, t in net.state_dict().items()}
+def averaged_by_ranks():
+    with distributed.process_group("cpu"):
+        torch.manual_seed(0)
+        net = tiny_scripts.TinyFused().double()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        state = TrainState(net, optimizer, scheduler, average=make_average(net, DECAY))
+        share = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
+        loader = test_distributed.Doubles(seed=1, augment=True, shuffle=True, **share)
+        test_loader = test_distributed.Doubles(cache=True)
+        config = train.FitConfig(2, nn.CrossEntropyLoss(), torch.float64)
+        train.fit(state, loader, test_loader, [train.Phase(0)], config)
+        images = (x for x, _ in test_loader.batches(0))
+        net = averaged_network(state.average, images)
+        return {key: t.numpy() for key, t in net.state_dict().items()}
 
-    (one,), (first, second) = test_distributed.on(1, work), test_distributed.on(2, work)
+
+def test_ranks_have_the_average_of_one_process():
+    [one] = test_distributed.on(1, averaged_by_ranks)
+    first, second = test_distributed.on(2, averaged_by_ranks)
     for key, value in one.items():
         assert value == pytest.approx(first[key], rel=1e-9, abs=1e-10), key
         assert (first[key] == second[key]).all(), key
@@ -218,8 +220,8 @@ def test_the_average_is_saved_measured_and_quantized(monkeypatch, tmp_path, caps
 def test_two_processes_write_the_files_of_one(flags, tmp_path):
     """The average, or the network and its learned steps: all of it measured together."""
     flags = [*tiny_scripts.FLAGS, "--model", "TinyFused", "--n_epochs", "2", *flags]
-    command = test_distributed.command(tmp_path, "train.py", *flags)
-    assert test_distributed.on(2, command) == [0, 0], test_distributed.logs(tmp_path)
+    codes = test_distributed.on(2, test_distributed.run, tmp_path, "train.py", *flags)
+    assert codes == [0, 0], test_distributed.logs(tmp_path)
     assert test_distributed.logs(tmp_path)[1] == ""
     record = json.loads((tmp_path / "r.json").read_text())
     if "--ema" in flags:

@@ -2,11 +2,12 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from contextlib import suppress
 from functools import partial
@@ -17,9 +18,8 @@ import pytest
 import test_networks
 import tiny_scripts
 import torch
-import torch.multiprocessing as mp
+from fork_server import launcher
 from torch import nn
-from tqdm import tqdm
 
 import train
 from engine import checkpoints, distributed, networks, train_state
@@ -114,60 +114,58 @@ def trained(name, sync=True):
 
 
 class Ranks:
-    """Forks of this process that run work() as ranks of one run."""
+    """Processes that call work(*arguments), a function of a module, as ranks of one run."""
 
-    def __init__(self, n, work):
+    def __init__(self, n, work, *arguments):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = mp.get_context("fork")
-        self.answers = context.Queue()
-        self.processes = [
-            context.Process(target=self._be, args=(rank, n, port, work), daemon=True)
-            for rank in range(n)
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, str(rank)) for rank in range(n)]
+        self.pids = [
+            launcher().start(be_rank, rank, n, port, file, work, *arguments)
+            for rank, file in enumerate(self.files)
         ]
-        for process in self.processes:
-            process.start()
 
-    def _be(self, rank, n, port, work):
-        torch.set_num_threads(1)
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(n),
-            "LOCAL_WORLD_SIZE": str(n),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        distributed.RANK0_EXIT_SECONDS = 0.0  # there is no torchrun to end who waits
-        tqdm.set_lock(threading.RLock())  # its own is shared by all fork_server
-        self.answers.put((rank, work()))
+    def all_run(self):
+        return all(launcher().poll(pid) is None for pid in self.pids)
 
-    def wait(self, n_killed=0):
+    def wait(self):
         """Return by rank what work() returned on those that were not killed."""
-        results = dict(self.answers.get(timeout=100) for _ in self.processes[n_killed:])
-        for process in self.processes:
-            process.join(60)
-            assert process.exitcode in (0, -signal.SIGKILL)
+        results = {}
+        for rank, (pid, file) in enumerate(zip(self.pids, self.files, strict=True)):
+            code = launcher().wait(pid)
+            assert code in (0, -signal.SIGKILL), file.with_suffix(".err").read_text()
+            if code == 0:
+                results[rank] = pickle.loads(file.read_bytes())
         return results
 
 
-def on(n, work):
-    """Return what work() returns on each of n ranks."""
-    results = Ranks(n, work).wait()
+def be_rank(rank, n, port, file, work, *arguments):
+    """Call work(*arguments) as one of n ranks, and write what it returns to the file."""
+    os.dup2(os.open(file.with_suffix(".err"), os.O_CREAT | os.O_WRONLY), 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    distributed.RANK0_EXIT_SECONDS = 0.0  # there is no torchrun to end who waits
+    file.write_bytes(pickle.dumps(work(*arguments)))
+
+
+def on(n, work, *arguments):
+    """Return what work(*arguments) returns on each of n ranks."""
+    results = Ranks(n, work, *arguments).wait()
     return [results[rank] for rank in range(n)]
 
 
 def all_trained(names, sync=True):
-    """Return work for Ranks: the results of these regularizers, as arrays by name and key."""
-
-    def work():
-        with distributed.process_group("cpu"):  # tensors in a queue would be shared memory
-            return {
-                name: {key: t.numpy() for key, t in trained(name, sync).items()} for name in names
-            }
-
-    return work
+    """Return the results of these regularizers, as arrays by name and key."""
+    with distributed.process_group("cpu"):
+        return {name: {key: t.numpy() for key, t in trained(name, sync).items()} for name in names}
 
 
 def assert_same(results, expected, where):
@@ -179,39 +177,40 @@ def assert_same(results, expected, where):
 
 
 def test_n_processes_train_what_one_does():
-    (single,) = on(1, all_trained(REGULARIZERS))
+    (single,) = on(1, all_trained, [*REGULARIZERS])
     for n, names in (
-        (2, REGULARIZERS),
+        (2, [*REGULARIZERS]),
         (4, ["none", "combined", "L3Grad", "difference, every second batch"]),
     ):
-        for rank, results in enumerate(on(n, all_trained(names))):
+        for rank, results in enumerate(on(n, all_trained, names)):
             assert_same(results, {name: single[name] for name in names}, (n, rank))
 
 
 def test_with_statistics_of_their_own_the_ranks_still_agree():
     names = ["L2Grad", "RangeNorm, folded"]
-    (alone,) = on(1, all_trained(names))
-    first, second = on(2, all_trained(names, sync=False))
+    (alone,) = on(1, all_trained, names)
+    first, second = on(2, all_trained, names, False)
     assert_same(first, second, "ranks")
     for name in names:
         assert np.abs(first[name]["conv1.weight"] - alone[name]["conv1.weight"]).max() > 1e-4
 
 
-def test_a_parameter_that_differs_between_ranks_ends_the_run():
-    def work():
-        with distributed.process_group("cpu"):
-            net = tiny_scripts.TinyFused()
-            for t in net.state_dict().values():
-                t.zero_()
+def message_of_a_rank_that_differs():
+    with distributed.process_group("cpu"):
+        net = tiny_scripts.TinyFused()
+        for t in net.state_dict().values():
+            t.zero_()
+        distributed.check_replicated(net.state_dict())
+        if distributed.get_rank():
+            net.conv1.weight.data.view(-1)[3] = 1e-40
+        with pytest.raises(RanksDifferError) as caught:
             distributed.check_replicated(net.state_dict())
-            if distributed.get_rank():
-                net.conv1.weight.data.view(-1)[3] = 1e-40
-            try:
-                distributed.check_replicated(net.state_dict())
-            except RanksDifferError as error:
-                return str(error)
+        return str(caught.value)
 
-    assert all(answer.startswith("conv1.weight is not the same") for answer in on(2, work))
+
+def test_a_parameter_that_differs_between_ranks_ends_the_run():
+    messages = on(2, message_of_a_rank_that_differs)
+    assert all(message.startswith("conv1.weight is not the same") for message in messages)
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
@@ -237,37 +236,29 @@ def test_two_processes_on_one_gpu_are_refused():
 
 def network_gradients():
     """Return the gradients of one step of each network of test_networks.py, as arrays."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    gradients = {}
-    for name in test_networks.SMALL:
-        net = networks.use_fast_layers(test_networks.make(name))
-        x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
-        begin, end = distributed.share_bounds(5, rank, world_size)
-        with distributed.sharded(5):
-            compute_gradients(
-                net,
-                nn.CrossEntropyLoss(),
-                make_regularizer("L2Grad", 0.1),
-                x[begin:end],
-                y[begin:end],
-            )
-        gradients[name] = {key: p.grad.numpy() for key, p in net.named_parameters()}
+    gradients, criterion, penalty = {}, nn.CrossEntropyLoss(), make_regularizer("L2Grad", 0.1)
+    with distributed.process_group("cpu"):
+        begin, end = distributed.share_bounds(
+            5, distributed.get_rank(), distributed.get_world_size()
+        )
+        for name in test_networks.SMALL:
+            net = networks.use_fast_layers(test_networks.make(name))
+            x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
+            with distributed.sharded(5):
+                compute_gradients(net, criterion, penalty, x[begin:end], y[begin:end])
+            gradients[name] = {key: p.grad.numpy() for key, p in net.named_parameters()}
     return gradients
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_plain_double_backprop_with_every_network():
-    def work():
-        with distributed.process_group("cpu"):
-            return network_gradients()
-
     expected = {}
     for name in test_networks.SMALL:
         plain = test_networks.make(name)
         x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
         test_networks.plain_step(plain, x, y)
         expected[name] = {key: p.grad.numpy() for key, p in plain.named_parameters()}
-    for results in on(2, work):
+    for results in on(2, network_gradients):
         for name, gradients in expected.items():
             scale = max(np.abs(g).max() for g in gradients.values())
             for key, g in gradients.items():
@@ -289,21 +280,13 @@ FLAGS = [
 ]
 
 
-def command(folder, script, *argv):
-    """Return work for Ranks: run the script in the folder, its output in log<rank>, its code."""
-
-    def work():
-        os.chdir(folder)
-        log = os.open(f"log{os.environ['RANK']}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-        code = tiny_scripts.run(script, list(argv))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        return code
-
-    return work
+def run(folder, script, *argv):
+    """Run the script in the folder, its output in log<rank>; return its exit code."""
+    os.chdir(folder)
+    log = os.open(f"log{os.environ['RANK']}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return tiny_scripts.run(script, list(argv))
 
 
 def logs(folder, n=2):
@@ -316,15 +299,15 @@ def weights(folder):
 
 def started(folder, *flags):
     """Start a long run on two ranks and wait for its first checkpoint."""
-    ranks = Ranks(2, command(folder, "train.py", *FLAGS, *flags))
+    ranks = Ranks(2, run, folder, "train.py", *FLAGS, *flags)
     while not (folder / "r.ckpt").exists():
-        assert all(process.is_alive() for process in ranks.processes), logs(folder)
+        assert ranks.all_run(), logs(folder)
         time.sleep(0.02)
     return ranks
 
 
 def test_rank_0_alone_writes_and_prints(tmp_path):
-    assert on(2, command(tmp_path, "train.py", *FLAGS)) == [0, 0]
+    assert on(2, run, tmp_path, "train.py", *FLAGS) == [0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {
         "log0",
         "log1",
@@ -341,13 +324,13 @@ def test_rank_0_alone_writes_and_prints(tmp_path):
 @pytest.mark.parametrize("n", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_run_is_resumed_by_another_number_of_processes(n, tmp_path):
     (tmp_path / "single").mkdir()
-    assert on(1, command(tmp_path / "single", "train.py", *FLAGS, "--n_epochs", "20")) == [0]
+    assert on(1, run, tmp_path / "single", "train.py", *FLAGS, "--n_epochs", "20") == [0]
     ranks = started(tmp_path, "--n_epochs", "20")
-    os.kill(ranks.processes[1].pid, signal.SIGTERM)  # one is told, all stop after the same batch
+    os.kill(ranks.pids[1], signal.SIGTERM)  # one is told, all stop after the same batch
     assert ranks.wait() == {0: 143, 1: 143}
     assert "--resume" in logs(tmp_path)[0] and ": stopped" not in logs(tmp_path)[1]
-    again = command(tmp_path, "train.py", *FLAGS, "--n_epochs", "20", "--resume")
-    assert on(n, again) == [0] * n
+    again = [*FLAGS, "--n_epochs", "20", "--resume"]
+    assert on(n, run, tmp_path, "train.py", *again) == [0] * n
     expected = weights(tmp_path / "single")
     for key, value in weights(tmp_path).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
@@ -356,8 +339,8 @@ def test_a_stopped_run_is_resumed_by_another_number_of_processes(n, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
     ranks = started(tmp_path, "--n_epochs", "1000000")
-    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
-    assert ranks.wait(n_killed=1) == {1 - victim: 1}
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    assert ranks.wait() == {1 - victim: 1}
     log = logs(tmp_path)[1 - victim]
     assert "Traceback" not in log and log.splitlines()[-1].count("error:") == 1
     assert "another process of this run is gone" in log and "--resume continues" in log
@@ -374,7 +357,7 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(victim, tmp_path):
 )
 def test_what_cannot_be_shared_out_is_told_once(flags, message, tmp_path):
     (tmp_path / "r.pt").write_text("of an earlier run")
-    assert on(2, command(tmp_path, "train.py", *FLAGS, *flags)) == [2, 2]
+    assert on(2, run, tmp_path, "train.py", *FLAGS, *flags) == [2, 2]
     assert (tmp_path / "r.pt").exists()  # nothing is set aside for a run that cannot be
     reported, silent = logs(tmp_path)
     assert (
@@ -387,11 +370,11 @@ def test_what_cannot_be_shared_out_is_told_once(flags, message, tmp_path):
 
 @pytest.mark.parametrize("flags", [("Tiny",), ("Foreign", "--no-sync_bn")])
 def test_plain_batch_norms_train_with_sync_and_foreign_ones_without(flags, tmp_path):
-    assert on(2, command(tmp_path, "train.py", *FLAGS, "--model", *flags)) == [0, 0]
+    assert on(2, run, tmp_path, "train.py", *FLAGS, "--model", *flags) == [0, 0]
 
 
 def test_a_number_that_is_not_finite_is_told_once(tmp_path):
-    assert on(2, command(tmp_path, "train.py", *FLAGS, "--lr", "1e18")) == [1, 1]
+    assert on(2, run, tmp_path, "train.py", *FLAGS, "--lr", "1e18") == [1, 1]
     reported, silent = logs(tmp_path)
     assert reported.splitlines()[-1].count(": error: epoch") and silent == ""
 
@@ -411,41 +394,22 @@ def test_without_torchrun_there_are_no_several_processes(monkeypatch):
 
 def test_what_rank_0_cannot_read_ends_all_quietly(tmp_path):
     (tmp_path / "r.ckpt").write_bytes(b"nonsense")
-    assert on(2, command(tmp_path, "train.py", *FLAGS, "--resume")) == [1, 1]
+    assert on(2, run, tmp_path, "train.py", *FLAGS, "--resume") == [1, 1]
     reported, silent = logs(tmp_path)
     assert reported.count("error:") == 1 and silent == ""
 
 
+QUANTIZE = (
+    "quant_inference.py r.pt --model TinyFused --dataset Tiny --batch_size 10 --per_layer "
+    "--bits 3 8 --act_bits 8 --calibration_images 64 --per_layer_images 64 --no_plots"
+).split()
+
+
 def test_quantization_is_the_same_on_two_processes(tmp_path):
-    assert on(1, command(tmp_path, "train.py", *FLAGS)) == [0]
+    assert on(1, run, tmp_path, "train.py", *FLAGS) == [0]
     results = {}
     for n in (1, 2):
-        exit_codes = on(
-            n,
-            command(
-                tmp_path,
-                "quant_inference.py",
-                "r.pt",
-                "--model",
-                "TinyFused",
-                "--dataset",
-                "Tiny",
-                "--batch_size",
-                "10",
-                "--per_layer",
-                "--bits",
-                "3",
-                "8",
-                "--act_bits",
-                "8",
-                "--calibration_images",
-                "64",
-                "--per_layer_images",
-                "64",
-                "--output",
-                str(n),
-            ),
-        )
+        exit_codes = on(n, run, tmp_path, *QUANTIZE, "--output", str(n))
         assert exit_codes == [0] * n, logs(tmp_path, n)
         results[n] = json.loads((tmp_path / str(n) / "results.json").read_text())
     assert logs(tmp_path)[1] == ""
@@ -502,7 +466,7 @@ def test_torchrun_starts_again_what_died_and_it_goes_on(tmp_path):
     message = process.communicate(timeout=120)[0]
     assert process.returncode == 0, message
     (tmp_path / "single").mkdir()
-    single = command(tmp_path / "single", "train.py", *FLAGS, "--n_epochs", "20")
-    assert on(2, single) == [0, 0]
+    single = tmp_path / "single"
+    assert on(2, run, single, "train.py", *FLAGS, "--n_epochs", "20") == [0, 0]
     expected = weights(tmp_path / "single")
     assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path).items())

@@ -18,6 +18,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fork_server
 import pytest
 import tiny_scripts
 import torch
@@ -57,40 +58,15 @@ SIZES = [
 ]
 
 
-class Launcher:
-    """Starts runs of tiny_scripts.py, one at a time."""
-
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, tiny_scripts.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "WANDB_MODE": "disabled",
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-            },  # whose threads do not survive a fork
-        )
-        self.running = False
+class OneRun:
+    """Starts runs of scripts with a tiny network, one at a time."""
 
     def start(self, script, argv, cwd, broken=None):
-        if self.running:
-            self.wait()  # for the run of a test that failed before its end
-        job = {"script": script, "argv": argv, "cwd": str(cwd), "break": broken}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        self.running = True
-        return int(self.process.stdout.readline())
+        self.pid = fork_server.launcher().start(tiny_scripts.run_logged, script, argv, cwd, broken)
+        return self.pid
 
     def wait(self):
-        watch = threading.Timer(60, self.process.kill)  # a run that hangs: then there is no answer
-        watch.start()
-        answer = self.process.stdout.readline()
-        watch.cancel()
-        self.running = False
-        return int(answer)
+        return fork_server.launcher().wait(self.pid, 60)
 
     def run(self, script, argv, cwd, broken=None):
         self.start(script, argv, cwd, broken)
@@ -99,9 +75,7 @@ class Launcher:
 
 @pytest.fixture(scope="module")
 def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.process.kill()
+    return OneRun()
 
 
 @pytest.fixture(scope="module")

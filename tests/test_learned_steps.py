@@ -291,23 +291,25 @@ def test_a_checkpoint_without_steps_is_a_beginning(tmp_path):
     assert all(torch.equal(t, expected[key]) for key, t in everything(resumed).items())
 
 
-def test_ranks_train_what_one_process_does():
-    def work():
-        with distributed.process_group("cpu"):
-            torch.manual_seed(0)
-            net = tiny_scripts.TinyFused().double()
-            steps = make_steps(net, (3, 8, 8), 4, 4)
-            optimizer = torch.optim.SGD(parameter_groups(net, steps), 0.05, 0.9)
-            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-            state = TrainState(net, optimizer, scheduler, steps=steps)
-            share = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
-            loader = test_distributed.Doubles(seed=1, augment=True, shuffle=True, **share)
-            test_loader = test_distributed.Doubles(cache=True)
-            config = train.FitConfig(2, nn.CrossEntropyLoss(), torch.float64)
-            train.fit(state, loader, test_loader, [train.Phase(0)], config)
-            return {key: t.numpy() for key, t in everything(state).items()}
+def trained_by_ranks():
+    with distributed.process_group("cpu"):
+        torch.manual_seed(0)
+        net = tiny_scripts.TinyFused().double()
+        steps = make_steps(net, (3, 8, 8), 4, 4)
+        optimizer = torch.optim.SGD(parameter_groups(net, steps), 0.05, 0.9)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        state = TrainState(net, optimizer, scheduler, steps=steps)
+        share = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
+        loader = test_distributed.Doubles(seed=1, augment=True, shuffle=True, **share)
+        test_loader = test_distributed.Doubles(cache=True)
+        config = train.FitConfig(2, nn.CrossEntropyLoss(), torch.float64)
+        train.fit(state, loader, test_loader, [train.Phase(0)], config)
+        return {key: t.numpy() for key, t in everything(state).items()}
 
-    (one,), (first, second) = test_distributed.on(1, work), test_distributed.on(2, work)
+
+def test_ranks_train_what_one_process_does():
+    [one] = test_distributed.on(1, trained_by_ranks)
+    first, second = test_distributed.on(2, trained_by_ranks)
     for key, value in one.items():
         assert value == pytest.approx(first[key], rel=1e-8, abs=1e-9), key
         assert (first[key] == second[key]).all(), key

@@ -1,22 +1,14 @@
-"""The scripts with a tiny network and data set: `python tiny_scripts.py train.py --flag …`.
+"""The scripts with a tiny network and data set: `python tiny_scripts.py train.py --flag …`."""
 
-Without arguments, it forks a run for each job that comes as a line of JSON, because a fork starts
-in milliseconds where Python and torch take seconds. It answers with the pid, then the exit code.
-"""
-
-import json
 import os
 import signal
 import sys
-import tempfile
-import threading
 import traceback
 from pathlib import Path
 
 import reference
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -134,41 +126,26 @@ def run(script: str, argv: list[str]) -> int:
     return 0
 
 
-def child(job: dict) -> int:
-    """Run the job in this process."""
-    os.chdir(job["cwd"])
+def run_logged(
+    script: str, argv: list[str], cwd: Path, broken: tuple[int, str] | None = None
+) -> int:
+    """Run the script in the folder, its output in `log`; `broken`: arguments of break_write."""
+    os.chdir(cwd)
+    os.environ |= {"WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
     log = os.open("log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = [job["script"], *job["argv"]]
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is shared by all fork_server: one that is killed keeps it
-    if job.get("break"):
-        break_write(*job["break"])
-    return run(job["script"], job["argv"])
+    sys.argv = [script, *argv]
+    if broken:
+        break_write(*broken)
+    return run(script, argv)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    if sys.argv[1:]:
-        tracking.INIT_SECONDS = tracking.LOG_SECONDS = tracking.FINISH_SECONDS = 3.0
-        sys.argv = sys.argv[1:]
-        SCRIPTS[sys.argv[0]](sys.argv[1:])
-        return
-    answers = os.dup(1)
-    with tempfile.TemporaryDirectory() as folder:  # what is imported late is then there already
-        child({"script": "train.py", "argv": [*FLAGS, "--n_epochs", "1"], "cwd": folder})
-        os.chdir("/")
-    os.dup2(answers, 1)
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            code = child(json.loads(line))
-            sys.stdout.flush()
-            os._exit(code)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    tracking.INIT_SECONDS = tracking.LOG_SECONDS = tracking.FINISH_SECONDS = 3.0
+    sys.argv = sys.argv[1:]
+    SCRIPTS[sys.argv[0]](sys.argv[1:])
 
 
 if __name__ == "__main__":
