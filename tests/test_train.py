@@ -447,16 +447,20 @@ def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
     assert values["L2Grad"] == pytest.approx(total / 40, rel=1e-5)
 
 
-def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
+def test_warmup_raises_the_penalty_batch_by_batch():
     strengths = []
-    plain = train.compute_gradients
-    monkeypatch.setattr(train, "compute_gradients", lambda *a: strengths.append(a[6]) or plain(*a))
+
+    def recorded(*args):
+        strengths.append(args[6])
+        return train.compute_gradients(*args)
+
     ones = type(
         "Ones",
         (Regularizer,),
         {"name": "Ones", "inputs": ("weights",), "forward": lambda self, w: 1 + 0 * w[0].sum()},
     )
-    _, history = small_fit([Phase(1, ones(1.0), warmup=1.5)], 4)
+    phases = [Phase(1, ones(1.0), warmup=1.5)]
+    _, history = small_fit(phases, 4, compute_gradients=recorded)
     expected = [1, 1, 1, *(i / 3 / 1.5 for i in range(5)), 1, 1, 1, 1]  # three batches an epoch
     assert strengths == pytest.approx(expected)
     assert history[1]["train_Ones"] == pytest.approx((32 / 4.5 + 6 * 2 / 4.5) / 70)
