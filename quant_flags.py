@@ -413,8 +413,9 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     learners = [scheme for scheme in args.schemes if learns_rounding(scheme, args)]
     on_grid = "--rounding nearest: it would move weights off the grid that was learned on"
     device = torch.device(args.device)
+    has_float64 = with_float64(device) == device
     contradictions = (
-        ("rounding", "--device cpu or cuda, which have float64", with_float64(device) == device),
+        ("rounding", "--device cpu or cuda, which have float64", has_float64 or not learners),
         ("act_bits", "--precision fp32", is_fp32),
         ("per_layer", "--precision fp32", is_fp32),
         *steps_requirements(args),

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 import data
 from engine import distributed
 from engine.averaging import MAX_BN_IMAGES
-from engine.bit_widths import check_bits
+from engine.bit_widths import MAX_BITS, MIN_BITS
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
 from engine.gradients import DIFFERENCE_STEP
@@ -338,17 +338,12 @@ def add_quantization_arguments(group: argparse._ArgumentGroup) -> None:
 
 def parse_qat_bits(text: str) -> str:
     """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
-    try:
-        widths = [int(word) for word in text.split(",")]
-        if len(widths) > 2:
-            raise ValueError("weights and inputs are all there is")
-        for n_bits in widths:
-            check_bits(n_bits)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"
-        ) from None
-    return ",".join(map(str, widths))
+    words = text.split(",")
+    if len(words) > 2 or not all(
+        word.isdecimal() and MIN_BITS <= int(word) <= MAX_BITS for word in words
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4")
+    return ",".join(str(int(word)) for word in words)
 
 
 def qat_bit_widths(text: str) -> tuple[int, int | None]:

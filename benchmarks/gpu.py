@@ -41,7 +41,7 @@ from torch import nn
 import data
 import utils
 from engine import hardware, layers
-from engine.cuda_graph import N_EAGER, GraphedGradients
+from engine.cuda_graph import N_EAGER, CudaCapture, GraphedGradients
 from engine.evaluation import evaluate
 from engine.gradients import compute_gradients
 from engine.io import load_weights
@@ -54,7 +54,6 @@ ROOT = Path(__file__).parents[1]
 TIMED_ROWS = ("none", "L1Grad", "L2Grad", "L2Grad, difference", "L2Grad, every 4th")
 SIDES = ("reference", "autocast", "ours", "graph")
 OURS = SIDES[2:]
-N_WARM_UP = N_EAGER + 2  # rounds
 Found = dict[str, Any]
 
 
@@ -163,11 +162,9 @@ def check_compiled(args: argparse.Namespace) -> Found:
 
 def check_graph(args: argparse.Namespace) -> Found:
     """--cuda_graph gives the bits of a training without, and its batches are replays."""
-    regularizers = {"none": None, "L1Grad": make_regularizer("L1Grad", 0.01),
-                    "L2Grad": make_regularizer("L2Grad", 0.01)}  # fmt: skip
     found: Found = {}
-    for name, regularizer in regularizers.items():
-        compute = GraphedGradients()
+    for name in ("none", "L1Grad", "L2Grad"):
+        regularizer, compute = make_regularizer(name, 0.01), GraphedGradients()
         weights = [trained_weights(args, f, regularizer) for f in (compute, compute_gradients)]
         require(torch.equal(*weights), f"{name}: weights with graphs are not those without")
         found[name] = sum(kind.capture is not None for kind in compute.kinds.values())
@@ -408,20 +405,17 @@ def graphed(step: Callable[[], None]) -> Callable[[], None] | str:
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
+        return CudaCapture(step).replay
     except RuntimeError as error:
         torch.cuda.synchronize()
         return str(error).splitlines()[0]
-    return graph.replay
 
 
 def time_batch_size(args: argparse.Namespace, batch_size: int) -> Found:
     """Return the figures of each row and side at one batch size; the sides take turns."""
     args = copy.copy(args)
     args.batch_size, works, reasons = batch_size, {}, {}
-    for side in SIDES if args.device != "cpu" else SIDES[:3]:
+    for side in args.sides:
         steps = make_steps(side, args)
         for row in TIMED_ROWS:
             if side in OURS or not ROWS[row].reference:
@@ -433,14 +427,14 @@ def time_batch_size(args: argparse.Namespace, batch_size: int) -> Found:
                 else:
                     works[row, "autocast graph"] = replay
     times: dict[tuple[str, str], list] = {key: [] for key in works}
-    for _ in range(args.rounds + N_WARM_UP):  # what is compiled and captured, is then
+    for _ in range(args.n_warm_up + args.rounds):  # what is compiled or captured is so first
         for key, work in works.items():
             times[key].append(device_milliseconds(work, args.device))
     found: Found = {}
     for (row, side), work in works.items():
         every = ROWS[row].every if side in OURS else 1
         figures = {
-            name: statistics.median(t[name] for t in times[row, side][N_WARM_UP:]) / every
+            name: statistics.median(t[name] for t in times[row, side][args.n_warm_up :]) / every
             for name in ("ms", "host_ms")
         }
         figures |= {name: n / every for name, n in kernels(work, args.device).items()}
@@ -588,6 +582,7 @@ def set_sizes(args: argparse.Namespace) -> None:
     args.model, args.width = ("ResNet20", 0.25) if tiny else ("ConvNet", 1.0)
     args.memory_format = "channels_last"
     args.n_images, args.image_size = (4, 8) if tiny else (32, 32)
+    args.sides, args.n_warm_up = (SIDES[:3], 1) if tiny else (SIDES, N_EAGER + 2)
     args.batch_sizes, args.rounds = ([8], 2) if tiny else ([128, 512, 2048], 5)
     args.n_epochs, args.epoch_batches = 1 if tiny else 2, 40
     args.train_subset, args.precision = (512, "fp32") if tiny else (2000, "auto")

@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import time
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 import _root  # noqa: F401
 import torch
 import torch.distributed as dist
+from _ranks import free_port, rank_environment
 from torch import nn
 
 import utils
@@ -66,14 +66,7 @@ class Meter:
 def serve(pipe, rank: int, n: int, port: int) -> None:
     """Be that rank of n: answer each (regularizer, exact, steps) with what `measure` returns."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(n),
-        "LOCAL_WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= rank_environment(rank, n, port)
     hardware.tune_glibc_malloc()
     meter = Meter()
     with distributed.process_group("cpu"):
@@ -114,10 +107,7 @@ def measure(meter: Meter, rank: int, n: int, name: str, exact: bool, steps: int)
 
 def start(n: int) -> list:
     """Start n processes; return a pipe to each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context, pipes = multiprocessing.get_context("spawn"), []
+    port, context, pipes = free_port(), multiprocessing.get_context("spawn"), []
     for rank in range(n):
         ours, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, rank, n, port), daemon=True).start()

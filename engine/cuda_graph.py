@@ -26,7 +26,7 @@ Tensors = Sequence[Tensor]
 class CudaCapture:
     """What a function launches on the GPU, without running it, and then as often as one likes."""
 
-    def __init__(self, function: Callable[[], Tensors]) -> None:
+    def __init__(self, function: Callable[[], Any]) -> None:
         """Capture one call; raises RuntimeError where it does what no graph can hold."""
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
@@ -43,8 +43,7 @@ class _Kind:
 
     n_eager: int = 0
     inputs: Tensors = ()  # images, labels, the penalty's factor: what the graph reads
-    capture: Any = None  # None: not yet, or it has failed
-    has_failed: bool = False
+    capture: Any = None  # None: not yet or, after more than N_EAGER batches, it has failed
 
 
 class GraphedGradients:
@@ -82,13 +81,15 @@ class GraphedGradients:
         key = net, criterion, regularizer, x.shape, x.stride(), dtype, difference_step
         kind = self._kind((*key, *_mode(net)))
         params = [*trainable_parameters(net).values()]
-        if kind.n_eager >= N_EAGER and not (kind.capture or kind.has_failed):
+        if kind.capture is None and kind.n_eager == N_EAGER:
             self._capture(kind, step, params, (x, y, penalty_scale))
         if kind.capture is None:
             kind.n_eager += 1
             return step(x, y, penalty_scale)
-        for held, value in zip(kind.inputs, (x, y, penalty_scale), strict=True):
-            held.copy_(value) if isinstance(value, Tensor) else held.fill_(value)
+        held_x, held_y, held_scale = kind.inputs
+        held_x.copy_(x)
+        held_y.copy_(y)
+        held_scale.fill_(penalty_scale)
         kind.capture.replay()
         loss, penalty, n_correct, *grads = kind.capture.outputs
         for p, g in zip(params, grads, strict=True):
@@ -114,7 +115,6 @@ class GraphedGradients:
                 lambda: [*step(*kind.inputs), *(p.grad for p in params)]
             )
         except RuntimeError as error:
-            kind.has_failed = True
             tqdm.write(f"no CUDA graph of this step: {str(error).splitlines()[0]}")
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import pytest
 import test_networks
 import tiny_scripts
 import torch
+from _ranks import free_port, rank_environment
 from fork_server import launcher
 from torch import nn
 
@@ -117,9 +117,7 @@ class Ranks:
     """Processes that call work(*arguments), a function of a module, as ranks of one run."""
 
     def __init__(self, n, work, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.folder = tempfile.TemporaryDirectory()
         self.files = [Path(self.folder.name, str(rank)) for rank in range(n)]
         self.pids = [
@@ -144,14 +142,7 @@ class Ranks:
 def be_rank(rank, n, port, file, work, *arguments):
     """Call work(*arguments) as one of n ranks, and write what it returns to the file."""
     os.dup2(os.open(file.with_suffix(".err"), os.O_CREAT | os.O_WRONLY), 2)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(n),
-        "LOCAL_WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= rank_environment(rank, n, port)
     distributed.RANK0_EXIT_SECONDS = 0.0  # there is no torchrun to end who waits
     file.write_bytes(pickle.dumps(work(*arguments)))
 

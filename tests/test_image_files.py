@@ -312,14 +312,7 @@ def test_a_folder_is_trained_on_resumed_and_quantized(original, tmp_path, monkey
         train.main([*again, "--workers", "0", "--image_size", "16"])
     assert refused.value.code == 1 and "(--image_size)" in capsys.readouterr().err
 
-    quantize = [
-        "r.pt",
-        "--data_dir",
-        str(original),
-        "--workers",
-        "0",
-        "--no_plots",
-    ]  # the record says the rest
+    quantize = ["r.pt", "--data_dir", str(original), "--workers", "0", "--no_plots"]
     quantize += ["--bits", "4", "--act_bits", "8", "--recalibrate_bn_images", "10"]
     with pytest.raises(SystemExit) as done:
         quant_inference.main([*quantize, "--calibration_images", "6"])
