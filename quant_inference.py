@@ -33,7 +33,12 @@ from analysis.weights_files import (
 from data import DATASETS, ImageDataset
 from engine import distributed
 from engine.adaround import learn_rounding
-from engine.batch_norm import check_folding, fold_batch_norm, recalibrate_batch_norm
+from engine.batch_norm import (
+    check_folding,
+    fold_batch_norm,
+    has_batch_norms,
+    recalibrate_batch_norm,
+)
 from engine.cli import Parser, exit_codes, warn_unused_flags
 from engine.equalization import equalize
 from engine.errors import DataError, FileError, NetworkError
@@ -46,7 +51,7 @@ from engine.layers import quantizable_layers
 from engine.learned_steps import FIRST_LAST_BITS, LearnedSteps, read_steps
 from engine.loader import Loader
 from engine.network_graph import trace
-from engine.networks import BATCH_NORMS, check_network
+from engine.networks import check_network
 from engine.progress import StepDisplay
 from engine.signals import GracefulShutdown
 from models import is_model
@@ -525,8 +530,7 @@ def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
     """
     net = utils.make_net(args.model, dataset.num_classes, "cpu", args.width)
     check_network(net, dataset.test_images.shape[1:], dataset.num_classes)
-    has_batch_norms = any(isinstance(m, BATCH_NORMS) for m in net.modules())
-    if args.equalize and has_batch_norms and not args.fold_bn:
+    if args.equalize and has_batch_norms(net) and not args.fold_bn:
         raise NetworkError(f"--equalize needs --fold_bn: {args.model} has batch norms")
     try:
         n_left = check_folding(net, dataset.test_images.shape[1:])
@@ -535,7 +539,7 @@ def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:
             raise
         return False
     if args.fold_bn:
-        utils.print_unfolded(n_left, args.model)
+        utils.print_unfolded(net, n_left, args.model)
     return True
 
 
@@ -565,7 +569,10 @@ def load_network(
         # A file to deploy holds weights only: no network of others has a bound for each channel.
         across_relu6 = not any(getattr(args, flag) for flag in FILE_FLAGS)
         net, equalization = equalize(net, dataset.test_images.shape[1:], across_relu6)
-        print(f"{path}: {equalization}")
+        if equalization.n_pairs:
+            print(f"{path}: {equalization}")
+        else:
+            print_warning(f"{path}: --equalize has no effect: {equalization}")
     return net
 
 

@@ -531,7 +531,7 @@ def make_state(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
     if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
-        utils.print_unfolded(check_folding(net, image_shape), args.model)
+        utils.print_unfolded(net, check_folding(net, image_shape), args.model)
     if distributed.get_world_size() > 1:
         layers.set_sync_bn(net, args.sync_bn)
     penalized = [p.regularizer for p in phases if p.regularizer]

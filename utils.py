@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 import data
 from engine import distributed
 from engine.averaging import MAX_BN_IMAGES
+from engine.batch_norm import has_batch_norms
 from engine.bit_widths import MAX_BITS, MIN_BITS
 from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
 from engine.errors import DataError
@@ -590,8 +591,10 @@ def make_criterion(name: str, label_smoothing: float = 0.0) -> nn.Module:
     return CRITERIA[name](label_smoothing=label_smoothing)
 
 
-def print_unfolded(n_left: int, model: str) -> None:
-    """Print how many batch norms stay when the others are folded, if any do."""
+def print_unfolded(net: nn.Module, n_left: int, model: str) -> None:
+    """Print that there is nothing to fold or, if any do, how many batch norms stay unfolded."""
+    if not has_batch_norms(net):
+        print(f"--fold_bn has no effect: {model} has no batch norms")
     if n_left:
         print(f"{n_left} batch norms of {model} do not follow a convolution alone: they stay")
 

@@ -32,10 +32,10 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Return a copy whose batch norms are folded into the convolutions right before them.
 
     Outputs in evaluation mode stay the same. What is left of a batch norm is its `activation`
-    attribute, where it has one. Others stay. Raises ValueError where there is nothing to fold.
+    attribute, where it has one. Others stay. Raises ValueError where all would.
     """
     pairs = foldable_pairs(net)
-    if not pairs:
+    if not pairs and has_batch_norms(net):
         raise ValueError(f"no batch norm after a convolution in {type(net).__name__}: cannot fold")
     net = copy.deepcopy(net)
     for conv_name, norm_name in pairs:
@@ -64,6 +64,11 @@ def output_gains(net: nn.Module) -> dict[str, Tensor]:
     """
     pairs = [(conv, net.get_submodule(norm)) for conv, norm in foldable_pairs(net)]
     return {conv: _gain(norm).detach() for conv, norm in pairs if norm.running_var is not None}
+
+
+def has_batch_norms(net: nn.Module) -> bool:
+    """Tell whether the network has any, of whatever dimension."""
+    return any(isinstance(m, BATCH_NORMS) for m in net.modules())
 
 
 def check_folding(net: nn.Module, image_shape: tuple[int, int, int]) -> int:

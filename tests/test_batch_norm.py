@@ -50,9 +50,16 @@ def test_folded_weights_are_those_of_the_folded_network(net):
     assert all(w is m for w, m in pairs)
 
 
-def test_folding_without_batch_norm_is_refused():
+def test_a_network_without_batch_norms_stays_as_it_is():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    folded = batch_norm.fold_batch_norm(net)
+    assert folded is not net and folded.state_dict().keys() == net.state_dict().keys()
+    assert batch_norm.check_folding(net, (3, 4, 4)) == 0
+
+
+def test_folding_where_nothing_can_be_folded_is_refused():
     with pytest.raises(ValueError, match="no batch norm after a convolution in Sequential"):
-        batch_norm.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+        batch_norm.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))
     norm = nn.BatchNorm2d(3, track_running_stats=False)
     with pytest.raises(ValueError, match="without running statistics"):
         batch_norm.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), norm))

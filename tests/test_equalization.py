@@ -40,8 +40,7 @@ def randomize(net, seed=0):
             nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
             channels = torch.exp(torch.randn(len(m.weight)))
             m.weight.data *= channels.view(-1, *(1,) * (m.weight.dim() - 1))
-    has_batch_norms = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-    return fold_batch_norm(net.eval()) if has_batch_norms else net.eval()
+    return fold_batch_norm(net.eval())
 
 
 def tiny_convnet():
@@ -356,6 +355,19 @@ def test_batch_norms_have_to_be_folded_where_there_are_any(run, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "--equalize needs --fold_bn: ConvNet has batch" in message
     assert run("Functional", "--equalize --bits 4") == 0
+
+
+def test_a_network_without_batch_norms_is_exported(run, monkeypatch, capsys):
+    conv, pool, linear = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 4)
+    net = nn.Sequential(conv, nn.ReLU(), pool, nn.Flatten(), linear)
+    monkeypatch.setitem(NETWORKS, "Plain", lambda: net)
+    assert run("Plain", "--fold_bn --bits 4 --act_bits 4 --export a.onnx --verify") == 0
+    assert "--fold_bn has no effect: Plain has no batch norms" in capsys.readouterr().out
+
+
+def test_nothing_to_equalize_is_warned_about(run, capsys):
+    assert run("Stranger", "--fold_bn --equalize --bits 4") == 0
+    assert "a.pt: --equalize has no effect: pairs of layers equ" in capsys.readouterr().err
 
 
 def test_files_to_deploy_hold_weights_only(run, capsys):

@@ -709,7 +709,7 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(3072, 10)], "no batch norm after a conv"),
+        ([nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10)], "no batch norm after a conv"),
         (
             [
                 nn.Conv2d(3, 3, 1),
