@@ -202,9 +202,9 @@ def is_strided_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequenc
     """Tell whether a convolution is 1×1, unpadded and strided: it reads every s-th pixel only.
 
     Then convolving x[:, :, ::s, ::s] with stride 1 is exactly the same. On CPUs that is what is
-    done: PyTorch 2.14.1 ends with a segmentation fault in the weight adjoint of such a convolution
-    of stride 2, float32, channels-last, at most 8 channels in and 16 out, images of 50 or more even
-    rows (`tests/test_networks.py` tells when that is over).
+    done: PyTorch 2.14.1 writes beyond its memory in the weight adjoint of such a convolution of
+    stride 2, float32, channels-last, at most 8 channels in and 16 out, images of 50 or more even
+    rows, which ends the process (`tests/test_networks.py` tells when that is over).
     """
     return weight.shape[2:] == (1, 1) and tuple(stride) != (1, 1) and tuple(padding) == (0, 0)
 

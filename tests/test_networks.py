@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import sys
 from collections import Counter
 
@@ -247,14 +248,15 @@ def test_a_strided_pointwise_convolution_reads_every_second_pixel():
 
 
 @pytest.mark.slow
-def test_the_segmentation_fault_is_still_there():
+def test_pytorch_still_writes_beyond_its_memory():
     """If this fails, PyTorch has repaired it: `is_strided_pointwise` is no longer needed."""
+    ends = (-signal.SIGSEGV, -signal.SIGABRT)  # the latter where the C library sees the damage
     code = (
         "import torch; x = torch.randn(1, 8, 64, 64).to(memory_format=torch.channels_last); "
         "conv = torch.nn.Conv2d(8, 16, 1, 2, bias=False).to(memory_format=torch.channels_last); "
         "conv(x).sum().backward()"
     )
-    assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", code) == -11
+    assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", code) in ends
 
 
 def test_noise_meets_the_same_dropout():
