@@ -16,7 +16,7 @@ from tqdm import tqdm
 import quant_utils as qu
 import utils
 from analysis.report import FLOAT_BITS
-from analysis.weights_files import find_paths
+from analysis.weights_files import find_paths, read_record
 from engine import distributed
 from engine.bit_widths import check_bits
 from engine.cli import (
@@ -45,16 +45,18 @@ BIASES = ("published", "weight", "full")  # see --biases
 
 def bit_widths(text: str) -> list[int]:
     """Return the bit-widths that a number or a range such as "4-8" means: an argparse type."""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     try:
-        widths = list(range(int(first), int(last or first) + 1))
-        for n_bits in widths or [0]:
+        bounds = [int(number) for number in ([first, last] if dash else [first])]
+        for n_bits in bounds:
             check_bits(n_bits)
+        if bounds != sorted(bounds):
+            raise ValueError("the first is above the last")
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number from 2 to 16, or a range of them such as 4-8"
         ) from error
-    return widths
+    return list(range(bounds[0], bounds[-1] + 1))
 
 
 def act_bit_widths_or_same(text: str) -> list[int | str]:
@@ -481,8 +483,11 @@ def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             except (OSError, ValueError) as error:
                 parser.error(f"--{flag}: {error}")
-            if Path(path) in paths:
+            if Path(path).resolve() in {file.resolve() for file in paths}:
                 parser.error(f"--{flag} {path}: that is the file to quantize")
+            if path.endswith((".pt", ".ckpt")) and os.path.exists(path) and read_record(Path(path)):
+                record = Path(path).with_suffix(".json")
+                parser.error(f"--{flag} {path}: a training's weights are there, see {record}")
 
 
 def steps_requirements(args: argparse.Namespace) -> list[Requirement]:

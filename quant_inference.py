@@ -500,11 +500,11 @@ def load_networks(
     """
     loaded, foldable = {}, {}
     for name, file in files.items():
-        own = with_recorded_network(file, args, explicit_flags)
-        model = own.model, own.width
-        if model not in foldable:
-            foldable[model] = is_foldable(own, dataset)
         try:
+            own = with_recorded_network(file, args, explicit_flags)
+            model = own.model, own.width
+            if model not in foldable:
+                foldable[model] = is_foldable(own, dataset)
             net = load_network(file.path, own, dataset, foldable[model])
         except FileError as error:
             print_error(error)
@@ -516,11 +516,18 @@ def load_networks(
 def with_recorded_network(
     file: WeightsFile, args: argparse.Namespace, explicit_flags: Set[str]
 ) -> argparse.Namespace:
-    """Return the flags with the network that the file's record names, unless --model is given."""
+    """Return the flags with the network that the file's record names, unless --model is given.
+
+    Raises FileError where the record names it with a width that none can have.
+    """
     model, width = file.setting("model"), file.setting("width")
     if "model" in explicit_flags or not is_model(model):
         return args
-    return argparse.Namespace(**{**vars(args), "model": model, "width": width or args.width})
+    try:
+        width = args.width if width is None else utils.parse_width(str(width))
+    except argparse.ArgumentTypeError as error:
+        raise FileError(f"the record of {file.path}: width {error}") from error
+    return argparse.Namespace(**{**vars(args), "model": model, "width": width})
 
 
 def is_foldable(args: argparse.Namespace, dataset: ImageDataset) -> bool:

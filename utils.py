@@ -37,6 +37,8 @@ MILESTONES: dict[str, Callable[[int], list[int]]] = {
 
 PENALTY_GRADIENTS = ("exact", "difference")
 
+parse_width = bounded_number(float, above=0, below=100)  # a factor of all channels
+
 RELATIVE_MILESTONES = ("default", "halfway")  # those that depend on n
 
 # Of (optimizer, γ, milestones, number of epochs); each steps once an epoch.
@@ -119,7 +121,7 @@ def add_network_arguments(group: argparse._ArgumentGroup, help: str) -> None:
     )
     group.add_argument(
         "--width",
-        type=bounded_number(float, above=0),
+        type=parse_width,
         default=1.0,
         metavar="FACTOR",
         help=f"of the channels of {', '.join(filter(has_width, MODELS))}",

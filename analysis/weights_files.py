@@ -56,7 +56,7 @@ def read_record(path: Path) -> dict[str, Any]:
         with suppress(FileError):  # said when its weights are read
             content = torch_load(path)
     else:
-        with suppress(OSError, RecursionError, *CONTENT_ERRORS):
+        with suppress(OSError, *CONTENT_ERRORS):
             content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
         return {}

@@ -21,24 +21,29 @@ from torch import nn
 from engine import distributed
 from engine.errors import FileError
 
-CONTENT_ERRORS = (ValueError, LookupError, TypeError, AttributeError)  # of JSON that is not ours
+# What JSON that is not ours leads to: OverflowError of vast numbers, RecursionError of depth.
+CONTENT_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
 NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP)  # what some network file systems answer
-MAX_REASON = 120  # characters of PyTorch's own message in an error
+MAX_REASON = 120  # characters of a library's own message in an error
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, naming the folder, unless rank 0 can create a file at path.
+    """Raise ValueError, naming the folder, unless rank 0 can create or replace a file at path.
 
     Folders above it need not exist, if they can be made.
     """
     if distributed.get_rank():
         return
     folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
     try:
+        while not folder.exists():
+            folder = folder.parent
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file")
         if not folder.is_dir():
             raise ValueError(f"{path}: {folder} is not a folder")
         longest = MAX_NAME_BYTES - RESERVED_NAME_BYTES
@@ -74,7 +79,8 @@ def read_json(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
     except CONTENT_ERRORS as error:
-        raise FileError(f"{path} is not what was saved there: {error!r}") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise FileError(f"{path} is not what was saved there: {reason[:MAX_REASON]}") from error
 
 
 def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:

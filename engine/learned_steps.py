@@ -7,6 +7,7 @@ Q_N = 0 and Q_P = 2^b − 1 for the others. The network keeps the full-precision
 the quantized ones in their place while a layer runs.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,8 +207,13 @@ def make_steps(
 
 def _make_step(w: Tensor, n_bits: int, is_signed: bool, n_values: int) -> LearnedStep:
     """Return a quantizer to n_bits whose step is a parameter, 1 until it is set, like w."""
+    return LearnedStep(nn.Parameter(w.new_ones(())), *_integers(n_bits, is_signed), n_values)
+
+
+def _integers(n_bits: int, is_signed: bool) -> tuple[int, int]:
+    """Return the least and the largest integer of n_bits."""
     int_min = -(2 ** (n_bits - 1)) if is_signed else 0
-    return LearnedStep(nn.Parameter(w.new_ones(())), int_min, int_min + 2**n_bits - 1, n_values)
+    return int_min, int_min + 2**n_bits - 1
 
 
 def _layer_inputs(net: nn.Module, image_shape: Sequence[int]) -> dict[str, Tensor]:
@@ -270,23 +276,34 @@ def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
                 f"{path} has no learned steps: it is no record of a --qat_bits training"
             )
         saved = content[KEY]
+        bits = {"weight": saved["weight_bits"], "input": saved["act_bits"]}
+        bits = {kind: n_bits for kind, n_bits in bits.items() if n_bits is not None}
+        for n_bits in bits.values():
+            if not isinstance(n_bits, int):
+                raise ValueError(f"{n_bits} bits is no whole number")
+            check_bits(n_bits)
         layers = {
-            name: {kind: _read_step(step, net.get_submodule(name)) for kind, step in kinds.items()}
+            name: {
+                kind: _read_step(step, bits[kind], net.get_submodule(name))
+                for kind, step in kinds.items()
+            }
             for name, kinds in saved["layers"].items()
         }
-        if not all({"weight"} <= kinds.keys() <= PARAMETERS.keys() for kinds in layers.values()):
-            raise ValueError("a layer without the step of its weight")
-        weight_bits, act_bits = int(saved["weight_bits"]), saved["act_bits"]
-        act_bits = None if act_bits is None else int(act_bits)
-        for n_bits in [weight_bits] if act_bits is None else [weight_bits, act_bits]:
-            check_bits(n_bits)
-        return LearnedSteps(layers, weight_bits, act_bits)
+        if not all(kinds.keys() == bits.keys() for kinds in layers.values()):
+            raise ValueError(f"a layer has not one step for each of {', '.join(bits)}")
+        return LearnedSteps(layers, bits["weight"], bits.get("input"))
 
 
-def _read_step(saved: Mapping[str, Any], layer: nn.Module) -> LearnedStep:
-    """Return a quantizer of a layer; ValueError or LookupError where it is not one."""
-    step, int_min, int_max = float(saved["step"]), int(saved["int_min"]), int(saved["int_max"])
-    fits = 0 < step < math.inf and -(2**15) <= int_min <= 0 < int_max < 2**16
-    if not (fits and isinstance(layer, LAYER_TYPES)):
-        raise ValueError(f"{saved} is no step of a layer")
-    return LearnedStep(layer.weight.new_tensor(step), int_min, int_max, is_set=True)
+def _read_step(saved: Mapping[str, Any], n_bits: int, layer: nn.Module) -> LearnedStep:
+    """Return a quantizer of a layer to n_bits, or to those of the first and last layer.
+
+    Whatever is raised, among CONTENT_ERRORS, says that it is not one.
+    """
+    if not isinstance(layer, LAYER_TYPES):
+        raise ValueError(f"a {type(layer).__name__} has no learned steps")
+    step = layer.weight.new_tensor(float(saved["step"]))  # as the network has it: it may round to 0
+    integers = saved["int_min"], saved["int_max"]
+    possible = itertools.product((n_bits, max(n_bits, FIRST_LAST_BITS)), (False, True))
+    if not 0 < step < math.inf or integers not in itertools.starmap(_integers, possible):
+        raise ValueError(f"a step of {step:g} from {integers} is none of {n_bits} bits")
+    return LearnedStep(step, *integers, is_set=True)

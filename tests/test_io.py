@@ -54,6 +54,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_folder_that_cannot_be_written_in_is_told(tmp_path):
     check_writable(tmp_path / "x.pt")
     check_writable(tmp_path / "missing" / "x.pt")  # it can be made
+    with pytest.raises(ValueError, match="is a folder: give the name of a file"):
+        check_writable(tmp_path)
+    with pytest.raises(ValueError, match="cannot write in .*: File name too long"):
+        check_writable(tmp_path / ("x" * 300) / "x.pt")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="not a folder"):
         check_writable(tmp_path / "file" / "x.pt")

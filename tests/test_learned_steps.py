@@ -479,18 +479,26 @@ def test_learned_steps_do_not_go_with_what_changes_weights(
         ({"layers": {}, "weight_bits": 4}, "not what was saved there"),
         ({"layers": {}, "weight_bits": -3, "act_bits": None}, "-3 bits: choose 2 to 16"),
         ({"layers": {}, "weight_bits": 4, "act_bits": "x"}, "not what was saved there"),
-        ({"step": 0.0}, "is no step"),
-        ({"step": math.inf}, "is no step"),
-        ({"int_min": 3}, "is no step"),
-        ({"int_max": 1e300}, "is no step|not what was saved"),
+        ({"layers": {}, "weight_bits": 4.5, "act_bits": None}, "4.5 bits is no whole number"),
+        ({"layers": {}, "weight_bits": math.inf, "act_bits": None}, "inf bits is no whole number"),
+        ("[" * 100_000, "not what was saved there: maximum recursion depth"),
+        (b"\xff" * 100_000, "not what was saved there: 'utf-8' codec.{0,120}$"),
+        ({"step": 0.0}, r"a step of 0 from \(-8, 7\) is none of 4 bits"),
+        ({"step": 1e-60}, "a step of 0 from"),
+        ({"step": math.inf}, "a step of inf from"),
+        ({"step": 10**400}, "not what was saved there: int too large"),
+        ({"step": [0.1]}, "not what was saved there"),
+        ({"int_min": 3}, r"from \(3, 7\) is none of 4 bits"),
+        ({"int_min": -16, "int_max": 15}, r"from \(-16, 15\) is none of 4 bits"),
+        ({"int_max": 1e300}, "is none of 4 bits"),
         ({"step": "x"}, "not what was saved"),
     ],
 )
 def test_a_file_that_has_no_steps_of_this_network_is_refused(content, message, tmp_path):
     net = tiny_scripts.TinyFused()
     path = tmp_path / "r.json"
-    if isinstance(content, str):
-        path.write_text(content)
+    if isinstance(content, str | bytes):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     elif content is not None:
         record = make_steps(tiny_scripts.TinyFused(), (3, 8, 8), 4).record()
         if content.keys() & {"step", "int_min", "int_max"}:

@@ -323,11 +323,16 @@ def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
         ("--bits 4 --fold_bn --schemes pwlq --act_bits 8", "--overlapping"),
         (f"{FLAGS} --mean_correction", "--mean_correction"),
         (f"{FLAGS} --export net.pt", "that is the file to quantize"),
+        (f"{FLAGS} --save_quantized ../{{here}}/net.pt", "that is the file to quantize"),
+        (f"{FLAGS} --save_quantized trained.pt", "weights are there, see trained.json"),
         (f"{FLAGS} --export net.pt/net.onnx", "not a folder"),
+        (f"{FLAGS} --export .", "is a folder: give the name of a file"),
     ],
 )
 def test_flags_that_no_file_can_have_end_with_one_line(tiny, capsys, flags, message):
-    assert main(f"--export net.onnx {flags}") == 2
+    Path("trained.pt").touch()
+    Path("trained.json").write_text('{"settings": {}}')
+    assert main(f"--export net.onnx {flags.format(here=Path.cwd().name)}") == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and message in printed
 

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,14 @@ def test_hostile_settings_are_left_out(folder):
     a, b = find_weights(["a.pt", "b.ckpt"]).values()
     assert a.setting("model") is None and a.setting("seed") is None and a.setting("run_name") == "x"
     assert b.record["settings"] == {"lmbda": 2.0} and b.record["run_id"] == "r"
+
+
+@pytest.mark.parametrize("width", ["x", -1, math.nan, math.inf, 1e9, True])
+def test_a_width_that_no_network_has_is_refused(folder, width, capsys):
+    save("a", model="VGGSmall", width=width)
+    assert main("a.pt")[0] == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "error: the record of a.pt: width '" in message
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"settings": 3}', "\x00", "[" * 100_000])
