@@ -42,13 +42,13 @@ def check_writable(path: Path) -> None:
     try:
         while not folder.exists():
             folder = folder.parent
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: give the name of a file")
         if not folder.is_dir():
             raise ValueError(f"{path}: {folder} is not a folder")
         longest = MAX_NAME_BYTES - RESERVED_NAME_BYTES
         if len(os.fsencode(path.name)) > longest:
             raise ValueError(f"{path}: the name is longer than {longest} bytes")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file")
         with tempfile.TemporaryFile(dir=folder):  # which has no name to leave behind
             pass
     except OSError as error:

@@ -103,10 +103,11 @@ class TrainState:
         fit.
         """
         row = torch.empty(4 + len(trainable_parameters(self.net)))
+        entry = {"epoch": int, "test_accuracy": int | float}  # and more, which nothing reads
         template = {
             "net": self.net.state_dict(),
             "optimizer": {"state": dict},
-            "state": {**TrainProgress().state_dict(), "rows": [row], "history": [dict]},
+            "state": {**TrainProgress().state_dict(), "rows": [row], "history": [entry]},
             "random": dict,
         }
         validate_structure(content, template, "the checkpoint")

@@ -105,6 +105,15 @@ def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     assert untimed[0] == untimed[1]
 
 
+@pytest.mark.parametrize("entry", [{"epoch": 0}, {"epoch": 0, "test_accuracy": "0.5"}])
+def test_a_history_without_accuracies_is_refused(entry, tmp_path):
+    content = begin().state_dict(None)
+    content["state"] |= {"epoch": 1, "history": [entry]}
+    save_checkpoint(content, tmp_path / "r.ckpt")
+    with pytest.raises(FileError, match="the checkpoint.state.history"):
+        begin().load_state_dict(load_checkpoint(tmp_path / "r.ckpt"), n_epochs=4, n_batches=3)
+
+
 def test_random_states_come_back(tmp_path):
     save_checkpoint({}, tmp_path / "c")
     first = random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
