@@ -27,6 +27,7 @@ from engine.cli import (
     add_choice,
     bounded_number,
     choice_ignoring_case,
+    file_name,
     refuse_unused_flags,
     warn_unused_flags,
 )
@@ -35,7 +36,8 @@ from engine.io import check_writable
 
 PUBLISHED_SCHEMES = ("uniform", "dorefa", "pwlq")  # the default of --schemes
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images
-FILE_FLAGS = ("export", "verify", "save_quantized", "save_integers")  # of one quantized network
+INTEGER_FLAGS = ("export", "verify", "save_integers")  # of one network in integer arithmetic
+FILE_FLAGS = (*INTEGER_FLAGS, "save_quantized")  # of one quantized network
 N_ROUNDING_IMAGES, N_ROUNDING_STEPS = 1024, 500
 ROUNDINGS = ("nearest", "adaround")
 BIASES = ("published", "weight", "full")  # see --biases
@@ -271,6 +273,7 @@ def add_learned_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the flag for what quantization-aware training has learned."""
     group.add_argument(
         "--steps_from",
+        type=file_name,
         metavar="JSON",
         help="also quantize FILE with the step sizes that its training with --qat_bits learned and "
         "put into this record: a row of scheme lsq, with the bits of the training",
@@ -379,12 +382,14 @@ def add_deployment_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--export",
+        type=file_name,
         metavar="ONNX",
         help="write the quantized network as an ONNX model of integers: uint8 images to logits; "
         "simulate it in the same integer arithmetic",
     )
     add(
         "--verify",
+        type=file_name,
         nargs="?",
         const=True,
         metavar="ONNX",
@@ -393,11 +398,13 @@ def add_deployment_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--save_quantized",
+        type=file_name,
         metavar="PT",
         help="write the quantized weights as a state_dict of floats for any PyTorch code",
     )
     add(
         "--save_integers",
+        type=file_name,
         metavar="SAFETENSORS",
         help="write the integers of the weights packed into b bits, with scales and biases",
     )
@@ -414,10 +421,11 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     is_fp32, has_pwlq = args.precision == "fp32", "pwlq" in args.schemes
     learners = [scheme for scheme in args.schemes if learns_rounding(scheme, args)]
     on_grid = "--rounding nearest: it would move weights off the grid that was learned on"
-    device = torch.device(args.device)
+    device, float64 = torch.device(args.device), "--device cpu or cuda, which have float64"
     has_float64 = with_float64(device) == device
     contradictions = (
-        ("rounding", "--device cpu or cuda, which have float64", has_float64 or not learners),
+        ("rounding", float64, has_float64 or not learners),
+        *((flag, float64, has_float64) for flag in INTEGER_FLAGS),
         ("act_bits", "--precision fp32", is_fp32),
         ("per_layer", "--precision fp32", is_fp32),
         *steps_requirements(args),
@@ -444,7 +452,6 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         ("biases", "no --fold_bn", not args.fold_bn or args.biases == "full"),
         ("absolute_weights", "no --no_plots", not args.no_plots),
         *utils.wandb_requirements(),
-        utils.width_requirement(args),
     )
     warn_unused_flags(parser, args, requirements)
     if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
@@ -467,7 +474,7 @@ def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
         ),
         ("verify", "--export, or the file to verify", args.export or args.verify is not True),
     ]
-    for flag in ("export", "verify", "save_integers"):
+    for flag in INTEGER_FLAGS:
         requirements += [
             (flag, "--fold_bn", args.fold_bn),
             (flag, "--act_bits from 2 to 8", all(2 <= n <= 8 for n in bits)),
@@ -476,18 +483,21 @@ def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
             (flag, fits, "pwlq" not in args.schemes or args.overlapping),
         ]
     refuse_unused_flags(parser, requirements)
+    taken = {path.resolve(): "the file to quantize" for path in paths}
     for flag in ("export", "save_quantized", "save_integers"):
-        if path := getattr(args, flag):
-            try:
-                check_writable(Path(path))
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            except (OSError, ValueError) as error:
-                parser.error(f"--{flag}: {error}")
-            if Path(path).resolve() in {file.resolve() for file in paths}:
-                parser.error(f"--{flag} {path}: that is the file to quantize")
-            if path.endswith((".pt", ".ckpt")) and os.path.exists(path) and read_record(Path(path)):
-                record = Path(path).with_suffix(".json")
-                parser.error(f"--{flag} {path}: a training's weights are there, see {record}")
+        if not getattr(args, flag):
+            continue
+        path = Path(getattr(args, flag))
+        try:
+            check_writable(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            parser.error(f"--{flag}: {error}")
+        if path.suffix in (".pt", ".ckpt", ".json") and path.exists() and read_record(path):
+            taken.setdefault(path.resolve(), "a file of a training")
+        if path.resolve() in taken:
+            parser.error(f"--{flag} {path}: that is {taken[path.resolve()]}")
+        taken[path.resolve()] = f"the file of --{flag}"
 
 
 def steps_requirements(args: argparse.Namespace) -> list[Requirement]:
@@ -600,7 +610,7 @@ def bias_range(scheme: str, args: argparse.Namespace) -> str | None:
 
 def runs_in_integers(args: argparse.Namespace) -> bool:
     """Tell whether the quantized network is simulated as an integer engine runs it."""
-    return bool(args.export or args.verify or args.save_integers)
+    return any(getattr(args, flag) for flag in INTEGER_FLAGS)
 
 
 # --- messages ---------------------------------------------------------------------------------

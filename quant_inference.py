@@ -7,6 +7,7 @@ each of them and reports. The quantizers are in quant_utils.py, the flags in qua
 import argparse
 import copy
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from analysis.weights_files import (
     common_dataset,
     common_image_size,
     find_weights,
-    read_weights_file,
+    read_training_record,
 )
 from data import DATASETS, ImageDataset
 from engine import distributed
@@ -165,6 +166,8 @@ def sweep(name: str, net: nn.Module, setup: Setup) -> Iterator[Row]:
     if runs_in_integers(args):
         check_integer_form(net, setup)
     full = measure(setup.prepare(net), setup.test, args)
+    if not math.isfinite(full["loss"]):
+        raise ValueError(f"its loss is {full['loss']} without quantizing: no trained network's")
     setup.on_step()
     yield report.make_row(name, UNQUANTIZED, FLOAT_BITS, [Trial(**full)], full["accuracy"])
     ranges = activation_ranges(net, setup)
@@ -411,6 +414,15 @@ def check_integer_form(net: nn.Module, setup: Setup) -> None:
     build(trace(net, setup.first_images(2)), grids, {})
 
 
+def describe_source(
+    network: LoadedNetwork, args: argparse.Namespace, dataset: ImageDataset
+) -> dict[str, str]:
+    """Return the metadata of a file to deploy."""
+    [(_, n_bits, act_bits)] = quantizations(args)
+    described = deployment.describe_source(network.file.path, args, n_bits, act_bits, dataset)
+    return {"model": network.model, **described}
+
+
 def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     """Write the files of the one network that the flags ask for, and verify the ONNX file.
 
@@ -419,17 +431,14 @@ def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     """
     args, net = setup.args, network.net
     [quantization] = quantizations(args)
-    _, n_bits, act_bits = quantization
+    act_bits = quantization.act_bits
     net_q, _ = quantize_weights(net, quantization, 0, setup)
     if not runs_in_integers(args):
         deployment.write_files(args, net_q)
         return True
     ranges = activation_ranges(net, setup)[act_bits]
     integers = integer_network(net, quantization, 0, ranges, setup)
-    source = {
-        "model": network.model,
-        **deployment.describe_source(network.file.path, args, n_bits, act_bits, dataset),
-    }
+    source = describe_source(network, args, dataset)
     net_int = with_integers(net_q, integers.integers())
     deployment.write_files(args, net_int, integers, dataset, source)
     if not args.verify:
@@ -513,20 +522,27 @@ def load_networks(
     return loaded
 
 
+def recorded_model(file: WeightsFile, args: argparse.Namespace, explicit_flags: Set[str]) -> str:
+    """Return the name of the network that the file's record names, unless --model is given."""
+    recorded = file.setting("model")
+    return recorded if "model" not in explicit_flags and is_model(recorded) else args.model
+
+
 def with_recorded_network(
     file: WeightsFile, args: argparse.Namespace, explicit_flags: Set[str]
 ) -> argparse.Namespace:
-    """Return the flags with the network that the file's record names, unless --model is given.
+    """Return the flags with the file's network, see `recorded_model`, and its width.
 
-    Raises FileError where the record names it with a width that none can have.
+    That is --width or, where the record names this network, the record's. Raises FileError for a
+    width that no network can have.
     """
-    model, width = file.setting("model"), file.setting("width")
-    if "model" in explicit_flags or not is_model(model):
-        return args
-    try:
-        width = args.width if width is None else utils.parse_width(str(width))
-    except argparse.ArgumentTypeError as error:
-        raise FileError(f"the record of {file.path}: width {error}") from error
+    model, width = recorded_model(file, args, explicit_flags), args.width
+    recorded = file.setting("width")
+    if "width" not in explicit_flags and file.setting("model") == model and recorded is not None:
+        try:
+            width = utils.parse_width(str(recorded))
+        except argparse.ArgumentTypeError as error:
+            raise FileError(f"the record of {file.path}: width {error}") from error
     return argparse.Namespace(**{**vars(args), "model": model, "width": width})
 
 
@@ -647,13 +663,19 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     if not any(file.path.exists() for file in files.values()):
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
     choose_dataset(files, args, explicit_flags)
-    warn_unused_flags(parser, args, utils.data_requirements(args))
+    models = [recorded_model(file, args, explicit_flags) for file in files.values()]
+    requirements = [*utils.data_requirements(args), utils.width_requirement(models)]
+    warn_unused_flags(parser, args, requirements)
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
     use_ieee_float32()
     loaded = distributed.run_on_rank0_and_broadcast(
         lambda: load_networks(files, args, explicit_flags, dataset)
     )
+    # That a file to verify fits is known before anything is measured.
+    if isinstance(args.verify, str) and args.verify != args.export:
+        for network in loaded.values():
+            deployment.read_model(Path(args.verify), describe_source(network, args, dataset))
     total = sum(n_steps(network.net, args) for network in loaded.values())
     try:
         with StepDisplay(total, "network") as display:
@@ -688,13 +710,16 @@ def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Re
     setup = replace(setup, fold=is_foldable and not args.fold_bn)
     common = file.provenance()
     common |= {flag: getattr(args, flag) for flag in ("per_channel", "fold_bn", "equalize")}
-    steps = read_weights_file(Path(args.steps_from)) if args.steps_from else None
+    steps = read_training_record(Path(args.steps_from)) if args.steps_from else None
     if steps:
         check_steps_record(file, steps)
     try:
         for row in sweep(name, net, setup):
             check_accuracy(row, steps if row["scheme"] == LEARNED else file, args)
-            results.rows.append(row | common | {"rounding": rounding_of(row["scheme"], args)})
+            how = {"rounding": rounding_of(row["scheme"], args)}
+            if row["scheme"] == LEARNED:
+                how["per_channel"] = False
+            results.rows.append(row | common | how)
         if args.per_layer:
             results.layer_rows += per_layer(name, net, setup)
     except ValueError as error:
@@ -775,7 +800,7 @@ def draw_plots(
     n_bits = 4 if 4 in args.bits else min(args.bits)
     quantizers = {scheme: make_quantizer(scheme, args) for scheme in args.schemes}
     for name, net in nets.items():
-        path = plots[f"weights/{name}"] = folder / f"weights_{name.replace('/', '_')}.png"
+        path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
         figures.weights_plot(name, net, quantizers, n_bits, args.per_channel, path)
     return plots
 
@@ -787,7 +812,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_flags(parser, args)
     for flag in ("n_epochs", "lr"):
         if getattr(args, flag) is not None:
-            print(f"--{flag} is ignored: nothing is trained here")
+            print_warning(f"--{flag} is ignored: nothing is trained here")
     folder = make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
         deployment.check_run(args)

@@ -395,9 +395,6 @@ def make_config(args: argparse.Namespace) -> FitConfig:
 
 def gradient_function(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Return what computes the gradients of a batch, with --cuda_graph as CUDA graphs."""
-    if args.cuda_graph and distributed.get_world_size() > 1:
-        print("--cuda_graph is ignored: several processes have no graph of their sums")
-        return compute_gradients
     return GraphedGradients() if args.cuda_graph else compute_gradients
 
 

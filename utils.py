@@ -3,7 +3,7 @@
 import argparse
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,14 @@ from engine import distributed
 from engine.averaging import MAX_BN_IMAGES
 from engine.batch_norm import has_batch_norms
 from engine.bit_widths import MAX_BITS, MIN_BITS
-from engine.cli import Requirement, add_alias, add_choice, bounded_number, choice_ignoring_case
+from engine.cli import (
+    Requirement,
+    add_alias,
+    add_choice,
+    bounded_number,
+    choice_ignoring_case,
+    file_name,
+)
 from engine.errors import DataError
 from engine.gradients import DIFFERENCE_STEP
 from engine.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
@@ -192,10 +199,16 @@ def add_checkpoint_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--init_from",
+        type=file_name,
         metavar="CKPT",
         help="start from another run's checkpoint: its weights, momentum, schedule and epoch",
     )
-    add("--init_weights", metavar="PT", help="start from the weights in a .pt file, at epoch 0")
+    add(
+        "--init_weights",
+        type=file_name,
+        metavar="PT",
+        help="start from the weights in a .pt file, at epoch 0",
+    )
     add(
         "--allow_changed_settings",
         action="store_true",
@@ -510,6 +523,7 @@ def training_requirements(
         ("penalty_step", "--penalty_gradient difference", uses_difference),
         ("save_preregularized_model", "a regularizer", names),
         ("cuda_graph", "--device cuda", torch.device(args.device).type == "cuda"),
+        ("cuda_graph", "one process", not distributed.several_started()),
         ("recalibrate_bn_images", "--ema", args.ema is not None),
         ("qat_bits", "a longer run", args.qat_from < args.n_epochs),
         ("qat_from", "--qat_bits in a longer run", quantizes),
@@ -517,7 +531,7 @@ def training_requirements(
         ("freeze_bn_from", "a longer run", (args.freeze_bn_from or 0) < args.n_epochs),
         *wandb_requirements(),
         *data_requirements(args),
-        width_requirement(args),
+        width_requirement([args.model]),
     ]
     for option in options:
         users = [*names, *(args.track if declared[option].tracked else ())]
@@ -539,9 +553,10 @@ def data_requirements(args: argparse.Namespace) -> list[Requirement]:
     ]
 
 
-def width_requirement(args: argparse.Namespace) -> Requirement:
-    """Return what --width needs for an effect, for `warn_unused_flags`."""
-    return "width", f"--model {' or '.join(filter(has_width, MODELS))}", has_width(args.model)
+def width_requirement(models: Iterable[str]) -> Requirement:
+    """Return what --width needs for an effect on one of the models, for `warn_unused_flags`."""
+    needed = f"--model {' or '.join(filter(has_width, MODELS))}"
+    return "width", needed, any(map(has_width, models))
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:

@@ -168,14 +168,20 @@ def save_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     atomic_write(path, write)
 
 
+def weights_figure(name: str) -> str:
+    """Return the name, without suffix, of the figure of a network's weights."""
+    return f"weights_{name.replace('/', '_')}"
+
+
 def save_tables(
     rows: Sequence[Row], layer_rows: Sequence[Row], settings: Row, folder: Path
 ) -> None:
     """Write results.csv, results.json and, where there are layer rows, per_layer.csv.
 
-    Files of earlier results are renamed first.
+    Files of earlier results are renamed first, figures among them.
     """
-    backup_existing([(folder / stem, suffix) for stem, suffix in FILES])
+    figures = [(weights_figure(name), ".png") for name in {row["checkpoint"]: None for row in rows}]
+    backup_existing([(folder / stem, suffix) for stem, suffix in (*FILES, *figures)])
     save_csv(rows, COLUMNS, folder / "results.csv")
     record = {"settings": {**settings, **describe_environment()}, "rows": list(rows)}
     if layer_rows:

@@ -4,7 +4,6 @@ The record of `<name>.pt` is `<name>.json`; a checkpoint, `<name>.ckpt`, holds i
 """
 
 import glob
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError, FileError
-from engine.io import CONTENT_ERRORS, torch_load
+from engine.io import read_json, torch_load
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,23 @@ def read_record(path: Path) -> dict[str, Any]:
         with suppress(FileError):  # said when its weights are read
             content = torch_load(path)
     else:
-        with suppress(OSError, *CONTENT_ERRORS):
-            content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        content = _read_json(path.with_suffix(".json"))
+    return _plain_record(content)
+
+
+def read_training_record(path: Path) -> WeightsFile:
+    """Return the record at `path`, whatever that is called, as that of a file of weights."""
+    return WeightsFile(path, _plain_record(_read_json(path)))
+
+
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None where it has none."""
+    with suppress(FileError), read_json(path) as content:
+        return content
+
+
+def _plain_record(content: Any) -> dict[str, Any]:
+    """Return a record with settings as the flags can have them, {} where it has none."""
     if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
         return {}
     settings = {k: v for k, v in content["settings"].items() if isinstance(k, str) and _is_plain(v)}
@@ -71,14 +85,11 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(item, str | int | float | None) for item in items)
 
 
-def read_weights_file(path: Path) -> WeightsFile:
-    """Return the file with the record of its training."""
-    return WeightsFile(path, read_record(path))
-
-
 def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
     """Return the files that the patterns mean, by name as in `find_paths`, with their records."""
-    return {name: read_weights_file(path) for name, path in find_paths(patterns).items()}
+    return {
+        name: WeightsFile(path, read_record(path)) for name, path in find_paths(patterns).items()
+    }
 
 
 def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
@@ -120,8 +131,8 @@ def common_image_size(files: Iterable[WeightsFile], dataset: str) -> int | None:
     Raises DataError where they say several.
     """
     sizes = {f.setting("image_size") for f in files if f.setting("dataset") == dataset}
-    sizes = {size for size in sizes if isinstance(size, int) and size > 0}
+    sizes = {size for size in sizes if type(size) is int and size > 0}
     if len(sizes) > 1:
         found = " and ".join(map(str, sorted(sizes)))
-        raise DataError(f"trained on images of {found} pixels: quantize them one by one")
+        raise DataError(f"trained on images of {found} pixels: choose --image_size")
     return next(iter(sizes), None)

@@ -117,12 +117,19 @@ def bounded_number(
         except ValueError:
             value = math.nan
         if value >= below:
-            raise argparse.ArgumentTypeError(f"{text!r} is not below {below:g}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}, below {below:g}")
         if not (value >= at_least and value > above):
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
         return value
 
     return parse
+
+
+def file_name(text: str) -> str:
+    """Return the text, unless it is empty as an unset shell variable is: an argparse type."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty")
+    return text
 
 
 class StoreFlat(argparse.Action):

@@ -6,6 +6,7 @@ is copied into fixed tensors first: images, labels, and the factor of the penalt
 stays outside, so that the learning rate stays a number.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +51,8 @@ class GraphedGradients:
     """`compute_gradients` for training in one process, as a graph for each kind of batch.
 
     A kind is a shape of images, a regularizer or none, and a state of the network's modules (which
-    of them train, which have hooks). Its first batches run as ever. Where capturing fails, a line
-    says so, and the kind runs as ever for good. The tensors that a call returns, and the gradients
+    of them train, which have hooks). Its first batches run without one. Where capturing fails, a
+    line says so, and the kind never has a graph. The tensors that a call returns, and the gradients
     that it sets, are overwritten by later calls.
     """
 
@@ -115,7 +116,8 @@ class GraphedGradients:
                 lambda: [*step(*kind.inputs), *(p.grad for p in params)]
             )
         except RuntimeError as error:
-            tqdm.write(f"no CUDA graph of this step: {str(error).splitlines()[0]}")
+            reason = str(error).splitlines()[0]
+            tqdm.write(f"no CUDA graph of this step: {reason}", file=sys.stderr)
 
 
 def _mode(net: nn.Module) -> tuple:

@@ -164,7 +164,12 @@ def get_rank() -> int:
     """
     if dist.is_initialized():
         return dist.get_rank()
-    return _env_int("RANK", 0) if _env_int("WORLD_SIZE", 1) > 1 else 0
+    return _env_int("RANK", 0) if several_started() else 0
+
+
+def several_started() -> bool:
+    """Tell whether torchrun has started several processes, also outside of `process_group`."""
+    return _env_int("WORLD_SIZE", 1) > 1
 
 
 def restarted() -> bool:

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ CONTENT_ERRORS = (
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
 NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP)  # what some network file systems answer
-MAX_REASON = 120  # characters of a library's own message in an error
+MAX_REASON = 160  # characters of a library's own message in an error
 
 
 def check_writable(path: Path) -> None:
@@ -101,6 +102,10 @@ def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None 
             os.replace(path, backup)
         os.replace(temporary, path)
         _fsync_dir(path.parent)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)  # "No space left on device" alone does not say where
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -121,7 +126,8 @@ def torch_save(value: Any, path: Path) -> None:
     try:
         torch.save(value, path)
     except RuntimeError as error:  # what torch makes of a failed write
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} (is the disk full?): {reason}") from error
 
 
 def torch_load(path: Path) -> Any:
@@ -185,18 +191,17 @@ def load_weights(net: nn.Module, path: Path) -> None:
     try:
         net.load_state_dict(dict(state))  # without _metadata, which a file may fill with anything
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[-1].strip().split(", ")[0]
-        raise FileError(
-            f"{path} is not of this {type(net).__name__}: {reason[:MAX_REASON]}{_made_for(path)}"
-        ) from error
+        reason = textwrap.shorten(str(error).splitlines()[-1], MAX_REASON, placeholder=" …")
+        kind = type(net).__name__
+        raise FileError(f"{path} is not of this {kind}: {reason}{_made_for(path, kind)}") from error
 
 
-def _made_for(path: Path) -> str:
-    """Return which network the record beside a .pt file names, as the end of an error's line."""
+def _made_for(path: Path, kind: str) -> str:
+    """Return which other network the record beside a .pt file names, to end an error's line."""
     record = path.with_suffix(".json")
     with suppress(OSError, ValueError, LookupError, TypeError):
         model = json.loads(record.read_text(encoding="utf-8"))["settings"]["model"]
-        if isinstance(model, str) and model.isprintable():
+        if isinstance(model, str) and model.isprintable() and model != kind:
             return f"; made for {model} ({record.name}): --model {model}"
     return ""
 

@@ -269,10 +269,10 @@ def test_a_branch_begins_an_average_and_another_decay_is_no_resume(monkeypatch, 
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--ema", "1"], 2, "'1' is not below 1"),
+        (["--ema", "1"], 2, "'1' is not a finite number of at least 0, below 1"),
         (["--ema", "-0.1"], 2, "'-0.1' is not a finite number of at least 0"),
         (["--ema", "nan"], 2, "'nan' is not a finite number of at least 0"),
-        (["--label_smoothing", "1"], 2, "'1' is not below 1"),
+        (["--label_smoothing", "1"], 2, "'1' is not a finite number of at least 0, below 1"),
         (["--label_smoothing", "much"], 2, "'much' is not a finite number of at least 0"),
         (["--regularizer", "VarianceNorm", "--penalty_every", "999"], 2, "999: an epoch has "),
         (["--recalibrate_bn_images", "1"], 2, "'1' is not a whole number of at least 2"),

@@ -324,7 +324,7 @@ def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
         (f"{FLAGS} --mean_correction", "--mean_correction"),
         (f"{FLAGS} --export net.pt", "that is the file to quantize"),
         (f"{FLAGS} --save_quantized ../{{here}}/net.pt", "that is the file to quantize"),
-        (f"{FLAGS} --save_quantized trained.pt", "weights are there, see trained.json"),
+        (f"{FLAGS} --save_quantized trained.pt", "that is a file of a training"),
         (f"{FLAGS} --export net.pt/net.onnx", "not a folder"),
         (f"{FLAGS} --export .", "is a folder: give the name of a file"),
     ],

@@ -104,7 +104,7 @@ def test_the_size_of_images_is_taken_from_the_records(folder):
     files = find_weights([f"{name}.pt" for name in "abcd"])
     assert common_image_size([files[name] for name in "abd"], "ImageFolder") == 64
     assert common_image_size([files["d"]], "CIFAR10") is None
-    with pytest.raises(DataError, match="32 and 64 pixels: quantize them one by one"):
+    with pytest.raises(DataError, match="32 and 64 pixels: choose --image_size"):
         common_image_size(files.values(), "ImageFolder")
 
 
