@@ -18,7 +18,7 @@ import utils
 from analysis.report import FLOAT_BITS
 from analysis.weights_files import find_paths, read_record
 from engine import distributed
-from engine.bit_widths import check_bits
+from engine.bit_widths import parse_bits
 from engine.cli import (
     Parser,
     Requirement,
@@ -49,9 +49,7 @@ def bit_widths(text: str) -> list[int]:
     """Return the bit-widths that a number or a range such as "4-8" means: an argparse type."""
     first, dash, last = text.partition("-")
     try:
-        bounds = [int(number) for number in ([first, last] if dash else [first])]
-        for n_bits in bounds:
-            check_bits(n_bits)
+        bounds = [parse_bits(number) for number in ([first, last] if dash else [first])]
         if bounds != sorted(bounds):
             raise ValueError("the first is above the last")
     except ValueError as error:
@@ -549,8 +547,8 @@ def quantizations(args: argparse.Namespace) -> Iterator[Quantization]:
 
 def act_bit_widths(n_bits: int, args: argparse.Namespace) -> list[int]:
     """Return the bit-widths of activations beside weights of n_bits."""
-    given = args.act_bits or [FLOAT_BITS]
-    return list(dict.fromkeys(n_bits if bits == "same" else bits for bits in given))
+    numbers = args.act_bits or [FLOAT_BITS]
+    return list(dict.fromkeys(n_bits if bits == "same" else bits for bits in numbers))
 
 
 def quantizer_options(scheme: str) -> Set[str]:

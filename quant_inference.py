@@ -31,7 +31,7 @@ from analysis.weights_files import (
     find_weights,
     read_training_record,
 )
-from data import DATASETS, ImageDataset
+from data import DATASETS, ImageDataset, accepts
 from engine import distributed
 from engine.adaround import learn_rounding
 from engine.batch_norm import (
@@ -614,6 +614,10 @@ def choose_dataset(
         trained_on = file.setting("dataset") or args.dataset
         if trained_on != args.dataset:
             print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
+        size = file.setting("image_size") or args.image_size
+        if size != args.image_size and accepts(args.dataset, "image_size"):
+            pixels = f"images of {size} pixels, not of {args.image_size}"
+            print_warning(f"{file.path} was trained on {pixels}: --image_size")
 
 
 def check_steps_record(file: WeightsFile, steps: WeightsFile) -> None:
@@ -621,6 +625,24 @@ def check_steps_record(file: WeightsFile, steps: WeightsFile) -> None:
     ids = file.record.get("run_id"), steps.record.get("run_id")
     if None not in ids and ids[0] != ids[1]:
         print_warning(f"{steps.path} has the steps of another training than that of {file.path}")
+
+
+def check_layers(loaded: Mapping[str, LoadedNetwork], layers: Sequence[str]) -> None:
+    """Raise NetworkError where a layer to show is not in all of the networks."""
+    weights = distributions.layer_weights({name: network.net for name, network in loaded.items()})
+    try:
+        distributions.choose_layers(distributions.statistics(weights), layers)
+    except ValueError as error:
+        raise NetworkError(str(error)) from error
+
+
+def check_sums(net: nn.Module, setup: Setup, file: WeightsFile) -> None:
+    """Warn where --quantize_sums finds no sum to quantize."""
+    if not setup.args.quantize_sums:
+        return
+    names = qu.input_shapes(net, setup.first_images(1), sums=True)
+    if not any(map(qu.is_of_sum, names)):
+        print_warning(f"{file.path}: --quantize_sums has no effect: the network adds nothing up")
 
 
 def check_accuracy(row: Row, file: WeightsFile, args: argparse.Namespace) -> None:
@@ -672,6 +694,8 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     loaded = distributed.run_on_rank0_and_broadcast(
         lambda: load_networks(files, args, explicit_flags, dataset)
     )
+    if args.layers:
+        check_layers(loaded, args.layers)
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
         for network in loaded.values():
@@ -713,6 +737,7 @@ def measure_network(name: str, network: LoadedNetwork, setup: Setup, results: Re
     steps = read_training_record(Path(args.steps_from)) if args.steps_from else None
     if steps:
         check_steps_record(file, steps)
+    check_sums(net, setup, file)
     try:
         for row in sweep(name, net, setup):
             check_accuracy(row, steps if row["scheme"] == LEARNED else file, args)

@@ -16,7 +16,7 @@ import data
 from engine import distributed
 from engine.averaging import MAX_BN_IMAGES
 from engine.batch_norm import has_batch_norms
-from engine.bit_widths import MAX_BITS, MIN_BITS
+from engine.bit_widths import parse_bits
 from engine.cli import (
     Requirement,
     add_alias,
@@ -106,7 +106,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="test on the last N training images, which are then not trained on, in place of the "
         "test set: for choices that must not see it",
     )
-    add("--device", type=parse_device, default=default_device(), help="cpu, cuda, cuda:1, …")
+    add("--device", type=parse_device, default=default_device(), help="cpu, cuda, cuda:1, mps")
     add_choice(
         group,
         "--memory_format",
@@ -354,12 +354,13 @@ def add_quantization_arguments(group: argparse._ArgumentGroup) -> None:
 
 def parse_qat_bits(text: str) -> str:
     """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
-    words = text.split(",")
-    if len(words) > 2 or not all(
-        word.isdecimal() and MIN_BITS <= int(word) <= MAX_BITS for word in words
-    ):
-        raise argparse.ArgumentTypeError(f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4")
-    return ",".join(str(int(word)) for word in words)
+    weight_bits, comma, act_bits = text.partition(",")
+    try:
+        numbers = [parse_bits(number) for number in ([weight_bits, act_bits] if comma else [text])]
+    except ValueError as error:
+        message = f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"
+        raise argparse.ArgumentTypeError(message) from error
+    return ",".join(map(str, numbers))
 
 
 def qat_bit_widths(text: str) -> tuple[int, int | None]:

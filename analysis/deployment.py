@@ -101,8 +101,8 @@ def to_model(
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:
     """Return the bytes of an exported file; FileError where it is not of this source."""
     model = onnx_export.load_model(path)
-    found = NOT_RECORDED | {p.key: p.value for p in model.metadata_props}
+    metadata = NOT_RECORDED | {p.key: p.value for p in model.metadata_props}
     for key, value in source.items():
-        if key != "checkpoint" and found.get(key) != value:
-            raise FileError(f"{path} was made with {key} {found.get(key)}, and this is {value}")
+        if key != "checkpoint" and metadata.get(key) != value:
+            raise FileError(f"{path} was made with {key} {metadata.get(key)}, and this is {value}")
     return model.SerializeToString()

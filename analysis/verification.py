@@ -57,15 +57,15 @@ def verify_file(
     """Print what `verify` finds and write it beside the file; tell whether predictions agree."""
     path = Path(args.export if args.verify is True else args.verify)
     model = read_model(path, source)
-    found = {"file": path.name, "source": dict(source)}
-    found |= verify(model, compared, test, dataset)
-    print(f"\n{format_report(found)}")
-    for line in warnings(found):
+    measured = {"file": path.name, "source": dict(source)}
+    measured |= verify(model, compared, test, dataset)
+    print(f"\n{format_report(measured)}")
+    for line in warnings(measured):
         print(f"quant_inference.py: warning: {line}", file=sys.stderr)
     record = path.with_suffix(".verified.json")
-    save_json(found, record)
+    save_json(measured, record)
     print(f"verified: {record}")
-    return not found["differing_predictions"]["integer"]
+    return not measured["differing_predictions"]["integer"]
 
 
 def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def compare_predictions(
     last = compared.integers.layers()[-1].integers
     step = last.product_scale(last.parts[0])
     real = logits["engine"]
-    found = {
+    measured = {
         "n_images": len(labels),
         "accuracy": {k: (v.argmax(1) == labels).double().mean().item() for k, v in logits.items()},
         "differing_predictions": {name: _n_differing(logits[name], real) for name in nets},
@@ -129,8 +129,8 @@ def compare_predictions(
         },
     }
     if exact_products:
-        found["differing_by_default"] = _n_differing(logits["integer"], logits[DEFAULT_ENGINE])
-    return found
+        measured["differing_by_default"] = _n_differing(logits["integer"], logits[DEFAULT_ENGINE])
+    return measured
 
 
 def _sessions(model: bytes, exact_products: bool) -> dict[str, Run]:
@@ -231,31 +231,31 @@ def _seconds(run: Run, batch: Tensor, n_calls: int) -> float:
 # --- the report ------------------------------------------------------------------------------
 
 
-def format_report(found: Mapping[str, Any]) -> str:
+def format_report(measured: Mapping[str, Any]) -> str:
     """Return the report as text."""
-    n, accuracy = found["n_images"], found["accuracy"]
+    n, accuracy = measured["n_images"], measured["accuracy"]
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
-        f"{found['file']} in ONNX Runtime {found['onnxruntime']} on {machine}",
-        *(f"with the session option {k}={v}" for k, v in found["session_options"].items()),
+        f"{measured['file']} in ONNX Runtime {measured['onnxruntime']} on {machine}",
+        *(f"with the session option {k}={v}" for k, v in measured["session_options"].items()),
         f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
     ]
-    for name, n_differing in found["differing_predictions"].items():
+    for name, n_differing in measured["differing_predictions"].items():
         if name != "unquantized":
             lines.append(
                 f"simulated ({name}): {accuracy[name]:.2%}, {n_differing} of {n} predictions "
-                f"differ, logits by up to {found['largest_logit_difference'][name]:.4g} of the "
+                f"differ, logits by up to {measured['largest_logit_difference'][name]:.4g} of the "
                 "last scale"
             )
-    for batch, speeds in found["images_per_second"].items():
+    for batch, speeds in measured["images_per_second"].items():
         numbers = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
         lines.append(f"images/s at batch {batch}: {numbers}")
-    size = found["bytes"]
+    size = measured["bytes"]
     lines.append(
         f"bytes: file {size['file']:,}, packed integers {size['packed']:,}, "
         f"float32 weights {size['float32']:,}"
     )
-    return "\n".join([*lines, *format_kernels(found["nodes"])])
+    return "\n".join([*lines, *format_kernels(measured["nodes"])])
 
 
 def format_kernels(nodes: Mapping[str, str]) -> list[str]:
@@ -269,23 +269,24 @@ def format_kernels(nodes: Mapping[str, str]) -> list[str]:
     ]
 
 
-def warnings(found: Mapping[str, Any]) -> list[str]:
+def warnings(measured: Mapping[str, Any]) -> list[str]:
     """Return a line for everything that is not as it should be."""
     lines = []
-    if in_float := [k for k, op in found["nodes"].items() if op in onnx_session.FLOAT_KERNELS]:
+    if in_float := [k for k, op in measured["nodes"].items() if op in onnx_session.FLOAT_KERNELS]:
         lines.append(f"not on integer kernels: {', '.join(in_float)}")
-    if found["session_options"]:
-        [(option, value)] = found["session_options"].items()
+    if measured["session_options"]:
+        [(option, value)] = measured["session_options"].items()
         lines.append(
-            f"8-bit sums of {_some_of(found['inexact_layers'])} saturate on this processor, which "
-            f"lacks VNNI: set ONNX Runtime's session option {option}={value}, as was done here; "
-            f"without it {found['differing_by_default']} of {found['n_images']} predictions "
+            f"8-bit sums of {_some_of(measured['inexact_layers'])} saturate on this processor, "
+            "which lacks VNNI: set ONNX Runtime's session option "
+            f"{option}={value}, as was done here; without it "
+            f"{measured['differing_by_default']} of {measured['n_images']} predictions "
             "differ (7 bits for weights do not need it)"
         )
-    if names := found["inexact_layers_with_options"]:
+    if names := measured["inexact_layers_with_options"]:
         lines.append(f"{_some_of(names)}: not computed exactly on this processor")
-    if n := found["differing_predictions"]["integer"]:
-        lines.append(f"{n} of {found['n_images']} predictions differ from the simulation")
+    if n := measured["differing_predictions"]["integer"]:
+        lines.append(f"{n} of {measured['n_images']} predictions differ from the simulation")
     return lines
 
 

@@ -133,6 +133,6 @@ def common_image_size(files: Iterable[WeightsFile], dataset: str) -> int | None:
     sizes = {f.setting("image_size") for f in files if f.setting("dataset") == dataset}
     sizes = {size for size in sizes if type(size) is int and size > 0}
     if len(sizes) > 1:
-        found = " and ".join(map(str, sorted(sizes)))
-        raise DataError(f"trained on images of {found} pixels: choose --image_size")
+        pixels = " and ".join(map(str, sorted(sizes)))
+        raise DataError(f"trained on images of {pixels} pixels: choose --image_size")
     return next(iter(sizes), None)

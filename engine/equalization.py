@@ -115,11 +115,11 @@ def find_pairs(
     pairs, left_alone = [], {}
     for call in graph.calls:
         if call.kind in LAYERS:
-            found = walk.to_next_layer(call)
-            if isinstance(found, Pair):
-                pairs.append(found)
-            elif found:
-                left_alone[call.name] = found
+            pair_or_reason = walk.to_next_layer(call)
+            if isinstance(pair_or_reason, Pair):
+                pairs.append(pair_or_reason)
+            elif pair_or_reason:
+                left_alone[call.name] = pair_or_reason
     return pairs, left_alone
 
 

@@ -21,9 +21,12 @@ def default_device() -> str:
 
     Apple's GPUs (mps) have none: nobody has tried them, so they have to be asked for.
     """
-    has_one = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if has_one else torch.device("cpu")
-    return with_float64(device).type
+    return with_float64(accelerator() or torch.device("cpu")).type
+
+
+def accelerator() -> torch.device | None:
+    """Return the kind of GPU that there is, None where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def with_float64(device: torch.device) -> torch.device:
@@ -48,7 +51,8 @@ def parse_device(text: str) -> str:
     except (RuntimeError, AttributeError):  # not a device's name, or of a kind that is never there
         n_devices = 0
     if n_devices == 0 or (device.index or 0) >= n_devices:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: try cpu or cuda")
+        others = f" or {gpu.type}" if (gpu := accelerator()) else ""
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: there is cpu{others}")
     return text
 
 

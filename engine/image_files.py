@@ -72,11 +72,11 @@ class ImageFiles:
 
     def sizes(self) -> np.ndarray:
         """Return height and width of each file's image, int64 (N, 2), from the files' heads."""
-        found = np.empty((len(self), 2), np.int64)
+        sizes = np.empty((len(self), 2), np.int64)
         for i in range(len(self)):
             with opened(self.path(i)) as image:
-                found[i] = image.height, image.width
-        return found
+                sizes[i] = image.height, image.width
+        return sizes
 
 
 def find_classes(folder: Path) -> list[str]:

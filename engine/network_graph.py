@@ -168,9 +168,9 @@ def trace(net: nn.Module, images: Tensor) -> NetworkGraph:
 
 def _without_dead_calls(calls: list[Call], output: int) -> NetworkGraph:
     """Return only the calls that the output depends on."""
-    needed, kept = {output}, []
+    needed, live_calls = {output}, []
     for call in reversed(calls):
         if call.output in needed:
             needed.update(call.inputs)
-            kept.append(call)
-    return NetworkGraph(tuple(reversed(kept)), output)
+            live_calls.append(call)
+    return NetworkGraph(tuple(reversed(live_calls)), output)

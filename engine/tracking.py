@@ -233,12 +233,12 @@ def how_to_open(loggers: Sequence[WandbLogger]) -> str:
     loggers = [each for each in loggers if each.run is not None and not each.run.disabled]
     if not loggers:
         return "Weights & Biases: nothing logged"
-    here = [each for each in loggers if each.run.offline or not each.healthy]
-    lines = [f"dashboard: {each.run.url}" for each in loggers if each not in here]
-    if here:
-        folder = here[0].folder.parent
-        shown = here[0].folder if len(here) == 1 else folder
-        ids = [each.run.id for each in here]
+    local = [each for each in loggers if each.run.offline or not each.healthy]
+    lines = [f"dashboard: {each.run.url}" for each in loggers if each not in local]
+    if local:
+        folder = local[0].folder.parent
+        shown = local[0].folder if len(local) == 1 else folder
+        ids = [each.run.id for each in local]
         parts = sorted(p for run_id in ids for p in folder.glob(f"*-{run_id}"))  # of --resume, too
         lines += [
             f"dashboard, in this terminal: wandb leet {shown}",

@@ -30,10 +30,9 @@ def test_a_device_is_looked_for_and_not_touched(monkeypatch):
 def test_apples_gpus_are_used_where_asked_for_and_have_no_float64(monkeypatch):
     monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
     assert hardware.parse_device("mps") == "mps"
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for name, default in {"mps": "cpu", "cuda": "cuda"}.items():
         device = torch.device(name)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda device=device: device)
+        monkeypatch.setattr(hardware, "accelerator", lambda device=device: device)
         assert hardware.default_device() == default
         assert hardware.with_float64(device).type == default
     doubled = hardware.to_float64(torch.ones(2))

@@ -326,6 +326,8 @@ def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
         (f"{FLAGS} --save_quantized ../{{here}}/net.pt", "that is the file to quantize"),
         (f"{FLAGS} --save_quantized trained.pt", "that is a file of a training"),
         (f"{FLAGS} --export net.pt/net.onnx", "not a folder"),
+        (f"{FLAGS} --save_quantized net.onnx", "that is the file of --export"),
+        (f"{FLAGS} --export trained.json", "that is a file of a training"),
         (f"{FLAGS} --export .", "is a folder: give the name of a file"),
     ],
 )
@@ -340,3 +342,13 @@ def test_flags_that_no_file_can_have_end_with_one_line(tiny, capsys, flags, mess
 def test_verify_needs_a_file(tiny, capsys):
     assert main(f"{FLAGS} --verify") == 2
     assert "--verify needs --export, or the file to verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"x"])
+def test_a_file_to_verify_is_read_before_anything_is_measured(tiny, content, capsys):
+    if content:
+        Path("other.onnx").write_bytes(content)
+    assert main(f"{FLAGS} --verify other.onnx") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "other.onnx" in message
+    assert not Path("results.json").exists()

@@ -550,3 +550,35 @@ def test_per_layer(tiny, capsys):
     assert "one layer at a time" in capsys.readouterr().out
     assert len(Path("per_layer.csv").read_text().splitlines()) == 11
     assert Path("per_layer.png").read_bytes().startswith(PNG)
+
+
+def test_sums_that_are_not_there_and_layers_that_are_not_are_told(tiny, capsys):
+    save_weights(make_net(), Path("a.pt"))
+    flags = ["a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots"]
+    assert main(*flags, "--act_bits", 4, "--quantize_sums") == 0
+    assert "a.pt: --quantize_sums has no effect" in capsys.readouterr().err
+    assert main(*flags, "--layers", "layer99") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--layers layer99: choose among layer0.0" in message
+
+
+def test_a_network_without_a_finite_loss_is_refused(tiny, capsys):
+    net = make_net()
+    net.classifier.weight.data.fill_(3e38)
+    save_weights(net, Path("a.pt"))
+    assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots") == 1
+    assert "a.pt: its loss is nan without quantizing" in capsys.readouterr().err
+
+
+def test_figures_of_weights_are_kept(tiny):
+    save_weights(make_net(), Path("a.pt"))
+    for _ in range(2):
+        assert main("a.pt", "--bits", 4, "--schemes", "uniform") == 0
+    names = {path.name for path in Path().glob("*.png")}
+    assert names == {"accuracy.png", "weights_a.png", "accuracy_old1.png", "weights_a_old1.png"}
+
+
+@pytest.mark.parametrize("flag", ["--export", "--steps_from", "--verify"])
+def test_an_empty_name_of_a_file_is_refused(flag, tiny, capsys):
+    assert main("a.pt", flag, "") == 2
+    assert f"argument {flag}: the name of the file is empty" in capsys.readouterr().err

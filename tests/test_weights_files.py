@@ -145,3 +145,29 @@ def test_a_width_that_no_network_has_is_refused(folder, width, capsys):
 def test_what_is_no_record_is_none(folder, content):
     Path("a.json").write_text(content)
     assert read_record(Path("a.pt")) == {} == read_record(Path("missing.ckpt"))
+
+
+def test_the_network_of_the_record_decides_whether_width_has_an_effect(folder, capsys):
+    torch.manual_seed(0)
+    save_weights(MODELS["VGGSmall"](width=0.02), Path("a.pt"))
+    for settings, flags in (
+        ({"width": 0.02}, []),
+        ({"width": 0.02}, ["--model", "vggsmall"]),
+        ({"width": 1.0}, ["--width", 0.02]),
+        ({}, ["--width", 0.02]),
+    ):
+        record = {"settings": SETTINGS | {"model": "VGGSmall"} | settings}
+        Path("a.json").write_text(json.dumps(record))
+        assert main("a.pt", *flags)[0] == 0
+        assert "without effect" not in capsys.readouterr().err
+    save("b")
+    assert main("b.pt", "--width", 0.02)[0] == 0
+    assert "without effect: --width (needs --model" in capsys.readouterr().err
+
+
+def test_another_size_of_images_is_warned_about(folder, monkeypatch, capsys):
+    small = data.DATASETS["Synthetic"]("", 0)
+    monkeypatch.setitem(data.DATASETS, "Sized", lambda data_dir, seed, image_size: small)
+    save("a", dataset="Sized", image_size=48)
+    assert main("a.pt", "--image_size", 32)[0] == 0
+    assert "a.pt was trained on images of 48 pixels, not of 32" in capsys.readouterr().err
