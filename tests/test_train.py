@@ -531,8 +531,8 @@ def test_what_is_not_finite_stops_the_run_and_is_named():
 # --- the scripts -----------------------------------------------------------------------------
 
 FAST = (
-    "--dataset Synthetic --train_subset 64 --holdout 64 --batch_size 32 --precision fp32 "
-    "--no-compile"
+    "--model VGGSmall --width 0.06 --dataset Synthetic --train_subset 64 --holdout 64 "
+    "--batch_size 32 --precision fp32 --no-compile"
 ).split()
 
 
@@ -557,8 +557,8 @@ def test_train_from_flags_to_saved_weights(script, tmp_path):
     assert completed.returncode == 0, completed.stderr
     weights = torch.load(tmp_path / "r.pt", weights_only=True)
     before = torch.load(tmp_path / "r_preregul.pt", weights_only=True)
-    utils.make_net("ConvNet", 10, "cpu").load_state_dict(weights)
-    assert not torch.equal(weights["classifier.weight"], before["classifier.weight"])
+    utils.make_net("VGGSmall", 10, "cpu", 0.06).load_state_dict(weights)
+    assert not torch.equal(weights["5.weight"], before["5.weight"])
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["settings"]["seed"] == 242 and record["settings"]["regularizer"] == "L2Grad"
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -998,7 +998,7 @@ def test_any_run_can_start_from_weights_alone(script, tmp_path):
     second = script("train.py", "--run_name", "b", "--seed", 8, "--init_weights", "a.pt", *flags)
     assert first.returncode == second.returncode == 0, second.stderr
     a, b = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "ab"]
-    assert torch.allclose(a["layer0.0.weight"], b["layer0.0.weight"])
+    assert torch.allclose(a["0.0.weight"], b["0.0.weight"])
     wrong = script("train.py", "--run_name", "c", "--init_from", "a.pt", *flags)
     assert wrong.returncode == 1 and "--init_weights" in wrong.stderr.splitlines()[-1]
 
