@@ -528,6 +528,14 @@ def recorded_model(file: WeightsFile, args: argparse.Namespace, explicit_flags: 
     return recorded if "model" not in explicit_flags and is_model(recorded) else args.model
 
 
+def parse_recorded(parse: Callable[[str], float], value: object, place: str) -> float:
+    """Return a number of a record as the flag's type reads it; FileError where that refuses it."""
+    try:
+        return parse(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise FileError(f"{place} {error}") from error
+
+
 def with_recorded_network(
     file: WeightsFile, args: argparse.Namespace, explicit_flags: Set[str]
 ) -> argparse.Namespace:
@@ -539,10 +547,7 @@ def with_recorded_network(
     model, width = recorded_model(file, args, explicit_flags), args.width
     recorded = file.setting("width")
     if "width" not in explicit_flags and file.setting("model") == model and recorded is not None:
-        try:
-            width = utils.parse_width(str(recorded))
-        except argparse.ArgumentTypeError as error:
-            raise FileError(f"the record of {file.path}: width {error}") from error
+        width = parse_recorded(utils.parse_width, recorded, f"the record of {file.path}: width")
     return argparse.Namespace(**{**vars(args), "model": model, "width": width})
 
 
@@ -609,7 +614,8 @@ def choose_dataset(
     if "dataset" not in explicit_flags:
         args.dataset = common_dataset(files.values(), DATASETS) or args.dataset
     if "image_size" not in explicit_flags:
-        args.image_size = common_image_size(files.values(), args.dataset) or args.image_size
+        size = common_image_size(files.values(), args.dataset) or args.image_size
+        args.image_size = parse_recorded(utils.parse_image_size, size, "the record's image_size")
     for file in files.values():
         trained_on = file.setting("dataset") or args.dataset
         if trained_on != args.dataset:

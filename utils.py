@@ -44,6 +44,7 @@ MILESTONES: dict[str, Callable[[int], list[int]]] = {
 
 PENALTY_GRADIENTS = ("exact", "difference")
 
+parse_image_size = bounded_number(int, at_least=1, below=4097)  # height and width
 parse_width = bounded_number(float, above=0, below=100)  # a factor of all channels
 
 RELATIVE_MILESTONES = ("default", "halfway")  # those that depend on n
@@ -78,7 +79,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_dir", default="./data", help="folder that holds the data, or that it is put into")
     add(
         "--image_size",
-        type=positive,
+        type=parse_image_size,
         default=data.IMAGE_SIZE,
         metavar="PIXELS",
         help="ImageFolder: height and width that images are cropped and resized to",

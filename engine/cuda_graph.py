@@ -39,7 +39,7 @@ class CudaCapture:
 
 
 @dataclass
-class _Kind:
+class _BatchKind:
     """Batches that one graph can serve, and what has become of them so far."""
 
     n_eager: int = 0
@@ -59,7 +59,7 @@ class GraphedGradients:
     def __init__(self, make_capture: Callable[[Callable[[], Tensors]], Any] = CudaCapture) -> None:
         """`make_capture` is replaced in tests."""
         self.make_capture = make_capture
-        self.kinds: dict[tuple, _Kind] = {}  # the last one used is the last
+        self.kinds: dict[tuple, _BatchKind] = {}  # the last one used is the last
 
     def __call__(
         self,
@@ -97,16 +97,16 @@ class GraphedGradients:
             p.grad = g
         return loss, penalty, n_correct
 
-    def _kind(self, key: tuple) -> _Kind:
+    def _kind(self, key: tuple) -> _BatchKind:
         """Return the kind of that key; of too many, the one that was not used for longest goes."""
-        kind = self.kinds.pop(key, None) or _Kind()
+        kind = self.kinds.pop(key, None) or _BatchKind()
         self.kinds[key] = kind
         if len(self.kinds) > MAX_GRAPHS:
             del self.kinds[next(iter(self.kinds))]
         return kind
 
     def _capture(
-        self, kind: _Kind, step: Callable[..., Tensors], params: Tensors, example: tuple
+        self, kind: _BatchKind, step: Callable[..., Tensors], params: Tensors, example: tuple
     ) -> None:
         """Capture a step; where that fails, print why."""
         x, y, scale = example

@@ -81,7 +81,12 @@ def read_json(path: Path) -> Iterator[Any]:
         raise FileError(f"{path}: {error.strerror}") from error
     except CONTENT_ERRORS as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise FileError(f"{path} is not what was saved there: {reason[:MAX_REASON]}") from error
+        raise FileError(f"{path} is not what was saved there: {_shortened(reason)}") from error
+
+
+def _shortened(reason: str) -> str:
+    """Return a library's message as one short line."""
+    return textwrap.shorten(reason, MAX_REASON, placeholder=" …")
 
 
 def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
@@ -191,16 +196,15 @@ def load_weights(net: nn.Module, path: Path) -> None:
     try:
         net.load_state_dict(dict(state))  # without _metadata, which a file may fill with anything
     except (RuntimeError, TypeError) as error:
-        reason = textwrap.shorten(str(error).splitlines()[-1], MAX_REASON, placeholder=" …")
-        kind = type(net).__name__
+        reason, kind = _shortened(str(error).splitlines()[-1]), type(net).__name__
         raise FileError(f"{path} is not of this {kind}: {reason}{_made_for(path, kind)}") from error
 
 
 def _made_for(path: Path, kind: str) -> str:
     """Return which other network the record beside a .pt file names, to end an error's line."""
     record = path.with_suffix(".json")
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        model = json.loads(record.read_text(encoding="utf-8"))["settings"]["model"]
+    with suppress(FileError), read_json(record) as content:
+        model = content["settings"]["model"]
         if isinstance(model, str) and model.isprintable() and model != kind:
             return f"; made for {model} ({record.name}): --model {model}"
     return ""

@@ -103,7 +103,7 @@ class TrainState:
         fit.
         """
         row = torch.empty(4 + len(trainable_parameters(self.net)))
-        entry = {"epoch": int, "test_accuracy": int | float}  # and more, which nothing reads
+        entry = {"epoch": int, "test_accuracy": int | float}  # what a run reads of it
         template = {
             "net": self.net.state_dict(),
             "optimizer": {"state": dict},

@@ -171,3 +171,11 @@ def test_another_size_of_images_is_warned_about(folder, monkeypatch, capsys):
     save("a", dataset="Sized", image_size=48)
     assert main("a.pt", "--image_size", 32)[0] == 0
     assert "a.pt was trained on images of 48 pixels, not of 32" in capsys.readouterr().err
+
+
+def test_a_size_that_no_image_has_is_refused(folder, monkeypatch, capsys):
+    small = data.DATASETS["Synthetic"]("", 0)
+    monkeypatch.setitem(data.DATASETS, "Sized", lambda data_dir, seed, image_size: small)
+    save("a", dataset="Sized", image_size=10**9)
+    assert main("a.pt")[0] == 1
+    assert "the record's image_size '1000000000' is not a whole" in capsys.readouterr().err
