@@ -9,7 +9,7 @@ from test_train import small_fit
 from torch import nn
 
 import train
-from engine import cuda_graph
+from engine import cuda_graph, distributed
 from engine.cuda_graph import GraphedGradients
 from engine.gradients import compute_gradients
 from regularizers import KurtosisNorm, LPGrad
@@ -129,3 +129,15 @@ def test_a_real_graph_has_the_same_bits():
                 p -= 0.1 / (1 + i) * p.grad
                 q -= 0.1 / (1 + i) * q.grad
     assert any(kind.capture for kind in compute.kinds.values())
+
+
+def test_several_processes_ignore_the_flag(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    started = []
+    monkeypatch.setattr(train, "run", lambda args, *_: started.append(args.cuda_graph))
+    for several in (False, True):
+        monkeypatch.setattr(distributed, "several_started", lambda several=several: several)
+        train.main(["--run_name", "r", "--device", "cuda", "--cuda_graph"])
+    assert started == [True, False]
+    assert "without effect: --cuda_graph (needs one process)" in capsys.readouterr().err

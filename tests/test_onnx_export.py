@@ -352,3 +352,9 @@ def test_a_file_to_verify_is_read_before_anything_is_measured(tiny, content, cap
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "other.onnx" in message
     assert not Path("results.json").exists()
+
+
+def test_apples_gpus_have_no_integers_in_float64(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
+    assert main(f"{FLAGS} --export net.onnx --device mps") == 2
+    assert "--export needs --device cpu or cuda, which have float64" in capsys.readouterr().err
