@@ -620,8 +620,9 @@ def choose_dataset(
         trained_on = file.setting("dataset") or args.dataset
         if trained_on != args.dataset:
             print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
-        size = file.setting("image_size") or args.image_size
-        if size != args.image_size and accepts(args.dataset, "image_size"):
+        size = file.setting("image_size")
+        has_sizes = accepts(args.dataset, "image_size") and isinstance(size, int)
+        if has_sizes and size != args.image_size:
             pixels = f"images of {size} pixels, not of {args.image_size}"
             print_warning(f"{file.path} was trained on {pixels}: --image_size")
 
@@ -700,7 +701,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     loaded = distributed.run_on_rank0_and_broadcast(
         lambda: load_networks(files, args, explicit_flags, dataset)
     )
-    if args.layers:
+    if args.layers and loaded:
         check_layers(loaded, args.layers)
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
