@@ -47,9 +47,8 @@ BIASES = ("published", "weight", "full")  # see --biases
 
 def bit_widths(text: str) -> list[int]:
     """Return the bit-widths that a number or a range such as "4-8" means: an argparse type."""
-    first, dash, last = text.partition("-")
     try:
-        bounds = [parse_bits(number) for number in ([first, last] if dash else [first])]
+        bounds = [parse_bits(number) for number in text.split("-", 1)]
         if bounds != sorted(bounds):
             raise ValueError("the first is above the last")
     except ValueError as error:
@@ -491,11 +490,12 @@ def check_deployment(parser: Parser, args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             parser.error(f"--{flag}: {error}")
+        target = path.resolve()
         if path.suffix in (".pt", ".ckpt", ".json") and path.exists() and read_record(path):
-            taken.setdefault(path.resolve(), "a file of a training")
-        if path.resolve() in taken:
-            parser.error(f"--{flag} {path}: that is {taken[path.resolve()]}")
-        taken[path.resolve()] = f"the file of --{flag}"
+            taken.setdefault(target, "a file of a training")
+        if target in taken:
+            parser.error(f"--{flag} {path}: that is {taken[target]}")
+        taken[target] = f"the file of --{flag}"
 
 
 def steps_requirements(args: argparse.Namespace) -> list[Requirement]:

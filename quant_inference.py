@@ -620,9 +620,8 @@ def choose_dataset(
         trained_on = file.setting("dataset") or args.dataset
         if trained_on != args.dataset:
             print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
-        size = file.setting("image_size")
-        has_sizes = accepts(args.dataset, "image_size") and isinstance(size, int)
-        if has_sizes and size != args.image_size:
+        size = file.image_size() or args.image_size
+        if size != args.image_size and accepts(args.dataset, "image_size"):
             pixels = f"images of {size} pixels, not of {args.image_size}"
             print_warning(f"{file.path} was trained on {pixels}: --image_size")
 
@@ -636,9 +635,9 @@ def check_steps_record(file: WeightsFile, steps: WeightsFile) -> None:
 
 def check_layers(loaded: Mapping[str, LoadedNetwork], layers: Sequence[str]) -> None:
     """Raise NetworkError where a layer to show is not in all of the networks."""
-    weights = distributions.layer_weights({name: network.net for name, network in loaded.items()})
+    names = [quantizable_layers(network.net) for network in loaded.values()]
     try:
-        distributions.choose_layers(distributions.statistics(weights), layers)
+        distributions.shared_layers(names, layers)
     except ValueError as error:
         raise NetworkError(str(error)) from error
 

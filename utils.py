@@ -355,9 +355,8 @@ def add_quantization_arguments(group: argparse._ArgumentGroup) -> None:
 
 def parse_qat_bits(text: str) -> str:
     """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
-    weight_bits, comma, act_bits = text.partition(",")
     try:
-        numbers = [parse_bits(number) for number in ([weight_bits, act_bits] if comma else [text])]
+        numbers = [parse_bits(number) for number in text.split(",", 1)]
     except ValueError as error:
         message = f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"
         raise argparse.ArgumentTypeError(message) from error

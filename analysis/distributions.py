@@ -54,6 +54,18 @@ def _moments(w: Tensor) -> Row:
     return row
 
 
+def shared_layers(networks: Iterable[Iterable[str]], wanted: Sequence[str] | None) -> list[str]:
+    """Return the layers that all networks have, in their order, given the names of each one's.
+
+    Raises ValueError where a wanted layer is not among them.
+    """
+    first, *others = map(list, networks)
+    shared = [layer for layer in first if all(layer in names for names in others)]
+    if missing := [layer for layer in wanted or () if layer not in shared]:
+        raise ValueError(f"--layers {missing[0]}: choose among {', '.join(shared) or 'none'}")
+    return shared
+
+
 def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str]:
     """Return the layers to show, in the networks' order: those wanted, or the most telling ones.
 
@@ -63,10 +75,10 @@ def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str
     by_layer: dict[str, dict[str, float]] = {}
     for row in rows:
         by_layer.setdefault(row["layer"], {})[row["checkpoint"]] = row["max_over_std"] or 0.0
-    n_networks = len({row["checkpoint"] for row in rows})
-    shared = [layer for layer, values in by_layer.items() if len(values) == n_networks]
-    if missing := [layer for layer in wanted or () if layer not in shared]:
-        raise ValueError(f"--layers {missing[0]}: choose among {', '.join(shared) or 'none'}")
+    layers_by_network: dict[str, list[str]] = {}
+    for row in rows:
+        layers_by_network.setdefault(row["checkpoint"], []).append(row["layer"])
+    shared = shared_layers(layers_by_network.values(), wanted)
     if not shared:
         raise ValueError("the networks have no layer of the same name")
     spread = {layer: pstdev(by_layer[layer].values()) for layer in shared}

@@ -180,7 +180,9 @@ def save_tables(
 
     Files of earlier results are renamed first, figures among them.
     """
-    figures = [(weights_figure(name), ".png") for name in {row["checkpoint"]: None for row in rows}]
+    figures = [
+        (weights_figure(name), ".png") for name in dict.fromkeys(r["checkpoint"] for r in rows)
+    ]
     backup_existing([(folder / stem, suffix) for stem, suffix in (*FILES, *figures)])
     save_csv(rows, COLUMNS, folder / "results.csv")
     record = {"settings": {**settings, **describe_environment()}, "rows": list(rows)}

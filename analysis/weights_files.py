@@ -27,6 +27,11 @@ class WeightsFile:
         value = self.record.get("settings", {}).get(name)
         return None if isinstance(value, list) else value
 
+    def image_size(self) -> int | None:
+        """Return the --image_size of the training, None where the record has no such number."""
+        size = self.setting("image_size")
+        return size if type(size) is int and size > 0 else None
+
     def provenance(self) -> dict[str, Any]:
         """Return what a row of the report says of the training."""
         settings = {name: self.setting(name) for name in ("regularizer", "lmbda", "seed")}
@@ -130,8 +135,7 @@ def common_image_size(files: Iterable[WeightsFile], dataset: str) -> int | None:
 
     Raises DataError where they say several.
     """
-    sizes = {f.setting("image_size") for f in files if f.setting("dataset") == dataset}
-    sizes = {size for size in sizes if type(size) is int and size > 0}
+    sizes = {f.image_size() for f in files if f.setting("dataset") == dataset} - {None}
     if len(sizes) > 1:
         pixels = " and ".join(map(str, sorted(sizes)))
         raise DataError(f"trained on images of {pixels} pixels: choose --image_size")

@@ -51,7 +51,7 @@ def parse_device(text: str) -> str:
     except (RuntimeError, AttributeError):  # not a device's name, or of a kind that is never there
         n_devices = 0
     if n_devices == 0 or (device.index or 0) >= n_devices:
-        others = f" or {gpu.type}" if (gpu := accelerator()) else ""
+        others = f" and {gpu.type}" if (gpu := accelerator()) else ""
         raise argparse.ArgumentTypeError(f"no device {text!r} here: there is cpu{others}")
     return text
 
