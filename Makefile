@@ -25,7 +25,7 @@ test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -m slow
 
 faults: $(VENV)/installed-test
-	$(RUN) -m pytest tests/test_faults.py -m "faults or not faults" -s
+	$(RUN) -m pytest tests/system/test_faults.py -m "faults or not faults" -s
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

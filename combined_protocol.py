@@ -12,7 +12,7 @@ from typing import Any
 
 import train
 import utils
-from engine.cli import Parser, bounded_number
+from engine.system.cli import Parser, bounded_number
 from regularizers import CombinedReg, Regularizer, accepted_options, make_regularizer
 
 PHASE_SYNTAX = "EPOCH:none or EPOCH:NAME=λ[+NAME=λ…]"

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import cifar, file_loader
-from engine.errors import DataError
-from engine.image_files import ImageFiles, check_same_classes, find_classes, find_images
-from engine.loader import Loader, seeded_generator
+from engine.images import cifar, file_loader
+from engine.images.image_files import ImageFiles, check_same_classes, find_classes, find_images
+from engine.images.loader import Loader, seeded_generator
+from engine.system.errors import DataError
 
 PROJECT_DATA = Path(__file__).with_name("data")  # where --data_dir is by default
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -44,7 +44,7 @@ class ImageDataset:
     """A data set: uint8 images (N, 3, H, W) in memory or in files, int64 labels (N,).
 
     `mean` and `std` are per channel, of pixels scaled to 0..1. `classes` are names, where there are
-    any. `make_loader` makes batches: it has the arguments of `engine.loader.Loader`.
+    any. `make_loader` makes batches: it has the arguments of `engine.images.loader.Loader`.
     """
 
     train_images: Tensor | ImageFiles

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.layers import Add, BatchNormReLU, Conv2d
+from engine.networks.layers import Add, BatchNormReLU, Conv2d
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 

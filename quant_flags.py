@@ -17,9 +17,9 @@ import quant_utils as qu
 import utils
 from analysis.report import FLOAT_BITS
 from analysis.weights_files import find_paths, read_record
-from engine import distributed
-from engine.bit_widths import parse_bits
-from engine.cli import (
+from engine.quantization.bit_widths import parse_bits
+from engine.system import distributed
+from engine.system.cli import (
     Parser,
     Requirement,
     StoreFlat,
@@ -31,8 +31,8 @@ from engine.cli import (
     refuse_unused_flags,
     warn_unused_flags,
 )
-from engine.hardware import PRECISIONS, with_float64
-from engine.io import check_writable
+from engine.system.hardware import PRECISIONS, with_float64
+from engine.system.io import check_writable
 
 PUBLISHED_SCHEMES = ("uniform", "dorefa", "pwlq")  # the default of --schemes
 N_IMAGES = 512  # default of --calibration_images and --per_layer_images

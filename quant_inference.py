@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import quant_utils as qu
 import utils
-from analysis import dashboard, deployment, distributions, figures, report, verification
+from analysis import dashboard, distributions, figures, report
 from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row, Trial
@@ -32,29 +32,30 @@ from analysis.weights_files import (
     read_training_record,
 )
 from data import DATASETS, ImageDataset, accepts
-from engine import distributed
-from engine.adaround import learn_rounding
-from engine.batch_norm import (
+from engine.deploy import deployed_files, verify
+from engine.deploy.integer_layers import make_grid, make_integer_layer, with_integers
+from engine.deploy.integer_network import IntegerNetwork, build, shared_ranges
+from engine.images.loader import Loader
+from engine.networks.batch_norm import (
     check_folding,
     fold_batch_norm,
     has_batch_norms,
     recalibrate_batch_norm,
 )
-from engine.cli import Parser, exit_codes, warn_unused_flags
-from engine.equalization import equalize
-from engine.errors import DataError, FileError, NetworkError
-from engine.evaluation import evaluate
-from engine.hardware import MEMORY_FORMATS, resolve_precision, use_ieee_float32
-from engine.integer_layers import make_grid, make_integer_layer, with_integers
-from engine.integer_network import IntegerNetwork, build, shared_ranges
-from engine.io import load_weights
-from engine.layers import quantizable_layers
-from engine.learned_steps import FIRST_LAST_BITS, LearnedSteps, read_steps
-from engine.loader import Loader
-from engine.network_graph import trace
-from engine.networks import check_network
-from engine.progress import StepDisplay
-from engine.signals import GracefulShutdown
+from engine.networks.graph import trace
+from engine.networks.layers import quantizable_layers
+from engine.networks.outputs import check_network
+from engine.quantization.adaround import learn_rounding
+from engine.quantization.equalization import equalize
+from engine.step.evaluation import evaluate
+from engine.system import distributed
+from engine.system.cli import Parser, exit_codes, warn_unused_flags
+from engine.system.errors import DataError, FileError, NetworkError
+from engine.system.hardware import MEMORY_FORMATS, resolve_precision, use_ieee_float32
+from engine.system.io import load_weights
+from engine.system.progress import StepDisplay
+from engine.system.signals import GracefulShutdown
+from engine.training.learned_steps import FIRST_LAST_BITS, LearnedSteps, read_steps
 from models import is_model
 from quant_flags import (
     FILE_FLAGS,
@@ -419,7 +420,7 @@ def describe_source(
 ) -> dict[str, str]:
     """Return the metadata of a file to deploy."""
     [(_, n_bits, act_bits)] = quantizations(args)
-    described = deployment.describe_source(network.file.path, args, n_bits, act_bits, dataset)
+    described = deployed_files.describe_source(network.file.path, args, n_bits, act_bits, dataset)
     return {"model": network.model, **described}
 
 
@@ -434,21 +435,21 @@ def deploy(network: LoadedNetwork, setup: Setup, dataset: ImageDataset) -> bool:
     act_bits = quantization.act_bits
     net_q, _ = quantize_weights(net, quantization, 0, setup)
     if not runs_in_integers(args):
-        deployment.write_files(args, net_q)
+        deployed_files.write_files(args, net_q)
         return True
     ranges = activation_ranges(net, setup)[act_bits]
     integers = integer_network(net, quantization, 0, ranges, setup)
     source = describe_source(network, args, dataset)
     net_int = with_integers(net_q, integers.integers())
-    deployment.write_files(args, net_int, integers, dataset, source)
+    deployed_files.write_files(args, net_int, integers, dataset, source)
     if not args.verify:
         return True
     x_bits = layer_bits(net, act_bits, setup)
     for simulation in (net_q, net_int):
         qu.quantize_activations(simulation, act_bits, ranges, x_bits)
     simulations = {"float32": net_int, "float32, biases not rounded": net_q}
-    compared = verification.Compared(integers, simulations, net)
-    return verification.verify_file(args, compared, setup.test, dataset, source)
+    compared = verify.Compared(integers, simulations, net)
+    return verify.verify_file(args, compared, setup.test, dataset, source)
 
 
 # --- layer by layer --------------------------------------------------------------------------
@@ -705,7 +706,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
         for network in loaded.values():
-            deployment.read_model(Path(args.verify), describe_source(network, args, dataset))
+            deployed_files.read_model(Path(args.verify), describe_source(network, args, dataset))
     total = sum(n_steps(network.net, args) for network in loaded.values())
     try:
         with StepDisplay(total, "network") as display:
@@ -846,7 +847,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_warning(f"--{flag} is ignored: nothing is trained here")
     folder = make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
-        deployment.check_run(args)
+        deployed_files.check_run(args)
         is_complete = run(parser, args, folder)
     sys.exit(0 if is_complete else 1)
 

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.bit_widths import check_bits
-from engine.layers import quantizable_layers
-from engine.operation_inputs import transform_inputs, transformed_inputs
+from engine.networks.layers import quantizable_layers
+from engine.networks.operation_inputs import transform_inputs, transformed_inputs
+from engine.quantization.bit_widths import check_bits
 
 Quantizer = Callable[..., Tensor]
 RANGE_FACTORS = tuple(percent / 100 for percent in range(100, 20, -1))  # of m: ranges to try
@@ -546,9 +546,9 @@ def calibrate(
 ) -> dict[str, Range]:
     """Return the range of the input of every convolution, linear layer and pooling, by name.
 
-    With `sums`, of both inputs of every sum, too: engine/operation_inputs.py says what is seen, and
-    under which name. `batches` are images (B, 3, H, W). A range is the mean of those of the
-    batches, with "minmax" and "mse" the one that holds them all.
+    With `sums`, of both inputs of every sum, too: engine/networks/operation_inputs.py says what is
+    seen, and under which name. `batches` are images (B, 3, H, W). A range is the mean of those of
+    the batches, with "minmax" and "mse" the one that holds them all.
     """
     rule, batch_ranges = CALIBRATIONS[method], {}
 

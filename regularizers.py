@@ -41,8 +41,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.bit_widths import check_bits
-from engine.norms import lp_norm, lp_norms, per_image_lp_norms
+from engine.quantization.bit_widths import check_bits
+from engine.step.norms import lp_norm, lp_norms, per_image_lp_norms
 
 Tensors = Sequence[Tensor]
 LossChange = Callable[[Tensors], Tensor]

@@ -3,8 +3,8 @@
 The first two thirds of a run are without a penalty and the same for every variant of a seed: they
 are trained once, and each variant continues from that checkpoint (--init_from), exactly as if it
 had trained them itself. λ is chosen once per variant on held-out training images, see
-analysis/study_lambda.py; the test set is looked at only afterwards. Finished jobs are skipped,
-interrupted ones resume.
+analysis/study/lambda_choice.py; the test set is looked at only afterwards. Finished jobs are
+skipped, interrupted ones resume.
 """
 
 import argparse
@@ -18,14 +18,20 @@ from tqdm import tqdm
 import data
 import quant_flags
 import train
-from analysis.study_jobs import Job, JobRunner, pending, visible_gpus
-from analysis.study_plan import NotChosen, Quantization, StudyPlan, Variant
-from analysis.study_report import update_report
-from analysis.study_settings import SETTING_TYPES, Settings, load_settings, resolve_settings
-from engine.cli import Parser, bounded_number, choice_ignoring_case, exit_codes, warn_unused_flags
-from engine.errors import FileError
-from engine.io import run_lock, save_json, warn_on_error
-from engine.signals import GracefulShutdown
+from analysis.study.jobs import Job, JobRunner, pending, visible_gpus
+from analysis.study.plan import NotChosen, Quantization, StudyPlan, Variant
+from analysis.study.report import update_report
+from analysis.study.settings import SETTING_TYPES, Settings, load_settings, resolve_settings
+from engine.system.cli import (
+    Parser,
+    bounded_number,
+    choice_ignoring_case,
+    exit_codes,
+    warn_unused_flags,
+)
+from engine.system.errors import FileError
+from engine.system.io import run_lock, save_json, warn_on_error
+from engine.system.signals import GracefulShutdown
 
 SCRIPTS = Path(__file__).parent  # folder of the scripts that jobs run
 

@@ -1,7 +1,7 @@
 """Train a network with a regularizer that should make it survive quantization.
 
 `run_epoch` is the loop over batches, `fit` the loop over epochs; `set_up`, `fit` and `finish` make
-a run. The step itself, ∇L + ∇R, is `engine.gradients.compute_gradients`.
+a run. The step itself, ∇L + ∇R, is `engine.step.gradients.compute_gradients`.
 """
 
 import argparse
@@ -22,24 +22,26 @@ from tqdm import tqdm
 
 import utils
 from data import ImageDataset
-from engine import distributed, layers
-from engine.averaging import MAX_BN_IMAGES, averaged_network, make_average
-from engine.batch_norm import check_folding, freeze_batch_norms
-from engine.checkpoints import Checkpointer
-from engine.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
-from engine.cuda_graph import GraphedGradients
-from engine.environment import describe_environment
-from engine.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
-from engine.evaluation import evaluate
-from engine.gradients import compute_gradients, needs_double_backward
-from engine.hardware import (
+from engine.images.loader import Loader
+from engine.networks import layers
+from engine.networks.batch_norm import check_folding, freeze_batch_norms
+from engine.networks.outputs import check_movable_activations, check_network
+from engine.step.cuda_graph import GraphedGradients
+from engine.step.evaluation import evaluate
+from engine.step.gradients import compute_gradients, needs_double_backward
+from engine.step.metrics import batch_metrics_row, epoch_means
+from engine.system import distributed
+from engine.system.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
+from engine.system.environment import describe_environment
+from engine.system.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
+from engine.system.hardware import (
     choose_precision,
     resolve_precision,
     seed_rng,
     tune_glibc_malloc,
     use_ieee_float32,
 )
-from engine.io import (
+from engine.system.io import (
     RUN_FILE_SUFFIXES,
     backup_existing,
     check_writable,
@@ -49,15 +51,14 @@ from engine.io import (
     save_weights,
     warn_on_error,
 )
-from engine.learned_steps import LearnedSteps, make_steps, parameter_groups
-from engine.loader import Loader
-from engine.metrics import batch_metrics_row, epoch_means
-from engine.networks import check_movable_activations, check_network
-from engine.progress import EpochDisplay
-from engine.run_settings import load_for_resume, load_init_from, read_settings
-from engine.signals import GracefulShutdown
-from engine.tracking import WandbLogger, new_run_id, sweep_run_id
-from engine.train_state import TrainProgress, TrainState
+from engine.system.progress import EpochDisplay
+from engine.system.signals import GracefulShutdown
+from engine.system.wandb_logger import WandbLogger, new_run_id, sweep_run_id
+from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_average
+from engine.training.checkpoints import Checkpointer
+from engine.training.learned_steps import LearnedSteps, make_steps, parameter_groups
+from engine.training.resume import load_for_resume, load_init_from, read_settings
+from engine.training.train_state import TrainProgress, TrainState
 from regularizers import REGULARIZERS, Regularizer, accepted_options, make_regularizer
 
 DIVERGED_LOSS_RATIO = 10.0  # times the loss of guessing: beyond it a training counts as diverged

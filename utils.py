@@ -13,11 +13,13 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import data
-from engine import distributed
-from engine.averaging import MAX_BN_IMAGES
-from engine.batch_norm import has_batch_norms
-from engine.bit_widths import parse_bits
-from engine.cli import (
+from engine.images.loader import Loader
+from engine.networks.batch_norm import has_batch_norms
+from engine.networks.outputs import use_fast_layers
+from engine.quantization.bit_widths import parse_bits
+from engine.step.gradients import DIFFERENCE_STEP
+from engine.system import distributed
+from engine.system.cli import (
     Requirement,
     add_alias,
     add_choice,
@@ -25,11 +27,9 @@ from engine.cli import (
     choice_ignoring_case,
     file_name,
 )
-from engine.errors import DataError
-from engine.gradients import DIFFERENCE_STEP
-from engine.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
-from engine.loader import Loader
-from engine.networks import use_fast_layers
+from engine.system.errors import DataError
+from engine.system.hardware import MEMORY_FORMATS, PRECISIONS, default_device, parse_device
+from engine.training.averaging import MAX_BN_IMAGES
 from models import MODELS, TORCHVISION, find_model, has_width, make_model
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.report import COLUMNS, FLOAT_BITS, LAYER_COLUMNS, UNQUANTIZED, Results, Row
 from analysis.weights_files import WeightsFile
-from engine.tracking import WandbLogger, how_to_open, new_run_id, weights_name
+from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, weights_name
 
 
 def log_quantizations(

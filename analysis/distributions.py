@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from analysis.figures import COLOURS, STYLE, save_png, wrap
 from analysis.report import Row
-from engine.layers import quantizable_layers
+from engine.networks.layers import quantizable_layers
 
 COLUMNS = ("checkpoint", "layer", "n_weights", "mean", "std", "kurtosis", "max_over_std")
 N_LAYERS = 5  # in the figure, where none are named

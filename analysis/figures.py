@@ -15,8 +15,8 @@ from matplotlib.ticker import Formatter
 from torch import Tensor, nn
 
 from analysis.report import UNQUANTIZED, Row
-from engine.io import atomic_write
-from engine.layers import quantizable_layers
+from engine.networks.layers import quantizable_layers
+from engine.system.io import atomic_write
 
 # --- style -----------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.errors import FileError
+from engine.system.errors import FileError
 
 TYPE_KEY = "._type"  # ends the name of a histogram, table or image; its parts have further endings
 

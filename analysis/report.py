@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from engine.environment import describe_environment
-from engine.io import atomic_write, backup_existing, save_json
+from engine.system.environment import describe_environment
+from engine.system.io import atomic_write, backup_existing, save_json
 
 Row = dict[str, Any]
 UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained

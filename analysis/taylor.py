@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from engine import distributed
-from engine.hardware import with_float64
-from engine.loader import Loader
-from engine.networks import run_network
+from engine.images.loader import Loader
+from engine.networks.outputs import run_network
+from engine.system import distributed
+from engine.system.hardware import with_float64
 
 Delta = dict[str, Tensor]  # the change of parameters, by their names
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DataError, FileError
-from engine.io import read_json, torch_load
+from engine.system.errors import DataError, FileError
+from engine.system.io import read_json, torch_load
 
 
 @dataclass(frozen=True)

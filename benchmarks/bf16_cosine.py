@@ -17,10 +17,10 @@ from torch import nn
 
 import data
 import utils
-from engine import cli
-from engine.gradients import compute_gradients
-from engine.io import load_weights
-from engine.loader import Loader
+from engine.images.loader import Loader
+from engine.step.gradients import compute_gradients
+from engine.system import cli
+from engine.system.io import load_weights
 from regularizers import make_regularizer
 
 PENALTIES = ("none", "L1Grad", "L2Grad")

@@ -11,7 +11,7 @@ from typing import Any
 
 import _root  # noqa: F401
 
-from analysis.study_records import pack_records
+from analysis.study.records import pack_records
 
 HEADER = (
     "network | W | A | scheme | float32 | simulated | engine | differ | differ, float simulation | "

@@ -17,9 +17,11 @@ from torch import nn
 
 import train
 import utils
-from engine import hardware, layers, train_state
-from engine.gradients import compute_gradients
-from engine.loader import Loader
+from engine.images.loader import Loader
+from engine.networks import layers
+from engine.step.gradients import compute_gradients
+from engine.system import hardware
+from engine.training import train_state
 from regularizers import make_regularizer
 
 BATCH = 128

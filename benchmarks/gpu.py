@@ -40,14 +40,15 @@ from torch import nn
 
 import data
 import utils
-from engine import hardware, layers
-from engine.cuda_graph import N_EAGER, CudaCapture, GraphedGradients
-from engine.evaluation import evaluate
-from engine.gradients import compute_gradients
-from engine.io import load_weights
-from engine.loader import Loader
-from engine.metrics import batch_metrics_row
-from engine.networks import run_network
+from engine.images.loader import Loader
+from engine.networks import layers
+from engine.networks.outputs import run_network
+from engine.step.cuda_graph import N_EAGER, CudaCapture, GraphedGradients
+from engine.step.evaluation import evaluate
+from engine.step.gradients import compute_gradients
+from engine.step.metrics import batch_metrics_row
+from engine.system import hardware
+from engine.system.io import load_weights
 from regularizers import REGULARIZERS, Regularizer, make_regularizer
 
 ROOT = Path(__file__).parents[1]

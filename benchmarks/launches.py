@@ -22,9 +22,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
-from engine import layers
-from engine.gradients import compute_gradients
-from engine.metrics import batch_metrics_row
+from engine.networks import layers
+from engine.step.gradients import compute_gradients
+from engine.step.metrics import batch_metrics_row
 from regularizers import make_regularizer
 
 FREE = {  # operations that launch nothing
@@ -68,7 +68,7 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def compiled_functions() -> list[str]:
-    """Return the names of the functions in engine/layers.py that `set_compile` has compiled."""
+    """Return the names of the functions in engine/networks/layers.py that are compiled."""
     return [name for name, fn in vars(layers).items() if getattr(fn, "is_compiled", False)]
 
 

@@ -24,8 +24,9 @@ from torch import nn
 import data
 import train
 import utils
-from engine import cli, hardware, train_state
-from engine.io import load_weights
+from engine.system import cli, hardware
+from engine.system.io import load_weights
+from engine.training import train_state
 
 PENALTIES = ("L1Grad", "L2Grad")
 KINDS = {"one-sided": (1,), "central": (1, -1)}  # the steps of which the mean is taken

@@ -24,8 +24,9 @@ from _ranks import free_port, rank_environment
 from torch import nn
 
 import utils
-from engine import distributed, hardware, layers
-from engine.gradients import compute_gradients
+from engine.networks import layers
+from engine.step.gradients import compute_gradients
+from engine.system import distributed, hardware
 from regularizers import make_regularizer
 
 BATCH, ROWS = 128, ("none", "L2Grad")

@@ -2,7 +2,7 @@
 
 The reference is what a user would write: PyTorch's own modules, float32, the contiguous layout,
 gradients by `create_graph=True`, penalty added to the loss. Ours is
-`engine.gradients.compute_gradients`. Each has a process of its own and they take turns of two
+`engine.step.gradients.compute_gradients`. Each has a process of its own and they take turns of two
 steps, of which the second is timed: as in training, it follows a step of its own kind. A slow
 moment of the machine meets all sides; a ratio is the median of the ratios within a turn. The last
 line is a JSON object.
@@ -35,10 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import utils
-from engine import environment, hardware, layers
-from engine.cuda_graph import GraphedGradients
-from engine.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
-from engine.networks import run_network
+from engine.networks import layers
+from engine.networks.outputs import run_network
+from engine.step.cuda_graph import GraphedGradients
+from engine.step.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
+from engine.system import environment, hardware
 from regularizers import Regularizer, make_regularizer
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import _root  # noqa: F401
 
 import quant_utils as qu
-from engine import batch_norm, cli, layers
-from engine.errors import FileError
-from engine.io import load_weights
+from engine.networks import batch_norm, layers
+from engine.system import cli
+from engine.system.errors import FileError
+from engine.system.io import load_weights
 from models import MODELS
 
 

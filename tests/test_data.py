@@ -21,9 +21,9 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-from engine import cifar
-from engine.errors import DataError
-from engine.loader import Loader
+from engine.images import cifar
+from engine.images.loader import Loader
+from engine.system.errors import DataError
 
 # ------------------------------------------------------------------------------ CIFAR
 

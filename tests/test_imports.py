@@ -1,3 +1,4 @@
+import ast
 import importlib
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in (".", "engine", "analysis")
-    for path in (ROOT / folder).glob("*.py")
+    for pattern in ("*.py", "engine/**/*.py", "analysis/**/*.py")
+    for path in ROOT.glob(pattern)
     if path.stem != "__init__"
 )
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
@@ -30,6 +31,25 @@ def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
     completed = fork_server.call(import_alone, module, cwd=tmp_path)
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout == "" and not list(tmp_path.iterdir())
+
+
+# Rooms of the engine: each may import from itself and those before it.
+ROOMS = "system images networks step quantization training deploy".split()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_engine_import_only_those_below_them(room):
+    allowed = {"engine", *(f"engine.{name}" for name in ROOMS[: ROOMS.index(room) + 1])}
+    for path in (ROOT / "engine" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            top = node.module.split(".")[0]
+            is_own = top in ("engine", "analysis") or (ROOT / f"{top}.py").exists()
+            assert not is_own or ".".join(node.module.split(".")[:2]) in allowed, (
+                path,
+                node.module,
+            )
 
 
 def import_benchmark(name):

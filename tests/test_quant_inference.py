@@ -15,8 +15,9 @@ import models
 import quant_flags
 import quant_inference as qi
 import quant_utils as qu
-from engine import layers, progress
-from engine.io import save_weights
+from engine.networks import layers
+from engine.system import progress
+from engine.system.io import save_weights
 from models import ConvNet
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -12,7 +12,7 @@ from scipy.optimize import brentq, minimize_scalar
 from torch import nn
 
 import quant_utils as qu
-from engine import layers
+from engine.networks import layers
 
 SCIPY = {"norm": stats.norm, "laplace": stats.laplace(scale=1 / math.sqrt(2))}
 DETERMINISTIC = {

@@ -22,10 +22,10 @@ import quant_utils
 import regularizers
 import study
 import train
-from engine.batch_norm import fold_batch_norm
-from engine.gradients import compute_gradients
-from engine.loader import Loader
-from engine.networks import run_network, use_fast_layers
+from engine.images.loader import Loader
+from engine.networks.batch_norm import fold_batch_norm
+from engine.networks.outputs import run_network, use_fast_layers
+from engine.step.gradients import compute_gradients
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

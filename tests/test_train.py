@@ -13,12 +13,13 @@ import combined_protocol
 import train
 import utils
 from data import synthetic
-from engine import gradients, hardware, progress
-from engine.errors import DataError, FileError, NotFiniteError, PenaltyError
-from engine.evaluation import evaluate
-from engine.gradients import compute_gradients
-from engine.loader import Loader
-from engine.train_state import TrainProgress, TrainState
+from engine.images.loader import Loader
+from engine.step import gradients
+from engine.step.evaluation import evaluate
+from engine.step.gradients import compute_gradients
+from engine.system import hardware, progress
+from engine.system.errors import DataError, FileError, NotFiniteError, PenaltyError
+from engine.training.train_state import TrainProgress, TrainState
 from regularizers import (
     REGULARIZERS,
     CombinedReg,

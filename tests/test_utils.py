@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import utils
-from engine import cli, hardware, layers
+from engine.networks import layers
+from engine.system import cli, hardware
 from models import MODELS
 
 
@@ -83,7 +84,7 @@ def test_precision_follows_the_hardware(monkeypatch):
 def test_freed_memory_is_kept_and_reused():
     code = """if True:
         import resource, torch
-        from engine import hardware
+        from engine.system import hardware
         if hardware.tune_glibc_malloc():
             def faults():
                 return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

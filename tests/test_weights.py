@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import quant_inference
-from engine.io import load_weights
+from engine.system.io import load_weights
 from models import ConvNet
 
 ROOT = Path(__file__).parent.parent

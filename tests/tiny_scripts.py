@@ -17,7 +17,8 @@ import data  # noqa: E402
 import models  # noqa: E402
 import quant_inference  # noqa: E402
 import train  # noqa: E402
-from engine import layers, tracking  # noqa: E402
+from engine.networks import layers  # noqa: E402
+from engine.system import wandb_logger  # noqa: E402
 
 SCRIPTS = {
     "train.py": train.main,
@@ -143,7 +144,7 @@ def run_logged(
 
 def main() -> None:
     torch.set_num_threads(1)
-    tracking.INIT_SECONDS = tracking.LOG_SECONDS = tracking.FINISH_SECONDS = 3.0
+    wandb_logger.INIT_SECONDS = wandb_logger.LOG_SECONDS = wandb_logger.FINISH_SECONDS = 3.0
     sys.argv = sys.argv[1:]
     SCRIPTS[sys.argv[0]](sys.argv[1:])
 

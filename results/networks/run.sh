@@ -34,7 +34,7 @@ run mobilenetv2_l2grad --model MobileNetV2 --lr 0.1 --train_subset 6400 "${l2gra
 """Gather the records of all runs into one file, a line each: {"path": …, "content": …}."""
 import json, pathlib, sys
 
-from analysis.study_records import pack_records
+from analysis.study.records import pack_records
 
 folder = pathlib.Path(sys.argv[1])
 paths = [*folder.glob("*.json"), *folder.glob("*/results.json")]

@@ -12,9 +12,9 @@ import pandas as pd
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis.study_records import pack_records  # noqa: E402
-from analysis.study_results import mean_intervals  # noqa: E402
-from analysis.study_tables import markdown  # noqa: E402
+from analysis.study.records import pack_records  # noqa: E402
+from analysis.study.results import mean_intervals  # noqa: E402
+from analysis.study.tables import markdown  # noqa: E402
 
 RUNS, OUT = ROOT / "runs" / "penalties", Path(__file__).parent
 VARIANTS = ["control", "exact", "difference", "every_4th", "difference_every_4th"]

@@ -14,8 +14,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis.study_records import pack_records  # noqa: E402
-from analysis.study_tables import markdown  # noqa: E402
+from analysis.study.records import pack_records  # noqa: E402
+from analysis.study.tables import markdown  # noqa: E402
 
 RUNS, OUT = ROOT / "runs", Path(__file__).parent
 QUANTIZERS = ["uniform", "pwlq", "clip", "equalize", "adaround"]

@@ -1,0 +1,1 @@
+"""A study: its jobs, records, statistics, tables and figures."""

@@ -1,0 +1,71 @@
+"""The choice of λ: from accuracies on held-out training images, made once per variant and saved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from analysis.study.records import StudyRecords
+from engine.system.io import save_json
+
+TUNING_SEED = 0
+MAX_ACCURACY_DROP = 0.01  # of full-precision accuracy, against the control's
+
+
+class HoldoutAccuracy(NamedTuple):
+    """What a network gets right of the held-out images, as a fraction."""
+
+    full: float  # in full precision
+    quantized: float  # uniform, 4 bits
+
+    @classmethod
+    def load(cls, records: StudyRecords, path: Path) -> "HoldoutAccuracy":
+        """Read the results.json of a quantization; raises FileError."""
+        with records.open(path) as results:
+            accuracy = {row["bits"]: row["accuracy"] for row in results["rows"]}
+            return cls(accuracy[32], accuracy[4])
+
+    @classmethod
+    def parse(cls, values: Sequence[Any]) -> "HoldoutAccuracy":
+        """Return both accuracies as numbers; raises ValueError or TypeError."""
+        full, quantized = map(float, values)
+        return cls(full, quantized)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the λ of a variant was chosen."""
+
+    control: HoldoutAccuracy
+    candidates: dict[float, HoldoutAccuracy | None]  # by λ; None: the training failed
+    lmbda: float  # the one taken
+
+    @classmethod
+    def load(cls, records: StudyRecords, path: Path) -> "Choice":
+        """Read what `save` wrote; raises FileError."""
+        with records.open(path) as saved:
+            candidates = {
+                float(lmbda): accuracies and HoldoutAccuracy.parse(accuracies)
+                for lmbda, accuracies in saved["candidates"].items()
+            }
+            if not candidates[saved["lmbda"]]:
+                raise ValueError("the λ that was taken has no accuracies")
+            control = HoldoutAccuracy.parse(saved["control"])
+            return cls(control, candidates, float(saved["lmbda"]))
+
+    def save(self, records: StudyRecords, path: Path) -> None:
+        """Write it as JSON, and into the records; raises OSError."""
+        save_json(asdict(self), path)
+        records.add(path)
+
+
+def select_lambda(candidates: Mapping[float, HoldoutAccuracy], control: float) -> float:
+    """Return the λ to use, out of those tried.
+
+    The best 4-bit accuracy among those whose full-precision accuracy is less than MAX_ACCURACY_DROP
+    below the control's; the best full-precision accuracy where none is. Of equal ones the smallest.
+    """
+    threshold = control - MAX_ACCURACY_DROP + 1e-9  # exactly a point is too much, in floats, too
+    allowed = {lmbda: a for lmbda, a in candidates.items() if a[0] > threshold}
+    column = 1 if allowed else 0
+    return max(allowed or candidates, key=lambda lmbda: (candidates[lmbda][column], -lmbda))

@@ -1,0 +1,254 @@
+"""The plan of the study: which jobs make a variant, in which order, and what λ they are given."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from analysis.study import jobs as study_jobs
+from analysis.study.jobs import Job
+from analysis.study.lambda_choice import TUNING_SEED, Choice, HoldoutAccuracy, select_lambda
+from analysis.study.records import StudyRecords
+from analysis.study.settings import Settings, epoch_names
+
+CONTROL = "control"  # the variant that others are compared with
+TUNING = "tuning"  # the quantization that λ is chosen by, on held-out images
+CONTROL_EPOCH_SECONDS = 60.0  # on 2 cores in bfloat16, until one is measured
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done in the last third of a run.
+
+    In `flags`, {first}, {late} and {last} are epochs (see `epoch_names`), and {lmbda} is λ.
+    """
+
+    flags: str  # of train.py or, if they contain --phases, of combined_protocol.py
+    lmbdas: tuple[float, ...] = ()  # candidates; () where the flags say it all
+    cost: float = 1.0  # of an epoch, in epochs of the control: for estimates before the first one
+    lambda_from: str = ""  # the variant whose λ this one takes over
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One call of quant_inference.py on every trained network."""
+
+    flags: str
+    seconds: float  # estimated, until one is measured
+
+
+class NotChosen(Exception):
+    """A variant's λ is not known yet, or cannot be; the message is one line."""
+
+
+class StudyPlan:
+    """The jobs of the study in the folder `out`.
+
+    Attributes:
+        epochs: those that flags name, see `epoch_names`.
+        final_quantizations: names of the quantizations on the test set.
+        failed: targets of jobs that failed since this program was started.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: Settings,
+        variants: Mapping[str, Variant],
+        quantizations: Mapping[str, Quantization],
+        epoch_seconds: float | None = None,
+    ) -> None:
+        """Read what is done in `out`; without `epoch_seconds`, times are those measured there.
+
+        Raises FileError and OSError.
+        """
+        self.out, self.variants, self.quantizations = out, variants, quantizations
+        self.final_quantizations = [name for name in quantizations if name != TUNING]
+        self.records = StudyRecords(out)
+        self.failed: set[Path] = set()
+        self.n_epochs, self.holdout = settings["n_epochs"], settings["holdout"]
+        self.epochs = epoch_names(self.n_epochs)
+        self.data_flags = shlex.split(settings["data_flags"])
+        self.group = ["--wandb_group", (out.resolve().name or "study")[:128]]  # of the dashboard
+        training = settings["TRAINING"].format(**self.epochs) + " " + settings["train_flags"]
+        self.training_flags = [*shlex.split(training), *self.data_flags]
+        self.measured = {} if epoch_seconds else study_jobs.job_seconds(out)
+        measured = self.measured.get("trunk", 0) / self.epochs["first"]
+        self.epoch_seconds = epoch_seconds or measured or CONTROL_EPOCH_SECONDS
+
+    # --- single jobs ---
+
+    def trunk(self, seed: int, tuning: bool) -> Job:
+        """Return the training that all variants of a seed have in common."""
+        n_epochs = self.epochs["first"]
+        flags = ["--n_epochs", str(n_epochs)]
+        return self._training("train.py", "trunk", "trunk", flags, seed, tuning, n_epochs)
+
+    def branch(self, name: str, seed: int, lmbda: float | None, tuning: bool = False) -> Job:
+        """Return the last third of a variant's run; λ is None where there is none to choose."""
+        variant, trunk = self.variants[name], self.trunk(seed, tuning)
+        flags = variant.flags.format(**self.epochs, lmbda=f"{lmbda or 0:g}").split()
+        script = "combined_protocol.py" if "--phases" in flags else "train.py"
+        first = self.epochs["first"]
+        if lmbda is not None and script == "train.py":
+            flags += ["--lmbda", f"{lmbda:g}", "--first_regularized_epoch", str(first)]
+        flags += ["--n_epochs", str(self.n_epochs), "--init_from", f"{_stem(trunk)}.ckpt"]
+        stem = name if lmbda is None else f"{name}_{lmbda:g}"
+        cost = variant.cost * (self.n_epochs - first)
+        return self._training(script, name, stem, flags, seed, tuning, cost, (trunk,))
+
+    def _training(
+        self,
+        script: str,
+        kind: str,
+        stem: str,
+        flags: Sequence[str],
+        seed: int,
+        tuning: bool,
+        cost: float,
+        needs: tuple[Job, ...] = (),
+    ) -> Job:
+        """Return the job of a training that costs as much as `cost` epochs of the control."""
+        folder = self.out / ("tuning" if tuning else f"seed{seed}")
+        names = ["--run_name", f"study_{folder.name}_{stem}", "--save_file", str(folder / stem)]
+        holdout = ["--holdout", str(self.holdout)] if tuning else []
+        command = (  # of a flag that is given twice the last one counts
+            *(script, *self.training_flags, *names, "--resume", "--seed", str(seed)),
+            *(*flags, *holdout, *self.group),
+        )
+        targets = (folder / f"{stem}.pt",)
+        if not needs:  # others continue from its checkpoint
+            targets += (folder / f"{stem}.ckpt",)
+        seconds = self.measured.get(kind, cost * self.epoch_seconds)
+        return Job(kind, targets, command, seconds, needs)
+
+    def quantized(self, trained: Job, how: str) -> Job:
+        """Return the quantization of a trained network; `how` is a name of `quantizations`."""
+        folder = Path(f"{_stem(trained)}_{how}")
+        flags = [*self.data_flags, *self.quantizations[how].flags.split()]
+        if how == TUNING:
+            flags += ["--holdout", str(self.holdout)]
+        output = ["--no_plots", "--output", str(folder)]
+        command = ("quant_inference.py", str(trained.target), *flags, *output, *self.group)
+        target, kind = folder / "results.json", f"quantize {how}"
+        seconds = self.measured.get(kind, self.quantizations[how].seconds)
+        recorded = self.records.archived(target)
+        return Job(kind, (target,), command, seconds, (trained,), recorded)
+
+    # --- the choice of λ ---
+
+    def tuned_name(self, name: str) -> str:
+        """Return the variant whose λ this one has: itself, or the one it takes it over from."""
+        return self.variants[name].lambda_from or name
+
+    def lmbdas(self, name: str) -> tuple[float, ...]:
+        """Return the λ that the variant's is chosen from, () where there is none to choose."""
+        return self.variants[self.tuned_name(name)].lmbdas
+
+    def choice_path(self, name: str) -> Path:
+        """Return where the choice of the variant's λ is saved."""
+        return self.out / "tuning" / f"{self.tuned_name(name)}_choice.json"
+
+    def saved_choice(self, name: str) -> Choice | None:
+        """Return the choice of the variant's λ that was made last, or None; raises FileError."""
+        path = self.choice_path(name)
+        if not self.lmbdas(name) or not self.records.exists(path):
+            return None
+        return Choice.load(self.records, path)
+
+    def tuning(self, name: str) -> dict[float | None, Job]:
+        """Return, by λ, the jobs that its choice rests on: the control's under None."""
+
+        def job(variant: str, lmbda: float | None) -> Job:
+            return self.quantized(self.branch(variant, TUNING_SEED, lmbda, tuning=True), TUNING)
+
+        lmbdas, tuned = self.lmbdas(name), self.tuned_name(name)
+        if not lmbdas:
+            return {}
+        return {None: job(CONTROL, None), **{lmbda: job(tuned, lmbda) for lmbda in lmbdas}}
+
+    def chosen_lambda(self, name: str, save: bool = False) -> float | None:
+        """Return the variant's λ, None where there is none to choose; `save` keeps a new choice.
+
+        Raises NotChosen while what it rests on has not been run, and if that failed.
+        """
+        if not self.lmbdas(name):
+            return None
+        choice = self.saved_choice(name)
+        if choice is None or tuple(choice.candidates) != self.lmbdas(name):
+            choice = self._choose(name)
+            if save:
+                choice.save(self.records, self.choice_path(name))
+        return choice.lmbda
+
+    def _choose(self, name: str) -> Choice:
+        """Return the choice of the variant's λ among the candidates that did not fail."""
+        jobs = self.tuning(name)
+        if not all(job.done or job.blocked(self.failed) for job in jobs.values()):
+            raise NotChosen(f"{name}: λ is not chosen yet")
+        accuracies = {
+            lmbda: HoldoutAccuracy.load(self.records, job.target) if job.done else None
+            for lmbda, job in jobs.items()
+        }
+        control = accuracies.pop(None)
+        valid = {lmbda: accuracy for lmbda, accuracy in accuracies.items() if accuracy}
+        if not control or not valid:
+            raise NotChosen(f"{name}: no λ to choose from: the control or all candidates failed")
+        return Choice(control, accuracies, select_lambda(valid, control.full))
+
+    def warn_failed_candidates(self, name: str) -> None:
+        """Print which candidates the variant's λ was chosen without."""
+        choice, path = self.saved_choice(name), self.choice_path(name)
+        for lmbda, accuracies in choice.candidates.items() if choice else ():
+            if not accuracies:
+                tqdm.write(
+                    f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove {path} "
+                    f"with --forget {path.relative_to(self.out).as_posix()}"
+                )
+
+    # --- all jobs of a variant ---
+
+    def final(self, name: str, seeds: Iterable[int], lmbda: float | None) -> list[Job]:
+        """Return the quantizations of the variant on the test set: what the tables are made of."""
+        branches = [self.branch(name, seed, lmbda) for seed in seeds]
+        return [self.quantized(b, how) for b in branches for how in self.final_quantizations]
+
+    def completes_network(self, job: Job) -> bool:
+        """Return whether the job that has just succeeded was a network's last one."""
+        trained = job.needs[0] if job.needs else job
+        finals = [self.quantized(trained, how) for how in self.final_quantizations]
+        return job.target in {each.target for each in finals} and all(each.done for each in finals)
+
+    def retrained(self, jobs: Iterable[Job]) -> list[Job]:
+        """Return the pending trainings whose record is there but whose weights are not.
+
+        As in a fresh clone: they are trained again, because a job needs their weights.
+        """
+        return [job for job in study_jobs.pending(jobs) if self.records.archived(job.record)]
+
+    def planned(self, name: str, seeds: Iterable[int]) -> tuple[list[Job], bool]:
+        """Return the variant's jobs, and whether its λ is known; else its first one stands in."""
+        try:
+            return self.final(name, seeds, self.chosen_lambda(name)), True
+        except NotChosen:
+            lmbda = self.lmbdas(name)[0]
+            return [*self.tuning(name).values(), *self.final(name, seeds, lmbda)], False
+
+    def next_job(
+        self, names: Sequence[str], seeds: Sequence[int], started: Set[Path]
+    ) -> Job | None:
+        """Return the first job that can start now, or None: first those that λ is chosen by."""
+        for name in names:
+            try:
+                jobs = self.final(name, seeds, self.chosen_lambda(name, save=True))
+            except NotChosen:
+                jobs = self.tuning(name).values()
+            if job := study_jobs.next_ready_job(jobs, started):
+                return job
+        return None
+
+
+def _stem(trained: Job) -> str:
+    return str(trained.target.with_suffix(""))

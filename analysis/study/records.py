@@ -1,0 +1,124 @@
+"""The raw records of a study: the JSON that its jobs wrote, and one compact file with all of it."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from engine.system.errors import FileError
+from engine.system.io import CONTENT_ERRORS, atomic_write, read_json
+
+ARCHIVE_NAME = "records.jsonl.gz"
+JOB_FOLDERS = re.compile("tuning|seed(0|[1-9][0-9]*)")
+
+
+class StudyRecords:
+    """The records of a study: of each training, quantization and choice of λ that is done.
+
+    Jobs write them as files below the folder `out`. <out>/records.jsonl.gz collects them, a line
+    {"path": …, "content": …} each, and stands in for files that are not there, as in a fresh clone;
+    where both are there the file counts.
+    """
+
+    def __init__(self, out: Path) -> None:
+        """Read <out>/records.jsonl.gz where there is one; raises FileError if it is damaged."""
+        self.out, self.archive = out, out / ARCHIVE_NAME
+        self._archived = _read_archive(self.archive)  # by path below out, with slashes
+
+    def archived(self, path: Path) -> bool:
+        """Return whether the compact file has the record that is saved at `path`, below `out`."""
+        return self._key(path) in self._archived
+
+    def exists(self, path: Path) -> bool:
+        """Return whether there is a record of that path, as a file or in the compact file."""
+        return path.exists() or self.archived(path)
+
+    def seeds(self) -> list[int]:
+        """Return the seeds that have a folder or records, in order."""
+        folders = {path.name for path in self.out.glob("seed*")}
+        folders |= {key.partition("/")[0] for key in self._archived}
+        matches = map(JOB_FOLDERS.fullmatch, folders)
+        return sorted(int(match[1]) for match in matches if match and match[1])
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[Any]:
+        """Context manager that yields the record saved at `path`.
+
+        A missing one, and whatever error a wrong content leads to inside, is a FileError naming it.
+        """
+        if path.exists() or not self.archived(path):
+            with read_json(path) as record:
+                yield record
+            return
+        try:
+            yield self._archived[self._key(path)]
+        except CONTENT_ERRORS as error:
+            message = f"{path} in {self.archive} is not what was saved there: {error!r}"
+            raise FileError(message) from error
+
+    def add(self, *paths: Path) -> None:
+        """Copy the files at `paths` into the compact file; raises FileError and OSError."""
+        changed = False
+        for path in paths:
+            with read_json(path) as record:
+                changed |= self._archived.get(self._key(path)) != record
+                self._archived[self._key(path)] = record
+        if changed:
+            self._save()
+
+    def add_all(self) -> None:
+        """Copy every record that is a file into the compact file; call it while no job runs."""
+        folders = [path for path in self.out.glob("*/") if JOB_FOLDERS.fullmatch(path.name)]
+        patterns = ("*.json", "*/results.json")
+        self.add(*(path for folder in folders for p in patterns for path in folder.glob(p)))
+
+    def forget(self, patterns: Sequence[str]) -> list[str]:
+        """Remove the records whose path below `out` matches a pattern, and their files.
+
+        Returns the paths, so that they can be printed. Trained weights are removed with their
+        record.
+        """
+        self.add_all()
+        forgotten = [key for key in self._archived if any(fnmatchcase(key, p) for p in patterns)]
+        for key in forgotten:
+            del self._archived[key]
+            for suffix in (".json", ".pt"):
+                (self.out / key).with_suffix(suffix).unlink(missing_ok=True)
+        self._save()
+        return forgotten
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.out).as_posix()
+
+    def _save(self) -> None:
+        """Write the compact file."""
+        content = pack_records(self._archived)
+        atomic_write(self.archive, lambda path: path.write_bytes(content))
+
+
+def pack_records(records: Mapping[str, Any]) -> bytes:
+    """Return a compact file of records by path: the same ones always give the same bytes."""
+    lines = (
+        json.dumps({"path": path, "content": records[path]}, separators=(",", ":"))
+        for path in sorted(records)
+    )
+    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+
+
+def _read_archive(path: Path) -> dict[str, Any]:
+    """Return the records of a compact file by path; raises FileError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        content = path.read_bytes()
+        if not content:  # which gzip takes for nothing compressed
+            raise EOFError("it is empty")
+        lines = gzip.decompress(content).splitlines()
+        return {line["path"]: line["content"] for line in map(json.loads, lines)}
+    except (OSError, EOFError, zlib.error, *CONTENT_ERRORS) as error:
+        raise FileError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,68 @@
+"""The report of the study: tables and figures of every result that there is."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from analysis.study import figures as study_figures
+from analysis.study import results as study_results
+from analysis.study import tables as study_tables
+from analysis.study.plan import StudyPlan
+from analysis.study.records import StudyRecords
+from analysis.study.results import Result, Statistics
+
+
+def update_report(plan: StudyPlan) -> bool:
+    """Write tables and figures of all results; return whether there are any.
+
+    Of each variant with the λ that was chosen last. Raises FileError and OSError.
+    """
+    results, choices = [], {}
+    for name, variant in plan.variants.items():
+        choice = plan.saved_choice(name)
+        if choice and not variant.lambda_from:
+            choices[name] = choice
+        if choice or not plan.lmbdas(name):
+            results += finished_results(plan, name, choice.lmbda if choice else None)
+    if results:
+        first = plan.epochs["first"]
+        statistics = Statistics.from_rows(*study_results.read_results(results, plan.records, first))
+        study_tables.write_tables(plan.out, statistics, results, choices)
+        study_figures.draw_figures(plan.out, statistics, choices, first)
+    return bool(results)
+
+
+def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterator[Result]:
+    """Yield the final results of a variant for each seed that has all of them; raises FileError."""
+    for seed in plan.records.seeds():
+        branch = plan.branch(name, seed, lmbda)
+        jobs = {how: plan.quantized(branch, how) for how in plan.final_quantizations}
+        if not all(job.done for job in jobs.values()):
+            continue
+        commands = [
+            reproduction_command(plan.records, job.record)
+            for job in (*branch.needs, branch, *jobs.values())
+        ]
+        yield Result(
+            name,
+            lmbda,
+            seed,
+            branch.record,
+            {how: job.target for how, job in jobs.items()},
+            [f"mkdir -p {branch.target.parent}", *commands],
+        )
+
+
+def reproduction_command(records: StudyRecords, path: Path) -> str:
+    """Return the command of a training's record or of a results.json; raises FileError.
+
+    With its number of threads, because sums are split among them. Before there was --biases, PWLQ
+    quantized them on their weights' grids.
+    """
+    with records.open(path) as record:
+        settings = record["settings"] | record  # a results.json has them among its settings
+        threads, command = settings["machine"]["threads"], shlex.join(settings["command"])
+        has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
+        if has_pwlq and "biases" not in settings:
+            command += " --biases weight"
+    return f"OMP_NUM_THREADS={threads} python {command}"

@@ -1,0 +1,334 @@
+"""The results of the study as tables, and what they say: means, paired differences, correlations.
+
+Rows have a network, its variant and seed, and a setting, (scheme, bits of weights, bits of
+activations): ("none", 32, 32) is full precision. Networks whose activations are quantized have
+their batch norms folded. "recalibrated" are those whose batch-norm statistics were estimated again
+after uniform quantization, "corrected" (of uniform quantization) and "corrected pwlq" those whose
+channels of weights keep their means, with outliers among the activations clipped.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+from analysis.report import UNQUANTIZED
+from analysis.study.records import StudyRecords
+
+Setting = tuple[str, int, int]
+FULL_PRECISION: Setting = (UNQUANTIZED, 32, 32)
+UNIFORM_4: Setting = ("uniform", 4, 32)
+SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others keep their scheme's
+    ("recalibrated", "uniform"): "recalibrated",
+    ("corrected", "uniform"): "corrected",
+    ("corrected_folded", "uniform"): "corrected",
+    ("corrected_folded", "pwlq"): "corrected pwlq",
+}
+# Of the first table and of the README's.
+SUMMARY_SETTINGS: list[Setting] = [
+    FULL_PRECISION,
+    *(("uniform", bits, 32) for bits in (4, 3, 2)),
+    ("uniform", 4, 4),
+]
+# Of the tables of differences and the overview figure.
+MAIN_SETTINGS: list[Setting] = [
+    FULL_PRECISION,
+    *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
+    *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
+]
+COMPARED_PAIRS = (  # compared beside every variant minus the control
+    ("l2grad", "l1grad"),
+    ("l2grad_weights", "l1grad_weights"),
+    ("stepl2grad", "stepl1grad"),
+    ("l2grad_frozen", "control_frozen"),
+    ("l2grad_frozen", "stepnoise_frozen"),
+    ("rangenorm", "l2grad"),
+    ("rangenorm", "kurtosisnorm"),
+    ("rangenorm_folded", "rangenorm"),
+    ("kurtosisnorm_folded", "kurtosisnorm"),
+    ("kurtosisnorm_folded", "rangenorm_folded"),
+    ("stepnoise_frozen", "control_frozen"),
+    ("stepnoise_frozen", "stepnoise"),
+    ("stepl2grad", "l2grad"),
+    ("stepl1grad", "l1grad"),
+    ("l2grad", "stepnoise"),
+    ("stepl1grad", "stepnoise"),
+    ("stepl2grad", "stepnoise"),
+    ("rangenorm", "stepnoise"),
+    ("stepl2grad", "stepl2grad_held"),
+    ("stepl1grad", "stepl1grad_held"),
+    ("rangenorm", "stepl2grad"),
+    ("rangenorm", "stepl1grad"),
+    ("l2grad_weights", "l2grad"),
+    ("l1grad_weights", "l1grad"),
+)
+CONFIDENCE = 0.95  # of every interval
+
+NETWORK = ["variant", "seed"]
+SETTING = ["scheme", "bits", "act_bits"]
+ROW_COLUMNS = [
+    *("variant", "lmbda", "seed", *SETTING, "levels"),
+    *("accuracy", "accuracy_change", "squared_error", "epoch_seconds"),
+]
+TRACKED_COLUMNS = ["variant", "seed", "epoch", "name", "value"]
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the final results of one variant and seed are, and how to reproduce them."""
+
+    variant: str
+    lmbda: float | None
+    seed: int
+    training: Path  # its record
+    quantized: dict[str, Path]  # the results.json of each final quantization, by its name
+    commands: list[str]
+
+
+def quantization_rows(
+    result: Result, records: StudyRecords, epoch_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each setting of one network; full precision as in float32.
+
+    `epoch_seconds` is the time of a regularized epoch. Raises FileError.
+    """
+    for how, path in result.quantized.items():
+        with records.open(path) as quantized:
+            for row in quantized["rows"]:
+                if row["scheme"] == UNQUANTIZED and how != "folded":  # "folded" is in float32
+                    continue
+                numbers = ("accuracy", "accuracy_change", "squared_error")
+                yield {
+                    "variant": result.variant,
+                    "lmbda": result.lmbda,
+                    "seed": result.seed,
+                    "scheme": SCHEME_NAMES.get((how, row["scheme"]), row["scheme"]),
+                    **{key: row[key] for key in ("bits", "act_bits", "levels")},
+                    **{key: float(row[key]) for key in numbers},
+                    "epoch_seconds": epoch_seconds,
+                }
+
+
+def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each value that --track logged of one network."""
+    for entry in history:
+        for key, value in entry.items():
+            if key.startswith("track_"):
+                values = (result.variant, result.seed, entry["epoch"], key.removeprefix("track_"))
+                yield dict(zip(TRACKED_COLUMNS, (*values, value), strict=True))
+
+
+def read_results(
+    results: Sequence[Result], records: StudyRecords, first: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the rows of all results, and what was tracked; raises FileError.
+
+    `first` is the first regularized epoch.
+    """
+    rows, tracked = [], []
+    for result in results:
+        with records.open(result.training) as record:
+            history = record["history"]
+            seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[first:])
+            tracked += tracked_rows(result, history)
+        rows += quantization_rows(result, records, seconds)
+    frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
+    return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)
+
+
+# --- means and differences -------------------------------------------------------------------
+
+
+def restrict_to_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of seeds that all variants have, so that means are of the same seeds.
+
+    Variants with one seed so far do not count for that and keep their rows. Where no seed is shared
+    all rows stay.
+    """
+    seeds = rows.groupby("variant", sort=False)["seed"].agg(set)
+    several = [seeds_of_one for seeds_of_one in seeds if len(seeds_of_one) > 1]
+    shared = set.intersection(*several) if several else set()
+    if not shared:
+        return rows
+    single = seeds.index[seeds.map(len) == 1]
+    return rows[rows["seed"].isin(shared) | rows["variant"].isin(single)]
+
+
+def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
+    """Return n, mean and standard deviation of the accuracy of each variant and setting."""
+    groups = shared_rows.groupby(["variant", *SETTING], sort=False)
+    table = groups["accuracy"].agg(n="count", mean="mean", std="std").reset_index()
+    lmbda = shared_rows.drop_duplicates("variant").set_index("variant")["lmbda"]
+    table.insert(1, "lmbda", table["variant"].map(lmbda))
+    return table
+
+
+def accuracy_matrix(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies with a line per network and a column per setting, as both appear."""
+    matrix = rows.pivot(index=NETWORK, columns=SETTING, values="accuracy")
+    networks, settings = rows[NETWORK].drop_duplicates(), rows[SETTING].drop_duplicates()
+    return matrix.reindex(
+        index=pd.MultiIndex.from_frame(networks), columns=pd.MultiIndex.from_frame(settings)
+    )
+
+
+def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
+    """Return n, mean and its 95 % confidence interval, low to high, of each column.
+
+    By Student's t; a column with fewer than two values is left out.
+    """
+    values = values.loc[:, values.count() > 1]
+    n = values.count()
+    # Correctly rounded: a sum in another order would tip published means that end in half a digit.
+    means = [statistics.fmean(column.dropna()) for _, column in values.items()]
+    mean = pd.Series(means, values.columns, dtype=float)
+    t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    half = t * values.std() / np.sqrt(n)
+    return pd.DataFrame({"n": n, "mean": mean, "low": mean - half, "high": mean + half})
+
+
+def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Return every difference, paired by seed: of PAIRS, and of each variant from the control.
+
+    Paired, because variants of one seed grow out of the same network.
+    """
+    by_variant = {name: group.droplevel(0) for name, group in accuracies.groupby(level=0)}
+    variants = accuracies.index.unique("variant")
+    pairs = [*COMPARED_PAIRS, *((name, "control") for name in variants if name != "control")]
+    tables = {
+        (a, b): mean_intervals(by_variant[a] - by_variant[b])
+        for a, b in pairs
+        if a in by_variant and b in by_variant
+    }
+    return _stack(tables, ["variant", "minus"])
+
+
+def network_drops(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Return what each setting costs each network: full precision minus its accuracy there."""
+    full = accuracies[FULL_PRECISION] if FULL_PRECISION in accuracies else np.nan
+    return accuracies.drop(columns=[FULL_PRECISION], errors="ignore").rsub(full, axis="index")
+
+
+def accuracy_drops(drops: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean accuracy drop of each variant and setting; `drops` is by network."""
+    groups = drops.groupby(level=0, sort=False)
+    return _stack({(name,): mean_intervals(group) for name, group in groups}, ["variant"])
+
+
+def _stack(tables: dict[tuple[str, ...], pd.DataFrame], names: list[str]) -> pd.DataFrame:
+    """Return the tables of intervals below each other, with columns for keys and settings."""
+    if not tables:
+        return pd.DataFrame(columns=[*names, *SETTING, "n", "mean", "low", "high"])
+    return pd.concat(tables, names=[*names, *SETTING]).reset_index()
+
+
+# --- correlations ----------------------------------------------------------------------------
+
+
+def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return what was tracked after each network's last epoch, and its squared error at 4 bits.
+
+    A line per network and a column per name, as both appear.
+    """
+    is_last = tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")
+    last = tracked[is_last]
+    values = last.pivot(index=NETWORK, columns="name", values="value")[last["name"].unique()]
+    at_4_bits = rows[pd.MultiIndex.from_frame(rows[SETTING]).isin([UNIFORM_4])]
+    errors = at_4_bits.set_index(NETWORK)["squared_error"].rename("squared error")
+    networks = pd.concat([last, at_4_bits])[NETWORK].drop_duplicates()
+    return pd.concat([values, errors] if len(errors) else [values], axis="columns").reindex(
+        pd.MultiIndex.from_frame(networks)
+    )
+
+
+Groups = list[pd.DataFrame]  # of networks, with columns x and y
+
+
+def all_networks(pairs: pd.DataFrame) -> Groups:
+    """Return one group: the (x, y) of every network."""
+    return [pairs]
+
+
+def networks_of_each_seed(pairs: pd.DataFrame) -> Groups:
+    """Return a group for each seed: its networks differ by their variant alone."""
+    return [group for _, group in pairs.groupby(level="seed", sort=False)]
+
+
+def deviations_within_variants(pairs: pd.DataFrame) -> Groups:
+    """Return one group: each network's deviations from the mean (x, y) of its variant.
+
+    Variants with one network have none and are left out.
+    """
+    groups = pairs.groupby(level="variant", sort=False)
+    deviations = pairs - groups.transform("mean")
+    return [deviations[groups["x"].transform("size") > 1]]
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Return Spearman's ρ, with mean ranks for equal values; None where one of them is constant."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return scipy.stats.spearmanr(x, y).statistic
+
+
+MIN_NETWORKS = 3  # for a correlation
+
+
+def correlations(
+    x: pd.Series, y: pd.Series, grouped: Callable[[pd.DataFrame], Groups]
+) -> list[float]:
+    """Return the rank correlation of x and y, values of networks, in each group where it exists."""
+    pairs = pd.DataFrame({"x": x, "y": y}).dropna()
+    if len(pairs) < MIN_NETWORKS:
+        return []
+    groups = [group for group in grouped(pairs) if len(group) >= MIN_NETWORKS]
+    rhos = [rank_correlation(group["x"], group["y"]) for group in groups]
+    return [rho for rho in rhos if rho is not None]
+
+
+# --- all of it -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the tables and figures show, worked out once.
+
+    Means and correlations are of the seeds that all variants share, differences and accuracy drops
+    of all seeds.
+    """
+
+    rows: pd.DataFrame
+    tracked: pd.DataFrame
+    accuracies: pd.DataFrame  # by network and setting
+    summary: pd.DataFrame
+    differences: pd.DataFrame
+    drops: pd.DataFrame  # by network and setting
+    accuracy_drops: pd.DataFrame
+    shared_networks: pd.MultiIndex
+    final_values: pd.DataFrame | None  # None where nothing was tracked
+
+    @classmethod
+    def from_rows(cls, rows: pd.DataFrame, tracked: pd.DataFrame) -> "Statistics":
+        """Work everything out; there is at least one row."""
+        accuracies, shared_rows = accuracy_matrix(rows), restrict_to_shared_seeds(rows)
+        drops = network_drops(accuracies)
+        shared_tracked = restrict_to_shared_seeds(tracked)
+        return cls(
+            rows,
+            tracked,
+            accuracies,
+            summary(shared_rows),
+            differences(accuracies),
+            drops,
+            accuracy_drops(drops),
+            pd.MultiIndex.from_frame(shared_rows[NETWORK].drop_duplicates()),
+            final_values(shared_tracked, shared_rows) if len(tracked) else None,
+        )

@@ -1,0 +1,109 @@
+"""What a study is: the length and flags of its runs, saved as study.json and the same ever after.
+
+A setting is checked by the same functions whether it comes from the command line or the file.
+"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.system.cli import bounded_number
+from engine.system.errors import FileError, ReportedError
+
+MIN_EPOCHS = 6
+Settings = dict[str, Any]  # by name, a key of SETTING_TYPES
+
+
+class SettingsError(ReportedError):
+    """The command line asks for another study than the one in the folder."""
+
+    exit_code = 2
+
+
+def epoch_names(n_epochs: int) -> dict[str, int]:
+    """Return the epochs that flags of a variant name, of a run whose last third is regularized.
+
+    `first` is the first regularized epoch; `late` and `last` are half and two thirds into them.
+    """
+    n_regularized = n_epochs // 3
+    first = n_epochs - n_regularized
+    return {
+        "first": first,
+        "late": first + n_regularized // 2,
+        "last": first + n_regularized * 2 // 3,
+    }
+
+
+def shell_words(text: str) -> str:
+    """Return text that a shell could split into flags: an argparse type."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return text
+
+
+def training_flags(text: str) -> str:
+    """Return text that is flags once epochs are filled in: an argparse type."""
+    try:
+        shlex.split(text.format(**epoch_names(MIN_EPOCHS)))
+    except (LookupError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error!r}") from error
+    return text
+
+
+SETTING_TYPES = {
+    "n_epochs": bounded_number(int, at_least=MIN_EPOCHS),
+    "holdout": bounded_number(int, at_least=1),
+    "train_flags": shell_words,
+    "data_flags": shell_words,
+    "TRAINING": training_flags,
+}
+
+
+def load_settings(path: Path) -> Settings | None:
+    """Return the settings in a study.json, or None where there is no file.
+
+    Raises FileError, in one line, if it holds anything else.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FileError(str(error)) from error
+    if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():
+        raise FileError(f"these are not the settings of a study: {', '.join(SETTING_TYPES)}")
+    for name, parse in SETTING_TYPES.items():
+        value = settings[name]
+        try:
+            parsed = parse(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise FileError(f"{name}: {error}") from error
+        if parsed != value or type(parsed) is not type(value):  # such as "9" for 9
+            raise FileError(f"{name} cannot be {value!r}")
+    return settings
+
+
+def resolve_settings(
+    out: str, saved: Settings | None, requested: Mapping[str, Any], defaults: Settings
+) -> Settings:
+    """Return the settings of the study in the folder `out`: the saved ones, or of a new study.
+
+    `requested` are those of the command line, None where a flag was left out. Raises SettingsError
+    where one of them contradicts a saved one: runs of other lengths or flags are another study.
+    """
+    if saved is None:
+        return {
+            name: default if requested.get(name) is None else requested[name]
+            for name, default in defaults.items()
+        }
+    for name, value in requested.items():
+        if value is not None and value != saved[name]:
+            raise SettingsError(
+                f"--{name} {value}: the study in {out} has {saved[name]!r}: choose another --out"
+            )
+    return saved

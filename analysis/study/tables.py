@@ -1,0 +1,298 @@
+"""The tables of the study, as markdown pages and as CSV files."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.study.lambda_choice import Choice, HoldoutAccuracy
+from analysis.study.records import ARCHIVE_NAME
+from analysis.study.results import (
+    FULL_PRECISION,
+    MAIN_SETTINGS,
+    SETTING,
+    SUMMARY_SETTINGS,
+    Groups,
+    Result,
+    Setting,
+    Statistics,
+    all_networks,
+    correlations,
+    deviations_within_variants,
+    networks_of_each_seed,
+)
+from engine.system.io import atomic_write
+
+ANSWER_VARIANTS = (  # of the README's table, at most eight
+    "control",
+    "l1grad",
+    "l2grad",
+    "variancenorm",
+    "stepnoise",
+    "rangenorm",
+    "kurtosisnorm",
+    "kurtosisnorm_folded",
+)
+MISSING = "–"
+GROUPINGS = {  # titles of the tables of correlations, and the networks that each is over
+    "Over all networks": all_networks,
+    "Between variants: of the networks of one seed, mean over seeds, and the extremes": (
+        networks_of_each_seed
+    ),
+    "Between seeds: deviations from the mean of the variant": deviations_within_variants,
+}
+
+SUMMARY_NOTE = (
+    "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm statistics "
+    "estimated again on 4,000 training images, or as many as there are. (W,A): weights and "
+    "activations, batch norms folded. Corrected: uniform, or PWLQ, then the mean of every "
+    "channel of weights as before (--mean_correction); at (4,4) the range of an activation is "
+    "then without its 0.01 % largest values, in place of the median of the ten largest. Full "
+    "precision and (W,A) are measured in float32, weights alone in bfloat16 convolutions; of "
+    "dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, of the "
+    "fastest seed, relative to the control's: other work on the machine adds to it. Means and "
+    "correlations are of the seeds that all variants share, differences and accuracy drops of "
+    "all that there are."
+)
+TRACKED_NOTE = (
+    "With λ = 1 and in evaluation mode, on one batch of training images after the last epoch, "
+    "mean over seeds: one batch is noisy, and in training, where batch norm takes the batch's "
+    "statistics unless they are frozen, gradients are smaller. The squared error is that of "
+    "uniform quantization at 4 bits."
+)
+CHOICE_NOTE = (
+    "Held-out accuracy in %, of one seed: candidates that differ by less than seeds do are not "
+    "told apart, and a variant with more of them has more chances. The command of each is in "
+    f"{ARCHIVE_NAME}, under the path tuning/…"
+)
+
+
+def label(setting: Setting) -> str:
+    """Return the setting as a column's title."""
+    scheme, bits, act_bits = setting
+    if setting == FULL_PRECISION:
+        return "full precision"
+    return f"{scheme} {bits}" if act_bits == 32 else f"{scheme} ({bits},{act_bits})"
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table: the first column to the left, numbers to the right.
+
+    Not pandas' to_markdown, whose padding would change every line when one number grows.
+    """
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines))
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
+    """Return, by variant, the time of a regularized epoch in epochs of the control, as text.
+
+    Of the fastest seed of each, since other work on the machine only adds to it.
+    """
+    fastest = rows.groupby("variant", sort=False)["epoch_seconds"].min()
+    if "control" not in fastest:
+        return fastest.map(lambda _: MISSING)
+    return (fastest / fastest["control"]).map("{:.2f}".format)
+
+
+def mean_and_std(mean: float, std: float) -> str:
+    """Return a mean ± standard deviation in %; of one seed there is no deviation."""
+    return f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
+
+
+class AccuracyTables:
+    """Makes the tables of accuracies in %, a line per variant, for any settings."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        """Write all cells as text."""
+        summary = statistics.summary
+        text = summary.assign(cell=list(map(mean_and_std, summary["mean"], summary["std"])))
+        self.cells = text.pivot(index="variant", columns=SETTING, values="cell").fillna(MISSING)
+        self.times = relative_epoch_times(statistics.rows)
+        first = summary.drop_duplicates("variant").set_index("variant")
+        self.lmbdas = first["lmbda"].map(lambda lmbda: "" if pd.isna(lmbda) else f"{lmbda:g}")
+        self.seeds = first["n"].map(str)
+
+    def table(self, settings: Sequence[Setting], only: Sequence[str] = ()) -> str:
+        """Return the table with λ, seeds and epoch time, of all variants or `only` some."""
+        lines = []
+        for name in (name for name in only or self.times.index if name in self.times):
+            cells = self.cells.loc[name]
+            head = [name, self.lmbdas[name], self.seeds[name]]
+            lines.append([*head, *(cells.get(s, MISSING) for s in settings), self.times[name]])
+        return markdown(["", "λ", "seeds", *map(label, settings), "epoch time"], lines)
+
+
+def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
+    """Return a table of means and 95 % intervals in percentage points.
+
+    `intervals` are differences or accuracy drops; a line has those of one variant, or pair, over
+    the same number of seeds.
+    """
+    names = intervals["variant"]
+    if "minus" in intervals:
+        names = names + " − " + intervals["minus"]
+    half = (intervals["high"] - intervals["low"]) / 2
+    cells = [
+        f"{100 * m:+.2f} ± {100 * h:.2f}" for m, h in zip(intervals["mean"], half, strict=True)
+    ]
+    lines: dict[tuple[str, int], dict[Setting, str]] = {}
+    keys = zip(names, intervals["n"], strict=True)
+    for key, setting, cell in zip(keys, _settings_of(intervals), cells, strict=True):
+        lines.setdefault(key, {})[setting] = cell
+    return markdown(
+        ["", "seeds", *map(label, settings)],
+        (
+            [name, str(n), *(line.get(setting, MISSING) for setting in settings)]
+            for (name, n), line in lines.items()
+        ),
+    )
+
+
+def _settings_of(table: pd.DataFrame) -> list[Setting]:
+    """Return the setting of each row."""
+    return list(table[SETTING].itertuples(index=False, name=None))
+
+
+def tracked_table(final_values: pd.DataFrame) -> str:
+    """Return the table of what was tracked, at the end: means over seeds."""
+
+    def cell(mean: float) -> str:
+        return MISSING if pd.isna(mean) else f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}"
+
+    means = final_values.groupby(level="variant", sort=False).mean()
+    lines = ([name, *map(cell, values)] for name, values in means.iterrows())
+    return markdown(["", *means.columns], lines)
+
+
+def prediction_table(
+    final_values: pd.DataFrame,
+    drops: pd.DataFrame,
+    grouped: Callable[[pd.DataFrame], Groups] = all_networks,
+) -> str:
+    """Return the rank correlations of final values with the accuracy drop in each setting.
+
+    Both are by network. The mean over the groups of networks, and the extremes.
+    """
+
+    def cell(x: pd.Series, y: pd.Series) -> str:
+        rhos = correlations(x, y, grouped)
+        mean = f"{sum(rhos) / len(rhos):+.2f}" if rhos else MISSING
+        return f"{mean} ({min(rhos):+.2f} to {max(rhos):+.2f})" if len(rhos) > 1 else mean
+
+    lines = (
+        [name, *(cell(values, drops[setting]) for setting in drops)]
+        for name, values in final_values.items()
+    )
+    return markdown(["", *map(label, drops)], lines)
+
+
+def choice_table(choices: Mapping[str, Choice]) -> str:
+    """Return the table of every λ that was tried, and which was taken."""
+
+    def cells(accuracies: HoldoutAccuracy | None) -> list[str]:
+        return [f"{100 * a:.2f}" for a in accuracies] if accuracies else ["failed", MISSING]
+
+    lines = [
+        [variant, f"{lmbda:g}", *cells(accuracies), "taken" if lmbda == choice.lmbda else ""]
+        for variant, choice in choices.items()
+        for lmbda, accuracies in choice.candidates.items()
+    ]
+    control = next(iter(choices.values())).control
+    return markdown(
+        ["", "λ", "full precision", "uniform 4", ""], [["control", "", *cells(control), ""], *lines]
+    )
+
+
+# --- pages -----------------------------------------------------------------------------------
+
+
+def accuracy_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[str]:
+    """Return the paragraphs about accuracies, differences and accuracy drops."""
+    table = statistics.differences
+    n_intervals = sum(setting in MAIN_SETTINGS for setting in _settings_of(table))
+    return [
+        "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
+        accuracies.table(SUMMARY_SETTINGS),
+        SUMMARY_NOTE,
+        "## Paired differences, percentage points, 95 % confidence interval",
+        interval_table(table, MAIN_SETTINGS),
+        f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
+        f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
+        "## Accuracy drop: full precision minus quantized, 95 % confidence interval",
+        interval_table(statistics.accuracy_drops, MAIN_SETTINGS[1:]),
+        "Percentage points, of the same network, over seeds.",
+    ]
+
+
+def scheme_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[str]:
+    """Return a table of accuracies for each scheme, by falling numbers of bits."""
+    settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
+    sections = []
+    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
+        columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
+        sections += [f"## {scheme}", accuracies.table(columns)]
+    return sections
+
+
+def tracked_sections(statistics: Statistics) -> list[str]:
+    """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
+    values, shared = statistics.final_values, statistics.shared_networks
+    if values is None:
+        return []
+    drops = statistics.drops.loc[shared].reindex(columns=[s for s in MAIN_SETTINGS[1:] if s[1] > 2])
+    sections = [
+        "## What the regularizers did",
+        tracked_table(values),
+        TRACKED_NOTE,
+        "## What goes with the accuracy drop",
+        f"Spearman's rank correlation of these values with the accuracy drop of the same "
+        f"{len(shared)} networks: 1 where the one with the larger value always drops more. It is "
+        "no more than that: the variants were made to differ in these values, and many of them "
+        "are close to the control.",
+    ]
+    for title, grouped in GROUPINGS.items():
+        sections += [f"{title}:", prediction_table(values, drops, grouped)]
+    return sections
+
+
+def document(
+    statistics: Statistics,
+    accuracies: AccuracyTables,
+    results: Sequence[Result],
+    choices: Mapping[str, Choice],
+) -> str:
+    """Return all tables as one markdown page, with the commands of every row."""
+    sections = accuracy_sections(statistics, accuracies)
+    sections += scheme_sections(statistics, accuracies) + tracked_sections(statistics)
+    if choices:
+        sections += ["## The choice of λ", choice_table(choices), CHOICE_NOTE]
+    sections += ["## Commands", "In this order, from the root of the repository."]
+    for result in results:
+        commands = "\n".join(result.commands)
+        sections += [f"{result.variant}, seed {result.seed}:", f"```sh\n{commands}\n```"]
+    return "\n\n".join(sections) + "\n"
+
+
+def write_tables(
+    out: Path, statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
+) -> None:
+    """Write tables.md, answer.md and the CSV files into `out`; there is at least one result."""
+    for name in ("results", "summary", "differences", "accuracy_drops", "tracked"):
+        path = out / f"{name}.csv"
+        table = getattr(statistics, "rows" if name == "results" else name)
+        if len(table):
+            atomic_write(path, lambda temporary, table=table: table.to_csv(temporary, index=False))
+        else:
+            path.unlink(missing_ok=True)
+    accuracies = AccuracyTables(statistics)
+    pages = {
+        "tables": document(statistics, accuracies, results, choices),
+        "answer": accuracies.table(SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
+    }
+    for name, page in pages.items():
+        content = page.encode()
+        atomic_write(out / f"{name}.md", lambda path, content=content: path.write_bytes(content))

@@ -1,0 +1,1 @@
+"""A quantized network in integers: simulation, ONNX, packed weights."""

@@ -1,0 +1,96 @@
+"""ONNX Runtime: sessions on the CPU, what became of a model's nodes, and whether sums are exact."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.onnx_export import step_to_onnx
+from engine.system.errors import FileError
+from engine.system.extras import require
+
+# What sums products, or numbers, in integers; and the same in float32.
+INTEGER_KERNELS = {
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "QLinearGlobalAveragePool",
+    "QLinearAdd",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+}
+FLOAT_KERNELS = {
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "FusedMatMul",
+    "GlobalAveragePool",
+    "AveragePool",
+}
+ERRORS_ONLY = 3  # of ONNX Runtime's log
+# Session option with which sums of 8-bit products do not saturate on processors without VNNI.
+EXACT_PRODUCTS = "session.x64quantprecision"
+Run = Callable[..., Tensor]
+
+
+def open_session(
+    model: bytes, name: str, optimized: Path | None = None, exact_products: bool = False
+) -> Run:
+    """Return a function that runs the model: its inputs (batch, …) → its one output.
+
+    It uses as many threads as PyTorch. `optimized`: where to write what the engine makes of it.
+    `exact_products`: set the session option EXACT_PRODUCTS. Raises FileError, with the model's
+    name, where the engine does not take it.
+    """
+    ort = require("onnxruntime", "--verify")
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = torch.get_num_threads()
+    if exact_products:
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of kinds that the package does not export
+        reason = str(error).splitlines()[0]
+        raise FileError(f"{name}: ONNX Runtime {ort.__version__} refuses it: {reason}") from error
+    names = [source.name for source in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return run
+
+
+def optimized_nodes(model: bytes, name: str, exact_products: bool = False) -> dict[str, str]:
+    """Return the operator of every node that the engine runs, by the node's name."""
+    onnx = require("onnx", "--verify")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "optimized.onnx")
+        open_session(model, name, path, exact_products)
+        nodes = onnx.load(path).graph.node
+    return {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(nodes)}
+
+
+def inexact_steps(net: IntegerNetwork, exact_products: bool = False) -> list[str]:
+    """Return the layers and residual sums that this processor does not compute exactly.
+
+    Each is tried alone, on codes that show it: without VNNI, sums of two products saturate at 16
+    bits, which needs weights of 8 bits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    names = []
+    for step in net.arithmetic():
+        codes = step.trial_codes(generator)
+        run = open_session(step_to_onnx(step, codes), step.name, exact_products=exact_products)
+        if not torch.equal(run(*codes).float(), step.run(*(c.float() for c in codes))):
+            names.append(step.name)
+    return names

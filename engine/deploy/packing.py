@@ -1,0 +1,67 @@
+"""Files of integers: weights of b bits packed into bytes, with scales and biases (safetensors).
+
+For each layer NAME and part i of its weight: `NAME.codes<i>`, uint8, code + 2^(b − 1) in b bits,
+the lowest bit first, across bytes; `NAME.scale<i>`, float32; `NAME.bias`, int32. The file's
+metadata "layers" is JSON: {NAME: {"shape", "bits": one a part, "input_scale",
+"input_zero_point", "input_bits"}}. docs/deploy.md has a loader of ten lines.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from engine.deploy.integer_layers import IntegerLayer, n_bits_needed
+from engine.system.extras import require
+from engine.system.io import atomic_write
+
+
+def pack(codes: Tensor, n_bits: int) -> np.ndarray:
+    """Return int8 codes of n_bits, which fit, as ⌈n·n_bits / 8⌉ bytes."""
+    unsigned = codes.flatten().numpy().astype(np.int16) + 2 ** (n_bits - 1)
+    bits = (unsigned[:, None] >> np.arange(n_bits)) & 1
+    return np.packbits(bits.astype(np.uint8), bitorder="little")
+
+
+def unpack(packed: np.ndarray, n_bits: int, n: int) -> np.ndarray:
+    """Return the n codes, int8, that `pack` made bytes of."""
+    bits = np.unpackbits(packed, count=n * n_bits, bitorder="little").reshape(n, n_bits)
+    return (bits @ (1 << np.arange(n_bits)) - 2 ** (n_bits - 1)).astype(np.int8)
+
+
+def packed_bytes(layers: Mapping[str, IntegerLayer]) -> int:
+    """Return how many bytes packed weights, scales and biases take."""
+    return sum(
+        4 * layer.bias.numel()
+        + sum(
+            math.ceil(part.codes.numel() * n_bits_needed(part.codes) / 8) + 4 * part.scale.numel()
+            for part in layer.parts
+        )
+        for layer in layers.values()
+    )
+
+
+def save_integers(
+    layers: Mapping[str, IntegerLayer], metadata: Mapping[str, str], path: Path
+) -> None:
+    """Write the layers' integers; see the module for the format. Raises OSError."""
+    numpy_files = require("safetensors.numpy", "--save_integers")
+    tensors, described = {}, {}
+    for name, layer in layers.items():
+        bits = [n_bits_needed(part.codes) for part in layer.parts]
+        for i, part in enumerate(layer.parts):
+            tensors[f"{name}.codes{i}"] = pack(part.codes, bits[i])
+            tensors[f"{name}.scale{i}"] = part.scale.numpy()
+        tensors[f"{name}.bias"] = layer.bias.numpy()
+        described[name] = {
+            "shape": list(layer.parts[0].codes.shape),
+            "bits": bits,
+            "input_scale": layer.in_grid.scale,
+            "input_zero_point": layer.in_grid.zero_point,
+            "input_bits": layer.in_grid.n_bits,
+        }
+    content = numpy_files.save(tensors, {**metadata, "layers": json.dumps(described)})
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))

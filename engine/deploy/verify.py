@@ -1,0 +1,296 @@
+"""What `quant_inference.py --verify` measures: an ONNX file against simulations and float32."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.deploy import onnx_session
+from engine.deploy.deployed_files import ImageDataset, read_model, to_model
+from engine.deploy.integer_network import IntegerNetwork, build
+from engine.deploy.integer_operations import Layer
+from engine.deploy.packing import packed_bytes
+from engine.images.loader import Loader
+from engine.networks.graph import trace
+from engine.networks.outputs import run_network
+from engine.system.environment import describe_environment, processor_name
+from engine.system.extras import require
+from engine.system.io import save_json
+
+BATCHES = (1, 128)  # images at once whose times are measured
+ROUNDS, SECONDS_PER_ROUND = 5, 0.3
+DEFAULT_ENGINE = "engine, default options"
+N_NAMES = 3  # of layers in a line of the report
+Run = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an ONNX file is compared with.
+
+    Attributes:
+        integers: its exact simulation.
+        simulations: networks with quantized weights and inputs that PyTorch runs, by what they are.
+        float_net: the network before it was quantized, without batch norms, on the CPU.
+    """
+
+    integers: IntegerNetwork
+    simulations: Mapping[str, nn.Module]
+    float_net: nn.Module
+
+
+def verify_file(
+    args: argparse.Namespace,
+    compared: Compared,
+    test: Loader,
+    dataset: ImageDataset,
+    source: Mapping[str, str],
+) -> bool:
+    """Print what `verify` finds and write it beside the file; tell whether predictions agree."""
+    path = Path(args.export if args.verify is True else args.verify)
+    model = read_model(path, source)
+    measured = {"file": path.name, "source": dict(source)}
+    measured |= verify(model, compared, test, dataset)
+    print(f"\n{format_report(measured)}")
+    for line in warnings(measured):
+        print(f"quant_inference.py: warning: {line}", file=sys.stderr)
+    record = path.with_suffix(".verified.json")
+    save_json(measured, record)
+    print(f"verified: {record}")
+    return not measured["differing_predictions"]["integer"]
+
+
+def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, Any]:
+    """Return what the model gives on all test images beside simulations, its speed and its size.
+
+    `test` makes normalized batches of the test images in their order. Where this processor needs a
+    session option for exact sums, the engine is measured with it, and counted without it.
+    """
+    inexact = onnx_session.inexact_steps(compared.integers)
+    still_inexact = onnx_session.inexact_steps(compared.integers, True) if inexact else []
+    exact_products = len(still_inexact) < len(inexact)
+    return {
+        **compare_predictions(model, compared, test, dataset.test_images, exact_products),
+        "inexact_layers": inexact,
+        "session_options": {onnx_session.EXACT_PRODUCTS: "1"} if exact_products else {},
+        "inexact_layers_with_options": still_inexact,
+        "nodes": onnx_session.optimized_nodes(model, "the model", exact_products),
+        "images_per_second": measure_speed(model, compared, test, dataset, exact_products),
+        "bytes": {
+            "file": len(model),
+            "packed": packed_bytes(compared.integers.integers()),
+            "float32": 4 * sum(p.numel() for p in compared.float_net.parameters()),
+        },
+        "onnxruntime": require("onnxruntime", "--verify").__version__,
+        "environment": describe_environment(),
+    }
+
+
+# --- predictions -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def compare_predictions(
+    model: bytes, compared: Compared, test: Loader, images: Tensor, exact_products: bool = False
+) -> dict[str, Any]:
+    """Return accuracies, and how far each simulation is from the engine.
+
+    Differences of logits are in units of the last layer's scale: its integers' own step. With
+    `exact_products`, the engine with default options is compared with the integer simulation, too.
+    """
+    engines = _sessions(model, exact_products)
+    nets = {"integer": compared.integers, **compared.simulations, "unquantized": compared.float_net}
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*engines, *nets)}
+    n_done = 0
+    for x, _ in test.batches(0):
+        for name, engine in engines.items():
+            parts[name].append(engine(images[n_done : n_done + len(x)].contiguous()))
+        n_done += len(x)
+        for name, net in nets.items():
+            parts[name].append(run_network(net.to(x.device), x)[0].cpu())
+    logits, labels = {name: torch.cat(parts[name]) for name in parts}, test.labels.cpu()
+    last = compared.integers.layers()[-1].integers
+    step = last.product_scale(last.parts[0])
+    real = logits["engine"]
+    measured = {
+        "n_images": len(labels),
+        "accuracy": {k: (v.argmax(1) == labels).double().mean().item() for k, v in logits.items()},
+        "differing_predictions": {name: _n_differing(logits[name], real) for name in nets},
+        "largest_logit_difference": {
+            name: ((logits[name] - real).abs() / step).max().item() for name in nets
+        },
+    }
+    if exact_products:
+        measured["differing_by_default"] = _n_differing(logits["integer"], logits[DEFAULT_ENGINE])
+    return measured
+
+
+def _sessions(model: bytes, exact_products: bool) -> dict[str, Run]:
+    """Return the engine and, if it needs an option, what it is without that."""
+    engine = onnx_session.open_session(model, "the model", exact_products=exact_products)
+    if not exact_products:
+        return {"engine": engine}
+    return {"engine": engine, DEFAULT_ENGINE: onnx_session.open_session(model, "the model")}
+
+
+def _n_differing(logits: Tensor, others: Tensor) -> int:
+    """Return how many predictions differ."""
+    return (logits.argmax(1) != others.argmax(1)).sum().item()
+
+
+# --- speed -----------------------------------------------------------------------------------
+
+
+def measure_speed(
+    model: bytes,
+    compared: Compared,
+    test: Loader,
+    dataset: ImageDataset,
+    exact_products: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Return the images per second of the engine and of float32, by batch size.
+
+    All of them begin with uint8 images, take turns, and have PyTorch's number of threads.
+    """
+    float_net = compared.float_net.cpu().to(memory_format=torch.channels_last)
+    scale, shift = test.scale.cpu(), test.shift.cpu()
+
+    @torch.inference_mode()
+    def in_pytorch(batch: Tensor) -> Tensor:
+        x = batch.to(torch.float32, memory_format=torch.channels_last)
+        return run_network(float_net, x.mul_(scale).add_(shift))[0]
+
+    runs = {**_sessions(model, exact_products), "float32 PyTorch": in_pytorch}
+    for name, other in other_models(compared, test, dataset).items():
+        runs[name] = onnx_session.open_session(other, name, exact_products=exact_products)
+    speeds = {}
+    for n in BATCHES:
+        batch = dataset.test_images[:n].contiguous()
+        seconds = seconds_per_call(runs, batch)
+        speeds[str(n)] = {name: len(batch) / seconds[name] for name in runs}
+    return speeds
+
+
+def other_models(compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, bytes]:
+    """Return the models whose speed says something beside that of the engine's.
+
+    The float32 one and, where layers have two weights, those without the second.
+    """
+    x = next(test.batches(0))[0][:2].cpu()
+    float_net = build(trace(compared.float_net.cpu(), x), {}, {})
+    models = {"float32 ONNX Runtime": to_model(float_net, dataset, {})}
+    if any(len(layer.parts) > 1 for layer in compared.integers.integers().values()):
+        models["without the second sums"] = to_model(
+            compared.integers, dataset, {}, first_part_only=True
+        )
+        models["one fused convolution a layer"] = to_model(
+            _first_parts(compared.integers), dataset, {}
+        )
+    return models
+
+
+def _first_parts(net: IntegerNetwork) -> IntegerNetwork:
+    """Return the network with the first weight of each layer only."""
+    steps = [
+        replace(s, integers=replace(s.integers, parts=s.integers.parts[:1]))
+        if isinstance(s, Layer)
+        else s
+        for s in net.steps
+    ]
+    return IntegerNetwork(steps, net.output)
+
+
+def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]:
+    """Return the median over rounds of each function's mean time; in each round all take turns."""
+    n_calls, rounds = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        run(batch)  # which allocates
+        n_calls[name] = max(1, round(SECONDS_PER_ROUND / _seconds(run, batch, 1)))
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            rounds[name].append(_seconds(run, batch, n_calls[name]))
+    return {name: median(seconds) for name, seconds in rounds.items()}
+
+
+def _seconds(run: Run, batch: Tensor, n_calls: int) -> float:
+    """Return the mean time of a call."""
+    start = time.perf_counter()
+    for _ in range(n_calls):
+        run(batch)
+    return (time.perf_counter() - start) / n_calls
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def format_report(measured: Mapping[str, Any]) -> str:
+    """Return the report as text."""
+    n, accuracy = measured["n_images"], measured["accuracy"]
+    machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
+    lines = [
+        f"{measured['file']} in ONNX Runtime {measured['onnxruntime']} on {machine}",
+        *(f"with the session option {k}={v}" for k, v in measured["session_options"].items()),
+        f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
+    ]
+    for name, n_differing in measured["differing_predictions"].items():
+        if name != "unquantized":
+            lines.append(
+                f"simulated ({name}): {accuracy[name]:.2%}, {n_differing} of {n} predictions "
+                f"differ, logits by up to {measured['largest_logit_difference'][name]:.4g} of the "
+                "last scale"
+            )
+    for batch, speeds in measured["images_per_second"].items():
+        numbers = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
+        lines.append(f"images/s at batch {batch}: {numbers}")
+    size = measured["bytes"]
+    lines.append(
+        f"bytes: file {size['file']:,}, packed integers {size['packed']:,}, "
+        f"float32 weights {size['float32']:,}"
+    )
+    return "\n".join([*lines, *format_kernels(measured["nodes"])])
+
+
+def format_kernels(nodes: Mapping[str, str]) -> list[str]:
+    """Return which nodes run in integers, and what is around them."""
+    kernels = onnx_session.INTEGER_KERNELS
+    integer = Counter(op for op in nodes.values() if op in kernels)
+    other = Counter(op for op in nodes.values() if op not in kernels)
+    return [
+        f"{title}: " + ", ".join(f"{n} {op}" for op, n in counts.most_common())
+        for title, counts in (("integer kernels", integer), ("around them", other))
+    ]
+
+
+def warnings(measured: Mapping[str, Any]) -> list[str]:
+    """Return a line for everything that is not as it should be."""
+    lines = []
+    if in_float := [k for k, op in measured["nodes"].items() if op in onnx_session.FLOAT_KERNELS]:
+        lines.append(f"not on integer kernels: {', '.join(in_float)}")
+    if measured["session_options"]:
+        [(option, value)] = measured["session_options"].items()
+        lines.append(
+            f"8-bit sums of {_some_of(measured['inexact_layers'])} saturate on this processor, "
+            "which lacks VNNI: set ONNX Runtime's session option "
+            f"{option}={value}, as was done here; without it "
+            f"{measured['differing_by_default']} of {measured['n_images']} predictions "
+            "differ (7 bits for weights do not need it)"
+        )
+    if names := measured["inexact_layers_with_options"]:
+        lines.append(f"{_some_of(names)}: not computed exactly on this processor")
+    if n := measured["differing_predictions"]["integer"]:
+        lines.append(f"{n} of {measured['n_images']} predictions differ from the simulation")
+    return lines
+
+
+def _some_of(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - N_NAMES
+    return ", ".join(names[:N_NAMES]) + (f" and {more} more" if more > 0 else "")

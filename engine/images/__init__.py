@@ -1,0 +1,1 @@
+"""Images: finding, decoding and cropping them, and batches of them."""

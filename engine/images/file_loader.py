@@ -1,0 +1,286 @@
+"""Batches of images that worker processes decode from files, in each epoch or once for all."""
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from engine.images.image_files import ImageFiles, decode, decode_centre_crop, random_crop
+from engine.images.loader import Loader, seeded_generator
+from engine.system import distributed
+from engine.system.errors import DataError, ImageError, ReportedError
+from engine.system.signals import STOP_SIGNALS
+
+GIGABYTE = 10**9
+CHUNK = 32  # centre crops that a worker sends at a time
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+Key = tuple[int, int, int]  # epoch, position in it, image
+
+
+def make_loader(
+    images: ImageFiles,
+    labels: Tensor,
+    *positional: Any,
+    workers: int,
+    max_gb: float,
+    augment: bool = False,
+    cache: bool = False,
+    **settings: Any,
+) -> Loader:
+    """Return a Loader of image files. Other arguments are those of `Loader`.
+
+    Args:
+        images, labels: the files, and int64 (N,).
+        workers: processes that decode; with 0 this process does.
+        max_gb: keep decoded images in memory, as uint8, where they take no more gigabytes than
+            that: whole images to be cropped at random (`augment`), otherwise their centre crops.
+            Batches are the same, bit for bit, as without.
+        augment: crop at random, resize and flip, as torchvision does for training.
+        cache: without effect, normalized images would take four times the memory.
+    """
+    if augment:
+        decoded = _decode_whole(images, workers, max_gb)
+        settings |= {"augment": True, "workers": workers, "decoded": decoded}
+        return FileLoader(images, labels, *positional, **settings)
+    if np.prod(images.shape) > max_gb * GIGABYTE:
+        return FileLoader(images, labels, *positional, workers=workers, **settings)
+    crops = torch.empty(images.shape, dtype=torch.uint8)
+    positions = torch.arange(len(images)).split(CHUNK)
+    keys = ([(0, i, i) for i in part.tolist()] for part in positions)
+    _decode_into(crops.split(CHUNK), ImageMaker(images), keys, workers)
+    return Loader(crops, labels, *positional, **settings)
+
+
+# --- what the worker processes do ------------------------------------------------------------
+
+
+class DecodedImages:
+    """uint8 images (3, H, W) of many sizes in one block of memory, which processes can share."""
+
+    def __init__(self, sizes: np.ndarray) -> None:
+        """Take memory for images of these heights and widths, (N, 2)."""
+        self.sizes, self.ends = sizes, np.cumsum(3 * sizes.prod(axis=1))
+        self.pixels = torch.empty(int(self.ends[-1]), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Return image i, to be read or written."""
+        if i >= len(self):
+            raise IndexError(i)
+        height, width = map(int, self.sizes[i])
+        end = int(self.ends[i])
+        return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
+
+
+class ImageMaker:
+    """Makes uint8 images (b, 3, S, S) of b keys: random crops (`augment`) or centre crops."""
+
+    def __init__(
+        self,
+        images: ImageFiles,
+        augment: bool = False,
+        seed: int = 0,
+        decoded: DecodedImages | None = None,
+    ) -> None:
+        """Make them from `decoded`, where that is given, or else from the files."""
+        import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
+
+        self.images, self.augment, self.seed, self.decoded = images, augment, seed, decoded
+
+    def __call__(self, keys: Sequence[Key]) -> Tensor:
+        """Return the images of the keys."""
+        made = [self._make(*key) for key in keys]
+        return torch.stack(made) if made else torch.empty(self.images[:0].shape, dtype=torch.uint8)
+
+    def _make(self, epoch: int, position: int, i: int) -> Tensor:
+        if not self.augment:
+            return decode_centre_crop(self.images.path(i), self.images.image_size)
+        image = decode(self.images.path(i)) if self.decoded is None else self.decoded[i]
+        return random_crop(image, self.images.image_size, (self.seed, epoch, position))
+
+
+def _make_whole(images: ImageFiles, i: int) -> Tensor:
+    """Return image i as it is in its file, uint8 (3, H, W)."""
+    return decode(images.path(i))
+
+
+# --- the worker processes --------------------------------------------------------------------
+
+
+class Workers:
+    """Processes that call `make` on one item after the other; results come in the items' order.
+
+    They start at once, while there is little to inherit, and are kept: wandb, for one, forbids what
+    it does in forks that come after it. With n = 0 this process calls.
+    """
+
+    def __init__(self, make: Callable[[Any], Tensor], n: int, pin_memory: bool = False) -> None:
+        """`make` and the items must be picklable; DataErrors of `make` are raised here."""
+        self.items = _Items()
+        on_linux = sys.platform == "linux"  # forks share what is in memory
+        with warnings.catch_warnings():  # more workers than cores are the user's choice
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            self.loader = DataLoader(
+                _Calls(make),
+                batch_sampler=self.items,
+                collate_fn=_as_it_is,
+                num_workers=n,
+                persistent_workers=n > 0,
+                multiprocessing_context="fork" if n and on_linux else None,
+                worker_init_fn=_begin_worker,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # else it draws from the global stream
+            )
+            if n:
+                iter(self.loader)  # starts them
+
+    def map(self, items: Iterable[Any]) -> Iterator[Tensor]:
+        """Yield make(item) of each."""
+        self.items.current = items
+        results = iter(self.loader)
+        while True:
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker (pid" not in str(error):
+                    raise
+                reason = str(error).splitlines()[0]
+                raise DataError(f"a process that decodes images is lost: {reason}") from error
+            if isinstance(result, ReportedError):
+                raise result
+            yield result
+
+
+class _Items:
+    """What DataLoader takes for lists of indices."""
+
+    current: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.current)
+
+
+class _Calls(Dataset):
+    """What DataLoader takes for a data set; an index is an item."""
+
+    def __init__(self, make: Callable[[Any], Tensor]) -> None:
+        self.make = make
+
+    def __getitems__(self, item: Any) -> Tensor | ReportedError:
+        try:
+            return self.make(item)
+        except ReportedError as error:
+            return error  # raised, DataLoader would make a long text of it
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _begin_worker(number: int) -> None:
+    """Have this worker process end with its parent, and by no signal of anyone else's.
+
+    Who stops a training signals the whole group or job. The parent then finishes its batch, for
+    which it needs us.
+    """
+    gc.freeze()  # garbage that a fork inherits is the parent's: queues must not be closed here
+    for stop_signal in {*STOP_SIGNALS} - {signal.SIGTERM}:
+        signal.signal(stop_signal, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_wait_for_parents_sigterm, daemon=True).start()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else it keeps the run's lock
+
+
+def _wait_for_parents_sigterm() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+class FileLoader(Loader):
+    """A Loader of image files, which worker processes decode, crop and resize.
+
+    Order and crops are a pure function of (seed, epoch, position), as of any Loader, whatever the
+    number of workers. For the arguments see `make_loader`.
+    """
+
+    def __init__(
+        self, *arguments: Any, workers: int, decoded: DecodedImages | None = None, **settings: Any
+    ) -> None:
+        """Make the images from `decoded`, where that is given, or else from the files."""
+        self.n_workers, self.decoded = workers, decoded
+        super().__init__(*arguments, **settings)
+
+    def close(self) -> None:
+        """End the worker processes now: garbage collection may do it late and in any thread."""
+        self.workers = None
+
+    def _hold(self, images: ImageFiles) -> ImageFiles:
+        maker = ImageMaker(images, self.augment, self.seed, self.decoded)
+        self.workers = Workers(maker, self.n_workers, pin_memory=self.device.type == "cuda")
+        return images
+
+    def _make(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._order(seeded_generator("epoch", self.seed, epoch))
+        shares = [self._share(number) for number in numbers]
+        keys = (self._keys(epoch, order, share) for share in shares)
+        try:
+            for share, x in zip(shares, self.workers.map(keys), strict=True):
+                x = x.to(self.device, non_blocking=True)
+                yield self._normalize(x), self.labels[order[share].to(self.device)]
+        except DataError as error:
+            raise ImageError(str(error)) from error
+
+    def _keys(self, epoch: int, order: Tensor, share: slice) -> list[Key]:
+        """Return a key for each position of the share."""
+        positions = range(share.start, share.stop)
+        return [(epoch, p, i) for p, i in zip(positions, order[share].tolist(), strict=True)]
+
+
+# --- decoded once for all --------------------------------------------------------------------
+
+
+def _decode_whole(images: ImageFiles, workers: int, max_gb: float) -> DecodedImages | None:
+    """Return the images as they are in their files, None where that takes more than max_gb."""
+    if images.n_bytes.sum() > max_gb * GIGABYTE:  # decoded they are larger: do not open them all
+        return None
+    sizes = images.sizes()
+    if 3 * sizes.prod(axis=1).sum() > max_gb * GIGABYTE:
+        return None
+    decoded = DecodedImages(sizes)
+    _decode_into(decoded, partial(_make_whole, images), range(len(images)), workers)
+    return decoded
+
+
+def _decode_into(
+    targets: Sequence[Tensor], make: Callable[[Any], Tensor], items: Iterable[Any], workers: int
+) -> None:
+    """Copy make(item) of each item into its target; raise DataError for a file that is damaged."""
+    hidden = True if distributed.get_rank() else None  # None: where there is no terminal
+    results = Workers(make, workers).map(items)
+    with tqdm(desc="decode images", total=len(targets), leave=False, disable=hidden) as bar:
+        for target, image in zip(targets, results, strict=True):
+            target.copy_(image)
+            bar.update()

@@ -1,0 +1,1 @@
+"""What a network is made of: fast layers, its activations, its graph, folding."""

@@ -1,0 +1,282 @@
+"""Any network of PyTorch's own layers: its logits and activations, fast layers, what follows what.
+
+A network maps images to logits, or to `(logits, activations)`. Where it does not return them, the
+activations A_l are the outputs of its activation modules in the order in which they run.
+"""
+
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from engine.networks import layers
+from engine.system.errors import NetworkError
+
+# Whose outputs are activations A_l. Subclasses count, functions such as F.relu are not seen.
+ACTIVATIONS = (
+    nn.ReLU | nn.ReLU6 | nn.LeakyReLU | nn.PReLU | nn.RReLU | nn.ELU | nn.SELU | nn.CELU | nn.GELU
+    | nn.SiLU | nn.Mish | nn.Softplus | nn.Softsign | nn.Tanh | nn.Sigmoid | nn.LogSigmoid
+    | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU | layers.BatchNormReLU
+)  # fmt: skip
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+FAST = {nn.Conv2d: layers.Conv2d, nn.BatchNorm2d: layers.BatchNorm2d}
+RECTIFIERS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}  # which a batch norm before them can take over
+
+
+# --- logits and activations ------------------------------------------------------------------
+
+
+def run_network(
+    net: nn.Module, x: Tensor, with_activations: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits (B, classes) of images x (B, C, H, W) and, if asked for, the A_l.
+
+    Raises NetworkError where the network returns something else.
+    """
+    logits, activations, _ = run_recorded(net, x, with_activations)
+    return logits, activations
+
+
+def run_recorded(
+    net: nn.Module, x: Tensor, with_activations: bool = True
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return what `run_network` does, and all outputs of activation modules where asked for.
+
+    The A_l are others than these where the network returns its activations itself.
+    """
+    if not with_activations:
+        return *split_output(net, net(x), []), []
+    with recorded_activations(net) as recorded:
+        output = net(x)
+    return *split_output(net, output, recorded), recorded
+
+
+def split_output(
+    net: nn.Module, output: Any, recorded: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return logits and activations out of what a network returned; `recorded` if it has none.
+
+    Of torchvision's named tuples the field `logits` is taken: auxiliary classifiers do not train.
+    """
+    output = getattr(output, "logits", output)
+    if isinstance(output, Tensor):
+        return output, recorded
+    match output:
+        case (Tensor() as logits, list() | tuple() as activations):
+            return logits, list(activations)
+    raise NetworkError(
+        f"{type(net).__name__} returned a {type(output).__name__}: a network must return logits, "
+        "or logits and a list of activations"
+    )
+
+
+@contextmanager
+def recorded_activations(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Context manager that yields a list to which each run of an activation module adds its output.
+
+    A module that runs twice counts twice.
+    """
+    outputs: list[Tensor] = []
+    with _activation_hooks(net, outputs.append):
+        yield outputs
+
+
+@contextmanager
+def moved_activations(net: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator[None]:
+    """Context manager in which the i-th run of an activation module returns offsets[i] more.
+
+    Runs are counted from 0, as `activation_runs` counts them.
+    """
+    runs = itertools.count()
+
+    def move(y: Tensor) -> Tensor | None:
+        offset = offsets.get(next(runs))
+        return None if offset is None else y + offset.to(y.dtype)
+
+    with _activation_hooks(net, move):
+        yield
+
+
+@contextmanager
+def _activation_hooks(net: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Context manager in which hook(output), unless None, replaces each activation module's output.
+
+    It is called in the order in which they run.
+    """
+    modules = [m for m in net.modules() if isinstance(m, ACTIVATIONS)]
+    handles = [m.register_forward_hook(lambda m, args, y: hook(y)) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def activation_runs(
+    net: nn.Module, activations: Sequence[Tensor], recorded: Sequence[Tensor]
+) -> list[int]:
+    """Return which run of an activation module gave each of the activations.
+
+    `recorded` is what `recorded_activations` yielded. Raises NetworkError where none did, which a
+    network can bring about that returns its activations itself.
+    """
+    run_of = {id(a): run for run, a in enumerate(recorded)}
+    runs = [run_of.get(id(a)) for a in activations]
+    if None in runs:
+        raise NetworkError(
+            f"--penalty_gradient difference: {type(net).__name__} returns activations of which "
+            f"number {runs.index(None)} is the output of no activation module, such as nn.ReLU: "
+            "return such outputs, or leave gradients of activations out"
+        )
+    return runs
+
+
+def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> None:
+    """Raise NetworkError where `moved_activations` cannot reach an activation of the network.
+
+    It is tried on one image of `image_shape` (3, H, W), in evaluation mode.
+    """
+    with torch.no_grad(), every_module_in(net, training=False):
+        _, activations, recorded = run_recorded(net, _blank_images(net, 1, image_shape))
+    activation_runs(net, activations, recorded)
+
+
+def _blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
+    """Return n black images in the dtype and on the device of the network."""
+    p = next(net.parameters())
+    return torch.zeros(n, *image_shape, dtype=p.dtype, device=p.device)
+
+
+def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) -> int:
+    """Return how many activations A_l the network has for images of `image_shape` (3, H, W).
+
+    Raises NetworkError where it cannot map such images to num_classes logits: it is tried, in
+    evaluation mode.
+    """
+    size, name = " × ".join(map(str, image_shape)), type(net).__name__
+    x = _blank_images(net, 2, image_shape)
+    try:
+        with torch.no_grad(), every_module_in(net, training=False):
+            logits, activations = run_network(net, x, with_activations=True)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:  # of shapes that differ
+        reason = str(error).strip().splitlines()[0][:200]
+        raise NetworkError(f"{name} cannot take images of {size}: {reason}") from error
+    if logits.dim() != 2 or len(logits) != 2 or logits.shape[1] < num_classes:
+        shape = tuple(logits.shape)
+        raise NetworkError(f"{name} returned logits {shape} of 2 images, not (2, {num_classes})")
+    return len(activations)
+
+
+@contextmanager
+def every_module_in(net: nn.Module, *, training: bool) -> Iterator[None]:
+    """Context manager that puts every module into training or evaluation mode, and back."""
+    modes = [(m, m.training) for m in net.modules()]
+    net.train(training)
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+# --- which module runs right after which -----------------------------------------------------
+
+
+class Order:
+    """Which leaf modules run, read off the network's symbolic trace.
+
+    Attributes:
+        n_runs: how often each runs, by name.
+        successor: name → name of the module that alone reads its output.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        """Read the graph."""
+        nodes = [node for node in graph.nodes if node.op == "call_module"]
+        self.n_runs = Counter(node.target for node in nodes)
+        self.successor = {}
+        for node in nodes:
+            source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+            if isinstance(source, fx.Node) and source.op == "call_module":
+                if len(source.users) == 1 and self.n_runs[source.target] == 1:
+                    self.successor[source.target] = node.target
+
+
+class _Tracer(fx.Tracer):
+    """Traces down to modules without children and to PyTorch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_container = isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        own = type(m).__module__.startswith("torch.nn") and not is_container
+        return own or isinstance(m, BATCH_NORMS) or next(m.children(), None) is None
+
+
+_orders: weakref.WeakKeyDictionary[nn.Module, Order | None] = weakref.WeakKeyDictionary()
+
+
+def module_order(net: nn.Module) -> Order | None:
+    """Return the order of the network's modules, the same in training and evaluation mode.
+
+    None where it has no fixed one, or none that can be traced. A network is traced once.
+    """
+    if net not in _orders:
+        orders = []
+        for training in (True, False):
+            try:
+                with every_module_in(net, training=training):
+                    orders.append(Order(_Tracer().trace(net)))
+            except Exception:  # what a foreign forward raises on symbols is of any kind
+                orders.append(None)
+        train, evaluation = orders
+        if train and evaluation:
+            common = train.successor.items() & evaluation.successor.items()
+            train.successor = {a: b for a, b in train.successor.items() if (a, b) in common}
+            train.n_runs |= evaluation.n_runs
+        _orders[net] = train if evaluation else None
+    return _orders[net]
+
+
+def successive_modules(
+    net: nn.Module, is_first: Callable[[Any], bool], is_second: Callable[[Any], bool]
+) -> list[tuple[str, str]]:
+    """Return the names of modules of which the second alone reads the first's output.
+
+    Each first one runs once. Where the order cannot be traced, none.
+    """
+    order = module_order(net)
+    pairs = order.successor.items() if order else ()
+    return [
+        (a, b)
+        for a, b in pairs
+        if is_first(net.get_submodule(a)) and is_second(net.get_submodule(b))
+    ]
+
+
+# --- fast layers -----------------------------------------------------------------------------
+
+
+def use_fast_layers(net: nn.Module) -> nn.Module:
+    """Give PyTorch's own layers, in place, a second derivative that is cheap; return the network.
+
+    `nn.Conv2d` and `nn.BatchNorm2d` compute the same as before, of the same parameters under the
+    same names; a batch norm does the work of the `nn.ReLU` or `nn.ReLU6` that alone reads it.
+    Subclasses and all other modules stay as they are: autograd differentiates them.
+    """
+    pairs = successive_modules(
+        net, lambda m: type(m) is nn.BatchNorm2d, lambda m: type(m) in RECTIFIERS
+    )
+    for norm_name, activation_name in pairs:
+        norm = net.get_submodule(norm_name)
+        norm.__class__ = layers.BatchNormBeforeRectifier
+        norm.rectifier = RECTIFIERS[type(net.get_submodule(activation_name))]
+    followers = {net.get_submodule(name) for _, name in pairs}  # one may follow several
+    for m in net.modules():
+        m.__class__ = FAST.get(type(m), type(m))
+        if m in followers:
+            m.__class__ = {nn.ReLU: layers.ReLU, nn.ReLU6: layers.ReLU6}[type(m)]
+    return net

@@ -1,0 +1,1 @@
+"""One step: the gradients of loss and penalty, and what is measured."""

@@ -1,0 +1,1 @@
+"""The machine around a run: command line, files, signals, processes, hardware, logging."""

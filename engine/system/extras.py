@@ -1,0 +1,17 @@
+"""Packages that only some flags need: requirements-export.txt."""
+
+import importlib
+from types import ModuleType
+
+from engine.system.errors import SetupError
+
+
+def require(module: str, flag: str) -> ModuleType:
+    """Import and return a module of an extra package; SetupError, in one line, without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise SetupError(
+            f"{flag} needs {package}: python -m pip install -r requirements-export.txt"
+        ) from error

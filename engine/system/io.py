@@ -1,0 +1,268 @@
+"""Atomic writes of weights and records, safe reading, and one lock per run name."""
+
+import errno
+import glob
+import json
+import math
+import os
+import pickle
+import sys
+import tempfile
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import nn
+
+from engine.system import distributed
+from engine.system.errors import FileError
+
+# What JSON that is not ours leads to: OverflowError of vast numbers, RecursionError of depth.
+CONTENT_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
+MAX_NAME_BYTES = 255  # of a file, on the file systems in use
+RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
+NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP)  # what some network file systems answer
+MAX_REASON = 160  # characters of a library's own message in an error
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError, naming the folder, unless rank 0 can create or replace a file at path.
+
+    Folders above it need not exist, if they can be made.
+    """
+    if distributed.get_rank():
+        return
+    folder = path.parent
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ValueError(f"{path}: {folder} is not a folder")
+        longest = MAX_NAME_BYTES - RESERVED_NAME_BYTES
+        if len(os.fsencode(path.name)) > longest:
+            raise ValueError(f"{path}: the name is longer than {longest} bytes")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file")
+        with tempfile.TemporaryFile(dir=folder):  # which has no name to leave behind
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write in {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def warn_on_error(consequence: str) -> Iterator[None]:
+    """Context manager that prints an OSError or FileError as one warning line and continues.
+
+    The line begins with `consequence`, what did not happen because of the error.
+    """
+    try:
+        yield
+    except (OSError, FileError) as error:
+        with suppress(OSError):  # where stderr itself is what failed
+            print(f"{consequence}: {error}", file=sys.stderr)
+
+
+@contextmanager
+def read_json(path: Path) -> Iterator[Any]:
+    """Context manager that yields the content of a JSON file.
+
+    A missing file, and whatever error a wrong content leads to inside, is a FileError naming it.
+    """
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    except CONTENT_ERRORS as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise FileError(f"{path} is not what was saved there: {_shortened(reason)}") from error
+
+
+def _shortened(reason: str) -> str:
+    """Return a library's message as one short line."""
+    return textwrap.shorten(reason, MAX_REASON, placeholder=" …")
+
+
+def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
+    """Call write(temporary path in the same folder), flush to disk, and rename to path.
+
+    At every moment path holds the old content or the new one, whole. With `backup`, the old file is
+    renamed to that just before: then at every moment one of the two is whole. Of several processes
+    rank 0 writes. Raises OSError.
+    """
+    if distributed.get_rank():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if backup and path.exists():
+            os.replace(path, backup)
+        os.replace(temporary, path)
+        _fsync_dir(path.parent)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)  # "No space left on device" alone does not say where
+        raise
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _fsync_dir(folder: Path) -> None:
+    """Make renames in the folder survive a power cut, where the system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def torch_save(value: Any, path: Path) -> None:
+    """Write what torch.save can pickle; a full disk is an OSError, as for any other file."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # what torch makes of a failed write
+        reason = str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} (is the disk full?): {reason}") from error
+
+
+def torch_load(path: Path) -> Any:
+    """Read onto the CPU what torch.save wrote: tensors and plain containers, with checksums.
+
+    No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
+    in one line, for whatever is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself checks no checksum
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise FileError(f"{path} is not a file of weights: torch.save compresses nothing")
+            if damaged := archive.testzip():
+                raise FileError(f"{path} is damaged: checksum of {damaged!r}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise FileError(f"{path} holds more than tensors and numbers, or is damaged") from error
+    except FileError:
+        raise
+    except Exception as error:  # torch raises a dozen kinds for a file that is cut or flipped
+        raise FileError(f"{path} is damaged or not a file of weights") from error
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Write the network's state_dict, contiguous and on the CPU, as a plain .pt file."""
+    state = {key: t.detach().cpu().contiguous() for key, t in net.state_dict().items()}
+    atomic_write(path, lambda temporary: torch_save(state, temporary))
+
+
+def save_json(value: object, path: Path) -> None:
+    """Write value as readable JSON; numbers that are not finite, which JSON lacks, become null."""
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    content = text.encode(errors="backslashreplace")  # a file name need not be Unicode
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with None in place of NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Read a .pt file, or the weights in a .ckpt, into the network.
+
+    Raises FileError, in one line, where they are not of that network.
+    """
+    state = torch_load(path)
+    if isinstance(state, dict) and {"format", "net"} <= state.keys():
+        state = state["net"]
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(t, torch.Tensor) and not t.is_complex()
+        for name, t in state.items()
+    ):
+        raise FileError(f"{path} is not a state_dict: a file of named real tensors")
+    try:
+        net.load_state_dict(dict(state))  # without _metadata, which a file may fill with anything
+    except (RuntimeError, TypeError) as error:
+        reason, kind = _shortened(str(error).splitlines()[-1]), type(net).__name__
+        raise FileError(f"{path} is not of this {kind}: {reason}{_made_for(path, kind)}") from error
+
+
+def _made_for(path: Path, kind: str) -> str:
+    """Return which other network the record beside a .pt file names, to end an error's line."""
+    record = path.with_suffix(".json")
+    with suppress(FileError), read_json(record) as content:
+        model = content["settings"]["model"]
+        if isinstance(model, str) and model.isprintable() and model != kind:
+            return f"; made for {model} ({record.name}): --model {model}"
+    return ""
+
+
+# --- one run per name ------------------------------------------------------------------------
+
+RUN_FILE_SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")
+
+
+@contextmanager
+def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
+    """Context manager that holds <out>.lock and removes what a killed run left half-written.
+
+    The system frees the lock of a process that dies. Of several processes rank 0 takes it. Raises
+    FileError where another run holds it, with `instead` as what to give this one, and OSError where
+    it cannot be created.
+    """
+    if distributed.get_rank():
+        yield
+        return
+    path = Path(f"{out}.lock")
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise FileError(
+            f"another run is writing to {out}: wait for it, or give this one {instead}"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+        print(f"{path}: this file system has no locks: start this run only once", file=sys.stderr)
+    try:
+        for suffix in RUN_FILE_SUFFIXES:
+            pattern = f".{glob.escape(out.name)}{suffix}.[0-9]*.tmp"
+            for temporary in path.parent.glob(pattern):
+                temporary.unlink(missing_ok=True)
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes it when it is released
+            path.unlink()
+        lock.release()
+
+
+def backup_existing(names: Sequence[tuple[Path, str]]) -> None:
+    """Rename existing files, each (name, suffix), so that they are not overwritten; print one line.
+
+    name.suffix becomes name_old1.suffix, or the next free number, the same for all.
+    """
+    present = [(name, s) for name, s in names if os.path.lexists(f"{name}{s}")]
+    if not present:
+        return
+    n = 1
+    while any(os.path.lexists(f"{name}_old{n}{s}") for name, s in names):
+        n += 1
+    for name, s in present:
+        os.replace(f"{name}{s}", f"{name}_old{n}{s}")
+    first = present[0][0]
+    hint = "; --resume continues a run" if (first, ".ckpt") in present else ""
+    print(f"{first}: the files of an earlier run are kept as {first}_old{n}{hint}", file=sys.stderr)

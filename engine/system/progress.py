@@ -1,0 +1,116 @@
+"""Progress: a bar on a terminal, elsewhere a line now and then."""
+
+import time
+from typing import Protocol, Self
+
+from tqdm import tqdm
+
+from engine.system import distributed
+
+BAR_SECONDS = 0.5  # between looks at the numbers on a terminal; a look waits for the device
+LINE_SECONDS = 30.0  # between lines where there is no terminal
+SYNC_INTERVAL = 20  # batches between looks in a run of several processes
+
+
+class Position(Protocol):
+    """Where a training is: the epoch, and how many of its batches are done."""
+
+    epoch: int
+    batch: int
+
+
+class StepDisplay:
+    """Context manager that shows how many of `total` steps are done; rank 0 shows."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        """Start the clock."""
+        hidden = None if distributed.get_rank() == 0 else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, unit=unit, disable=hidden, leave=False)
+        self.total, self.unit, self.n_done, self.name = total, unit, 0, ""
+        self.started_at = self.shown_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Return this display."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    def describe(self, name: str) -> None:
+        """Name what the next steps are of."""
+        self.name = name
+        self.bar.set_description(name)
+
+    def step(self) -> None:
+        """Count a step."""
+        self.n_done += 1
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and distributed.get_rank() == 0 and now - self.shown_at > LINE_SECONDS:
+            self.shown_at = now
+            left = (now - self.started_at) / self.n_done * (self.total - self.n_done)
+            print(
+                f"{self.name}: {self.unit} {self.n_done} of {self.total}, {left:.0f} s left",
+                flush=True,
+            )
+
+
+class EpochDisplay:
+    """Context manager that shows how far an epoch is; rank 0 shows.
+
+    Args:
+        progress: of the training; the epoch may have begun in an earlier process.
+        n_batches: of the epoch.
+        n_images: of the epoch.
+    """
+
+    def __init__(self, progress: Position, n_batches: int, n_images: int) -> None:
+        """Start the clock."""
+        self.progress, self.n_batches, self.n_images = progress, n_batches, n_images
+        self.first_batch, self.started_at = progress.batch, time.monotonic()
+        self.shown_at = self.started_at
+
+    def __enter__(self) -> Self:
+        """Draw the bar."""
+        self.bar = tqdm(
+            total=self.n_batches,
+            initial=self.progress.batch,
+            desc=f"epoch {self.progress.epoch}",
+            unit="batch",
+            disable=None if distributed.get_rank() == 0 else True,
+            leave=False,
+        )
+        self.interval = LINE_SECONDS if self.bar.disable else BAR_SECONDS
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    def is_due(self) -> bool:
+        """Tell whether to look at the numbers; all processes look after the same batch."""
+        if distributed.get_world_size() > 1:
+            return self.progress.batch % SYNC_INTERVAL == 0
+        return time.monotonic() - self.shown_at > self.interval
+
+    def show(self, means: dict[str, float]) -> None:
+        """Show the epoch's means so far."""
+        self.bar.set_postfix(means, refresh=False)
+        now = time.monotonic()
+        if self.bar.disable and distributed.get_rank() == 0 and now - self.shown_at > self.interval:
+            print(self._line(means, now - self.started_at), flush=True)
+            self.shown_at = now
+        elif not self.bar.disable:
+            self.shown_at = now
+
+    def _line(self, means: dict[str, float], seconds: float) -> str:
+        done, total = self.progress.batch, self.n_batches
+        batches_per_second = (done - self.first_batch) / seconds
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        images_per_second = batches_per_second * self.n_images / total
+        return (
+            f"epoch {self.progress.epoch}  batch {done}/{total}  {numbers}  "
+            f"{images_per_second:.0f} images/s  "
+            f"{(total - done) / batches_per_second:.0f} s left in this epoch"
+        )

@@ -1,0 +1,309 @@
+"""Learned step size quantization (LSQ): training with quantized weights and activations.
+
+v̂ = s·round(clip(v/s, −Q_N, Q_P)) of every convolution's and linear layer's weight and input, with a
+step size s for each tensor that is trained like a weight. Source: Esser et al., ICLR 2020, arXiv
+1902.08153. Q_N = 2^(b−1) and Q_P = 2^(b−1) − 1 for weights, and for inputs that may be negative;
+Q_N = 0 and Q_P = 2^b − 1 for the others. The network keeps the full-precision weights; hooks put
+the quantized ones in their place while a layer runs.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from engine.networks.layers import LAYER_TYPES, quantizable_layers, trainable_parameters
+from engine.networks.operation_inputs import transformed_inputs
+from engine.networks.outputs import every_module_in
+from engine.quantization.bit_widths import check_bits
+from engine.system import distributed
+from engine.system.errors import FileError, NetworkError, StepSizeError
+from engine.system.io import read_json
+
+FIRST_LAST_BITS = 8  # at least, with --keep_first_last
+PARAMETERS = {"weight": "learned_weight_step", "input": "learned_input_step"}  # of a layer
+KEY = "learned_steps"  # in the record of a training
+
+
+class _RoundToStep(torch.autograd.Function):
+    """v̂ = s·round(clip(v/s, −Q_N, Q_P)), in the dtype of v; computed in that of s."""
+
+    @staticmethod
+    def forward(ctx, v, s, int_min, int_max, gradient_scale):
+        ctx.save_for_backward(v, s)
+        ctx.grid = int_min, int_max, gradient_scale
+        return (v.to(s.dtype) / s).clamp_(int_min, int_max).round_().mul_(s).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """Return equations 5 and 3 of the paper, the latter times `gradient_scale`."""
+        (v, s), (int_min, int_max, gradient_scale) = ctx.saved_tensors, ctx.grid
+        x = v.to(s.dtype) / s
+        is_inside = (x > int_min) & (x < int_max)
+        ds = torch.where(is_inside, x.round() - x, x.clamp(int_min, int_max))
+        return grad * is_inside, (grad * ds).sum() * gradient_scale, None, None, None
+
+
+@dataclass(eq=False)
+class LearnedStep:
+    """The quantizer of one tensor. `n_values` is N, how many values a weight or an image has."""
+
+    step: Tensor  # s, a scalar
+    int_min: int  # −Q_N
+    int_max: int  # Q_P
+    n_values: int = 1
+    is_set: bool = False  # else the first tensor sets the step
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return v̂, of the same shape; the gradient of s is scaled by 1/√(N·Q_P), section 2.2."""
+        if not self.is_set:
+            self.set_step(v)
+        gradient_scale = 1 / math.sqrt(self.n_values * self.int_max)
+        return _RoundToStep.apply(v, self.step, self.int_min, self.int_max, gradient_scale)
+
+    @torch.no_grad()
+    def set_step(self, v: Tensor) -> None:
+        """Set s to 2·mean|v|/√Q_P, the mean over all processes' shares of a batch."""
+        total = torch.stack([v.abs().sum(dtype=self.step.dtype), self.step.new_tensor(v.numel())])
+        size, n = distributed.batch_sum(total).unbind()
+        s = 2 * size / n / math.sqrt(self.int_max)
+        self.step.copy_(s.clamp(min=torch.finfo(s.dtype).tiny))  # of zeros, s would be 0
+        self.is_set = True
+
+    def description(self) -> dict[str, Any]:
+        """Return step, least and largest integer, as a record holds them."""
+        return {"step": self.step.item(), "int_min": self.int_min, "int_max": self.int_max}
+
+
+@dataclass(frozen=True)
+class LearnedSteps:
+    """The quantizers of a network's layers, by the layer's name and "weight" or "input"."""
+
+    layers: Mapping[str, Mapping[str, LearnedStep]]
+    weight_bits: int
+    act_bits: int | None  # None: inputs are not quantized
+    first_epoch: int = 0  # from which on the network is quantized
+
+    def steps(self) -> dict[str, LearnedStep]:
+        """Return every quantizer, by layer and what it quantizes: "conv1.weight"."""
+        return {
+            f"{name}.{kind}": quantizer
+            for name, quantizers in self.layers.items()
+            for kind, quantizer in quantizers.items()
+        }
+
+    @contextmanager
+    def quantized(self, net: nn.Module) -> Iterator[None]:
+        """Context manager in which the layers of the network run quantized."""
+        handles = []
+        try:
+            for name, quantizers in self.layers.items():
+                handles += _quantize_layer(net.get_submodule(name), quantizers)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def quantized_weights(self, net: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield each layer's name, its weight w and ŵ."""
+        for name, quantizers in self.layers.items():
+            w = net.get_submodule(name).weight
+            yield name, w, quantizers["weight"](w)
+
+    def check(self) -> None:
+        """Raise StepSizeError, naming it, where a step size is no longer positive."""
+        steps = self.steps()
+        values = torch.stack([quantizer.step.detach() for quantizer in steps.values()])
+        for name, value in zip(steps, values.tolist(), strict=True):
+            if not value > 0:
+                raise StepSizeError(
+                    f"the learned step size of {name} is {value:.3g}, and must stay above 0: a "
+                    "smaller --lr, or starting from trained weights, may help"
+                )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the step sizes by name, for a checkpoint."""
+        return {name: quantizer.step.detach() for name, quantizer in self.steps().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor], epochs_started: int) -> None:
+        """Restore the step sizes of a training that has begun so many epochs."""
+        for name, quantizer in self.steps().items():
+            quantizer.step.copy_(state[name])
+            quantizer.is_set = epochs_started > self.first_epoch
+
+    def record(self) -> dict[str, Any]:
+        """Return what `read_steps` needs, as JSON can hold it: floats lose no bit."""
+        layers = {
+            name: {kind: quantizer.description() for kind, quantizer in quantizers.items()}
+            for name, quantizers in self.layers.items()
+        }
+        return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
+
+
+def _quantize_layer(layer: nn.Module, quantizers: Mapping[str, LearnedStep]) -> list[Any]:
+    """Have the layer run with its weight quantized, and its input where that has a quantizer."""
+    weights = []  # the full-precision one while the layer runs
+
+    def begin(module: nn.Module, args: tuple) -> tuple:
+        weights.append(module._parameters["weight"])
+        module._parameters["weight"] = quantizers["weight"](weights[-1])
+        return (quantizers["input"](args[0]), *args[1:]) if "input" in quantizers else args
+
+    def end(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if weights:
+            module._parameters["weight"] = weights.pop()
+
+    return [
+        layer.register_forward_pre_hook(begin),
+        layer.register_forward_hook(end, always_call=True),
+    ]
+
+
+# --- of a network that is trained ------------------------------------------------------------
+
+
+def make_steps(
+    net: nn.Module,
+    image_shape: Sequence[int],
+    weight_bits: int,
+    act_bits: int | None = None,
+    *,
+    keep_first_last: bool = False,
+    first_epoch: int = 0,
+) -> LearnedSteps:
+    """Give the layers of a network step sizes, in place, as parameters that its files do not have.
+
+    Layers are those that run as modules, for images of `image_shape` (3, H, W); the first and the
+    last of them have at least 8 bits if `keep_first_last`. Inputs are signed where, of random
+    images, some are negative. Raises NetworkError where two layers share a weight.
+    """
+    inputs = _layer_inputs(net, image_shape)
+    ends = (next(iter(inputs)), next(reversed(inputs))) if keep_first_last else ()
+    layers = {}
+    for name, x in inputs.items():
+        layer, least = net.get_submodule(name), FIRST_LAST_BITS if name in ends else 0
+        w = layer.weight
+        quantizers = {"weight": _make_step(w, max(weight_bits, least), True, w.numel())}
+        if act_bits:
+            is_signed = bool((x < 0).any())
+            quantizers["input"] = _make_step(w, max(act_bits, least), is_signed, x[0].numel())
+        for kind, quantizer in quantizers.items():
+            layer.register_parameter(PARAMETERS[kind], quantizer.step)
+        layers[name] = quantizers
+    net.register_state_dict_post_hook(_remove_steps)
+    net.register_load_state_dict_post_hook(_allow_missing_steps)
+    return LearnedSteps(layers, weight_bits, act_bits, first_epoch)
+
+
+def _make_step(w: Tensor, n_bits: int, is_signed: bool, n_values: int) -> LearnedStep:
+    """Return a quantizer to n_bits whose step is a parameter, 1 until it is set, like w."""
+    return LearnedStep(nn.Parameter(w.new_ones(())), *_integers(n_bits, is_signed), n_values)
+
+
+def _integers(n_bits: int, is_signed: bool) -> tuple[int, int]:
+    """Return the least and the largest integer of n_bits."""
+    int_min = -(2 ** (n_bits - 1)) if is_signed else 0
+    return int_min, int_min + 2**n_bits - 1
+
+
+def _layer_inputs(net: nn.Module, image_shape: Sequence[int]) -> dict[str, Tensor]:
+    """Return the input of each layer, by its name, in the order in which they first run.
+
+    Of two random images, in evaluation mode.
+    """
+    layers = {name for name, m in net.named_modules() if isinstance(m, LAYER_TYPES)}
+    inputs: dict[str, Tensor] = {}
+
+    def record(name: str, x: Tensor) -> Tensor:
+        if name in layers:
+            inputs.setdefault(name, x)
+        return x
+
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(net.parameters()))
+    with torch.no_grad(), every_module_in(net, training=False), transformed_inputs(net, record):
+        net(images)
+    if shared := inputs.keys() - quantizable_layers(net).keys():
+        raise NetworkError(
+            f"--qat_bits: {type(net).__name__}: {min(shared)} shares its weight with another layer"
+        )
+    return inputs
+
+
+def _remove_steps(net: nn.Module, state: dict, prefix: str, metadata: object) -> None:
+    """Remove the step sizes from a state_dict."""
+    for key in [key for key in state if key.endswith(tuple(PARAMETERS.values()))]:
+        del state[key]
+
+
+def _allow_missing_steps(net: nn.Module, incompatible_keys: Any) -> None:
+    """Accept a state_dict without step sizes."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.endswith(tuple(PARAMETERS.values()))]
+
+
+def parameter_groups(net: nn.Module, steps: LearnedSteps | None) -> list[dict[str, Any]]:
+    """Return the groups of trainable parameters for an optimizer: step sizes have no decay."""
+    of_steps = [] if steps is None else [quantizer.step for quantizer in steps.steps().values()]
+    params = [
+        p for p in trainable_parameters(net).values() if all(p is not step for step in of_steps)
+    ]
+    groups = [{"params": params}]
+    return [*groups, {"params": of_steps, "weight_decay": 0.0}] if of_steps else groups
+
+
+# --- of saved weights ------------------------------------------------------------------------
+
+
+def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
+    """Return the quantizers in the record of a training, for a network with its weights.
+
+    Raises FileError where the file is no such record, or is of another network.
+    """
+    with read_json(path) as content:
+        if KEY not in content:
+            raise FileError(
+                f"{path} has no learned steps: it is no record of a --qat_bits training"
+            )
+        saved = content[KEY]
+        bits = {"weight": saved["weight_bits"], "input": saved["act_bits"]}
+        bits = {kind: n_bits for kind, n_bits in bits.items() if n_bits is not None}
+        for n_bits in bits.values():
+            if not isinstance(n_bits, int):
+                raise ValueError(f"{n_bits} bits is no whole number")
+            check_bits(n_bits)
+        layers = {
+            name: {
+                kind: _read_step(step, bits[kind], net.get_submodule(name))
+                for kind, step in kinds.items()
+            }
+            for name, kinds in saved["layers"].items()
+        }
+        if not all(kinds.keys() == bits.keys() for kinds in layers.values()):
+            raise ValueError(f"a layer has not one step for each of {', '.join(bits)}")
+        return LearnedSteps(layers, bits["weight"], bits.get("input"))
+
+
+def _read_step(saved: Mapping[str, Any], n_bits: int, layer: nn.Module) -> LearnedStep:
+    """Return a quantizer of a layer to n_bits, or to those of the first and last layer.
+
+    Whatever is raised, among CONTENT_ERRORS, says that it is not one.
+    """
+    if not isinstance(layer, LAYER_TYPES):
+        raise ValueError(f"a {type(layer).__name__} has no learned steps")
+    step = layer.weight.new_tensor(float(saved["step"]))  # as the network has it: it may round to 0
+    integers = saved["int_min"], saved["int_max"]
+    possible = itertools.product((n_bits, max(n_bits, FIRST_LAST_BITS)), (False, True))
+    if not 0 < step < math.inf or integers not in itertools.starmap(_integers, possible):
+        raise ValueError(f"a step of {step:g} from {integers} is none of {n_bits} bits")
+    return LearnedStep(step, *integers, is_set=True)

@@ -1,0 +1,398 @@
+"""Cross-layer equalization: the same function, and equal ranges between two layers."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import models
+import quant_inference as qi
+from engine.deploy import deployed_files, onnx_export, verify
+from engine.networks.batch_norm import fold_batch_norm
+from engine.networks.graph import trace
+from engine.networks.outputs import run_network, use_fast_layers
+from engine.quantization.equalization import ChannelReLU6, equalize, find_pairs
+from engine.system.errors import FileError, NetworkError
+from engine.system.io import save_weights
+
+SHAPE = (3, 8, 8)
+
+
+def randomize(net, seed=0):
+    """Return the network with weights whose channels differ by far, and statistics; folded."""
+    torch.manual_seed(seed)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight, m.running_var):
+                t.data.copy_(torch.exp(torch.randn_like(t)))
+            for t in (m.bias, m.running_mean):
+                t.data.normal_()
+        elif isinstance(m, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
+            channels = torch.exp(torch.randn(len(m.weight)))
+            m.weight.data *= channels.view(-1, *(1,) * (m.weight.dim() - 1))
+    return fold_batch_norm(net.eval())
+
+
+def tiny_convnet():
+    net = models.ConvNet(4)
+    for i, (c_in, c_out, stride) in enumerate(((3, 6, 1), (6, 8, 2), (8, 5, 1))):
+        net.get_submodule(f"layer{i}")[0] = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        net.get_submodule(f"layer{i}")[1] = models.BatchNormReLU(c_out)
+    net.BLOCKS = net.BLOCKS[:3]
+    net.classifier = nn.Linear(5, 4)
+    return net
+
+
+def tiny_mobilenet():
+    net = models.MobileNetV2(4, width=0.25)
+    net.blocks = net.blocks[:5]
+    net.head[0] = nn.Conv2d(8, 320, 1, bias=False)
+    return net
+
+
+class Functional(nn.Module):
+    """Functions between layers: pooling of every kind, a mean, dropout, a ReLU in place."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1, groups=2)
+        self.c, self.d = nn.Conv2d(8, 10, 3, padding=1), nn.Linear(10 * 4, 12)
+        self.e, self.f = nn.Linear(12, 9, bias=False), nn.Linear(9, num_classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.a(x), inplace=True), 2)
+        x = F.leaky_relu(F.avg_pool2d(self.b(x), 1), 0.1)
+        x = F.dropout(torch.flatten(F.adaptive_avg_pool2d(self.c(x), 2), 1), training=False)
+        return self.f(self.e(self.d(x).relu_()))
+
+
+class Mean(nn.Module):
+    """A mean of height and width before the last layer."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.a, self.f = nn.Conv2d(3, 6, 3), nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        return self.f(self.a(x).relu().mean(dim=[2, 3]))
+
+
+NETWORKS = {
+    "ConvNet": tiny_convnet,
+    "ResNet20": lambda: models.ResNet20(4, width=0.25),
+    "MobileNetV2": tiny_mobilenet,
+    "VGGSmall": lambda: models.VGGSmall(4, width=0.03),
+    "Stranger": lambda: reference.Stranger(4),
+    "Functional": Functional,
+    "Mean": Mean,
+}
+N_PAIRS = {  # and outputs that are left alone
+    "ConvNet": (3, 0),
+    "ResNet20": (9, 10),
+    "MobileNetV2": (12, 4),
+    "VGGSmall": (6, 0),
+    "Stranger": (0, 4),
+    "Functional": (5, 0),
+    "Mean": (1, 0),
+}
+CASES = [(name, fast) for name in NETWORKS for fast in (False, True)]
+
+
+def make(name, fast=False, seed=0):
+    net = NETWORKS[name]()
+    return randomize(use_fast_layers(net) if fast else net, seed)
+
+
+def logits(net, x):
+    with torch.no_grad():
+        return run_network(net, x)[0]
+
+
+def image(dtype, size=8):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 3, size, size, generator=generator, dtype=dtype)
+
+
+def shape_for(name):
+    return (3, 32, 32) if name == "VGGSmall" else SHAPE
+
+
+def ranges(net, pair):
+    """max|W| of the channels on both sides of a pair, channel by channel."""
+    w1 = net.get_submodule(pair.first.name).weight.detach()
+    second = net.get_submodule(pair.second.name)
+    w2, groups, n = second.weight.detach(), getattr(second, "groups", 1), len(w1)
+    r1, r2 = [], []
+    for i in range(n):
+        r1.append(w1[i].abs().max().item())
+        if w2.dim() == 2:
+            size = w2.shape[1] // n
+            part = w2[:, i * size : (i + 1) * size]
+        else:
+            group, j = divmod(i, n // groups)
+            size = len(w2) // groups
+            part = w2[group * size : (group + 1) * size, j]
+        r2.append(part.abs().max().item())
+    return r1, r2
+
+
+# --- the same function, equal ranges ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "fast"), CASES)
+def test_the_function_stays_and_ranges_are_equal(name, fast):
+    net = make(name, fast).double()
+    before = copy.deepcopy(net.state_dict())
+    equalized, found = equalize(net, shape_for(name))
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    x = image(torch.float64, shape_for(name)[1])
+    y, y_e = logits(net, x), logits(equalized, x)
+    assert y.abs().max() > 1e-3 and (y - y_e).abs().max() <= 1e-10 * y.abs().max()
+    assert (found.n_pairs, len(found.left_alone)) == N_PAIRS[name], found
+    pairs, left_alone = find_pairs(net, trace(net, x))
+    assert left_alone == found.left_alone and len(pairs) == found.n_pairs
+    for pair in pairs:
+        r1, r2 = ranges(equalized, pair)
+        assert r1 == pytest.approx(r2, rel=1e-3)
+        r1, r2 = ranges(net, pair)
+        assert max(map(abs, (math.log(a / b) for a, b in zip(r1, r2, strict=True)))) > 0.5
+
+
+@pytest.mark.parametrize("name", ["ConvNet", "ResNet20", "MobileNetV2"])
+def test_in_float32_it_stays_up_to_rounding(name):
+    net = make(name, seed=1)
+    equalized, _ = equalize(net, SHAPE)
+    x = image(torch.float32)
+    y = logits(net, x)
+    assert (y - logits(equalized, x)).abs().max() <= 1e-4 * y.abs().max()
+    assert all(p.dtype == torch.float32 for p in equalized.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ["ConvNet", "ResNet20", "Functional"])
+def test_a_second_time_changes_nothing(name):
+    once, _ = equalize(make(name).double(), SHAPE)
+    twice, found = equalize(once, SHAPE)
+    assert found.n_sweeps == 1
+    for p, q in zip(once.parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=0)
+
+
+def test_one_pair_has_the_scales_of_the_paper():
+    net = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.Flatten())
+    net = randomize(net).double()
+    equalized, found = equalize(net, (3, 1, 1))
+    w1, b1, w2 = net[0].weight, net[0].bias, net[2].weight
+    for i in range(5):
+        r1, r2 = w1[i].abs().max(), w2[:, i].abs().max()
+        s = (r1 * r2).sqrt() / r2
+        torch.testing.assert_close(equalized[0].weight[i], w1[i] / s)
+        torch.testing.assert_close(equalized[0].bias[i], b1[i] / s)
+        torch.testing.assert_close(equalized[2].weight[:, i], w2[:, i] * s)
+    assert torch.equal(equalized[2].bias, net[2].bias) and found.n_pairs == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    channels=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    groups=st.booleans(),
+    exponent=st.floats(0, 4),
+    zeros=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_chains(channels, groups, exponent, zeros, seed):
+    torch.manual_seed(seed)
+    sizes, parts = [3, *(2 * c for c in channels)], []
+    for i, (c_in, c_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        conv = nn.Conv2d(c_in, c_out, 1, groups=2 if groups and i else 1)
+        conv.weight.data *= torch.exp(exponent * torch.randn(c_out, 1, 1, 1))
+        if zeros:  # some output channels that are constant, some inputs that nothing reads
+            conv.weight.data[torch.rand(c_out) < 0.3] = 0
+            conv.weight.data[:, torch.rand(conv.weight.shape[1]) < 0.3] = 0
+        parts += [conv, nn.ReLU()]
+    net = nn.Sequential(*parts, nn.Flatten(), nn.Linear(sizes[-1] * 4, 3)).double().eval()
+    equalized, found = equalize(net, (3, 2, 2))
+    x = image(torch.float64, 2)
+    y = logits(net, x)
+    assert found.n_pairs == len(channels)
+    assert (y - logits(equalized, x)).abs().max() <= 1e-10 * y.abs().max()
+    for pair in find_pairs(net, trace(net, x))[0]:
+        for a, b, *before in zip(*ranges(equalized, pair), *ranges(net, pair), strict=True):
+            assert a == pytest.approx(b, rel=1e-3) or min(before) == 0
+
+
+# --- what is left alone ----------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A layer that runs twice, two that share a weight, and one whose output is read twice."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.a, self.twice, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.c, self.d, self.e = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.d.weight = self.b.weight
+        self.f, self.g = nn.Conv2d(4, 4, 1), nn.Conv2d(4, num_classes, 1)
+
+    def forward(self, x):
+        x = self.b(self.twice(self.twice(self.a(x)).relu()).relu())
+        x = self.e(self.d(self.c(x.relu()).relu()).relu())
+        x = self.f(x.relu() + x)
+        first, second = self.g(x.chunk(2, dim=2)[0]).chunk(2, dim=2)
+        return (first + second).mean((2, 3))
+
+
+def test_shared_layers_and_values_read_twice_are_left_alone():
+    net = randomize(Shared()).double()
+    equalized, found = equalize(net, SHAPE)
+    shared = "of or for a shared layer"
+    assert found.left_alone == {
+        **dict.fromkeys(["a", "twice", "b", "c", "d"], shared),
+        "e": "read in several places",
+        "f": "read by chunk",
+        "g": "read in several places",
+    }
+    assert found.n_pairs == 0 and "pairs of layers equalized: 0, in" in str(found)
+    for p, q in zip(net.parameters(), equalized.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_other_activations_and_relu6_functions_stop_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d, self.e = (nn.Conv2d(3, 3, 1) for _ in range(5))
+            self.act, self.clip = nn.SiLU(), nn.ReLU6()
+
+        def forward(self, x):
+            x = F.relu6(self.b(self.act(self.a(x))))
+            return self.e(self.clip(self.d(self.clip(self.c(x))))).mean((2, 3))
+
+    _, found = equalize(randomize(Net()), SHAPE)
+    left_alone = dict.fromkeys("bcd", "read by relu6") | {"a": "read by silu"}
+    assert found.left_alone == left_alone and found.n_pairs == 0
+    assert str(found).count("\n") == 0 and "read by relu6 (b, c, d)" in str(found)
+
+
+def test_a_relu6_has_a_bound_for_each_channel_or_is_left_alone():
+    net = make("MobileNetV2").double()
+    x = 3 * image(torch.float64)
+    for across in (True, False):
+        equalized, found = equalize(net, SHAPE, across_relu6=across)
+        y = logits(net, x)
+        assert (y - logits(equalized, x)).abs().max() <= 1e-10 * y.abs().max()
+        bounds = [m.bound for m in equalized.modules() if isinstance(m, ChannelReLU6)]
+        assert bool(bounds) == across and all(len(b.unique()) > 1 for b in bounds)
+        assert (equalized.state_dict().keys() == net.state_dict().keys()) == (not across)
+    assert found.n_pairs == 1 and "read by relu6" in found.left_alone.values()
+
+
+def test_a_reader_that_no_call_shows_is_found():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x).mean((2, 3)) * float(x.detach().abs().numpy().max())
+
+    with pytest.raises(NetworkError, match="--equalize: Hidden: logits change"):
+        equalize(randomize(Hidden()), SHAPE)
+
+
+# --- in a run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, tiny_images):
+    """run(model, flags) quantizes a tiny network in an empty folder; returns the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def quantize(name, flags):
+        monkeypatch.setitem(models.MODELS, name, lambda num_classes: NETWORKS[name]())
+        torch.manual_seed(0)
+        net = NETWORKS[name]()
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.data.uniform_(0.2, 3)
+        save_weights(net, Path("a.pt"))
+        common = f"--model {name} --dataset Tiny --device cpu --schemes uniform --no_plots"
+        with pytest.raises(SystemExit) as caught:
+            qi.main(["a.pt", *common.split(), *flags.split()])
+        return caught.value.code
+
+    return quantize
+
+
+def rows():
+    return json.loads(Path("results.json").read_text())["rows"]
+
+
+def test_quantized_errors_are_of_the_equalized_weights(run, capsys):
+    assert run("ConvNet", "--fold_bn --bits 4 --act_bits same") == 0
+    plain = rows()
+    assert run("ConvNet", "--fold_bn --equalize --bits 4 --act_bits same") == 0
+    equalized = rows()
+    assert "a.pt: pairs of layers equalized: 3, in " in capsys.readouterr().out
+    assert [row["equalize"] for row in plain + equalized] == [False] * 2 + [True] * 2
+    assert equalized[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert equalized[1]["squared_error"] != plain[1]["squared_error"]
+    assert "True" in Path("results.csv").read_text()
+
+
+def test_batch_norms_have_to_be_folded_where_there_are_any(run, capsys):
+    assert run("ConvNet", "--equalize --bits 4") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--equalize needs --fold_bn: ConvNet has batch" in message
+    assert run("Functional", "--equalize --bits 4") == 0
+
+
+def test_a_network_without_batch_norms_is_exported(run, monkeypatch, capsys):
+    conv, pool, linear = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 4)
+    net = nn.Sequential(conv, nn.ReLU(), pool, nn.Flatten(), linear)
+    monkeypatch.setitem(NETWORKS, "Plain", lambda: net)
+    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
+    assert run("Plain", "--fold_bn --bits 4 --act_bits 4 --export a.onnx --verify") == 0
+    assert "--fold_bn has no effect: Plain has no batch norms" in capsys.readouterr().out
+
+
+def test_nothing_to_equalize_is_warned_about(run, capsys):
+    assert run("Stranger", "--fold_bn --equalize --bits 4") == 0
+    assert "a.pt: --equalize has no effect: pairs of layers equ" in capsys.readouterr().err
+
+
+def test_files_to_deploy_hold_weights_only(run, capsys):
+    assert run("MobileNetV2", "--fold_bn --equalize --bits 4 --save_quantized q.pt") == 0
+    printed = capsys.readouterr().out
+    assert "a.pt: pairs of layers equalized: 1, in " in printed and "read by relu6 (" in printed
+    folded = fold_batch_norm(NETWORKS["MobileNetV2"]().eval())
+    folded.load_state_dict(torch.load("q.pt"))
+
+
+def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "ROUNDS", 1)
+    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0.0)
+    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+    flags = "--fold_bn --bits 4 --act_bits 4 --quantize_sums"
+    assert run("ResNet20", f"{flags} --equalize --export e.onnx --verify") == 0
+    found = json.loads(Path("e.verified.json").read_text())
+    assert found["differing_predictions"]["integer"] == 0 and found["source"]["equalize"] == "true"
+    assert run("ResNet20", f"{flags} --verify e.onnx") == 1
+    assert "made with equalize true, and this is false" in capsys.readouterr().err
+    model = onnx_export.load_model(Path("e.onnx"))
+    [entry] = [p for p in model.metadata_props if p.key == "equalize"]
+    model.metadata_props.remove(entry)  # as in files of earlier versions
+    onnx_export.save_model(model.SerializeToString(), Path("old.onnx"))
+    assert deployed_files.read_model(Path("old.onnx"), {"equalize": "false"})
+    with pytest.raises(FileError, match="made with equalize false"):
+        deployed_files.read_model(Path("old.onnx"), {"equalize": "true"})

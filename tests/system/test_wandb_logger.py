@@ -1,0 +1,176 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from analysis.offline_run import read_offline_run
+from engine.system import environment, wandb_logger
+from engine.system.errors import FileError
+from models import ConvNet
+
+FAST = (
+    "--dataset Synthetic --train_subset 32 --holdout 32 --batch_size 16 --precision fp32 "
+    "--no-compile --n_epochs 1"
+).split()
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_keys_are_found_where_wandb_looks(no_key, monkeypatch, tmp_path):
+    assert not wandb_logger.has_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40)
+    assert wandb_logger.has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not wandb_logger.has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_logger.has_key()
+
+
+def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypatch, tmp_path):
+    """In an interpreter of its own, whose end is what wandb waits for."""
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # a copy of the weights goes there
+    flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
+    flags += ["--wandb_group", "g", "--wandb_tags", "a", "b", "--wandb_notes", "why", "--log_model"]
+    completed = subprocess.run(  # epochs of two batches
+        [sys.executable, train.__file__, *map(str, flags)],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert "wandb leet" in completed.stdout and "wandb sync" in completed.stdout
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = read_offline_run(log)
+    rows = logged["history"]
+    check_columns(logged, json.loads(Path(tmp_path, "ConvNet_Synthetic_L2Grad.json").read_text()))
+    epoch, _ = [row for row in rows if "train_loss" in row]
+    assert {
+        "train_loss",
+        "test_loss",
+        "train_accuracy",
+        "test_accuracy",
+        "train_L2Grad",
+        "test_L2Grad",
+        "lr",
+        "epoch_seconds",
+        "epoch",
+    } <= epoch.keys()
+    [watched] = [row for row in rows if "parameters/classifier.bias" in row]
+    for name, p in ConvNet().named_parameters():
+        for kind in ("parameters", "gradients"):
+            histogram = watched[f"{kind}/{name}"]
+            assert histogram["_type"] == "histogram" and sum(histogram["values"]) == p.numel()
+            assert len(histogram["bins"]) == len(histogram["values"]) + 1
+
+
+def check_columns(logged, record):
+    """Of a training: what its runs are grouped, filtered, sorted and linked by."""
+    names = {"job_type": "train", "group": "g", "tags": ["a", "b"], "notes": "why"}
+    assert names.items() <= logged["run"].items() and logged["run"]["id"] == record["run_id"]
+    settings = {k: v for k, v in record["settings"].items() if v not in (None, [], "")}
+    assert settings.items() <= logged["config"].items()
+    assert set(logged["config"]) - set(settings) <= {"git_commit", "git_uncommitted_changes"}
+    assert logged["config"].get("git_commit") == record["git_commit"]
+    accuracies = [entry["test_accuracy"] for entry in record["history"]]
+    expected = {
+        "final_accuracy": record["final_accuracy"],
+        "best_accuracy": max(accuracies),
+        "best_epoch": accuracies.index(max(accuracies)),
+        "total_seconds": record["seconds"],
+    }
+    assert expected.items() <= logged["summary"].items()
+    [weights] = logged["artifacts"]
+    assert {key: weights[key] for key in ("name", "digest")} == record["artifact"]
+    assert weights["name"] == f"weights-{record['run_id']}" and weights["run_id"] in weights["name"]
+
+
+def test_what_is_no_log_is_refused_in_one_line(tmp_path):
+    with pytest.raises(FileError, match="no such log"):
+        read_offline_run(tmp_path / "x.wandb")
+    (tmp_path / "x.wandb").write_bytes(b"not a log")
+    with pytest.raises(FileError, match=r"x\.wandb is not a log") as error:
+        read_offline_run(tmp_path / "x.wandb")
+    assert "\n" not in str(error.value)
+
+
+def test_online_without_a_key_goes_on_offline(script, no_key):
+    completed = script("train.py", *FAST, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert completed.returncode == 0, completed.stderr
+    assert "Weights & Biases, online:" in completed.stderr and "saved" in completed.stdout
+
+
+def test_disabled_writes_nothing(script, tmp_path):
+    completed = script("train.py", *FAST, WANDB_MODE="disabled")
+    assert completed.returncode == 0 and not (tmp_path / "wandb").exists()
+
+
+class Broken:
+    """A wandb run, and wandb, whose every call raises or hangs."""
+
+    disabled = offline = False
+    id = "x"
+
+    def __init__(self, call):
+        self.log = self.finish = self.teardown = call
+
+
+def fail():
+    raise ConnectionError("gone")
+
+
+@pytest.mark.parametrize("call", [lambda *_: fail(), lambda *_: time.sleep(60)])
+def test_a_logger_that_breaks_is_told_and_left_in_bounded_time(call, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(wandb_logger, "LOG_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_logger, "FINISH_SECONDS", 0.1)
+    tracker = object.__new__(wandb_logger.WandbLogger)
+    tracker.run = tracker.wandb = Broken(call)
+    tracker.healthy, tracker.folder = True, tmp_path / "run-1-x"
+    monkeypatch.setattr(tracker, "failed_modes", set(), raising=False)
+    tracker.folder.mkdir()
+    started_at = time.monotonic()
+    for epoch in range(9):
+        tracker.log({"epoch": epoch})
+    assert capsys.readouterr().err.count("Weights & Biases: ") == 1
+    assert f"wandb sync {tracker.folder}" in tracker.finish() and time.monotonic() - started_at < 5
+
+
+def test_the_environment_is_described():
+    described = environment.describe_environment()
+    assert described["versions"]["torch"] == torch.__version__.split("+")[0]
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(environment.__file__).parent,
+    )
+    assert described["git_commit"] == (head.stdout.strip() if head.returncode == 0 else None)
+    assert described["machine"]["threads"] == torch.get_num_threads()
+    json.dumps(described)
+
+
+def test_no_git_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment.describe_environment()["git_commit"] is None
+
+
+def test_a_run_of_a_sweep_has_the_name_the_sweep_gave(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert wandb_logger.new_run_id() != "abc123"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert wandb_logger.new_run_id() == "abc123"
+    args = train.make_parser().parse_args([])
+    assert train.default_name(args, "L2Grad") == "ConvNet_CIFAR10_L2Grad_abc123"
