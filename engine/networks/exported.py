@@ -1,0 +1,575 @@
+"""A network as one graph of PyTorch operations: what torch.export sees of its `forward`.
+
+`export_network` runs `torch.export` once, in evaluation mode and with a dynamic batch, and returns
+an `fx.GraphModule` that maps images (B, 3, H, W) to logits (B, classes). It has
+
+- no operation in place: strangers' code that writes into its input writes into a copy;
+- weights and buffers under the names of the network's `state_dict`. What is computed from them
+  alone, such as the weight of `weight_norm`, is a constant of its own;
+- a weight and a bias of its own for each operation that has one, also where the network runs a
+  layer twice: `<name of the operation>.weight` and `.bias`;
+- attention as two matrix products and a softmax.
+
+A node's `meta` holds the `path` of the module in whose forward it runs, the module's `type`, the
+`shape` of its value for a batch of `BATCH` images, and, where it is one of `operations`, its `name`.
+"""
+
+import copy
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind, OutputKind
+
+from engine.networks import layers as fast_layers
+from engine.networks.outputs import split_output
+from engine.system.errors import NetworkError
+
+aten = torch.ops.aten
+BATCH = 2  # images that the network is exported with; any number can be run afterwards
+TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
+CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+    """Return the network's graph for images of `image_shape` (3, H, W), with copies of its weights.
+
+    Raises NetworkError, in one line with PyTorch's reason, where it cannot be exported or the graph
+    computes something else than the network.
+    """
+    name = type(net).__name__
+    net = plain_copy(net).cpu().eval()
+    images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        graph = _exported(net, images[:BATCH])
+        with torch.no_grad():
+            expected, logits = _Logits(net)(images.clone()), graph(images)
+    except NetworkError:
+        raise
+    except Exception as error:  # torch.export and foreign code raise errors of every kind
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise NetworkError(
+            f"{name} cannot be exported by torch.export, which quantizing needs (training does "
+            f"not): {reason}"
+        ) from error
+    if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
+    return graph
+
+
+class _PlainBatchNormReLU(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+PLAIN = {
+    fast_layers.Conv2d: nn.Conv2d,
+    fast_layers.BatchNorm2d: nn.BatchNorm2d,
+    fast_layers.BatchNormReLU: _PlainBatchNormReLU,
+    fast_layers.BatchNormBeforeRectifier: nn.BatchNorm2d,
+    fast_layers.ReLU: nn.ReLU,
+    fast_layers.ReLU6: nn.ReLU6,
+}
+
+
+def plain_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of the network with PyTorch's own layers in place of the fast ones."""
+    net = copy.deepcopy(net)
+    for m in net.modules():
+        m.__class__ = PLAIN.get(type(m), type(m))
+    return net
+
+
+class _Logits(nn.Module):
+    """The network without what it returns beside its logits."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return split_output(self.net, self.net(x), [])[0]
+
+
+def _exported(net: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return the graph as the module describes it."""
+    shapes = ({0: Dim.AUTO},)
+    # With gradients: without them attention runs as one kernel that hides its matrix products.
+    with torch.enable_grad():
+        program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
+    if not _without_inplace(program.graph):
+        program = program.run_decompositions({})
+    graph = _with_own_tensors(program)
+    for transform in (_inline_regions, _spell_one_way, _split_attention, _fold_constants):
+        transform(graph)
+        graph.graph.eliminate_dead_code()
+    _name_operations(graph)
+    _own_tensors(graph)
+    graph.graph.lint()
+    return copy_graph(graph)
+
+
+# --- from torch.export's program to a module -------------------------------------------------
+
+
+def _without_inplace(graph: fx.Graph) -> bool:
+    """Replace operations in place by those that return a new value; False where views forbid it.
+
+    A view shares memory with what is written to: then all of its readers would have to change.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        if not schema.is_mutable or schema.name == "aten::batch_norm":
+            continue
+        written = node.args[0]
+        functional = getattr(aten, schema.name.removeprefix("aten::").rstrip("_"), None)
+        overload = getattr(functional, node.target._overloadname, None)
+        if overload is None or _is_view(written) or any(map(_is_view, written.users)):
+            return False
+        node.target = overload
+        for user in [*written.users]:
+            if order[user] > order[node]:
+                user.replace_input_with(written, node)
+    return True
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Tell whether the value shares memory with what the operation takes."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    results = node.target._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in results)
+
+
+def _with_own_tensors(program: ExportedProgram) -> fx.GraphModule:
+    """Return a module whose graph reads the program's tensors by their names in the network."""
+    root = nn.Module()
+    module = fx.GraphModule(root, fx.Graph())
+    values: dict[fx.Node, fx.Node] = {}
+    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    copies: dict[int, Tensor] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and inputs[node.name].kind in CONSTANT_KINDS:
+            target = inputs[node.name].target
+            tensor = program.state_dict.get(target, program.constants.get(target))
+            own = copies.setdefault(id(tensor), tensor.detach().clone())
+            values[node] = _read(module, target.removeprefix("net."), own)
+        elif node.op == "output":
+            specs = program.graph_signature.output_specs
+            [logits] = [
+                value
+                for value, spec in zip(node.args[0], specs, strict=True)
+                if spec.kind == OutputKind.USER_OUTPUT
+            ]
+            module.graph.output(values[logits])
+            continue
+        else:
+            if node.op == "get_attr":  # the graph of a region, such as one of autocast
+                setattr(module, node.target, getattr(program.graph_module, node.target))
+            values[node] = module.graph.node_copy(node, values.__getitem__)
+        values[node].meta = _described(node)
+    return module
+
+
+def _described(node: fx.Node) -> dict:
+    """Return the `meta` of a node, see the module; shapes with the batch that was exported."""
+    stack = [*(node.meta.get("nn_module_stack") or {"": ("", "")}).values()][-1]
+    value = node.meta.get("val")
+    shape = ()
+    if isinstance(value, Tensor):
+        shape = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
+    path = stack[0].removeprefix("net").lstrip(".")
+    is_bool = isinstance(value, Tensor) and value.dtype == torch.bool
+    return {"path": path, "type": stack[1], "shape": shape, "is_bool": is_bool}
+
+
+def _read(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Set the tensor as a buffer of the module under a name with dots; return a node that reads it."""
+    set_tensor(module, name, tensor)
+    node = module.graph.get_attr(name)
+    is_bool = tensor.dtype == torch.bool
+    node.meta = {"path": "", "type": "", "shape": tuple(tensor.shape), "is_bool": is_bool}
+    return node
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a buffer of the module, or of its submodules, under a name with dots."""
+    *folders, leaf = name.split(".")
+    for folder in folders:
+        if folder not in module._modules:
+            module.add_module(folder, nn.Module())
+        module = module._modules[folder]
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+# --- one form for what can be written in several ways ----------------------------------------
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Put what runs inside a region, such as one without autocast, in the region's place."""
+    for node in [*module.graph.nodes]:
+        if node.op != "call_function" or not isinstance(
+            node.target, torch._ops.HigherOrderOperator
+        ):
+            continue
+        [position] = [
+            i
+            for i, a in enumerate(node.args)
+            if isinstance(a, fx.Node)
+            and a.op == "get_attr"
+            and isinstance(getattr(module, a.target, None), fx.GraphModule)
+        ]
+        inner = getattr(module, node.args[position].target)
+        arguments = iter(node.args[position + 1 :])
+        values: dict[fx.Node, fx.Node] = {}
+        with module.graph.inserting_before(node):
+            for each in inner.graph.nodes:
+                if each.op == "placeholder":
+                    values[each] = next(arguments)
+                elif each.op == "output":
+                    results = fx.node.map_arg(each.args[0], values.__getitem__)
+                else:
+                    values[each] = module.graph.node_copy(each, values.__getitem__)
+                    values[each].meta = _described(each)
+        for user in [*node.users]:  # each takes one of the results
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+
+
+def _spell_one_way(module: fx.GraphModule) -> None:
+    """Write each batch norm, squeezing and product with a constant matrix in one form."""
+    constant = _constants(module)
+    for node in [*module.graph.nodes]:
+        match node.target, node.args:
+            case (aten._native_batch_norm_legit_no_training.default, _):
+                x, gamma, beta, mean, var, momentum, eps = node.args
+                arguments = (x, gamma, beta, mean, var, False, momentum, eps, False)
+                [result] = node.users
+                _replace(module, result, aten.batch_norm.default, arguments)
+            case (aten.squeeze.default, (x,)):  # which would squeeze a batch of one image as well
+                shape = x.meta["shape"]
+                ones = [i for i, n in enumerate(shape) if i and n == 1]
+                _replace(module, node, aten.squeeze.dims, (x, ones))
+            case (aten.matmul.default | aten.mm.default, (x, w)) if w in constant:
+                if len(w.meta["shape"]) == 2:
+                    _to_linear(module, node, x, w)
+            case (aten.addmm.default, (b, x, w)) if w in constant and not node.kwargs:
+                _to_linear(module, node, x, w, b)
+
+
+def _to_linear(module: fx.GraphModule, node: fx.Node, x: fx.Node, w: fx.Node, *bias) -> None:
+    """Replace x @ w + bias by linear(x, wᵀ, bias)."""
+    transposed = _insert(module, node, aten.t.default, (w,), w.meta["shape"][::-1])
+    _replace(module, node, aten.linear.default, (x, transposed, *bias))
+
+
+def _split_attention(module: fx.GraphModule) -> None:
+    """Write scaled dot-product attention softmax(q kᵀ·scale + mask) v as these operations."""
+    for node in [*module.graph.nodes]:
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        query, key, value, mask, dropout, is_causal = (*node.args, None, 0.0, False)[:6]
+        is_plain = not (dropout or is_causal or node.kwargs.get("enable_gqa"))
+        if not is_plain or (mask is not None and mask.meta["is_bool"]):
+            continue
+        q_shape, k_shape = query.meta["shape"], key.meta["shape"]
+        scale = node.kwargs.get("scale") or q_shape[-1] ** -0.5
+        shape = (*q_shape[:-1], k_shape[-2])
+        transposed = (*k_shape[:-2], k_shape[-1], k_shape[-2])
+        k_t = _insert(module, node, aten.transpose.int, (key, -2, -1), transposed)
+        scores = _insert(module, node, aten.matmul.default, (query, k_t), shape)
+        scores = _insert(module, node, aten.mul.Tensor, (scores, scale), shape)
+        if mask is not None:
+            scores = _insert(module, node, aten.add.Tensor, (scores, mask), shape)
+        weights = _insert(module, node, aten.softmax.int, (scores, -1), shape)
+        _replace(module, node, aten.matmul.default, (weights, value))
+
+
+def _insert(
+    module: fx.GraphModule, before: fx.Node, target: Callable, args: tuple, shape: Sequence[int]
+) -> fx.Node:
+    """Add an operation of the same module before a node."""
+    with module.graph.inserting_before(before):
+        node = module.graph.call_function(target, args)
+    node.meta = {**before.meta, "shape": tuple(shape)}
+    return node
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, target: Callable, args: tuple) -> fx.Node:
+    """Put another operation in a node's place."""
+    new = _insert(module, node, target, args, node.meta["shape"])
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
+    return new
+
+
+# --- constants -------------------------------------------------------------------------------
+
+
+def _constants(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes whose values depend on neither images nor random numbers."""
+    constant: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_value = node.op in ("get_attr", "call_function") and not is_random
+        if is_value and all(source in constant for source in node.all_input_nodes):
+            constant.add(node)
+    return constant
+
+
+@torch.no_grad()
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Compute once what depends on weights and buffers alone, and read the results as constants."""
+    constant, values = _constants(module), {}
+    for node in [*module.graph.nodes]:
+        if node not in constant:
+            continue
+        arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        is_read = node.op == "get_attr"
+        values[node] = (
+            get_tensor(module, node.target) if is_read else node.target(*arguments[0], **arguments[1])
+        )
+        if is_read or not isinstance(values[node], Tensor) or not (node.users.keys() - constant):
+            continue
+        path = node.meta["path"]
+        with module.graph.inserting_before(node):
+            name = f"{path}.{node.name}".lstrip(".")
+            read = _read(module, name, values[node].detach().clone())
+        read.meta |= {"path": path, "computed": True}
+        for user in node.users.keys() - constant:
+            user.replace_input_with(node, read)
+
+
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """Return the tensor that `set_tensor` set."""
+    return operator.attrgetter(name)(module)
+
+
+# --- operations ------------------------------------------------------------------------------
+
+PRODUCTS = {
+    aten.conv1d.default: "conv",
+    aten.conv2d.default: "conv",
+    aten.conv2d.padding: "conv",
+    aten.conv3d.default: "conv",
+    aten.conv_transpose1d.default: "conv_transpose",
+    aten.conv_transpose2d.input: "conv_transpose",
+    aten.conv_transpose3d.input: "conv_transpose",
+    aten.linear.default: "linear",
+    aten.matmul.default: "matmul",
+    aten.bmm.default: "matmul",
+    aten.mm.default: "matmul",
+}
+LAYERS = ("conv", "conv_transpose", "linear")  # products whose second operand is a weight
+POOLINGS = {
+    aten.avg_pool2d.default: "pool",
+    aten.adaptive_avg_pool2d.default: "pool",
+    aten.mean.dim: "pool",
+}
+SUMS = {aten.add.Tensor: "add", aten.mul.Tensor: "mul", aten.cat.default: "cat"}
+KINDS = {**PRODUCTS, **POOLINGS, **SUMS}
+POOLED_DIMS = {4: ({2, 3}, {1, 2}), 3: ({1},)}  # of a mean over pixels or tokens, by dimensions
+# Modules that are one operation each, which is called after them.
+OPERATION_MODULES = (
+    "torch.nn.modules.conv.",
+    "torch.nn.modules.linear.",
+    "torch.nn.modules.pooling.",
+    "engine.",
+)
+
+
+class Operation:
+    """A product, pooling or sum of the graph: what quantization is about.
+
+    Attributes:
+        node: the operation in the graph.
+        name: the module's; or that of the module in whose forward it runs, a dot, its kind and,
+            from the second on, its number.
+        kind: a value of KINDS.
+        inputs: by name, where in `node.args` that stands which is quantized beside weights. A single
+            input is called as the operation is, several have [0], [1], … after that.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node, self.name, self.kind = node, node.meta["name"], KINDS[node.target]
+        places = [(0,)]
+        if self.kind in ("matmul", "add", "mul"):
+            places = [(0,), (1,)]
+        elif self.kind == "cat":
+            places = [(0, i) for i in range(len(node.args[0]))]
+        ends = [f"[{i}]" for i in range(len(places))] if len(places) > 1 else [""]
+        self.inputs = {f"{self.name}{end}": place for end, place in zip(ends, places, strict=True)}
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a convolution, linear map or matrix product."""
+        return self.node.target in PRODUCTS
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it combines several values: an addition, multiplication or concatenation."""
+        return self.node.target in SUMS
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether its second operand is a weight."""
+        return self.kind in LAYERS
+
+    @property
+    def weight(self) -> str | None:
+        """The name of the weight's tensor; None where there is none."""
+        return self._constant(1)
+
+    @property
+    def bias(self) -> str | None:
+        """The name of the bias' tensor; None where there is none."""
+        return self._constant(2)
+
+    def _constant(self, position: int) -> str | None:
+        is_there = self.is_layer and len(self.node.args) > position
+        read = self.node.args[position] if is_there else None
+        return read.target if isinstance(read, fx.Node) and read.op == "get_attr" else None
+
+    def source(self, name: str) -> fx.Node:
+        """Return the node of that input."""
+        value = self.node.args
+        for place in self.inputs[name]:
+            value = value[place]
+        return value
+
+    def set_source(self, name: str, value: fx.Node) -> None:
+        """Replace the node of that input."""
+        position, *inner = self.inputs[name]
+        if inner:
+            operands = list(self.node.args[position])
+            operands[inner[0]] = value
+            value = operands
+        self.node.update_arg(position, value)
+
+    def argument(self, position: int, name: str, default: object) -> object:
+        """Return an argument of the operation that may be left out."""
+        args = self.node.args
+        return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+
+    def multiply_adds(self) -> int:
+        """Return how many products of two numbers it computes for one image."""
+        if not self.is_product:
+            return 0
+        first, second = (operand.meta["shape"] for operand in self.node.args[:2])
+        values = math.prod(first if self.kind == "conv_transpose" else self.node.meta["shape"])
+        return values // BATCH * (first[-1] if self.kind == "matmul" else math.prod(second[1:]))
+
+
+def operations(graph: fx.GraphModule) -> list[Operation]:
+    """Return the products, poolings and sums of an exported network, in the order they run."""
+    return [Operation(node) for node in graph.graph.nodes if "name" in node.meta]
+
+
+def layers(graph: fx.GraphModule) -> dict[str, Operation]:
+    """Return the operations that have a weight, by name, in the order in which they run."""
+    return {each.name: each for each in operations(graph) if each.is_layer}
+
+
+def _name_operations(module: fx.GraphModule) -> None:
+    """Put the name of each operation into its `meta`."""
+    constant, taken = _constants(module), Counter()
+    for node in module.graph.nodes:
+        if _is_operation(node, constant):
+            name = _operation_name(node)
+            taken[name] += 1
+            node.meta["name"] = name if taken[name] == 1 else f"{name}_{taken[name]}"
+
+
+def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Tell whether the node is a product, pooling or sum of more than numbers and channels."""
+    if node.target not in KINDS or node in constant:
+        return False
+    kind = KINDS[node.target]
+    if kind in LAYERS:
+        return node.args[1] in constant
+    if node.target is aten.mean.dim:
+        shape = node.args[0].meta["shape"]
+        dims = {d % len(shape) for d in node.args[1] or ()}
+        return dims in POOLED_DIMS.get(len(shape), ())
+    if kind in ("add", "mul"):
+        operands = node.args[:2]
+        return all(isinstance(a, fx.Node) and len(a.meta["shape"]) > 2 for a in operands)
+    return True
+
+
+def _operation_name(node: fx.Node) -> str:
+    """Return what to call an operation, see `Operation`; a layer in a function after its weight."""
+    path, kind = node.meta["path"], KINDS[node.target]
+    if node.meta["type"].startswith(OPERATION_MODULES):
+        return path
+    if kind in LAYERS:
+        weight = node.args[1]
+        parameter = path if "computed" in weight.meta else weight.target.removesuffix("weight")
+        if own := parameter.rstrip("._"):
+            return own
+    return f"{path}.{kind}".lstrip(".")
+
+
+def _own_tensors(module: fx.GraphModule) -> None:
+    """Give each layer a weight and a bias of its own, called after it.
+
+    Its `meta` keeps under `stored` which tensors of the network's `state_dict` they are.
+    """
+    for layer in layers(module).values():
+        layer.node.meta["stored"] = {}
+        for position, kind in ((1, "weight"), (2, "bias")):
+            target = layer._constant(position)
+            if target is None:
+                continue
+            read = layer.node.args[position]
+            if "computed" not in read.meta:
+                layer.node.meta["stored"][kind] = target
+            name = f"{layer.name}.{kind}"
+            if name != target:
+                with module.graph.inserting_before(layer.node):
+                    own = _read(module, name, get_tensor(module, target).clone())
+                layer.node.update_arg(position, own)
+    module.graph.eliminate_dead_code()
+
+
+# --- changed copies ----------------------------------------------------------------------------
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the graph with those tensors that it reads; none is changed in place."""
+    copied = fx.GraphModule(nn.Module(), fx.Graph())
+    values: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        values[node] = copied.graph.node_copy(node, values.__getitem__)
+        values[node].meta = dict(node.meta)
+        if node.op == "get_attr":
+            set_tensor(copied, node.target, get_tensor(graph, node.target))
+    copied.recompile()
+    return copied
+
+
+def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:
+    """Return a copy in which each named input of an operation goes through its function first."""
+    copied = copy_graph(graph)
+    for operation in operations(copied):
+        for name in operation.inputs.keys() & transforms.keys():
+            value = operation.source(name)
+            with copied.graph.inserting_before(operation.node):
+                changed = copied.graph.call_function(transforms[name], (value,))
+            changed.meta = {k: v for k, v in value.meta.items() if k != "name"}
+            operation.set_source(name, changed)
+    copied.recompile()
+    return copied
