@@ -160,7 +160,7 @@ def _with_own_tensors(program: ExportedProgram) -> fx.GraphModule:
             target = inputs[node.name].target
             tensor = program.state_dict.get(target, program.constants.get(target))
             own = copies.setdefault(id(tensor), tensor.detach().clone())
-            values[node] = _read(module, target.removeprefix("net."), own)
+            values[node] = read_tensor(module, target.removeprefix("net."), own)
         elif node.op == "output":
             specs = program.graph_signature.output_specs
             [logits] = [
@@ -190,7 +190,7 @@ def _described(node: fx.Node) -> dict:
     return {"path": path, "type": stack[1], "shape": shape, "is_bool": is_bool}
 
 
-def _read(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+def read_tensor(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     """Set the tensor as a buffer of the module under a name with dots; return a node that reads it."""
     set_tensor(module, name, tensor)
     node = module.graph.get_attr(name)
@@ -338,14 +338,16 @@ def _fold_constants(module: fx.GraphModule) -> None:
         arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         is_read = node.op == "get_attr"
         values[node] = (
-            get_tensor(module, node.target) if is_read else node.target(*arguments[0], **arguments[1])
+            get_tensor(module, node.target)
+            if is_read
+            else node.target(*arguments[0], **arguments[1])
         )
         if is_read or not isinstance(values[node], Tensor) or not (node.users.keys() - constant):
             continue
         path = node.meta["path"]
         with module.graph.inserting_before(node):
             name = f"{path}.{node.name}".lstrip(".")
-            read = _read(module, name, values[node].detach().clone())
+            read = read_tensor(module, name, values[node].detach().clone())
         read.meta |= {"path": path, "computed": True}
         for user in node.users.keys() - constant:
             user.replace_input_with(node, read)
@@ -538,7 +540,7 @@ def _own_tensors(module: fx.GraphModule) -> None:
             name = f"{layer.name}.{kind}"
             if name != target:
                 with module.graph.inserting_before(layer.node):
-                    own = _read(module, name, get_tensor(module, target).clone())
+                    own = read_tensor(module, name, get_tensor(module, target).clone())
                 layer.node.update_arg(position, own)
     module.graph.eliminate_dead_code()
 

@@ -1,0 +1,122 @@
+"""Batch norms of a graph: folded into the layers before them, or estimated again.
+
+Folding replaces layer → batch norm by one layer with the same outputs in evaluation mode:
+ŵ = w·γ/√(σ² + ε) and b̂ = β + (b − μ)·γ/√(σ² + ε), μ and σ² the running statistics.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from engine.networks.exported import (
+    Operation,
+    aten,
+    copy_graph,
+    get_tensor,
+    layers,
+    read_tensor,
+    set_tensor,
+)
+from engine.system.errors import NetworkError
+
+
+def batch_norms(graph: fx.GraphModule) -> list[fx.Node]:
+    """Return the batch norms of an exported network, in the order in which they run."""
+    return [node for node in graph.graph.nodes if node.target is aten.batch_norm.default]
+
+
+def foldable(graph: fx.GraphModule) -> list[tuple[Operation, fx.Node]]:
+    """Return each layer whose output a batch norm alone reads, and that batch norm."""
+    pairs = []
+    for layer in layers(graph).values():
+        [*readers] = layer.node.users
+        if len(readers) == 1 and readers[0].target is aten.batch_norm.default:
+            pairs.append((layer, readers[0]))
+    return pairs
+
+
+@torch.no_grad()
+def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose batch norms are folded into the layers right before them; others stay.
+
+    Raises NetworkError for a batch norm without running statistics.
+    """
+    graph = copy_graph(graph)
+    for layer, norm in foldable(graph):
+        gamma, beta, mean, var = (
+            None if each is None else get_tensor(graph, each.target).double()
+            for each in norm.args[1:5]
+        )
+        if var is None:
+            raise NetworkError(
+                f"--fold_bn: {norm.meta['path']} is a batch norm without running statistics"
+            )
+        w = get_tensor(graph, layer.weight)
+        b = None if layer.bias is None else get_tensor(graph, layer.bias).double()
+        is_transposed = layer.kind == "conv_transpose"
+        folded_w, folded_b = fuse_conv_bn_weights(
+            w.double(), b, mean, var, norm.args[7], gamma, beta, transpose=is_transposed
+        )
+        with graph.graph.inserting_before(layer.node):
+            for position, kind, t in ((1, "weight", folded_w), (2, "bias", folded_b)):
+                own = read_tensor(graph, f"{layer.name}.{kind}", t.detach().to(w.dtype))
+                layer.node.update_arg(position, own)
+        norm.replace_all_uses_with(layer.node)
+        graph.graph.erase_node(norm)
+    return copy_graph(graph)
+
+
+def output_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Return γ/√(σ² + ε) of the batch norm right after a layer, (channels), by the layer's name.
+
+    In float64.
+    """
+    gains = {}
+    for layer, norm in foldable(graph):
+        if norm.args[4] is not None:
+            gain = (get_tensor(graph, norm.args[4].target).double() + norm.args[7]).rsqrt()
+            if norm.args[1] is not None:
+                gain = gain * get_tensor(graph, norm.args[1].target).double()
+            gains[layer.name] = gain
+    return gains
+
+
+@torch.no_grad()
+def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> fx.GraphModule:
+    """Return a copy whose batch norms have the running statistics of these images.
+
+    `batches` are images (B, 3, H, W) on the graph's device. Mean and variance are the means over
+    images of their batch's own, each layer seeing what the quantized ones before it give:
+    quantization shifts both, and statistics of the unquantized network no longer fit. Source: Sun
+    et al., NeurIPS 2019 (hybrid 8-bit floating point). Raises ValueError where no batch norm keeps
+    statistics.
+    """
+    kept = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
+    if not kept:
+        raise ValueError("the network has no batch-norm statistics to estimate again")
+    updated, momentum = copy_graph(graph), 1.0
+
+    def batch_norm(x, gamma, beta, mean, var, training, old_momentum, eps, cudnn):  # noqa: ANN001, ANN202
+        """Normalize by the batch's statistics, and move the running ones towards them in place."""
+        return F.batch_norm(x, mean, var, gamma, beta, True, momentum, eps)
+
+    running = copy_graph(updated)
+    for norm in batch_norms(running):
+        if norm.args[3] is not None:
+            norm.target = batch_norm
+            for read, start in zip(
+                norm.args[3:5], (torch.zeros_like, torch.ones_like), strict=True
+            ):
+                statistic = start(get_tensor(updated, read.target))
+                set_tensor(updated, read.target, statistic)
+                set_tensor(running, read.target, statistic)
+    running.recompile()
+    n_images = 0
+    for images in batches:
+        n_images += len(images)
+        momentum = len(images) / n_images  # a mean over all images, not a moving one
+        running(images)
+    return updated
