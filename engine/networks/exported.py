@@ -11,7 +11,8 @@ an `fx.GraphModule` that maps images (B, 3, H, W) to logits (B, classes). It has
 - attention as two matrix products and a softmax.
 
 A node's `meta` holds the `path` of the module in whose forward it runs, the module's `type`, the
-`shape` of its value for a batch of `BATCH` images, and, where it is one of `operations`, its `name`.
+`shape` of its value for a batch of `BATCH` images and, where it is one of `operations`, its
+`name`.
 """
 
 import copy
@@ -191,7 +192,7 @@ def _described(node: fx.Node) -> dict:
 
 
 def read_tensor(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """Set the tensor as a buffer of the module under a name with dots; return a node that reads it."""
+    """Set a buffer of the module under a name with dots, and return a new node that reads it."""
     set_tensor(module, name, tensor)
     node = module.graph.get_attr(name)
     is_bool = tensor.dtype == torch.bool
@@ -399,11 +400,12 @@ class Operation:
         name: the module's; or that of the module in whose forward it runs, a dot, its kind and,
             from the second on, its number.
         kind: a value of KINDS.
-        inputs: by name, where in `node.args` that stands which is quantized beside weights. A single
-            input is called as the operation is, several have [0], [1], … after that.
+        inputs: by name, where in `node.args` that stands which is quantized beside weights. A
+            single input is called as the operation is, several have [0], [1], … after that.
     """
 
     def __init__(self, node: fx.Node) -> None:
+        """Read it off a node that has a name."""
         self.node, self.name, self.kind = node, node.meta["name"], KINDS[node.target]
         places = [(0,)]
         if self.kind in ("matmul", "add", "mul"):
@@ -471,6 +473,16 @@ class Operation:
         first, second = (operand.meta["shape"] for operand in self.node.args[:2])
         values = math.prod(first if self.kind == "conv_transpose" else self.node.meta["shape"])
         return values // BATCH * (first[-1] if self.kind == "matmul" else math.prod(second[1:]))
+
+
+def set_constant(graph: fx.GraphModule, layer: Operation, kind: str, tensor: Tensor) -> None:
+    """Give a layer another "weight" or "bias", under the layer's own name for it."""
+    position = {"weight": 1, "bias": 2}[kind]
+    with graph.graph.inserting_before(layer.node):
+        read = read_tensor(graph, f"{layer.name}.{kind}", tensor)
+    arguments = [*layer.node.args, None][: max(len(layer.node.args), position + 1)]
+    arguments[position] = read
+    layer.node.args = tuple(arguments)
 
 
 def operations(graph: fx.GraphModule) -> list[Operation]:
@@ -555,6 +567,8 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     copied = fx.GraphModule(nn.Module(), fx.Graph())
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
+        if node.op == "get_attr" and not node.users:
+            continue
         values[node] = copied.graph.node_copy(node, values.__getitem__)
         values[node].meta = dict(node.meta)
         if node.op == "get_attr":

@@ -17,7 +17,7 @@ from engine.networks.exported import (
     copy_graph,
     get_tensor,
     layers,
-    read_tensor,
+    set_constant,
     set_tensor,
 )
 from engine.system.errors import NetworkError
@@ -60,10 +60,8 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
         folded_w, folded_b = fuse_conv_bn_weights(
             w.double(), b, mean, var, norm.args[7], gamma, beta, transpose=is_transposed
         )
-        with graph.graph.inserting_before(layer.node):
-            for position, kind, t in ((1, "weight", folded_w), (2, "bias", folded_b)):
-                own = read_tensor(graph, f"{layer.name}.{kind}", t.detach().to(w.dtype))
-                layer.node.update_arg(position, own)
+        set_constant(graph, layer, "weight", folded_w.detach().to(w.dtype))
+        set_constant(graph, layer, "bias", folded_b.detach().to(w.dtype))
         norm.replace_all_uses_with(layer.node)
         graph.graph.erase_node(norm)
     return copy_graph(graph)

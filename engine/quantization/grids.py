@@ -1,6 +1,5 @@
 """Uniform grids: integer codes and scales of weights, and the codes of activations."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
