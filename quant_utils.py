@@ -9,32 +9,49 @@ It chooses a range, rounds to integers and goes back to float, in that order. Al
 
 A quantizer that rounds stochastically takes a `generator`. One whose rounding can be learned takes
 `round_up`: where a value goes to the next grid point above it, not below (a bool each, 0 or 1 for
-all); None: to nearest. They raise ValueError for `n_bits`
-outside 2…16 and for tensors that are empty or not finite. A new quantizer is one such function and
-one line in `QUANTIZERS`; flags of quant_inference.py that are named like its arguments reach it.
+all); None: to nearest. They raise ValueError for `n_bits` outside 2…16 and for tensors that are
+empty or not finite.
+
+A new quantizer is one such function and one line in `QUANTIZERS`; flags of quant_inference.py that
+are named like its arguments reach it. One that returns floats is measured. One that can be exported
+is written with `@scheme` and returns its integers: parts, each codes·scale, whose sum w_q is. When
+it is called it gives w_q all the same; its attribute `grid` is the function that returns the parts.
 
 Inside, a tensor is `rows`, (rows, elements), with one range m for each row, (rows, 1).
 """
 
-import copy
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from engine.networks.layers import quantizable_layers
-from engine.networks.operation_inputs import transform_inputs, transformed_inputs
+from engine.networks.exported import (
+    Operation,
+    by_channel,
+    copy_graph,
+    export_network,
+    from_channels,
+    get_tensor,
+    layers,
+    operations,
+    set_constant,
+    with_inputs,
+    write_back,
+)
 from engine.quantization.bit_widths import check_bits
+from engine.quantization.grids import Grid, OnGrid, activation_grid
 
 Quantizer = Callable[..., Tensor]
+Parts = tuple[OnGrid, ...]  # whose sum a quantized tensor is
 RANGE_FACTORS = tuple(percent / 100 for percent in range(100, 20, -1))  # of m: ranges to try
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
-
 
 # --- ranges and integers ---------------------------------------------------------------------
 
@@ -81,6 +98,69 @@ def safe_divisor(scale: Tensor) -> Tensor:
 # --- quantizers ------------------------------------------------------------------------------
 
 
+def two_to_the_bits(n_bits: int, overlapping: bool = False) -> int | None:
+    """Return how many values n_bits can take."""
+    return 2**n_bits
+
+
+def scheme(
+    *, own_bias_range: bool = False, n_levels: Callable[..., int | None] = two_to_the_bits
+) -> Callable[[Callable[..., Parts]], Quantizer]:
+    """Return a decorator for a quantizer that returns parts on uniform grids, see the module.
+
+    `own_bias_range`: its published code gives a bias a range and breakpoint of its own.
+    `n_levels(n_bits, overlapping)` is how many values a quantized tensor can take.
+    """
+
+    def decorate(grid: Callable[..., Parts]) -> Quantizer:
+        @functools.wraps(grid)
+        def quantizer(w: Tensor, n_bits: int, **options: Any) -> Tensor:
+            return total(grid(w, n_bits, **options))
+
+        quantizer.grid = grid
+        quantizer.own_bias_range = own_bias_range
+        quantizer.n_levels = n_levels
+        return quantizer
+
+    return decorate
+
+
+def total(parts: Parts | Tensor) -> Tensor:
+    """Return the floats that parts are the sum of; floats as they are."""
+    return parts if isinstance(parts, Tensor) else sum(part.dequantize() for part in parts)
+
+
+def grid_of(quantizer: Quantizer) -> Callable[..., Parts | Tensor]:
+    """Return the function that returns the quantizer's parts, itself where it returns floats.
+
+    Of a quantizer whose options are bound with `functools.partial`, with these options.
+    """
+    if isinstance(quantizer, partial):
+        return partial(grid_of(quantizer.func), *quantizer.args, **quantizer.keywords)
+    return getattr(quantizer, "grid", quantizer)
+
+
+def on_grid(rows: Tensor, scale: Tensor, w: Tensor) -> OnGrid:
+    """Return codes as rows, (rows, elements), in the shape of w, with the scale of each row."""
+    shape = (len(scale), *[1] * (w.dim() - 1)) if len(scale) > 1 else ()
+    return OnGrid(rows.reshape(w.shape), scale.reshape(shape))
+
+
+def n_levels(scheme_name: str, n_bits: int, overlapping: bool = False) -> int | None:
+    """Return how many values a tensor quantized with the scheme can take; None: it depends."""
+    levels = getattr(QUANTIZERS[scheme_name], "n_levels", two_to_the_bits)
+    return levels(n_bits, overlapping)
+
+
+def pwlq_levels(n_bits: int, overlapping: bool) -> int | None:
+    """Return as many as a uniform quantizer of one more bit has, less one.
+
+    None with overlapping regions, where it depends on the breakpoint.
+    """
+    return None if overlapping else 2 ** (n_bits + 1) - 1
+
+
+@scheme()
 def uniform(
     w: Tensor,
     n_bits: int,
@@ -88,25 +168,25 @@ def uniform(
     per_channel: bool = False,
     range_source: Tensor | None = None,
     round_up: Tensor | int | None = None,
-) -> Tensor:
+) -> Parts:
     """Round to the nearest point of the symmetric grid of step 2m / (2^n_bits − 1) through 0."""
     check_bits(n_bits)
     rows, m, _ = clamp_to_range(w, per_channel, range_source)
-    return round_within(rows, m, n_bits, round_up).reshape(w.shape)
+    return (on_grid(*round_within(rows, m, n_bits, round_up), w),)
 
 
 def round_within(
     rows: Tensor, limit: Tensor, n_bits: int, round_up: Tensor | int | None = None
-) -> Tensor:
-    """Round each row on the uniform grid of [−limit, limit]; values beyond go to its ends.
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scale of each row on the uniform grid of [−limit, limit].
 
-    To nearest, or as `round_up` says, see the module.
+    Values beyond go to its ends; to nearest, or as `round_up` says, see the module.
     """
     int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
     scale = limit / (int_max + 0.5)
     x = rows / safe_divisor(scale)
-    x_int = x.round_() if round_up is None else x.floor_().add_(as_rows(round_up, rows))
-    return x_int.clamp_(int_min, int_max).mul_(scale)
+    codes = x.round_() if round_up is None else x.floor_().add_(as_rows(round_up, rows))
+    return codes.clamp_(int_min, int_max), scale
 
 
 def as_rows(round_up: Tensor | int, rows: Tensor) -> Tensor | int:
@@ -114,6 +194,7 @@ def as_rows(round_up: Tensor | int, rows: Tensor) -> Tensor | int:
     return round_up.reshape(rows.shape) if isinstance(round_up, Tensor) else round_up
 
 
+@scheme()
 def clip(
     w: Tensor,
     n_bits: int,
@@ -122,7 +203,7 @@ def clip(
     range_source: Tensor | None = None,
     clip_p: float = 2.4,
     round_up: Tensor | int | None = None,
-) -> Tensor:
+) -> Parts:
     """Round on the uniform grid of [−c, c]; c ≤ m is the range of least Σ|w − w_q|^clip_p.
 
     Out of 80, from m down to 0.21·m. Small values are rounded on a finer grid and the largest are
@@ -132,7 +213,7 @@ def clip(
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
     c = search_range(range_rows, m, n_bits, clip_p)
-    return round_within(rows, c, n_bits, round_up).reshape(w.shape)
+    return (on_grid(*round_within(rows, c, n_bits, round_up), w),)
 
 
 def search_range(rows: Tensor, m: Tensor, n_bits: int, clip_p: float) -> Tensor:
@@ -140,12 +221,14 @@ def search_range(rows: Tensor, m: Tensor, n_bits: int, clip_p: float) -> Tensor:
     best, least = m, torch.full_like(m, math.inf)
     for factor in RANGE_FACTORS:
         c = m * factor
-        difference = (round_within(rows, c, n_bits) - rows).div_(safe_divisor(m))
+        codes, scale = round_within(rows, c, n_bits)
+        difference = (codes.mul_(scale) - rows).div_(safe_divisor(m))
         error = difference.abs_().pow_(clip_p).sum(dim=1, keepdim=True)
         best, least = torch.where(error < least, c, best), torch.minimum(error, least)
     return best
 
 
+@scheme()
 def dorefa(
     w: Tensor,
     n_bits: int,
@@ -153,7 +236,7 @@ def dorefa(
     per_channel: bool = False,
     range_source: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Parts:
     """Round stochastically on the 2^n_bits points from −m to m, which do not include 0.
 
     A value goes to either neighbour with a probability that makes the result right on average.
@@ -165,9 +248,11 @@ def dorefa(
     scale = m / (int_max / 2)
     noise = torch.rand(rows.shape, dtype=w.dtype, device=w.device, generator=generator).sub_(0.5)
     x_int = (rows / safe_divisor(scale)).add_(int_max / 2).add_(noise).round_().clamp_(0, int_max)
-    return x_int.sub_(int_max / 2).mul_(scale).reshape(w.shape)
+    # the points are half-integers times the scale: odd integers times half of it
+    return (on_grid(x_int.mul_(2).sub_(int_max), scale / 2, w),)
 
 
+@scheme(own_bias_range=True, n_levels=pwlq_levels)
 def pwlq(
     w: Tensor,
     n_bits: int,
@@ -177,39 +262,25 @@ def pwlq(
     distribution: str = "norm",
     approximate: bool = False,
     overlapping: bool = False,
-) -> Tensor:
+) -> Parts | Tensor:
     """Round on a fine grid up to the breakpoint p and on a coarse one beyond it (PWLQ).
 
     Source: Fang et al., ECCV 2020, arXiv 2002.00104. The centre (−p, p) has 2^n_bits − 1 points and
     each tail 2^(n_bits − 1) points from p to m; `overlapping`: the tails use the uniform grid of
-    [−m, m] instead. `distribution`: "norm" or "laplace" puts p where the expected error is least
-    (`approximate`: at the paper's closed form), "search" where the measured error is.
+    [−m, m] instead, and w_q is the sum of two tensors on uniform grids. `distribution`: "norm" or
+    "laplace" puts p where the expected error is least (`approximate`: at the paper's closed form),
+    "search" where the measured error is.
     """
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
     p = choose_breakpoint(range_rows, m, n_bits, distribution, approximate, overlapping)
-    return pwlq_with_breakpoint(rows, m, p, n_bits, overlapping).reshape(w.shape)
-
-
-def pwlq_parts(
-    w: Tensor,
-    n_bits: int,
-    *,
-    per_channel: bool = False,
-    distribution: str = "norm",
-    approximate: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return the two uniform grids whose sum is `pwlq(w, n_bits, overlapping=True, …)`.
-
-    The fine one is 0 beyond the breakpoint, the coarse one within: as integers, they are two
-    weights of one layer.
-    """
-    check_bits(n_bits)
-    rows, m, _ = clamp_to_range(w, per_channel)
-    p = choose_breakpoint(rows, m, n_bits, distribution, approximate, overlapping=True)
-    w_q = pwlq_with_breakpoint(rows, m, p, n_bits, overlapping=True)
+    if not overlapping:
+        return pwlq_with_breakpoint(rows, m, p, n_bits, False).reshape(w.shape)
     in_tail = rows.abs() >= p
-    return (w_q * ~in_tail).reshape(w.shape), (w_q * in_tail).reshape(w.shape)
+    return tuple(
+        on_grid(round_to(rows, scale, n_bits) * region, scale, w)
+        for scale, region in zip(pwlq_scales(m, p, n_bits, True), (~in_tail, in_tail), strict=True)
+    )
 
 
 def choose_breakpoint(
@@ -227,11 +298,10 @@ def pwlq_with_breakpoint(
 ) -> Tensor:
     """Quantize each row with the breakpoint p, 0 ≤ p ≤ m.
 
-    Of magnitudes, both grids have the integers 0…int_max.
+    Magnitudes have the integers 0…int_max on both grids.
     """
     int_max = 2 ** (n_bits - 1) - 1
-    centre_scale = safe_divisor(p / (int_max + 0.5))
-    tail_scale = safe_divisor(m / (int_max + 0.5) if overlapping else (m - p) / int_max)
+    centre_scale, tail_scale = pwlq_scales(m, p, n_bits, overlapping)
     magnitude = rows.abs()
     # 0.0 or 1.0, a factor: torch.where takes several times as long.
     in_tail = torch.ge(magnitude, p, out=torch.empty_like(magnitude))
@@ -239,6 +309,18 @@ def pwlq_with_breakpoint(
     offset = 0 if overlapping else in_tail.mul_(p)
     x_int = magnitude.sub_(offset).div_(scale).round_().clamp_(max=int_max)
     return x_int.mul_(scale).add_(offset).copysign_(rows)
+
+
+def pwlq_scales(m: Tensor, p: Tensor, n_bits: int, overlapping: bool) -> tuple[Tensor, Tensor]:
+    """Return the scales of the centre and of the tails, of each row."""
+    int_max = 2 ** (n_bits - 1) - 1
+    tail = m / (int_max + 0.5) if overlapping else (m - p) / int_max
+    return safe_divisor(p / (int_max + 0.5)), safe_divisor(tail)
+
+
+def round_to(rows: Tensor, scale: Tensor, n_bits: int) -> Tensor:
+    """Return the codes of rows on a symmetric grid of 2^n_bits − 1 points."""
+    return (rows.abs() / scale).round_().clamp_(max=2 ** (n_bits - 1) - 1).copysign_(rows)
 
 
 # --- PWLQ's breakpoint -----------------------------------------------------------------------
@@ -349,36 +431,25 @@ QUANTIZERS: dict[str, Quantizer] = {
     "pwlq": pwlq,
     "clip": clip,
 }
-OWN_BIAS_RANGE = {"pwlq"}  # schemes whose published code gives a bias its own range and breakpoint
-
-# Where one uniform grid is not enough: a function that returns several tensors whose sum is what
-# the quantizer returns, each on a uniform grid.
-UNIFORM_PARTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pwlq": pwlq_parts}
-
-
-def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:
-    """Return how many values a tensor quantized with the scheme can take.
-
-    PWLQ has as many as a uniform quantizer of one more bit, less one; None with overlapping
-    regions, where it depends on the breakpoint.
-    """
-    if scheme != "pwlq":
-        return 2**n_bits
-    return None if overlapping else 2 ** (n_bits + 1) - 1
 
 
 # --- networks --------------------------------------------------------------------------------
 
 
-class LayerError(NamedTuple):
-    """Squared quantization error Σ(w_q − w)² of one layer's weight, and its number of weights."""
+class QuantizedLayer(NamedTuple):
+    """What quantizing made of one layer's weight.
+
+    `squared_error` is Σ(w_q − w)². `parts` are its integers, with output channels first, whose sum
+    w_q is; None where the quantizer returned floats, or a correction moved them off the grid.
+    """
 
     name: str
     squared_error: float
     n_weights: int
+    parts: Parts | None = None
 
 
-def model_error(layers: list[LayerError], avg_in_layer: bool = False) -> float:
+def model_error(layers: Sequence[QuantizedLayer], avg_in_layer: bool = False) -> float:
     """Return the mean over layers of their squared errors.
 
     `avg_in_layer`: divide each layer's by its number of weights first.
@@ -400,44 +471,84 @@ def checked(w_q: Tensor, w: Tensor) -> Tensor:
     return w_q
 
 
+def quantize_bias(
+    bias: Tensor, w: Tensor, quantizer: Quantizer, n_bits: int, bias_range: str
+) -> Tensor:
+    """Return the bias (C,), on the grid of its weight w or, with "own", on one of its own."""
+    if bias_range == "weight":
+        return checked(quantizer(bias, n_bits, range_source=w), bias)
+    # a single row: one range, also where weights have one for each channel
+    return checked(quantizer(bias[None], n_bits)[0], bias)
+
+
 @torch.no_grad()
 def quantize_layer(
-    layer: nn.Conv2d | nn.Linear,
+    graph: fx.GraphModule,
+    layer: Operation,
     quantizer: Quantizer,
     n_bits: int,
     *,
     bias_range: str | None = "weight",
     correction: Correction | None = None,
     round_up: Tensor | int | None = None,
-) -> float:
-    """Quantize the layer in place and return the squared error of its weight.
+) -> QuantizedLayer:
+    """Give a layer of the graph quantized weights, and return what became of them.
 
     `bias_range`: None keeps the bias in full precision, "weight" quantizes it on its weight's grid,
-    "own" with one range and breakpoint of its own. `correction`: applied to the quantized weight,
-    as `mean_correction` is. `round_up`: of the weight, for quantizers that take it.
+    "own" with one range and breakpoint of its own. `correction` is applied to the quantized weight,
+    as `mean_correction` is. `round_up` is that of the weight, in its shape in the graph, for
+    quantizers that take it. Raises ValueError, naming the layer, for NaN weights.
     """
-    w = layer.weight.detach().clone()
-    if bias_range and layer.bias is not None:
-        layer.bias.copy_(
-            checked(_quantize_bias(layer.bias, w, quantizer, n_bits, bias_range), layer.bias)
+    w = by_channel(get_tensor(graph, layer.weight), layer)
+    if isinstance(round_up, Tensor):
+        round_up = by_channel(round_up, layer)
+    rounding = {} if round_up is None else {"round_up": round_up}
+    try:
+        if bias_range and layer.bias:
+            bias = get_tensor(graph, layer.bias)
+            set_constant(
+                graph, layer, "bias", quantize_bias(bias, w, quantizer, n_bits, bias_range)
+            )
+        parts = grid_of(quantizer)(w, n_bits, **rounding)
+        w_q = checked(total(parts), w)
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from error
+    if correction:
+        w_q = correction(w, w_q)
+    set_constant(graph, layer, "weight", from_channels(w_q, layer))
+    squared_error = (w_q - w).double().square().sum().item()
+    is_on_grid = not correction and not isinstance(parts, Tensor)
+    return QuantizedLayer(layer.name, squared_error, w.numel(), parts if is_on_grid else None)
+
+
+def quantize_weights(
+    graph: fx.GraphModule,
+    quantizer: Quantizer,
+    n_bits: int,
+    *,
+    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
+    round_up: Mapping[str, Tensor] = NO_EXCEPTIONS,
+    **options: Any,
+) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
+    """Return a copy of an exported network with quantized weights, and what became of each layer.
+
+    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. `layer_bits` are the bits
+    of layers, by name, that have others than n_bits, `round_up` how weights of layers are rounded
+    that do not go to nearest; for `options` see `quantize_layer`.
+    """
+    graph = copy_graph(graph)
+    quantized = [
+        quantize_layer(
+            graph,
+            layer,
+            quantizer,
+            layer_bits.get(name, n_bits),
+            round_up=round_up.get(name),
+            **options,
         )
-    w_q = checked(quantizer(w, n_bits, **rounding_option(round_up)), w)
-    layer.weight.copy_(correction(w, w_q) if correction else w_q)
-    return (layer.weight - w).double().square().sum().item()
-
-
-def rounding_option(round_up: Tensor | int | None) -> dict[str, Tensor | int]:
-    """Return the option of a quantizer; none for None, as not every quantizer takes it."""
-    return {} if round_up is None else {"round_up": round_up}
-
-
-def _quantize_bias(
-    bias: Tensor, w: Tensor, quantizer: Quantizer, n_bits: int, bias_range: str
-) -> Tensor:
-    """Return the bias (C,), quantized on the grid of its weight w or with its own range."""
-    if bias_range == "weight":
-        return quantizer(bias, n_bits, range_source=w)
-    return quantizer(bias[None], n_bits)[0]  # a single row: one range also per channel
+        for name, layer in layers(graph).items()
+    ]
+    return graph, quantized
 
 
 def quantize_model(
@@ -445,34 +556,21 @@ def quantize_model(
     quantizer: Quantizer,
     n_bits: int,
     *,
-    bias_range: str | None = "weight",
-    correction: Correction | None = None,
-    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
-    round_up: Mapping[str, Tensor] = NO_EXCEPTIONS,
-) -> tuple[nn.Module, list[LayerError]]:
-    """Return a copy of the network with quantized layers, and the error of each layer.
+    image_shape: Sequence[int] = (3, 32, 32),
+    **options: Any,
+) -> tuple[nn.Module, list[QuantizedLayer]]:
+    """Return a copy of any network with quantized weights, and what became of each layer.
 
-    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. For `bias_range` and
-    `correction` see `quantize_layer`. `layer_bits` are the bits of layers, by name, that have
-    others than n_bits, `round_up` how weights of layers are rounded that do not go to nearest.
-    Raises ValueError, naming the layer, for NaN weights.
+    What is quantized is every weight that a convolution, linear map or matrix product takes when
+    the network runs on images of `image_shape`, as it is computed; for `options` see
+    `quantize_weights`. Where the network computes weights in its `forward`, which would change the
+    quantized ones again, its exported graph is returned in place of a copy. Raises NetworkError for
+    a network that cannot be exported.
     """
-    net = copy.deepcopy(net)
-    errors = []
-    for name, layer in quantizable_layers(net).items():
-        try:
-            squared_error = quantize_layer(
-                layer,
-                quantizer,
-                layer_bits.get(name, n_bits),
-                bias_range=bias_range,
-                correction=correction,
-                round_up=round_up.get(name),
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        errors.append(LayerError(name, squared_error, layer.weight.numel()))
-    return net, errors
+    graph, quantized = quantize_weights(
+        export_network(net, image_shape), quantizer, n_bits, **options
+    )
+    return write_back(net, graph), quantized
 
 
 def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:
@@ -521,6 +619,21 @@ def minmax(x: Tensor) -> Range:
     return tuple(extreme.item() for extreme in torch.aminmax(x))
 
 
+def mean(values: Sequence[float], n_images: Sequence[int]) -> float:
+    """Return the mean over images of a value of each batch: the last batch may be a small one."""
+    return fmean(values, n_images)
+
+
+def least(values: Sequence[float], n_images: Sequence[int]) -> float:
+    """Return the least value, whatever the batches."""
+    return min(values)
+
+
+def greatest(values: Sequence[float], n_images: Sequence[int]) -> float:
+    """Return the greatest value, whatever the batches."""
+    return max(values)
+
+
 class Calibration(NamedTuple):
     """How the range of an input comes from that of each batch.
 
@@ -528,75 +641,99 @@ class Calibration(NamedTuple):
     """
 
     batch_range: Callable[[Tensor], Range]
-    over_batches: tuple[Callable[[Iterable[float]], float], ...] = (fmean, fmean)  # of low and high
+    over_batches: tuple[Callable[..., float], Callable[..., float]] = (mean, mean)  # low, high
     least_error: bool = False
 
 
 CALIBRATIONS = {
     "topk_median": Calibration(topk_median),
     "percentile": Calibration(percentile),
-    "minmax": Calibration(minmax, (min, max)),
-    "mse": Calibration(minmax, (min, max), least_error=True),
+    "minmax": Calibration(minmax, (least, greatest)),
+    "mse": Calibration(minmax, (least, greatest), least_error=True),
 }
+
+
+def quantized_inputs(graph: fx.GraphModule, sums: bool = False) -> dict[str, Operation]:
+    """Return the operation of each input that is quantized, by the input's name, as they run.
+
+    Those of products and pooling and, with `sums`, of additions, multiplications and
+    concatenations.
+    """
+    return {
+        name: each for each in operations(graph) if sums or not each.is_sum for name in each.inputs
+    }
 
 
 @torch.no_grad()
 def calibrate(
-    net: nn.Module, batches: Iterable[Tensor], method: str = "topk_median", sums: bool = False
+    graph: fx.GraphModule,
+    batches: Iterable[Tensor],
+    method: str = "topk_median",
+    sums: bool = False,
 ) -> dict[str, Range]:
-    """Return the range of the input of every convolution, linear layer and pooling, by name.
+    """Return the range of each of `quantized_inputs`, by name, in the values' units.
 
-    With `sums`, of both inputs of every sum, too: engine/networks/operation_inputs.py says what is
-    seen, and under which name. `batches` are images (B, 3, H, W). A range is the mean of those of
-    the batches, with "minmax" and "mse" the one that holds them all.
+    `batches` are images (B, 3, H, W). A range is the mean over images of those of the batches, with
+    "minmax" and "mse" the one that holds them all.
     """
-    rule, batch_ranges = CALIBRATIONS[method], {}
+    rule, names, n_images = CALIBRATIONS[method], quantized_inputs(graph, sums), []
+    ranges: dict[str, list[Range]] = {name: [] for name in names}
 
-    def record_range(name: str, x: Tensor) -> Tensor:
-        if sums or not is_of_sum(name):
-            batch_ranges.setdefault(name, []).append(rule.batch_range(x))
-        return x
+    def recorder(name: str) -> Callable[[Tensor], Tensor]:
+        def record(x: Tensor) -> Tensor:
+            ranges[name].append(rule.batch_range(x))
+            return x
 
-    with transformed_inputs(net, record_range):
-        for images in batches:
-            net(images)
-    reduce_low, reduce_high = rule.over_batches
+        return record
+
+    recording = with_inputs(graph, {name: recorder(name) for name in names})
+    for images in batches:
+        n_images.append(len(images))
+        recording(images)
+    low, high = rule.over_batches
     return {
-        name: (reduce_low(low for low, _ in ranges), reduce_high(high for _, high in ranges))
-        for name, ranges in batch_ranges.items()
+        name: (
+            low([r[0] for r in ranges[name]], n_images),
+            high([r[1] for r in ranges[name]], n_images),
+        )
+        for name in names
     }
 
 
 @torch.no_grad()
 def least_error_ranges(
-    net: nn.Module,
+    graph: fx.GraphModule,
     batches: Iterable[Tensor],
     extremes: Mapping[str, Range],
     n_bits: int,
     layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
+    asymmetric: bool = False,
 ) -> dict[str, Range]:
     """Return, by name, the range of least Σ(x − x_q)² over all batches, x_q what x is rounded to.
 
     `extremes` are the ranges that hold all values, as `calibrate` returns them of these batches.
-    What is tried are 80 ranges, from the extremes down to 0.21 of them, as `clip` does. For
-    `layer_bits` see `quantize_activations`.
+    What is tried are 80 ranges, from the extremes down to 0.21 of them, as `clip` does. For the
+    other arguments see `quantize_activations`.
     """
     errors: dict[str, Tensor | float] = dict.fromkeys(extremes, 0.0)
 
-    def add_errors(name: str, x: Tensor) -> Tensor:
-        if name in extremes:
+    def adder(name: str) -> Callable[[Tensor], Tensor]:
+        def add_errors(x: Tensor) -> Tensor:
             bits = layer_bits.get(name, n_bits)
-            errors[name] = errors[name] + activation_errors(x, bits, extremes[name])
-        return x
+            added = activation_errors(x, bits, extremes[name], asymmetric)
+            errors[name] = errors[name] + added
+            return x
 
-    with transformed_inputs(net, add_errors):
-        for images in batches:
-            net(images)
+        return add_errors
+
+    measuring = with_inputs(graph, {name: adder(name) for name in extremes})
+    for images in batches:
+        measuring(images)
     factors = {name: RANGE_FACTORS[int(errors[name].argmin())] for name in extremes}
     return {name: (f * extremes[name][0], f * extremes[name][1]) for name, f in factors.items()}
 
 
-def activation_errors(x: Tensor, n_bits: int, extremes: Range) -> Tensor:
+def activation_errors(x: Tensor, n_bits: int, extremes: Range, asymmetric: bool = False) -> Tensor:
     """Return Σ(x − x_q)² for each of RANGE_FACTORS times the extremes, (80,), in float64.
 
     The values that are rounded to one point v of a grid are neighbours among the sorted ones, and
@@ -606,77 +743,45 @@ def activation_errors(x: Tensor, n_bits: int, extremes: Range) -> Tensor:
     sums_below = torch.cat([x.new_zeros(1), x.cumsum(0)])
     errors = []
     for factor in RANGE_FACTORS:
-        scale, int_min, int_max = activation_grid(n_bits, *(factor * limit for limit in extremes))
-        grid = scale * torch.arange(int_min, int_max + 1, dtype=torch.float64)
-        inner = torch.searchsorted(x, (grid[:-1] + grid[1:]) / 2)  # between two points
+        grid = activation_grid(n_bits, *(factor * limit for limit in extremes), asymmetric)
+        codes = torch.arange(grid.max_code + 1, dtype=torch.float64)
+        points = grid.scale * (codes - grid.zero_point)
+        inner = torch.searchsorted(x, (points[:-1] + points[1:]) / 2)  # between two points
         ends = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), x.numel())])
-        errors.append((grid * (grid * ends.diff() - 2 * sums_below[ends].diff())).sum())
+        errors.append((points * (points * ends.diff() - 2 * sums_below[ends].diff())).sum())
     return x.square().sum() + torch.stack(errors)
 
 
-def is_of_sum(name: str) -> bool:
-    """Tell whether an input of that name is an operand of a sum."""
-    return name.endswith("]")
-
-
-@torch.no_grad()
-def input_shapes(net: nn.Module, images: Tensor, sums: bool = False) -> dict[str, list[int]]:
-    """Return the shape of each input that `calibrate` sees, without the batch, as they run."""
-    shapes: dict[str, list[int]] = {}
-
-    def record_shape(name: str, x: Tensor) -> Tensor:
-        if sums or not is_of_sum(name):
-            shapes.setdefault(name, list(x.shape[1:]))
-        return x
-
-    with transformed_inputs(net, record_shape):
-        net(images)
-    return shapes
-
-
-def first_and_last(net: nn.Module, images: Tensor) -> tuple[str, str]:
-    """Return the names of the first and the last convolution or linear layer that runs."""
-    names = running_layers(net, images)
-    return names[0], names[-1]
-
-
-def running_layers(net: nn.Module, images: Tensor) -> list[str]:
-    """Return the names of the convolutions and linear layers that run, in that order."""
-    layers = quantizable_layers(net)
-    return [name for name in input_shapes(net, images) if name in layers]
-
-
-def activation_grid(n_bits: int, low: float, high: float) -> tuple[float, int, int]:
-    """Return scale, least and largest integer of the grid that `quantize_activation` uses."""
-    check_bits(n_bits)
-    n_steps = 2**n_bits - 1
-    if low >= 0:
-        return high / n_steps, 0, n_steps
-    return max(high, -low) / (n_steps / 2), -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
-
-
-def quantize_activation(x: Tensor, n_bits: int, low: float, high: float) -> Tensor:
-    """Round x on the uniform grid of [0, high] where low ≥ 0, else on that of ±max(high, −low)."""
-    scale, int_min, int_max = activation_grid(n_bits, low, high)
-    scale = torch.tensor(scale, dtype=x.dtype, device=x.device)
-    return (x / safe_divisor(scale)).round_().clamp_(int_min, int_max).mul_(scale)
-
-
-def quantize_activations(
-    net: nn.Module,
-    n_bits: int,
+def activation_grids(
     ranges: Mapping[str, Range],
+    n_bits: int,
     layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
-) -> None:
-    """Install hooks, in place, that quantize each input that `ranges` names.
+    asymmetric: bool = False,
+) -> dict[str, Grid]:
+    """Return the grid of each input, by name.
 
-    `layer_bits` are the bits of those, by name, that have others than n_bits.
+    `layer_bits` are the bits of those, by name, that have others than n_bits. `asymmetric`: inputs
+    that may be negative get a zero point instead of a grid that is symmetric about 0.
     """
-    check_bits(n_bits)
+    return {
+        name: activation_grid(layer_bits.get(name, n_bits), *limits, asymmetric)
+        for name, limits in ranges.items()
+    }
 
-    def quantize(name: str, x: Tensor) -> Tensor:
-        if name not in ranges:
-            return x
-        return quantize_activation(x, layer_bits.get(name, n_bits), *ranges[name])
 
-    transform_inputs(net, quantize)
+def quantize_activations(graph: fx.GraphModule, grids: Mapping[str, Grid]) -> fx.GraphModule:
+    """Return a copy of an exported network in which inputs, by name, are rounded on their grids."""
+    return with_inputs(graph, {name: grid.round for name, grid in grids.items()})
+
+
+def input_shapes(net: nn.Module, images: Tensor, sums: bool = False) -> dict[str, list[int]]:
+    """Return the shape of each of `quantized_inputs` without the batch, for a network of images."""
+    graph = net if isinstance(net, fx.GraphModule) else export_network(net, images.shape[1:])
+    inputs = quantized_inputs(graph, sums)
+    return {name: list(each.source(name).meta["shape"][1:]) for name, each in inputs.items()}
+
+
+def first_and_last(graph: fx.GraphModule) -> tuple[str, str]:
+    """Return the names of the first and the last layer that runs."""
+    names = [*layers(graph)]
+    return names[0], names[-1]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.utils import parametrize
 
 from engine.networks import layers as fast_layers
 from engine.networks.outputs import split_output
@@ -589,3 +590,58 @@ def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> f
             operation.set_source(name, changed)
     copied.recompile()
     return copied
+
+
+# --- weights as quantizers and networks have them ----------------------------------------------
+
+
+def by_channel(w: Tensor, layer: Operation) -> Tensor:
+    """Return a layer's weight, or what has its shape, with the output channels first.
+
+    That of a transposed convolution of g groups is (inputs, outputs / g, …).
+    """
+    if layer.kind != "conv_transpose":
+        return w
+    groups = layer.argument(6, "groups", 1)
+    return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def from_channels(w: Tensor, layer: Operation) -> Tensor:
+    """Return what `by_channel` was given."""
+    if layer.kind != "conv_transpose":
+        return w
+    groups = layer.argument(6, "groups", 1)
+    return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+@torch.no_grad()
+def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
+    """Return a copy of the network with the layers' tensors of its graph, or the graph.
+
+    The graph where the network computes a weight in its `forward`, or has one parameter for layers
+    whose tensors now differ: then no copy computes what the graph does.
+    """
+    copied, written = copy.deepcopy(net), {}
+    for layer in layers(graph).values():
+        for kind, name in (("weight", layer.weight), ("bias", layer.bias)):
+            if name is None:
+                continue
+            tensor, stored = get_tensor(graph, name), layer.node.meta["stored"].get(kind)
+            if stored is None and not _remove_parametrization(
+                copied, layer.node.meta["path"], kind
+            ):
+                return graph
+            stored = stored or f"{layer.node.meta['path']}.{kind}".lstrip(".")
+            if not torch.equal(written.setdefault(stored, tensor), tensor):
+                return graph
+            get_tensor(copied, stored).copy_(tensor)
+    return copied
+
+
+def _remove_parametrization(net: nn.Module, path: str, kind: str) -> bool:
+    """Make a parametrized tensor of a module a parameter of its own; tell whether it was one."""
+    module = net.get_submodule(path)
+    is_parametrized = parametrize.is_parametrized(module, kind)
+    if is_parametrized:
+        parametrize.remove_parametrizations(module, kind)
+    return is_parametrized
