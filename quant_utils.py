@@ -22,35 +22,38 @@ Inside, a tensor is `rows`, (rows, elements), with one range m for each row, (ro
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from statistics import fmean
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from engine.networks.exported import (
-    Operation,
-    by_channel,
-    copy_graph,
-    export_network,
-    from_channels,
-    get_tensor,
-    layers,
-    operations,
-    set_constant,
-    with_inputs,
-    write_back,
+from engine.quantization.activations import (  # noqa: F401  used as parts of this module
+    CALIBRATIONS,
+    RANGE_FACTORS,
+    activation_grids,
+    calibrate,
+    first_and_last,
+    input_shapes,
+    least_error_ranges,
+    quantize_activations,
+    quantized_inputs,
 )
 from engine.quantization.bit_widths import check_bits
-from engine.quantization.grids import Grid, OnGrid, activation_grid
+from engine.quantization.grids import OnGrid
+from engine.quantization.weights import (  # noqa: F401  used as parts of this module
+    NO_EXCEPTIONS,
+    Parts,
+    QuantizedLayer,
+    Quantizer,
+    grid_of,
+    model_error,
+    quantize_layer,
+    quantize_model,
+    quantize_weights,
+    total,
+)
 
-Quantizer = Callable[..., Tensor]
-Parts = tuple[OnGrid, ...]  # whose sum a quantized tensor is
-RANGE_FACTORS = tuple(percent / 100 for percent in range(100, 20, -1))  # of m: ranges to try
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
 
 # --- ranges and integers ---------------------------------------------------------------------
@@ -123,21 +126,6 @@ def scheme(
         return quantizer
 
     return decorate
-
-
-def total(parts: Parts | Tensor) -> Tensor:
-    """Return the floats that parts are the sum of; floats as they are."""
-    return parts if isinstance(parts, Tensor) else sum(part.dequantize() for part in parts)
-
-
-def grid_of(quantizer: Quantizer) -> Callable[..., Parts | Tensor]:
-    """Return the function that returns the quantizer's parts, itself where it returns floats.
-
-    Of a quantizer whose options are bound with `functools.partial`, with these options.
-    """
-    if isinstance(quantizer, partial):
-        return partial(grid_of(quantizer.func), *quantizer.args, **quantizer.keywords)
-    return getattr(quantizer, "grid", quantizer)
 
 
 def on_grid(rows: Tensor, scale: Tensor, w: Tensor) -> OnGrid:
@@ -433,144 +421,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-# --- networks --------------------------------------------------------------------------------
-
-
-class QuantizedLayer(NamedTuple):
-    """What quantizing made of one layer's weight.
-
-    `squared_error` is Σ(w_q − w)². `parts` are its integers, with output channels first, whose sum
-    w_q is; None where the quantizer returned floats, or a correction moved them off the grid.
-    """
-
-    name: str
-    squared_error: float
-    n_weights: int
-    parts: Parts | None = None
-
-
-def model_error(layers: Sequence[QuantizedLayer], avg_in_layer: bool = False) -> float:
-    """Return the mean over layers of their squared errors.
-
-    `avg_in_layer`: divide each layer's by its number of weights first.
-    """
-    return sum(e.squared_error / (e.n_weights if avg_in_layer else 1) for e in layers) / len(layers)
-
-
-NO_EXCEPTIONS: Mapping[str, Any] = MappingProxyType({})
-Correction = Callable[[Tensor, Tensor], Tensor]  # (w, w_q) → corrected w_q, all of one shape
-
-
-def checked(w_q: Tensor, w: Tensor) -> Tensor:
-    """Return what a quantizer made of w; ValueError where that is no quantized w."""
-    if not isinstance(w_q, Tensor) or w_q.shape != w.shape:
-        shape = tuple(w_q.shape) if isinstance(w_q, Tensor) else type(w_q).__name__
-        raise ValueError(f"the quantizer returned {shape} for values of shape {tuple(w.shape)}")
-    if not w_q.isfinite().all():
-        raise ValueError("the quantizer returned values that are not finite")
-    return w_q
-
-
-def quantize_bias(
-    bias: Tensor, w: Tensor, quantizer: Quantizer, n_bits: int, bias_range: str
-) -> Tensor:
-    """Return the bias (C,), on the grid of its weight w or, with "own", on one of its own."""
-    if bias_range == "weight":
-        return checked(quantizer(bias, n_bits, range_source=w), bias)
-    # a single row: one range, also where weights have one for each channel
-    return checked(quantizer(bias[None], n_bits)[0], bias)
-
-
-@torch.no_grad()
-def quantize_layer(
-    graph: fx.GraphModule,
-    layer: Operation,
-    quantizer: Quantizer,
-    n_bits: int,
-    *,
-    bias_range: str | None = "weight",
-    correction: Correction | None = None,
-    round_up: Tensor | int | None = None,
-) -> QuantizedLayer:
-    """Give a layer of the graph quantized weights, and return what became of them.
-
-    `bias_range`: None keeps the bias in full precision, "weight" quantizes it on its weight's grid,
-    "own" with one range and breakpoint of its own. `correction` is applied to the quantized weight,
-    as `mean_correction` is. `round_up` is that of the weight, in its shape in the graph, for
-    quantizers that take it. Raises ValueError, naming the layer, for NaN weights.
-    """
-    w = by_channel(get_tensor(graph, layer.weight), layer)
-    if isinstance(round_up, Tensor):
-        round_up = by_channel(round_up, layer)
-    rounding = {} if round_up is None else {"round_up": round_up}
-    try:
-        if bias_range and layer.bias:
-            bias = get_tensor(graph, layer.bias)
-            set_constant(
-                graph, layer, "bias", quantize_bias(bias, w, quantizer, n_bits, bias_range)
-            )
-        parts = grid_of(quantizer)(w, n_bits, **rounding)
-        w_q = checked(total(parts), w)
-    except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from error
-    if correction:
-        w_q = correction(w, w_q)
-    set_constant(graph, layer, "weight", from_channels(w_q, layer))
-    squared_error = (w_q - w).double().square().sum().item()
-    is_on_grid = not correction and not isinstance(parts, Tensor)
-    return QuantizedLayer(layer.name, squared_error, w.numel(), parts if is_on_grid else None)
-
-
-def quantize_weights(
-    graph: fx.GraphModule,
-    quantizer: Quantizer,
-    n_bits: int,
-    *,
-    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
-    round_up: Mapping[str, Tensor] = NO_EXCEPTIONS,
-    **options: Any,
-) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
-    """Return a copy of an exported network with quantized weights, and what became of each layer.
-
-    Bind the quantizer's options first: `partial(pwlq, per_channel=True)`. `layer_bits` are the bits
-    of layers, by name, that have others than n_bits, `round_up` how weights of layers are rounded
-    that do not go to nearest; for `options` see `quantize_layer`.
-    """
-    graph = copy_graph(graph)
-    quantized = [
-        quantize_layer(
-            graph,
-            layer,
-            quantizer,
-            layer_bits.get(name, n_bits),
-            round_up=round_up.get(name),
-            **options,
-        )
-        for name, layer in layers(graph).items()
-    ]
-    return graph, quantized
-
-
-def quantize_model(
-    net: nn.Module,
-    quantizer: Quantizer,
-    n_bits: int,
-    *,
-    image_shape: Sequence[int] = (3, 32, 32),
-    **options: Any,
-) -> tuple[nn.Module, list[QuantizedLayer]]:
-    """Return a copy of any network with quantized weights, and what became of each layer.
-
-    What is quantized is every weight that a convolution, linear map or matrix product takes when
-    the network runs on images of `image_shape`, as it is computed; for `options` see
-    `quantize_weights`. Where the network computes weights in its `forward`, which would change the
-    quantized ones again, its exported graph is returned in place of a copy. Raises NetworkError for
-    a network that cannot be exported.
-    """
-    graph, quantized = quantize_weights(
-        export_network(net, image_shape), quantizer, n_bits, **options
-    )
-    return write_back(net, graph), quantized
+# --- corrections of quantized weights --------------------------------------------------------
 
 
 def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:
@@ -595,193 +446,3 @@ def bias_correction(w: Tensor, w_q: Tensor) -> Tensor:
     std, std_q = (r.std(dim=1, correction=0, keepdim=True) for r in (rows, rows_q))
     ratio = torch.where(std_q > MIN_RELATIVE_STD * abs_max(rows_q), std / std_q, 1)
     return (to_2d(mean_correction(w, w_q), True) * ratio).reshape(w.shape)
-
-
-# --- activations -----------------------------------------------------------------------------
-
-Range = tuple[float, float]
-
-
-def topk_median(x: Tensor, k: int = 10) -> Range:
-    """Return the median of the k smallest values of x and that of its k largest."""
-    k, x = min(k, x.numel()), x.flatten().float()
-    return tuple(x.topk(k, largest=top).values.quantile(0.5).item() for top in (False, True))
-
-
-def percentile(x: Tensor, tail: float = 1e-4) -> Range:
-    """Return the two values of x beyond which a fraction `tail` of all values lies."""
-    k, x = max(1, round(tail * x.numel())), x.flatten().float()
-    return tuple(x.topk(k, largest=top).values[-1].item() for top in (False, True))
-
-
-def minmax(x: Tensor) -> Range:
-    """Return the smallest and the largest value of x."""
-    return tuple(extreme.item() for extreme in torch.aminmax(x))
-
-
-def mean(values: Sequence[float], n_images: Sequence[int]) -> float:
-    """Return the mean over images of a value of each batch: the last batch may be a small one."""
-    return fmean(values, n_images)
-
-
-def least(values: Sequence[float], n_images: Sequence[int]) -> float:
-    """Return the least value, whatever the batches."""
-    return min(values)
-
-
-def greatest(values: Sequence[float], n_images: Sequence[int]) -> float:
-    """Return the greatest value, whatever the batches."""
-    return max(values)
-
-
-class Calibration(NamedTuple):
-    """How the range of an input comes from that of each batch.
-
-    `least_error`: `least_error_ranges` then narrows it for each number of bits.
-    """
-
-    batch_range: Callable[[Tensor], Range]
-    over_batches: tuple[Callable[..., float], Callable[..., float]] = (mean, mean)  # low, high
-    least_error: bool = False
-
-
-CALIBRATIONS = {
-    "topk_median": Calibration(topk_median),
-    "percentile": Calibration(percentile),
-    "minmax": Calibration(minmax, (least, greatest)),
-    "mse": Calibration(minmax, (least, greatest), least_error=True),
-}
-
-
-def quantized_inputs(graph: fx.GraphModule, sums: bool = False) -> dict[str, Operation]:
-    """Return the operation of each input that is quantized, by the input's name, as they run.
-
-    Those of products and pooling and, with `sums`, of additions, multiplications and
-    concatenations.
-    """
-    return {
-        name: each for each in operations(graph) if sums or not each.is_sum for name in each.inputs
-    }
-
-
-@torch.no_grad()
-def calibrate(
-    graph: fx.GraphModule,
-    batches: Iterable[Tensor],
-    method: str = "topk_median",
-    sums: bool = False,
-) -> dict[str, Range]:
-    """Return the range of each of `quantized_inputs`, by name, in the values' units.
-
-    `batches` are images (B, 3, H, W). A range is the mean over images of those of the batches, with
-    "minmax" and "mse" the one that holds them all.
-    """
-    rule, names, n_images = CALIBRATIONS[method], quantized_inputs(graph, sums), []
-    ranges: dict[str, list[Range]] = {name: [] for name in names}
-
-    def recorder(name: str) -> Callable[[Tensor], Tensor]:
-        def record(x: Tensor) -> Tensor:
-            ranges[name].append(rule.batch_range(x))
-            return x
-
-        return record
-
-    recording = with_inputs(graph, {name: recorder(name) for name in names})
-    for images in batches:
-        n_images.append(len(images))
-        recording(images)
-    low, high = rule.over_batches
-    return {
-        name: (
-            low([r[0] for r in ranges[name]], n_images),
-            high([r[1] for r in ranges[name]], n_images),
-        )
-        for name in names
-    }
-
-
-@torch.no_grad()
-def least_error_ranges(
-    graph: fx.GraphModule,
-    batches: Iterable[Tensor],
-    extremes: Mapping[str, Range],
-    n_bits: int,
-    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
-    asymmetric: bool = False,
-) -> dict[str, Range]:
-    """Return, by name, the range of least Σ(x − x_q)² over all batches, x_q what x is rounded to.
-
-    `extremes` are the ranges that hold all values, as `calibrate` returns them of these batches.
-    What is tried are 80 ranges, from the extremes down to 0.21 of them, as `clip` does. For the
-    other arguments see `quantize_activations`.
-    """
-    errors: dict[str, Tensor | float] = dict.fromkeys(extremes, 0.0)
-
-    def adder(name: str) -> Callable[[Tensor], Tensor]:
-        def add_errors(x: Tensor) -> Tensor:
-            bits = layer_bits.get(name, n_bits)
-            added = activation_errors(x, bits, extremes[name], asymmetric)
-            errors[name] = errors[name] + added
-            return x
-
-        return add_errors
-
-    measuring = with_inputs(graph, {name: adder(name) for name in extremes})
-    for images in batches:
-        measuring(images)
-    factors = {name: RANGE_FACTORS[int(errors[name].argmin())] for name in extremes}
-    return {name: (f * extremes[name][0], f * extremes[name][1]) for name, f in factors.items()}
-
-
-def activation_errors(x: Tensor, n_bits: int, extremes: Range, asymmetric: bool = False) -> Tensor:
-    """Return Σ(x − x_q)² for each of RANGE_FACTORS times the extremes, (80,), in float64.
-
-    The values that are rounded to one point v of a grid are neighbours among the sorted ones, and
-    their error is Σx² − 2·v·Σx + v²·n: two sums instead of a pass over all values for each range.
-    """
-    x = torch.from_numpy(np.sort(x.detach().flatten().cpu().numpy())).double()
-    sums_below = torch.cat([x.new_zeros(1), x.cumsum(0)])
-    errors = []
-    for factor in RANGE_FACTORS:
-        grid = activation_grid(n_bits, *(factor * limit for limit in extremes), asymmetric)
-        codes = torch.arange(grid.max_code + 1, dtype=torch.float64)
-        points = grid.scale * (codes - grid.zero_point)
-        inner = torch.searchsorted(x, (points[:-1] + points[1:]) / 2)  # between two points
-        ends = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), x.numel())])
-        errors.append((points * (points * ends.diff() - 2 * sums_below[ends].diff())).sum())
-    return x.square().sum() + torch.stack(errors)
-
-
-def activation_grids(
-    ranges: Mapping[str, Range],
-    n_bits: int,
-    layer_bits: Mapping[str, int] = NO_EXCEPTIONS,
-    asymmetric: bool = False,
-) -> dict[str, Grid]:
-    """Return the grid of each input, by name.
-
-    `layer_bits` are the bits of those, by name, that have others than n_bits. `asymmetric`: inputs
-    that may be negative get a zero point instead of a grid that is symmetric about 0.
-    """
-    return {
-        name: activation_grid(layer_bits.get(name, n_bits), *limits, asymmetric)
-        for name, limits in ranges.items()
-    }
-
-
-def quantize_activations(graph: fx.GraphModule, grids: Mapping[str, Grid]) -> fx.GraphModule:
-    """Return a copy of an exported network in which inputs, by name, are rounded on their grids."""
-    return with_inputs(graph, {name: grid.round for name, grid in grids.items()})
-
-
-def input_shapes(net: nn.Module, images: Tensor, sums: bool = False) -> dict[str, list[int]]:
-    """Return the shape of each of `quantized_inputs` without the batch, for a network of images."""
-    graph = net if isinstance(net, fx.GraphModule) else export_network(net, images.shape[1:])
-    inputs = quantized_inputs(graph, sums)
-    return {name: list(each.source(name).meta["shape"][1:]) for name, each in inputs.items()}
-
-
-def first_and_last(graph: fx.GraphModule) -> tuple[str, str]:
-    """Return the names of the first and the last layer that runs."""
-    names = [*layers(graph)]
-    return names[0], names[-1]

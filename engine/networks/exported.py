@@ -163,6 +163,7 @@ def _with_own_tensors(program: ExportedProgram) -> fx.GraphModule:
             tensor = program.state_dict.get(target, program.constants.get(target))
             own = copies.setdefault(id(tensor), tensor.detach().clone())
             values[node] = read_tensor(module, target.removeprefix("net."), own)
+            values[node].meta["is_parameter"] = inputs[node.name].kind == InputKind.PARAMETER
         elif node.op == "output":
             specs = program.graph_signature.output_specs
             [logits] = [
@@ -176,7 +177,7 @@ def _with_own_tensors(program: ExportedProgram) -> fx.GraphModule:
             if node.op == "get_attr":  # the graph of a region, such as one of autocast
                 setattr(module, node.target, getattr(program.graph_module, node.target))
             values[node] = module.graph.node_copy(node, values.__getitem__)
-        values[node].meta = _described(node)
+            values[node].meta = _described(node)
     return module
 
 
@@ -350,9 +351,15 @@ def _fold_constants(module: fx.GraphModule) -> None:
         with module.graph.inserting_before(node):
             name = f"{path}.{node.name}".lstrip(".")
             read = read_tensor(module, name, values[node].detach().clone())
-        read.meta |= {"path": path, "computed": True}
+        learned = any(_is_learned(source) for source in node.all_input_nodes)
+        read.meta |= {"path": path, "computed": True, "is_parameter": learned}
         for user in node.users.keys() - constant:
             user.replace_input_with(node, read)
+
+
+def _is_learned(node: fx.Node) -> bool:
+    """Tell whether a constant is a parameter, or computed from one."""
+    return node.meta.get("is_parameter", False) or any(map(_is_learned, node.all_input_nodes))
 
 
 def get_tensor(module: nn.Module, name: str) -> Tensor:

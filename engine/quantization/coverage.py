@@ -1,0 +1,118 @@
+"""How much of a network is quantized, and what stays in floating point.
+
+Two shares are told with every result: that of the multiply-adds of convolutions, linear maps and
+matrix products, and that of the learned numbers of at least two dimensions (weights, embeddings,
+scales of channels; not biases and batch norms).
+"""
+
+import math
+from collections.abc import Container
+from typing import NamedTuple
+
+from torch import fx
+
+from engine.networks.exported import Operation, aten, operations
+
+MAX_NAMES = 4  # of what stays in float, in a line
+MOVES = {
+    aten.expand.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.clone.default,
+}
+
+
+class Coverage(NamedTuple):
+    """Shares from 0 to 1, and why each thing that stays in float does, by its name."""
+
+    multiply_adds: float
+    weights: float
+    in_float: dict[str, str]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing stays in float that the shares are about."""
+        return not self.in_float
+
+    def __str__(self) -> str:
+        """Return a line: shares, and what stays in float and why."""
+        shares = (
+            f"quantized: {self.multiply_adds:.1%} of multiply-adds, {self.weights:.1%} of weights"
+        )
+        return shares + (f"; in float: {self._left()}" if self.in_float else "")
+
+    def _left(self) -> str:
+        """Return names by reason, a few of each."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.in_float.items():
+            names.setdefault(reason, []).append(name)
+        return "; ".join(
+            f"{', '.join(each[:MAX_NAMES])}"
+            f"{f' and {len(each) - MAX_NAMES} more' if len(each) > MAX_NAMES else ''} ({reason})"
+            for reason, each in names.items()
+        )
+
+
+def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
+    """Return what of an exported network is quantized: all weights of layers, and the named inputs.
+
+    `inputs` is None where inputs stay in float on purpose: then only weights count.
+    """
+    in_float: dict[str, str] = {}
+    done = total = 0
+    for operation in operations(graph):
+        n = operation.multiply_adds()
+        reason = _reason(operation, inputs)
+        total += n
+        done += 0 if reason else n
+        if reason and n:
+            in_float[operation.name] = reason
+    quantized_weights, all_weights = _weights(graph, inputs, in_float)
+    return Coverage(done / max(total, 1), quantized_weights / max(all_weights, 1), in_float)
+
+
+def _reason(operation: Operation, inputs: Container[str] | None) -> str | None:
+    """Return why a product is not one of quantized numbers; None where it is."""
+    if inputs is None:
+        is_covered = operation.is_layer
+        return None if is_covered else "no weight in this product: --act_bits quantizes its inputs"
+    missing = [name for name in operation.inputs if name not in inputs]
+    return f"its input {missing[0]} is not quantized" if missing else None
+
+
+def _weights(
+    graph: fx.GraphModule, inputs: Container[str] | None, in_float: dict[str, str]
+) -> tuple[int, int]:
+    """Return how many learned numbers are quantized, and how many there are; name the others."""
+    covered = {operation.node.args[1] for operation in operations(graph) if operation.is_layer}
+    for operation in operations(graph):
+        for name in operation.inputs:
+            if name in (inputs or ()):
+                covered.add(_origin(operation.source(name)))
+    done = total = 0
+    for node in graph.graph.nodes:
+        is_weight = node in covered and node.op == "get_attr"
+        if not is_weight and not (node.meta.get("is_parameter") and len(node.meta["shape"]) > 1):
+            continue
+        n = math.prod(node.meta["shape"])
+        total += n
+        done += n if node in covered else 0
+        if node not in covered:
+            in_float[node.target] = f"read by {_reader(node)}, by no product"
+    return done, total
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """Return the value that a node only moves or repeats, such as an expanded token."""
+    while node.target in MOVES:
+        node = node.args[0]
+    return node
+
+
+def _reader(node: fx.Node) -> str:
+    """Return what reads a constant: the kind of the first operation that does."""
+    return next(iter(node.users)).name.rstrip("_0123456789")
