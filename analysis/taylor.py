@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import grad
 
 from engine.images.loader import Loader
+from engine.networks.exported import Operation, copy_graph, get_tensor, layers, set_tensor
 from engine.networks.outputs import run_network
 from engine.system import distributed
 from engine.system.hardware import with_float64
@@ -28,35 +29,43 @@ class TaylorTerms(NamedTuple):
     second_order: float  # ½·ΔᵀHΔ
 
 
-def parameter_change(new: nn.Module, old: nn.Module, layer: str) -> Delta:
-    """Return Δ of the named layer's parameters between two networks of one architecture."""
-    changed = new.get_submodule(layer).named_parameters(layer)
-    return {key: (p - old.get_parameter(key)).detach() for key, p in changed}
+def parameter_change(new: fx.GraphModule, old: fx.GraphModule, layer: str) -> Delta:
+    """Return Δ of the named layer's weight and bias between two graphs of one network."""
+    tensors = _tensors(layers(old)[layer])
+    return {name: get_tensor(new, name) - get_tensor(old, name) for name in tensors}
 
 
-def taylor_terms(net: nn.Module, loader: Loader, deltas: Sequence[Delta]) -> list[TaylorTerms]:
-    """Return the terms of the mean loss over the loader's images for each Δ.
-
-    The network is in eval mode, so that the loss is a mean over images.
-    """
-    params = dict(net.named_parameters())
+def taylor_terms(
+    graph: fx.GraphModule, loader: Loader, deltas: Sequence[Delta]
+) -> list[TaylorTerms]:
+    """Return the terms of the mean loss over the loader's images for each Δ."""
+    graph = copy_graph(graph)
+    params = {}
+    for layer in layers(graph).values():
+        for name in _tensors(layer):
+            params[name] = get_tensor(graph, name).clone().requires_grad_()
+            set_tensor(graph, name, params[name])
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
-    g, second_order = gradient_and_curvatures(net, loader, deltas)
+    g, second_order = gradient_and_curvatures(graph, params, loader, deltas)
     return [
         TaylorTerms(dot(g, delta).item(), first_order_bound(g, delta), curvature)
         for delta, curvature in zip(deltas, second_order, strict=True)
     ]
 
 
+def _tensors(layer: Operation) -> list[str]:
+    """Return the names of a layer's weight and bias."""
+    return [name for name in (layer.weight, layer.bias) if name]
+
+
 def gradient_and_curvatures(
-    net: nn.Module, loader: Loader, deltas: Sequence[Delta]
+    net: nn.Module, params: Delta, loader: Loader, deltas: Sequence[Delta]
 ) -> tuple[Delta, list[float]]:
-    """Return g of every parameter, by name, and ½·ΔᵀHΔ of each Δ.
+    """Return g of all `params` of the network, by name, and ½·ΔᵀHΔ of each Δ.
 
     H is never formed: HΔ is the gradient of g·Δ, a double backward through the parameters that Δ
     changes. With N processes each takes every N-th batch.
     """
-    params = dict(net.named_parameters())
     g = {key: torch.zeros_like(p) for key, p in params.items()}
     curvatures = [0.0] * len(deltas)
     for x, y in loader.batches(0, distributed.get_rank(), distributed.get_world_size()):

@@ -1,0 +1,311 @@
+"""One network that is quantized in many ways: what is known of it is worked out once.
+
+A `Quantization` is one of these ways, with its quantizer's options bound. `Conditions` and `Images`
+are what all networks of a run are measured under and on.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from analysis.report import FLOAT_BITS, Row, Trial
+from analysis.taylor import parameter_change, taylor_terms
+from engine.deploy.integer_network import IntegerNetwork, build, shared_ranges
+from engine.images.loader import Loader
+from engine.networks.exported import copy_graph, get_tensor, layers
+from engine.networks.folding import fold_batch_norms, recalibrate_statistics
+from engine.quantization import activations as acts
+from engine.quantization.adaround import learn_rounding
+from engine.quantization.coverage import Coverage, coverage
+from engine.quantization.weights import (
+    NO_EXCEPTIONS,
+    Correction,
+    QuantizedLayer,
+    Quantizer,
+    model_error,
+    quantize_layer,
+    quantize_weights,
+)
+from engine.step.evaluation import evaluate
+from engine.system import distributed
+from engine.training.learned_steps import FIRST_LAST_BITS, LearnedSteps
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One way to quantize a network.
+
+    Attributes:
+        scheme: the quantizer's name.
+        n_bits, act_bits: of weights and of inputs; FLOAT_BITS: not quantized.
+        quantizers: the quantizer with its options, once for each trial with a seed of its own.
+        bias_range, correction: see `quantize_layer`.
+        learns: whether the rounding of weights is learned.
+    """
+
+    scheme: str
+    n_bits: int
+    act_bits: int
+    quantizers: Sequence[Quantizer]
+    bias_range: str | None
+    correction: Correction | None
+    learns: bool
+
+    def layer_options(self) -> dict[str, Any]:
+        """Return the options of `quantize_layer`."""
+        return {"bias_range": self.bias_range, "correction": self.correction}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Loaders of test images, and of training images where something asks for them."""
+
+    test: Loader
+    calibration: Loader | None = None  # for the ranges of inputs
+    recalibration: Loader | None = None  # for batch-norm statistics of the quantized network
+    expansion: Loader | None = None  # for the loss, one layer at a time
+    rounding: Loader | None = None  # for learning to round weights
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How networks are quantized and measured, whatever the quantization."""
+
+    device: str
+    dtype: torch.dtype = torch.float32  # of products
+    memory_format: torch.memory_format = torch.channels_last
+    calibration: str = "topk_median"
+    sums: bool = False  # inputs of sums are quantized as well
+    asymmetric: bool = False  # signed inputs have a zero point
+    keep_first_last: bool = False
+    rounding_iterations: int = 500  # of AdaRound, in each layer
+    in_integers: bool = False  # simulate what an integer runtime computes
+    avg_in_layer: bool = False
+    tick: Callable[[], Any] = int  # called after each measurement
+
+
+class MeasuredNetwork:
+    """A network in float, on the CPU, and how it fares when it is quantized.
+
+    Attributes:
+        graph: as it is quantized: batch norms folded and channels equalized where that is asked for.
+        net: the network itself, for learned step sizes.
+        fold: whether batch norms are folded after quantizing, which changes no output and halves
+            the time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: fx.GraphModule,
+        net: nn.Module,
+        fold: bool,
+        conditions: Conditions,
+        images: Images,
+    ) -> None:
+        """Keep what it is; nothing is computed yet."""
+        self.name, self.graph, self.net, self.fold = name, graph, net, fold
+        self.conditions, self.images = conditions, images
+        self._ranges: dict[int, dict[str, acts.Range]] = {}
+        self._rounding: tuple[tuple[str, int], dict[str, Tensor]] = (("", 0), {})
+        self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] | None = None
+
+    # --- what is known of it -----------------------------------------------------------------
+
+    @cached_property
+    def unquantized(self) -> Trial:
+        """Loss and accuracy without quantizing."""
+        return Trial(**self.measure(self.graph))
+
+    @cached_property
+    def ends(self) -> tuple[str, str]:
+        """The names of the first and the last layer."""
+        return acts.first_and_last(self.graph)
+
+    def layer_bits(self, n_bits: int) -> dict[str, int]:
+        """Return the bits of layers, by name, that have others than n_bits."""
+        bits = max(n_bits, FIRST_LAST_BITS)
+        return dict.fromkeys(self.ends, bits) if self.conditions.keep_first_last else {}
+
+    @cached_property
+    def _calibrated(self) -> dict[str, acts.Range]:
+        """The range of each input that is quantized, before bits are known."""
+        how, images = self.conditions, batches(self.images.calibration)
+        return acts.calibrate(self.prepared(self.graph), images, how.calibration, how.sums)
+
+    def ranges(self, act_bits: int) -> dict[str, acts.Range]:
+        """Return the range of each input, by name; none where inputs stay in float."""
+        how = self.conditions
+        if act_bits == FLOAT_BITS:
+            return {}
+        if act_bits not in self._ranges:
+            ranges = self._calibrated
+            if acts.CALIBRATIONS[how.calibration].least_error:
+                ranges = acts.least_error_ranges(
+                    self.prepared(self.graph),
+                    batches(self.images.calibration),
+                    ranges,
+                    act_bits,
+                    self.layer_bits(act_bits),
+                    how.asymmetric,
+                )
+            if how.in_integers:  # a runtime keeps a tensor on one grid, whoever reads it
+                ranges = shared_ranges(self.graph, ranges)
+            self._ranges[act_bits] = ranges
+        return self._ranges[act_bits]
+
+    def grids(self, act_bits: int) -> dict[str, acts.Grid]:
+        """Return the grid of each input, by name."""
+        bits = self.layer_bits(act_bits)
+        asymmetric = self.conditions.asymmetric
+        return acts.activation_grids(self.ranges(act_bits), act_bits, bits, asymmetric)
+
+    def coverage(self, act_bits: int) -> Coverage:
+        """Return what of the network is quantized with these bits of inputs."""
+        in_float = act_bits == FLOAT_BITS
+        inputs = None if in_float else acts.quantized_inputs(self.graph, self.conditions.sums)
+        return coverage(self.graph, inputs)
+
+    # --- measuring ---------------------------------------------------------------------------
+
+    def prepared(self, graph: fx.GraphModule) -> fx.GraphModule:
+        """Return a copy of a graph of this network as it is evaluated."""
+        copied = fold_batch_norms(graph) if self.fold else copy_graph(graph)
+        return copied.to(self.conditions.device, memory_format=self.conditions.memory_format)
+
+    def measure(self, graph: fx.GraphModule) -> dict[str, float]:
+        """Return the mean "loss" (cross entropy) and the "accuracy" of a graph on test images."""
+        return self._measure(self.prepared(graph), self.images.test)
+
+    def _measure(self, net: nn.Module, loader: Loader) -> dict[str, float]:
+        measured = evaluate(net, nn.CrossEntropyLoss(), loader, self.conditions.dtype)
+        self.conditions.tick()
+        return measured
+
+    def trial(self, how: Quantization, trial: int) -> Trial:
+        """Quantize the network and measure it on the test images."""
+        graph, quantized = self.quantized_weights(how, trial)
+        if self.images.recalibration:
+            on_device = graph.to(self.conditions.device)
+            graph = recalibrate_statistics(on_device, batches(self.images.recalibration))
+        if self.conditions.in_integers:
+            net = self.integers(how, trial)
+        else:
+            net = acts.quantize_activations(self.prepared(graph), self.grids(how.act_bits))
+        measured = self._measure(net, self.images.test)
+        error = model_error(quantized, self.conditions.avg_in_layer)
+        return Trial(**measured, squared_error=error)
+
+    def learned(self, steps: LearnedSteps) -> Trial:
+        """Measure the network with the learned step sizes of its training, as the training ran it.
+
+        Batch norms are not folded: rounding would then see activations that differ in their last
+        bits.
+        """
+        errors = [
+            QuantizedLayer(name, (w_q - w).double().square().sum().item(), w.numel())
+            for name, w, w_q in steps.quantized_weights(self.net)
+        ]
+        net = copy.deepcopy(self.net)
+        net.to(self.conditions.device, memory_format=self.conditions.memory_format)
+        with steps.quantized(net):
+            measured = self._measure(net, self.images.test)
+        return Trial(**measured, squared_error=model_error(errors, self.conditions.avg_in_layer))
+
+    def quantized_weights(
+        self, how: Quantization, trial: int = 0
+    ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
+        """Return a copy of the graph with quantized weights, and what became of each layer."""
+        key = how.quantizers[trial], how.n_bits  # which bits of inputs do not matter
+        if self._weights is None or self._weights[0] != key:
+            quantized = quantize_weights(
+                self.graph,
+                how.quantizers[trial],
+                how.n_bits,
+                layer_bits=self.layer_bits(how.n_bits),
+                round_up=self.round_up(how),
+                **how.layer_options(),
+            )
+            self._weights = key, quantized
+        return self._weights[1]
+
+    def round_up(self, how: Quantization) -> Mapping[str, Tensor]:
+        """Return where weights are rounded up, by the name of their layer; none: to nearest.
+
+        Inputs are not quantized while it is learned, as in the paper: one result serves them all.
+        """
+        if not how.learns:
+            return NO_EXCEPTIONS
+        key = how.scheme, how.n_bits
+        if self._rounding[0] != key:
+            bits = self.layer_bits(how.n_bits)
+
+            def quantized(name: str, round_up: Tensor | int | None) -> dict[str, Tensor]:
+                graph = copy_graph(self.graph)
+                layer = layers(graph)[name]
+                n_bits, options = bits.get(name, how.n_bits), how.layer_options()
+                quantizer = how.quantizers[0]
+                quantize_layer(graph, layer, quantizer, n_bits, **options, round_up=round_up)
+                names = {"weight": layer.weight, "bias": layer.bias}
+                return {kind: get_tensor(graph, each) for kind, each in names.items() if each}
+
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+            self._rounding = (
+                key,
+                learn_rounding(
+                    self.graph,
+                    quantized,
+                    lambda: batches(self.images.rounding, rank, world_size),
+                    self.conditions.rounding_iterations,
+                    self.conditions.device,
+                ),
+            )
+        return self._rounding[1]
+
+    def integers(self, how: Quantization, trial: int = 0) -> IntegerNetwork:
+        """Return the network in integer arithmetic, with biases on the int32 grid.
+
+        Raises NetworkError for an operation that has no integer form, and ValueError, naming the
+        layer, where quantized weights are on no uniform grid.
+        """
+        _, quantized = self.quantized_weights(how, trial)
+        parts = {layer.name: layer.parts for layer in quantized}
+        return build(self.graph, self.grids(how.act_bits), parts)
+
+    # --- one layer at a time -----------------------------------------------------------------
+
+    def per_layer(self, quantizations: Sequence[Quantization]) -> Iterator[Row]:
+        """Quantize the weights of one layer at a time; yield a row for each way and layer.
+
+        `accuracy_change` is on test images. `loss_change` is measured on training images; beside it
+        are the terms of its Taylor expansion there, see analysis/taylor.py.
+        """
+        loss = self._measure(self.prepared(self.graph), self.images.expansion)["loss"]
+        rows, deltas = [], []
+        for how in quantizations:
+            for name in layers(self.graph):
+                graph = copy_graph(self.graph)
+                layer, options = layers(graph)[name], how.layer_options()
+                quantized = quantize_layer(graph, layer, how.quantizers[0], how.n_bits, **options)
+                deltas.append(parameter_change(graph, self.graph, name))
+                ready = self.prepared(graph)
+                accuracy = self._measure(ready, self.images.test)["accuracy"]
+                change = self._measure(ready, self.images.expansion)["loss"] - loss
+                row = {"checkpoint": self.name, "scheme": how.scheme, "bits": how.n_bits}
+                row |= {"layer": name, "accuracy_change": accuracy - self.unquantized.accuracy}
+                row["squared_error"] = model_error([quantized], self.conditions.avg_in_layer)
+                rows.append(row | {"loss_change": change})
+        graph = copy_graph(self.graph).to(self.conditions.device)
+        terms = taylor_terms(graph, self.images.expansion, deltas)
+        for row, each in zip(rows, terms, strict=True):
+            yield row | each._asdict()
+
+
+def batches(loader: Loader, start: int = 0, step: int = 1) -> Iterator[Tensor]:
+    """Yield the loader's batches, every step-th from the start-th on, without labels."""
+    return (x for x, _ in loader.batches(0, start, step))
