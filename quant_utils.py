@@ -17,8 +17,9 @@ Inside, a tensor is `rows`, (rows, elements), with one range m for each row, (ro
 """
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -354,6 +355,16 @@ OWN_BIAS_RANGE = {"pwlq"}  # schemes whose published code gives a bias its own r
 # Where one uniform grid is not enough: a function that returns several tensors whose sum is what
 # the quantizer returns, each on a uniform grid.
 UNIFORM_PARTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pwlq": pwlq_parts}
+
+
+def quantizer_options(scheme: str) -> Set[str]:
+    """Return the names of the arguments that the scheme's quantizer takes."""
+    return inspect.signature(QUANTIZERS[scheme]).parameters.keys()
+
+
+def is_stochastic(scheme: str) -> bool:
+    """Tell whether the scheme's quantizer draws random numbers."""
+    return "generator" in quantizer_options(scheme)
 
 
 def n_levels(scheme: str, n_bits: int, overlapping: bool = False) -> int | None:

@@ -16,20 +16,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-import quant_flags
+import flags
 import train
 from analysis.study.jobs import Job, JobRunner, pending, visible_gpus
 from analysis.study.plan import NotChosen, Quantization, StudyPlan, Variant
 from analysis.study.report import update_report
-from analysis.study.settings import SETTING_TYPES, Settings, load_settings, resolve_settings
-from engine.system.cli import (
-    Parser,
-    bounded_number,
-    choice_ignoring_case,
-    exit_codes,
-    warn_unused_flags,
-)
+from analysis.study.settings import Settings, load_settings, resolve_settings
+from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.errors import FileError
+from engine.system.hardware import print_device
 from engine.system.io import run_lock, save_json, warn_on_error
 from engine.system.signals import GracefulShutdown
 
@@ -151,50 +146,8 @@ RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
 
 def make_parser() -> Parser:
     """Make the parser of study.py."""
-    parser = Parser("Run the study: variants × seeds, as tables and figures; see VARIANTS.")
-    add = parser.add_argument
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--plan", action="store_true", help="print what would run and how long it takes; run none"
-    )
-    mode.add_argument(
-        "--tables", action="store_true", help="only renew tables and figures from existing results"
-    )
-    mode.add_argument(
-        "--forget",
-        nargs="+",
-        metavar="PATTERN",
-        help="delete the records whose path in the study matches, such as 'seed0/*_folded/*', so "
-        "that the next run makes them again",
-    )
-    names = choice_ignoring_case(VARIANTS)
-    add("--only", type=names, nargs="+", default=list(VARIANTS), metavar="NAME", help="variants")
-    add("--seeds", type=bounded_number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
-    add(
-        "--jobs",
-        type=bounded_number(int, at_least=1),
-        default=1,
-        help="how many jobs run in parallel; they share the cores, so that times say little, and "
-        "each gets one of the visible GPUs, in turn",
-    )
-    add("--out", default="results/study", help="folder of everything that is written")
-    add(
-        "--epoch_seconds",
-        type=bounded_number(float, above=0),
-        help="for --plan: seconds of an epoch of the control on all cores; None: as measured",
-    )
-    helps = {
-        "n_epochs": "epochs of a run, of which the last third is regularized",
-        "holdout": "training images that λ is chosen by and that are not trained on then",
-        "train_flags": "flags of every training, as in --train_flags='--lr 0.05'",
-        "data_flags": "flags of all trainings and quantizations: --data_flags='--device cuda'",
-    }
-    group = parser.add_argument_group("what the study is: set by the first run in --out")
-    for name, text in helps.items():
-        text += f" (default for a new study: {SETTINGS[name]!r})"
-        parse = SETTING_TYPES[name]
-        group.add_argument(f"--{name}", type=parse, default=argparse.SUPPRESS, help=text)
-    return parser
+    description = "Run the study: variants × seeds, as tables and figures; see VARIANTS."
+    return flags.make_parser(description, flags.study_flags(VARIANTS, SETTINGS))
 
 
 def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
@@ -210,9 +163,11 @@ def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Sett
         parser.error(str(error))
     requested = {name: getattr(args, name, None) for name in SETTINGS}
     settings = resolve_settings(args.out, saved, requested, SETTINGS)
+    data_args = check_flags(parser, settings)
+    if not (args.tables or args.forget):
+        print_device(data_args.device)
     if settings["TRAINING"] != TRAINING:
         print(f"{args.out} continues with the training flags it began with: {settings['TRAINING']}")
-    data_args = check_flags(parser, settings)
     bn_images = BN_IMAGES
     if not args.tables:
         may_shrink = saved is None and requested["holdout"] is None
@@ -231,7 +186,7 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
     Returns what --data_flags mean for a training.
     """
     data_flags, train_flags = map(shlex.split, (settings["data_flags"], settings["train_flags"]))
-    quant_flags.make_parser().parse_args(["weights.pt", *data_flags])
+    flags.make_parser("", flags.QUANTIZATION).parse_args(["weights.pt", *data_flags])
     train_parser = train.make_parser()  # it ends the program at a flag that it does not know
     train_parser.parse_args(train_flags)
     refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}
@@ -373,8 +328,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     runs = not (args.tables or args.forget)
-    unused = [(flag, "something to run", runs) for flag in ("only", "seeds", "jobs")]
-    warn_unused_flags(parser, args, [*unused, ("epoch_seconds", "--plan", args.plan)])
+    refuse_flags(parser, args, parser.flags)
+    warn_unused_flags(parser, args, parser.flags)
     hint = "; the same command resumes" if runs and not args.plan else ""
     with exit_codes(parser, lambda: hint), GracefulShutdown():
         code = run_mode(parser, args)

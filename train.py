@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import flags
 import utils
 from data import ImageDataset
 from engine.images.loader import Loader
@@ -28,14 +29,15 @@ from engine.networks.batch_norm import check_folding, freeze_batch_norms
 from engine.networks.outputs import check_movable_activations, check_network
 from engine.step.cuda_graph import GraphedGradients
 from engine.step.evaluation import evaluate
-from engine.step.gradients import compute_gradients, needs_double_backward
+from engine.step.gradients import compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.system import distributed
-from engine.system.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
+from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
 from engine.system.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
 from engine.system.hardware import (
     choose_precision,
+    print_device,
     resolve_precision,
     seed_rng,
     tune_glibc_malloc,
@@ -59,7 +61,7 @@ from engine.training.checkpoints import Checkpointer
 from engine.training.learned_steps import LearnedSteps, make_steps, parameter_groups
 from engine.training.resume import load_for_resume, load_init_from, read_settings
 from engine.training.train_state import TrainProgress, TrainState
-from regularizers import REGULARIZERS, Regularizer, accepted_options, make_regularizer
+from regularizers import Regularizer, accepted_options, make_regularizer
 
 DIVERGED_LOSS_RATIO = 10.0  # times the loss of guessing: beyond it a training counts as diverged
 
@@ -684,31 +686,25 @@ def summary_line(entry: dict[str, Any], penalty: str | None) -> str:
 
 
 def validate_and_run(
-    parser: Parser,
-    args: argparse.Namespace,
-    phases: Sequence[Phase],
-    epoch_flags: str,
-    requirements: Sequence[Requirement] = (),
+    parser: Parser, args: argparse.Namespace, phases: Sequence[Phase], epoch_flags: str
 ) -> None:
     """Check what the flags say together, before anything is fetched or trained, and run.
 
-    `epoch_flags` are those that say when phases begin; `requirements` are those of the script's own
-    flags, for `warn_unused_flags`.
+    `epoch_flags` are those that say when phases begin.
     """
     out = output_path(parser, args)
-    has_own = args.resume and os.path.lexists(f"{out}.ckpt")  # then the others are not read
-    for flag in ("init_from", "init_weights"):
-        if (path := getattr(args, flag)) and not os.path.exists(path) and not has_own:
-            parser.error(f"--{flag}: there is no file {path}")
-    if args.init_from and args.init_weights:
-        parser.error("--init_from has weights already: it does not go with --init_weights")
     try:
         utils.make_tracked_regularizers(args)
         check_writable(Path(f"{out}.pt"))
     except ValueError as error:
         parser.error(str(error))
-    warn_without_effect(parser, args, phases, requirements)
-    check_quantization(parser, args, phases)
+    known = {
+        "regularizers": [p.regularizer for p in phases if p.regularizer],
+        "models": [args.model],
+        "has_checkpoint": args.resume and os.path.lexists(f"{out}.ckpt"),  # and reads no other file
+    }
+    warn_unused_flags(parser, args, parser.flags, **known)
+    refuse_flags(parser, args, parser.flags, **known)
     phases = reachable_phases(parser, args, phases, epoch_flags)
     phases = [replace(p, warmup=args.lmbda_warmup, every=args.penalty_every) for p in phases]
     if args.save_preregularized_model:
@@ -722,6 +718,7 @@ def validate_and_run(
         distributed.process_group(args.device),
         output_lock(args, out),
     ):
+        print_device(args.device)
         args.resume = distributed.restarted() or args.resume
         run(args, phases, out, shutdown)
 
@@ -758,34 +755,6 @@ def reachable_phases(
     return [p for p in phases if p.start < args.n_epochs]
 
 
-def warn_without_effect(
-    parser: Parser,
-    args: argparse.Namespace,
-    phases: Sequence[Phase],
-    requirements: Sequence[Requirement],
-) -> None:
-    """Print one warning line for flags that have no effect, and ignore them."""
-    regularized = [p for p in phases if p.regularizer]
-    names = [name for p in regularized for name in p.regularizer.name.split("+")]
-    gradient_penalty = any(needs_double_backward(p.regularizer) for p in regularized)
-    common = utils.training_requirements(args, names, gradient_penalty)
-    warn_unused_flags(parser, args, [*requirements, *common])
-
-
-def check_quantization(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
-    """End the program where --qat_bits is given with what it does not go with."""
-    if args.qat_bits is None:
-        return
-    if args.ema is not None:
-        parser.error("--qat_bits does not go with --ema: averaged weights have no learned steps")
-    for regularizer in (p.regularizer for p in phases if p.regularizer):
-        if not {"weights", "folded_weights"}.issuperset(regularizer.inputs):
-            parser.error(
-                f"--qat_bits goes with penalties of weights alone, not with {regularizer.name}: "
-                "rounding has no second derivative"
-            )
-
-
 def output_path(parser: Parser, args: argparse.Namespace) -> Path:
     """Return the run's files without their suffix; end the program where that is no file name."""
     name = (args.save_file or args.run_name).removesuffix(".pt")
@@ -809,35 +778,8 @@ def default_name(args: argparse.Namespace, what: str) -> str:
 
 def make_parser() -> Parser:
     """Make the parser of train.py."""
-    parser = Parser("Train a network with a regularizer that should make it survive quantization.")
-    utils.add_training_arguments(parser)
-    group = parser.add_argument_group("regularizer")
-    add = group.add_argument
-    names = ", ".join(["none", *REGULARIZERS])
-    add("--regularizer", default="none", help=f"penalty: {names}; <P> is 1, 2, 3, …")
-    add(
-        "--lmbda",
-        "--lambda",
-        type=bounded_number(float, at_least=0),
-        default=0.01,
-        help="λ, the factor of the penalty",
-    )
-    add(
-        "--first_regularized_epoch",
-        type=bounded_number(int, at_least=0),
-        default=0,
-        metavar="N",
-        help="train N epochs without the penalty first",
-    )
-    add(
-        "--no_activation_gradients",
-        action="store_true",
-        help="L<P>Grad: penalize the gradients of the weights only",
-    )
-    utils.add_regularizer_arguments(parser)
-    utils.add_data_arguments(parser)
-    utils.add_wandb_arguments(parser)
-    return parser
+    description = "Train a network with a regularizer that should make it survive quantization."
+    return flags.make_parser(description, [*flags.TRAINING, *flags.ONE_PENALTY, *flags.common()])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -851,16 +793,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
-    requirements = [
-        ("lmbda", "a --regularizer", regularizer),
-        ("first_regularized_epoch", "a --regularizer", regularizer),
-        ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in accepted),
-    ]
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)] if regularizer else [Phase(0)]
     phases = phases if phases[0].start == 0 else [Phase(0), *phases]
-    validate_and_run(parser, args, phases, "--first_regularized_epoch", requirements)
+    validate_and_run(parser, args, phases, "--first_regularized_epoch")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 import combined_protocol
+import flags as all_flags
 import quant_inference
 import study
 import train
-import utils
 from analysis import dashboard, report
 from analysis.offline_run import read_offline_run
 from analysis.weights_files import WeightsFile, find_weights, read_record
@@ -87,7 +87,7 @@ def test_the_flags_are_the_same_in_every_script(module, capsys):
 
 def test_a_resumed_run_may_be_logged_elsewhere_and_otherwise():
     parser = Parser("")
-    utils.add_wandb_arguments(parser)
+    parser.add_flags(all_flags.WANDB)
     flags = vars(parser.parse_args([])).keys()
     assert {"wandb_group", "log_model"} <= flags <= MAY_CHANGE_ON_RESUME
 
