@@ -27,7 +27,6 @@ from engine.images.loader import Loader
 from engine.networks import layers
 from engine.networks.batch_norm import check_folding, freeze_batch_norms
 from engine.networks.outputs import check_movable_activations, check_network
-from engine.step.cuda_graph import GraphedGradients
 from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
@@ -392,13 +391,7 @@ def make_config(args: argparse.Namespace) -> FitConfig:
         not args.no_test_penalty,
         args.penalty_step if args.penalty_gradient == "difference" else None,
         args.freeze_bn_from,
-        gradient_function(args),
     )
-
-
-def gradient_function(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return what computes the gradients of a batch, with --cuda_graph as CUDA graphs."""
-    return GraphedGradients() if args.cuda_graph else compute_gradients
 
 
 def run_names(args: argparse.Namespace, out: Path) -> list[Path]:
