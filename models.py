@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.networks.layers import Add, BatchNormReLU, Conv2d
+from engine.networks.convolution import Conv2d
+from engine.networks.fast_batch_norm import BatchNormReLU
+from engine.networks.layers import Add
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 

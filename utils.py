@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 import data
 from engine.images.loader import Loader
 from engine.networks.batch_norm import has_batch_norms
-from engine.networks.outputs import use_fast_layers
+from engine.networks.fast_layers import use_fast_layers
 from engine.quantization.bit_widths import parse_bits
 from engine.step.gradients import DIFFERENCE_STEP
 from engine.system import distributed

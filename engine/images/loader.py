@@ -89,12 +89,14 @@ class Loader:
         """Return the number of images in batch `number`, of all ranks."""
         return min(self.batch_size, self.n_images - number * self.batch_size)
 
-    def batches(self, epoch: int, start: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, epoch: int, start: int = 0, every: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the epoch's (x, y) from batch `start` on: float32 (b, 3, H, W), int64 (b,).
 
-        With a `step`, only every step-th batch.
+        With `every` N, only each N-th batch.
         """
-        numbers = range(start, len(self), step)
+        numbers = range(start, len(self), every)
         if self.cache is None:
             yield from self._make(epoch, numbers)
             return
