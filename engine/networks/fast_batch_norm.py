@@ -4,7 +4,6 @@ Where a batch is shared out to several processes, its statistics are those of th
 so are the sums of every derivative. Statistics stay float32 under `torch.autocast`.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -153,9 +152,6 @@ def batch_norm(
     gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
     return _BatchNorm.apply(x, gamma, beta, mean, var, eps, n, rectifier)
-
-
-batch_norm_relu = functools.partial(batch_norm, rectifier="relu")
 
 
 class BatchNorm2d(nn.BatchNorm2d):
