@@ -75,7 +75,7 @@ def adjoint_sums(gy, x, norm, rectifier):
 @compiled
 def adjoint(gy, x, norm, k, rectifier):
     """Return gx = k0·h + k1·x̂ + k2."""
-    k0, k1, k2 = _rows(k)
+    k0, k1, k2 = _rows(k)  # (C, 1) each: from `adjoint_rows`
     xhat, _, h = _masked(gy, x, norm, rectifier)
     return (k0 * h + k1 * xhat + k2).to(x.dtype)
 
@@ -91,7 +91,7 @@ def second_sums(v, gy, x, norm, rectifier):
 @compiled
 def second(v, gy, x, norm, k, rectifier):
     """Return ∂gy = φ′(z)·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
-    k0, k1, k2, k3, k4, k5, k6 = _rows(k)
+    k0, k1, k2, k3, k4, k5, k6 = _rows(k)  # (C, 1) each: from `second_rows`
     xhat, mask, h = _masked(gy, x, norm, rectifier)
     v = at_least_float32(v)
     ggy = k0 * v + k1 * xhat + k2

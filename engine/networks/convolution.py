@@ -27,6 +27,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         x, w = ctx.saved_tensors
+        # a Function of its own: it is this adjoint that the penalty's derivative differentiates
         return *_ConvAdjoint.apply(gy, x, w, ctx.geometry, ctx.needs_input_grad[:2]), None
 
 
@@ -66,6 +67,7 @@ class _ConvAdjoint(torch.autograd.Function):
 
 def _conv_adjoint(gy, x, w, geometry, output_mask):
     """Return (gx, gw) of conv(x, w) at gy, None where not wanted."""
+    # one call for both, so that a backend can share what they have in common
     stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
         gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*output_mask, False)
@@ -89,6 +91,7 @@ def conv2d(
     pair = nn.modules.utils._pair
     stride, padding = pair(stride), pair(padding)
     if x.device.type == "cpu" and is_strided_pointwise(weight, stride, padding):
+        # (N, C, H', W'): the pixels that it reads; see there why
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     out = x.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:

@@ -17,6 +17,7 @@ def forbid_third_derivative(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def call(ctx, *grads):
+        # gradients are recorded only with create_graph=True, in the second backward pass.
         # PyTorch's own once_differentiable lets some wrong third derivatives through
         if torch.is_grad_enabled():
             raise RuntimeError("these layers have no third derivative: leave out create_graph=True")

@@ -25,7 +25,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma, beta, mean, var, eps, n, rectifier):
-        norm = kernels.norm_rows(mean, var, gamma, beta, eps=eps)
+        norm = kernels.norm_rows(mean, var, gamma, beta, eps=eps)  # (4, C)
         ctx.save_for_backward(x, gamma, norm)
         ctx.n = n
         ctx.rectifier = rectifier
@@ -49,8 +49,9 @@ class _BatchNormAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gy, x, gamma, norm, n, rectifier):
         gy = _match_memory_format(gy, x)
-        flat = gy.flatten(2), x.flatten(2), norm
+        flat = gy.flatten(2), x.flatten(2), norm  # (N, C, H·W): one kernel for either format
         ggamma, gbeta = kernels.adjoint_sums(*flat, rectifier=rectifier)
+        # the means are those of the whole batch, dγ and dβ are summed later, with all gradients
         mhx, mh = _means((ggamma, gbeta), x, n) if n else torch.zeros_like(norm[:2])
         ctx.save_for_backward(gy, x, norm, mhx, mh)
         ctx.n = n
@@ -70,8 +71,10 @@ class _BatchNormAdjoint(torch.autograd.Function):
         """
         gy, x, norm, mhx, mh = ctx.saved_tensors
         flat = _match_memory_format(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
+        # two passes over memory: the sums, and with them the elements
         sums = kernels.second_sums(*flat, rectifier=ctx.rectifier)
         means = _means(sums, x, ctx.n) if ctx.n else torch.zeros_like(norm[:3])
+        # seven rows for the kernel below, and A for ∂γ
         k, a = kernels.second_rows(c, d, *means, mhx, mh, norm)
         # N of this rank: its contribution, of which the sum over the ranks is ∂γ
         r = norm[1]
@@ -127,7 +130,7 @@ def batch_norm(
     statistics over all of it. Raises BatchTooSmallError where a channel has one value to train on.
     """
     x = _match_memory_format(x, x)
-    n = 0
+    n = 0  # values per channel that the statistics are of: none, they are constants
     if training:
         n_here = x.numel() // x.shape[1]
         n = n_here // len(x) * distributed.global_batch_size(len(x)) if sync else n_here

@@ -16,7 +16,7 @@ class BatchNormBeforeRectifier(BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, C, H, W) to φ(batch_norm(x)), marked as rectified."""
         y = super().forward(x)
-        y.is_rectified = True
+        y.is_rectified = True  # on the tensor: nothing in the module's state can be out of date
         return y
 
 
@@ -56,6 +56,7 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
     followers = {net.get_submodule(name) for _, name in pairs}  # one may follow several
     for norm_name, activation_name in pairs:
         norm = net.get_submodule(norm_name)
+        # the class, not the module, is exchanged: parameters, hooks and their order stay
         norm.__class__ = BatchNormBeforeRectifier
         norm.rectifier, _ = RECTIFIERS[type(net.get_submodule(activation_name))]
     for m in followers:

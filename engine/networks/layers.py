@@ -6,7 +6,9 @@ LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized and quantized
 
 
 class Add(nn.Module):
-    """The sum of a residual connection: a module, so that what is added can be quantized."""
+    """The sum of a residual connection."""
+
+    # a module, where `+` would do: what is added can then be seen, and quantized
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a + b, of one shape."""
@@ -21,6 +23,7 @@ def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     layer_of: dict[Tensor, tuple[str, nn.Conv2d | nn.Linear]] = {}
     for name, m in net.named_modules():
         if isinstance(m, LAYER_TYPES):
+            # by the weight: one that two layers share is quantized once, and penalized once
             layer_of.setdefault(m.weight, (name, m))
     return dict(layer_of.values())
 

@@ -62,15 +62,16 @@ def compute_gradients(
         grads = sum_grads(first.grads)
     loss, n_correct = distributed.batch_sum(torch.stack([first.loss, first.n_correct])).unbind()
     for p, g in zip(params, grads, strict=True):
-        p.grad = g
+        p.grad = g  # ∇L of the whole batch; what follows adds ∇R
     if regularizer is None:
         return loss, torch.zeros_like(loss), n_correct
 
+    # a graph from the copies t to R alone: the way from p to t, which is long, is not walked twice
     copies = _detached_copies(first.tensors, penalized_weights(net))
     penalty = evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
     if not penalty.requires_grad:
         raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
-    penalty = penalty_scale * penalty
+    penalty = penalty_scale * penalty  # before the directions, which then have the factor
     directions = _add_direct_gradients(params, penalty, first.tensors, copies)
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
@@ -170,7 +171,7 @@ def difference_product(
     weights = {w: d for w, d in weights if d is not None}
     activations = zip(first.activations.items(), directions.get("a_grads", ()), strict=True)
     activations = {run: (a, e) for (run, a), e in activations if e is not None}
-    # one h for all: a size of its own for each layer would weight the sum
+    # one h for all (scalar): a size of its own for each layer would weight the sum
     h = relative_size * _largest_move(weights.items(), activations.values())
     moved = {}
     if weights:
@@ -181,7 +182,7 @@ def difference_product(
         name: moved.get(p, p).detach().requires_grad_()
         for name, p in trainable_parameters(batch.net).items()
     }
-    leaves = [*params.values()]
+    leaves = [*params.values()]  # ∇L at the moved weights, in all parameters
     with distributed.overlapped_grad_all_reduce(leaves) as sum_grads:
         loss = batch.perturbed(params, {run: h * e for run, (_, e) in activations.items()})
         moved_grads = sum_grads(grad(loss, leaves, materialize_grads=True))
@@ -200,7 +201,7 @@ def _largest_move(weights: Pairs, activations: Pairs) -> Tensor:
     """
     weight_norms = lp_norms([t for pair in weights for t in pair], 2)
     activation_norms = whole_batch_norms([t for pair in activations for t in pair], 2)
-    norms = torch.stack([*weight_norms, *activation_norms])
+    norms = torch.stack([*weight_norms, *activation_norms])  # ‖t‖, ‖d‖, ‖t‖, ‖d‖, …
     tensor_norms, direction_norms = norms[::2], norms[1::2]
     is_bound = (tensor_norms > 0) & (direction_norms > 0)
     # `where`, not an index: nothing is read from the device
