@@ -363,15 +363,10 @@ class CombinedReg(Regularizer, register=False):
 
 
 def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer | None:
-    """Make the regularizer of that name (upper or lower case), None for "none".
+    """Make the regularizer of that name, a key of REGULARIZERS in any case; None for "none".
 
-    Args:
-        name: a key of REGULARIZERS, with a number for <P>, or "none".
-        lmbda: λ, the factor of the penalty.
-        options: further arguments of the constructor, such as only_weight_grads.
-
-    Raises:
-        ValueError: for an unknown name, or a λ, number or option that does not go with it.
+    `options` are further arguments of the constructor, such as only_weight_grads. Raises ValueError
+    for an unknown name, or a λ, number or option that does not go with it.
     """
     if name.lower() == "none":
         return None
