@@ -24,8 +24,10 @@ import flags
 import utils
 from data import ImageDataset
 from engine.images.loader import Loader
-from engine.networks import layers
 from engine.networks.batch_norm import check_folding, freeze_batch_norms
+from engine.networks.compiling import set_compile
+from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
+from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.networks.outputs import check_movable_activations, check_network
 from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
@@ -144,7 +146,7 @@ def run_epoch(
                     scale,
                     config.difference_step,
                 )
-            distributed.all_reduce_mean_(layers.unsynced_bn_buffers(net))
+            distributed.all_reduce_mean_(unsynced_bn_buffers(net))
             row = batch_metrics_row(net, n_images, loss, penalty, n_correct)
             progress.batch_metrics.append(row)
             if x.device.type == "cpu" and not row.isfinite().all():
@@ -330,7 +332,7 @@ def set_up(
     train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
     bn_loader = None if args.ema is None else make_bn_loader(dataset, args)
     config = make_config(args)
-    compiled = layers.set_compile(args.compile, args.device)
+    compiled = set_compile(args.compile, args.device)
     state, run_id = make_state(args, dataset, phases), new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(train_loader), is_own)
@@ -526,7 +528,7 @@ def make_state(
     if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
         utils.print_unfolded(net, check_folding(net, image_shape), args.model)
     if distributed.get_world_size() > 1:
-        layers.set_sync_bn(net, args.sync_bn)
+        set_sync_bn(net, args.sync_bn)
     penalized = [p.regularizer for p in phases if p.regularizer]
     of_activations = any("a_grads" in r.inputs for r in penalized)
     if of_activations and args.penalty_gradient == "difference":
@@ -553,9 +555,9 @@ def make_learned_steps(
 
 def check_trainable(net: nn.Module, phases: Sequence[Phase]) -> None:
     """Raise NetworkError where everything that would be trained or penalized is frozen."""
-    if not layers.trainable_parameters(net):
+    if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
-    if any(p.regularizer for p in phases) and not layers.penalized_weights(net):
+    if any(p.regularizer for p in phases) and not penalized_weights(net):
         raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
 
 

@@ -17,7 +17,7 @@ import quant_utils as qu
 from analysis.report import FLOAT_BITS
 from engine.images.loader import Loader
 from engine.networks.batch_norm import has_batch_norms
-from engine.networks.outputs import use_fast_layers
+from engine.networks.fast_layers import use_fast_layers
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
 from engine.system.cli import bounded_number, choice_ignoring_case

@@ -24,7 +24,8 @@ import study
 import train
 from engine.images.loader import Loader
 from engine.networks.batch_norm import fold_batch_norm
-from engine.networks.outputs import run_network, use_fast_layers
+from engine.networks.fast_layers import use_fast_layers
+from engine.networks.outputs import run_network
 from engine.step.gradients import compute_gradients
 
 ROOT = Path(__file__).parent.parent

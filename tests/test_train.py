@@ -21,7 +21,6 @@ from engine.system import hardware, progress
 from engine.system.errors import DataError, FileError, NotFiniteError, PenaltyError
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import (
-    REGULARIZERS,
     CombinedReg,
     InverseVarianceNorm,
     KurtosisNorm,
@@ -292,10 +291,8 @@ def test_the_loss_of_a_net_of_plain_modules_is_float32_under_autocast(problem):
 # --- fit -------------------------------------------------------------------------------------
 
 
-class CountingReg(Regularizer):
+class CountingReg(Regularizer, register=False):
     """Zero, and a note of every call in training mode."""
-
-    name, inputs = "CountingReg", ("weights",)
 
     def __init__(self):
         super().__init__(1.0)
@@ -458,7 +455,8 @@ def test_warmup_raises_the_penalty_batch_by_batch():
     ones = type(
         "Ones",
         (Regularizer,),
-        {"name": "Ones", "inputs": ("weights",), "forward": lambda self, w: 1 + 0 * w[0].sum()},
+        {"forward": lambda self, weights: 1 + 0 * weights[0].sum()},
+        register=False,
     )
     phases = [Phase(1, ones(1.0), warmup=1.5)]
     _, history = small_fit(phases, 4, compute_gradients=recorded)
@@ -504,10 +502,8 @@ def test_bitwise_repeatable_whatever_the_global_streams_do():
     )
 
 
-class NaNReg(Regularizer):
+class NaNReg(Regularizer, register=False):
     """NaN from the nth call on."""
-
-    name, inputs = "NaNReg", ("weights",)
 
     def __init__(self, n):
         super().__init__(1.0)
@@ -1026,25 +1022,30 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"inputs": ("weights",)}, "`name` is None"),
-        ({"name": "RangeNorm", "inputs": ("weights",)}, "`name` is 'RangeNorm'"),
-        ({"name": "MyNorm", "inputs": ("gradients",)}, r"`inputs` is \('gradients',\)"),
-        ({"name": "MyNorm", "inputs": "weights"}, "`inputs` is 'weights'"),
-        ({"name": "MyNorm"}, "`inputs` is None"),
-        ({"name": "MyNorm", "inputs": (), "__init__": lambda self: None}, "argument"),
+        ({"forward": lambda self, gradients: 0}, "MyNorm: `forward` takes 'gradients': "),
+        ({"forward": lambda self, weights, p=2: 0}, "`forward` takes 'p': .* weights, w_grads,"),
+        ({"inputs": ("gradients",)}, "`forward` takes 'gradients': .* weights, w_grads,"),
+        ({"inputs": "weights"}, "`forward` takes 'weights': its inputs are a tuple"),
+        ({"inputs": (), "__init__": lambda self: None}, "argument"),
     ],
 )
-def test_a_class_that_is_no_regularizer_is_refused_when_it_is_made(
-    attributes, message, monkeypatch
-):
-    monkeypatch.setitem(REGULARIZERS, "MyNorm", type("MyNorm", (Regularizer,), attributes))
+def test_a_class_that_is_no_regularizer_is_refused_when_it_is_made(attributes, message, registry):
+    type("MyNorm", (Regularizer,), {"forward": lambda self, weights: 0, **attributes})
     with pytest.raises(ValueError, match=message):
         make_regularizer("mynorm", 1.0)
 
 
+def test_an_input_that_there_is_not_is_named_in_one_line(registry, capsys):
+    type("MyNorm", (Regularizer,), {"forward": lambda self, gradients: 0})
+    with pytest.raises(SystemExit) as end:
+        train.main(["--run_name", "r", "--regularizer", "MyNorm"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "'gradients'" in error and "detached_w_grads" in error
+
+
 @pytest.mark.parametrize(("value", "shape"), [(torch.ones(3), r"\(3,\)"), (2.0, "float")])
 def test_a_penalty_that_is_no_scalar_is_named(value, shape, problem):
-    attributes = {"name": "Odd", "inputs": ("weights",), "forward": lambda self, weights: value}
-    odd = type("Odd", (Regularizer,), attributes)(1.0)
+    attributes = {"forward": lambda self, weights: value}
+    odd = type("Odd", (Regularizer,), attributes, register=False)(1.0)
     with pytest.raises(PenaltyError, match=f"Odd returned {shape}"):
         compute_gradients(reference.SmoothNet().double(), CE, odd, *problem)

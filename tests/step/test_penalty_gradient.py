@@ -10,9 +10,10 @@ import test_train
 import torch
 from torch import nn
 
-from engine.networks import outputs
+from engine.networks import fast_layers, outputs
 from engine.step import gradients
 from engine.step.gradients import compute_gradients
+from engine.step.penalty_inputs import needs_gradients
 from engine.system.errors import NetworkError
 from regularizers import LPGrad, Sharpness, StepL2Grad, VarianceNorm
 from train import Phase
@@ -101,7 +102,7 @@ def test_the_second_pass_moves_no_running_statistics(problem):
 def test_both_passes_drop_the_same_units():
     """With λ = 0 nothing moves: the difference is zero only if the random numbers are the same."""
     torch.manual_seed(0)
-    net = outputs.use_fast_layers(reference.Stranger().double())
+    net = fast_layers.use_fast_layers(reference.Stranger().double())
     x, y = test_networks.batch()
     found = []
     for regularizer in (None, LPGrad(0.0, 2)):
@@ -221,7 +222,7 @@ def test_sharpness_of_factor_1_has_the_gradient_of_the_loss_nearby(adaptive, pro
 
 def test_sharpness_makes_no_second_order_graph(problem):
     assert not gradients.needs_double_backward(Sharpness(1.0))
-    assert gradients.needs_gradients(Sharpness(1.0)) and not gradients.needs_gradients(None)
+    assert needs_gradients(Sharpness(1.0)) and not needs_gradients(None)
     combined = test_train.CombinedReg(Sharpness(1.0), StepL2Grad(0.1))
     net = smooth_net()
     both = penalty_gradient(net, combined, problem)

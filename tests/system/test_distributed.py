@@ -23,7 +23,7 @@ from torch import nn
 
 import train
 from engine.images.loader import Loader
-from engine.networks import outputs
+from engine.networks import fast_layers
 from engine.step.gradients import compute_gradients
 from engine.system import distributed
 from engine.system.errors import RanksDifferError, SetupError
@@ -38,10 +38,8 @@ def combined():
     )
 
 
-class WholeBatch(Regularizer):
+class WholeBatch(Regularizer, register=False):
     """A regularizer of one's own: no sum over images, and nothing about processes in it."""
-
-    name, inputs = "WholeBatch", ("a_grads", "w_grads")
 
     def forward(self, a_grads, w_grads):
         total = sum(torch.logsumexp(g.flatten(), 0) / len(g) for g in a_grads)
@@ -235,7 +233,7 @@ def network_gradients():
             5, distributed.get_rank(), distributed.get_world_size()
         )
         for name in test_networks.SMALL:
-            net = outputs.use_fast_layers(test_networks.make(name))
+            net = fast_layers.use_fast_layers(test_networks.make(name))
             x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
             with distributed.sharded(5):
                 compute_gradients(net, criterion, penalty, x[begin:end], y[begin:end])
