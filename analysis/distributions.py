@@ -1,10 +1,8 @@
 """How regularizers shape the weights: networks beside each other, layer by layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import pstdev
-from typing import Any, NamedTuple
 
 import torch
 from matplotlib import rc_context
@@ -121,57 +119,3 @@ def histogram_panel(axes: Axes, w: Tensor, absolute: bool, colour: str) -> None:
     axes.text(
         0.99, 0.97, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=7
     )
-
-
-# --- over the epochs of a training -----------------------------------------------------------
-
-
-class Histogram(NamedTuple):
-    """A histogram that --watch logged: n counts between n + 1 edges, after so many epochs."""
-
-    epoch: float
-    edges: Sequence[float]
-    counts: Sequence[float]
-
-
-def logged_histograms(history: Iterable[Mapping[str, Any]], parameter: str) -> list[Histogram]:
-    """Return the histograms of a parameter, such as "layer4.0.weight", in a run's logged rows.
-
-    `history` is that of `read_offline_run`.
-    """
-    key = f"parameters/{parameter}"
-    rows = [row for row in history if key in row]
-    return [Histogram(row["epoch"], row[key]["bins"], row[key]["values"]) for row in rows]
-
-
-def epochs_plot(runs: Mapping[str, Sequence[Histogram]], parameter: str, path: Path) -> None:
-    """Draw how a parameter's distribution moves: a panel a run, a curve an epoch, the first below.
-
-    All curves have the same area.
-    """
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
-        figure = Figure(figsize=(1 + 3.2 * len(runs), 3.8))
-        panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
-        highest = max(max(_density(h)) for run in runs.values() for h in run)
-        for axes, (name, run) in zip(panels, runs.items(), strict=True):
-            for i, histogram in enumerate(run):
-                heights = [i + 2 * value / highest for value in _density(histogram)]
-                axes.stairs(
-                    heights,
-                    histogram.edges,
-                    baseline=i,
-                    fill=True,
-                    color="#0072B2",
-                    alpha=0.55,
-                    zorder=len(run) - i,
-                )
-            axes.set(title=name, xlabel=parameter)
-            axes.set_yticks(range(len(run)), [f"{h.epoch:.0f}" for h in run])
-        panels[0].set_ylabel("epochs")
-        save_png(figure, path)
-
-
-def _density(histogram: Histogram) -> list[float]:
-    widths = [b - a for a, b in pairwise(histogram.edges)]
-    total = sum(histogram.counts)
-    return [n / total / w for n, w in zip(histogram.counts, widths, strict=True)]
