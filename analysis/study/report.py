@@ -15,9 +15,10 @@ from analysis.study.results import Result, Statistics
 def update_report(plan: StudyPlan) -> bool:
     """Write tables and figures of all results; return whether there are any.
 
-    Of each variant with the λ that was chosen last. Raises FileError and OSError.
+    A variant is shown with the λ that was chosen last. Raises FileError and OSError.
     """
-    results, choices = [], {}
+    results = []
+    choices = {}
     for name, variant in plan.variants.items():
         choice = plan.saved_choice(name)
         if choice and not variant.lambda_from:
@@ -26,7 +27,7 @@ def update_report(plan: StudyPlan) -> bool:
             results += finished_results(plan, name, choice.lmbda if choice else None)
     if results:
         first = plan.epochs["first"]
-        statistics = Statistics.from_rows(*study_results.read_results(results, plan.records, first))
+        statistics = Statistics(*study_results.read_results(results, plan.records, first))
         study_tables.write_tables(plan.out, statistics, results, choices)
         study_figures.draw_figures(plan.out, statistics, choices, first)
     return bool(results)
@@ -61,7 +62,8 @@ def reproduction_command(records: StudyRecords, path: Path) -> str:
     """
     with records.open(path) as record:
         settings = record["settings"] | record  # a results.json has them among its settings
-        threads, command = settings["machine"]["threads"], shlex.join(settings["command"])
+        threads = settings["machine"]["threads"]
+        command = shlex.join(settings["command"])
         has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
         if has_pwlq and "biases" not in settings:
             command += " --biases weight"

@@ -29,44 +29,30 @@ SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others k
     ("corrected_folded", "uniform"): "corrected",
     ("corrected_folded", "pwlq"): "corrected pwlq",
 }
-# Of the first table and of the README's.
+# Columns of the first table and of the README's.
 SUMMARY_SETTINGS: list[Setting] = [
     FULL_PRECISION,
     *(("uniform", bits, 32) for bits in (4, 3, 2)),
     ("uniform", 4, 4),
 ]
-# Of the tables of differences and the overview figure.
+# Columns of the tables of differences, panels of the overview figure.
 MAIN_SETTINGS: list[Setting] = [
     FULL_PRECISION,
     *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
     *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
 ]
 COMPARED_PAIRS = (  # compared beside every variant minus the control
-    ("l2grad", "l1grad"),
-    ("l2grad_weights", "l1grad_weights"),
-    ("stepl2grad", "stepl1grad"),
-    ("l2grad_frozen", "control_frozen"),
-    ("l2grad_frozen", "stepnoise_frozen"),
-    ("rangenorm", "l2grad"),
-    ("rangenorm", "kurtosisnorm"),
-    ("rangenorm_folded", "rangenorm"),
-    ("kurtosisnorm_folded", "kurtosisnorm"),
-    ("kurtosisnorm_folded", "rangenorm_folded"),
-    ("stepnoise_frozen", "control_frozen"),
-    ("stepnoise_frozen", "stepnoise"),
-    ("stepl2grad", "l2grad"),
-    ("stepl1grad", "l1grad"),
-    ("l2grad", "stepnoise"),
-    ("stepl1grad", "stepnoise"),
-    ("stepl2grad", "stepnoise"),
-    ("rangenorm", "stepnoise"),
-    ("stepl2grad", "stepl2grad_held"),
-    ("stepl1grad", "stepl1grad_held"),
-    ("rangenorm", "stepl2grad"),
-    ("rangenorm", "stepl1grad"),
-    ("l2grad_weights", "l2grad"),
-    ("l1grad_weights", "l1grad"),
-)
+    ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
+    ("l2grad_frozen", "control_frozen"), ("l2grad_frozen", "stepnoise_frozen"),
+    ("rangenorm", "l2grad"), ("rangenorm", "kurtosisnorm"), ("rangenorm_folded", "rangenorm"),
+    ("kurtosisnorm_folded", "kurtosisnorm"), ("kurtosisnorm_folded", "rangenorm_folded"),
+    ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
+    ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
+    ("stepl1grad", "stepnoise"), ("stepl2grad", "stepnoise"), ("rangenorm", "stepnoise"),
+    ("stepl2grad", "stepl2grad_held"), ("stepl1grad", "stepl1grad_held"),
+    ("rangenorm", "stepl2grad"), ("rangenorm", "stepl1grad"),
+    ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),
+)  # fmt: skip
 CONFIDENCE = 0.95  # of every interval
 
 NETWORK = ["variant", "seed"]
@@ -117,13 +103,13 @@ def quantization_rows(
                 }
 
 
-def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each value that --track logged of one network."""
+def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[tuple]:
+    """Yield a row of TRACKED_COLUMNS for each value that --track logged of one network."""
     for entry in history:
         for key, value in entry.items():
             if key.startswith("track_"):
-                values = (result.variant, result.seed, entry["epoch"], key.removeprefix("track_"))
-                yield dict(zip(TRACKED_COLUMNS, (*values, value), strict=True))
+                name = key.removeprefix("track_")
+                yield result.variant, result.seed, entry["epoch"], name, value
 
 
 def read_results(
@@ -133,7 +119,8 @@ def read_results(
 
     `first` is the first regularized epoch.
     """
-    rows, tracked = [], []
+    rows = []
+    tracked = []
     for result in results:
         with records.open(result.training) as record:
             history = record["history"]
@@ -162,6 +149,17 @@ def restrict_to_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["seed"].isin(shared) | rows["variant"].isin(single)]
 
 
+def pivot(rows: pd.DataFrame, lines: list[str], columns: list[str], values: str) -> pd.DataFrame:
+    """Return a column of `rows` as a matrix, whose lines and columns stay in their first order."""
+    matrix = rows.pivot(index=lines, columns=columns, values=values)
+    return matrix.reindex(index=distinct(rows, lines), columns=distinct(rows, columns))
+
+
+def distinct(rows: pd.DataFrame, columns: list[str]) -> pd.Index:
+    """Return the combinations of values that the columns have, in their first order."""
+    return rows.set_index(columns).index.unique()
+
+
 def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
     """Return n, mean and standard deviation of the accuracy of each variant and setting."""
     groups = shared_rows.groupby(["variant", *SETTING], sort=False)
@@ -173,11 +171,7 @@ def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
 
 def accuracy_matrix(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies with a line per network and a column per setting, as both appear."""
-    matrix = rows.pivot(index=NETWORK, columns=SETTING, values="accuracy")
-    networks, settings = rows[NETWORK].drop_duplicates(), rows[SETTING].drop_duplicates()
-    return matrix.reindex(
-        index=pd.MultiIndex.from_frame(networks), columns=pd.MultiIndex.from_frame(settings)
-    )
+    return pivot(rows, NETWORK, SETTING, "accuracy")
 
 
 def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
@@ -238,15 +232,10 @@ def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
     A line per network and a column per name, as both appear.
     """
-    is_last = tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")
-    last = tracked[is_last]
-    values = last.pivot(index=NETWORK, columns="name", values="value")[last["name"].unique()]
-    at_4_bits = rows[pd.MultiIndex.from_frame(rows[SETTING]).isin([UNIFORM_4])]
-    errors = at_4_bits.set_index(NETWORK)["squared_error"].rename("squared error")
-    networks = pd.concat([last, at_4_bits])[NETWORK].drop_duplicates()
-    return pd.concat([values, errors] if len(errors) else [values], axis="columns").reindex(
-        pd.MultiIndex.from_frame(networks)
-    )
+    last = tracked[tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")]
+    at_4_bits = rows[(rows[SETTING] == UNIFORM_4).all(axis="columns")]
+    errors = at_4_bits.assign(name="squared error", value=at_4_bits["squared_error"])
+    return pivot(pd.concat([last, errors]), NETWORK, ["name"], "value")
 
 
 Groups = list[pd.DataFrame]  # of networks, with columns x and y
@@ -297,38 +286,24 @@ def correlations(
 # --- all of it -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Statistics:
-    """What the tables and figures show, worked out once.
+    """What the tables and figures show, worked out once from at least one row.
 
     Means and correlations are of the seeds that all variants share, differences and accuracy drops
     of all seeds.
     """
 
-    rows: pd.DataFrame
-    tracked: pd.DataFrame
-    accuracies: pd.DataFrame  # by network and setting
-    summary: pd.DataFrame
-    differences: pd.DataFrame
-    drops: pd.DataFrame  # by network and setting
-    accuracy_drops: pd.DataFrame
-    shared_networks: pd.MultiIndex
-    final_values: pd.DataFrame | None  # None where nothing was tracked
-
-    @classmethod
-    def from_rows(cls, rows: pd.DataFrame, tracked: pd.DataFrame) -> "Statistics":
-        """Work everything out; there is at least one row."""
-        accuracies, shared_rows = accuracy_matrix(rows), restrict_to_shared_seeds(rows)
-        drops = network_drops(accuracies)
-        shared_tracked = restrict_to_shared_seeds(tracked)
-        return cls(
-            rows,
-            tracked,
-            accuracies,
-            summary(shared_rows),
-            differences(accuracies),
-            drops,
-            accuracy_drops(drops),
-            pd.MultiIndex.from_frame(shared_rows[NETWORK].drop_duplicates()),
-            final_values(shared_tracked, shared_rows) if len(tracked) else None,
-        )
+    def __init__(self, rows: pd.DataFrame, tracked: pd.DataFrame) -> None:
+        """Work everything out from the tables of `read_results`."""
+        self.rows = rows
+        self.tracked = tracked
+        self.accuracies = accuracy_matrix(rows)  # by network and setting
+        self.differences = differences(self.accuracies)
+        self.drops = network_drops(self.accuracies)  # by network and setting
+        self.accuracy_drops = accuracy_drops(self.drops)
+        shared_rows = restrict_to_shared_seeds(rows)
+        self.shared_networks = distinct(shared_rows, NETWORK)
+        self.summary = summary(shared_rows)
+        self.final_values = None  # where nothing was tracked
+        if len(tracked):
+            self.final_values = final_values(restrict_to_shared_seeds(tracked), shared_rows)

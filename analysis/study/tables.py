@@ -1,6 +1,7 @@
 """The tables of the study, as markdown pages and as CSV files."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ from analysis.study.results import (
     correlations,
     deviations_within_variants,
     networks_of_each_seed,
+    pivot,
 )
 from engine.system.io import atomic_write
 
@@ -90,7 +92,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
     """Return, by variant, the time of a regularized epoch in epochs of the control, as text.
 
-    Of the fastest seed of each, since other work on the machine only adds to it.
+    The fastest seed of each counts, since other work on the machine only adds to it.
     """
     fastest = rows.groupby("variant", sort=False)["epoch_seconds"].min()
     if "control" not in fastest:
@@ -99,7 +101,7 @@ def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
 
 
 def mean_and_std(mean: float, std: float) -> str:
-    """Return a mean ± standard deviation in %; of one seed there is no deviation."""
+    """Return a mean ± standard deviation in %; one seed has no deviation."""
     return f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
@@ -109,8 +111,8 @@ class AccuracyTables:
     def __init__(self, statistics: Statistics) -> None:
         """Write all cells as text."""
         summary = statistics.summary
-        text = summary.assign(cell=list(map(mean_and_std, summary["mean"], summary["std"])))
-        self.cells = text.pivot(index="variant", columns=SETTING, values="cell").fillna(MISSING)
+        cells = summary.assign(cell=list(map(mean_and_std, summary["mean"], summary["std"])))
+        self.cells = pivot(cells, ["variant"], SETTING, "cell").fillna(MISSING)
         self.times = relative_epoch_times(statistics.rows)
         first = summary.drop_duplicates("variant").set_index("variant")
         self.lmbdas = first["lmbda"].map(lambda lmbda: "" if pd.isna(lmbda) else f"{lmbda:g}")
@@ -139,22 +141,12 @@ def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
     cells = [
         f"{100 * m:+.2f} ± {100 * h:.2f}" for m, h in zip(intervals["mean"], half, strict=True)
     ]
-    lines: dict[tuple[str, int], dict[Setting, str]] = {}
-    keys = zip(names, intervals["n"], strict=True)
-    for key, setting, cell in zip(keys, _settings_of(intervals), cells, strict=True):
-        lines.setdefault(key, {})[setting] = cell
-    return markdown(
-        ["", "seeds", *map(label, settings)],
-        (
-            [name, str(n), *(line.get(setting, MISSING) for setting in settings)]
-            for (name, n), line in lines.items()
-        ),
+    table = pivot(intervals.assign(name=names, cell=cells), ["name", "n"], SETTING, "cell")
+    table = table.reindex(columns=list(settings)).fillna(MISSING)
+    lines = (
+        [name, str(n), *line] for (name, n), line in zip(table.index, table.values, strict=True)
     )
-
-
-def _settings_of(table: pd.DataFrame) -> list[Setting]:
-    """Return the setting of each row."""
-    return list(table[SETTING].itertuples(index=False, name=None))
+    return markdown(["", "seeds", *map(label, settings)], lines)
 
 
 def tracked_table(final_values: pd.DataFrame) -> str:
@@ -213,7 +205,7 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
 def accuracy_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[str]:
     """Return the paragraphs about accuracies, differences and accuracy drops."""
     table = statistics.differences
-    n_intervals = sum(setting in MAIN_SETTINGS for setting in _settings_of(table))
+    n_intervals = table.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
     return [
         "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
         accuracies.table(SUMMARY_SETTINGS),
@@ -240,17 +232,18 @@ def scheme_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[
 
 def tracked_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
-    values, shared = statistics.final_values, statistics.shared_networks
+    values = statistics.final_values
     if values is None:
         return []
-    drops = statistics.drops.loc[shared].reindex(columns=[s for s in MAIN_SETTINGS[1:] if s[1] > 2])
+    settings = [setting for setting in MAIN_SETTINGS[1:] if setting[1] > 2]
+    drops = statistics.drops.loc[statistics.shared_networks].reindex(columns=settings)
     sections = [
         "## What the regularizers did",
         tracked_table(values),
         TRACKED_NOTE,
         "## What goes with the accuracy drop",
         f"Spearman's rank correlation of these values with the accuracy drop of the same "
-        f"{len(shared)} networks: 1 where the one with the larger value always drops more. It is "
+        f"{len(drops)} networks: 1 where the one with the larger value always drops more. It is "
         "no more than that: the variants were made to differ in these values, and many of them "
         "are close to the control.",
     ]
@@ -285,7 +278,7 @@ def write_tables(
         path = out / f"{name}.csv"
         table = getattr(statistics, "rows" if name == "results" else name)
         if len(table):
-            atomic_write(path, lambda temporary, table=table: table.to_csv(temporary, index=False))
+            atomic_write(path, partial(table.to_csv, index=False))
         else:
             path.unlink(missing_ok=True)
     accuracies = AccuracyTables(statistics)
@@ -294,5 +287,6 @@ def write_tables(
         "answer": accuracies.table(SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
     }
     for name, page in pages.items():
-        content = page.encode()
-        atomic_write(out / f"{name}.md", lambda path, content=content: path.write_bytes(content))
+        atomic_write(
+            out / f"{name}.md", partial(Path.write_text, data=page, encoding="utf-8", newline="\n")
+        )

@@ -782,9 +782,7 @@ def test_tables_of_means_deviations_and_commands(scripts):
     ]
     tables = study_results.read_results(results, plan.records, plan.epochs["first"])
     choices = {"l2grad": plan.saved_choice("l2grad")}
-    draw_figures(
-        Path("out"), study_results.Statistics.from_rows(*tables), choices, plan.epochs["first"]
-    )
+    draw_figures(Path("out"), study_results.Statistics(*tables), choices, plan.epochs["first"])
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
         assert Path("out", plot).stat().st_size > 10_000
     answer = Path("out/answer.md").read_text(encoding="utf-8").splitlines()
