@@ -60,13 +60,12 @@ def describe_training(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def use_weights(logger: WandbLogger, file: WeightsFile) -> None:
     """Log the weights as the run's input, under the name that their training gave them."""
-    path, record = file.path, file.record
-    artifact = record.get("artifact")
+    artifact = file.record.get("artifact")
     if isinstance(artifact, dict) and artifact.keys() >= {"name", "digest"}:
-        logger.use_weights(path, str(artifact["name"]), str(artifact["digest"]))
+        logger.use_weights(file.path, str(artifact["name"]), str(artifact["digest"]))
     else:
-        made_by = record.get("run_id") or path.stem
-        logger.use_weights(path, weights_name(str(made_by)), None)
+        made_by = file.record.get("run_id") or file.path.stem
+        logger.use_weights(file.path, weights_name(str(made_by)), None)
 
 
 # --- numbers, tables and pictures ------------------------------------------------------------
@@ -90,7 +89,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     values = {}
     for row in rows:
         if row["scheme"] == UNQUANTIZED:
-            values["accuracy/full"], values["loss/full"] = row["accuracy"], row["loss"]
+            values |= {"accuracy/full": row["accuracy"], "loss/full": row["loss"]}
             continue
         bits = str(row["bits"])
         if row["act_bits"] != FLOAT_BITS:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from analysis.figures import COLOURS, STYLE, save_png, wrap
+from analysis.figures import COLOURS, HISTOGRAM_STYLE, save_png, wrap
 from analysis.report import Row
 from engine.networks.layers import quantizable_layers
 
@@ -34,7 +34,8 @@ def statistics(weights: Weights) -> list[Row]:
 
     The kurtosis is the mean fourth power of (w − mean)/std: 3 for normal weights, 1.8 for uniform
     ones. `max_over_std` is max|w| / std: how many standard deviations the quantizer's range has to
-    cover, and with it the step in units of a typical weight. Of equal weights both are None.
+    cover, and with it the step size in units of a typical weight. Where all weights are equal, both
+    are None.
     """
     return [
         {"checkpoint": name, "layer": layer, "n_weights": w.numel(), **_moments(w)}
@@ -44,7 +45,8 @@ def statistics(weights: Weights) -> list[Row]:
 
 
 def _moments(w: Tensor) -> Row:
-    mean, std = w.mean(), w.std(correction=0)
+    mean = w.mean()
+    std = w.std(correction=0)
     row = {"mean": mean.item(), "std": std.item(), "kurtosis": None, "max_over_std": None}
     if std > 0:
         row["kurtosis"] = ((w - mean) / std).pow(4).mean().item()
@@ -65,21 +67,18 @@ def shared_layers(networks: Iterable[Iterable[str]], wanted: Sequence[str] | Non
 
 
 def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str]:
-    """Return the layers to show, in the networks' order: those wanted, or the most telling ones.
+    """Return the layers to show, in the networks' order: those wanted, or the N_LAYERS that differ.
 
-    Those are the N_LAYERS in which max/σ differs most between the networks. Raises ValueError where
-    a wanted layer is missing, or the networks have no layer in common.
+    These are the layers whose max/σ differs most between the networks. Raises ValueError where a
+    wanted layer is missing, or the networks have no layer in common.
     """
-    by_layer: dict[str, dict[str, float]] = {}
+    ratios: dict[str, dict[str, float]] = {}  # by network and layer
     for row in rows:
-        by_layer.setdefault(row["layer"], {})[row["checkpoint"]] = row["max_over_std"] or 0.0
-    layers_by_network: dict[str, list[str]] = {}
-    for row in rows:
-        layers_by_network.setdefault(row["checkpoint"], []).append(row["layer"])
-    shared = shared_layers(layers_by_network.values(), wanted)
+        ratios.setdefault(row["checkpoint"], {})[row["layer"]] = row["max_over_std"] or 0.0
+    shared = shared_layers(ratios.values(), wanted)
     if not shared:
         raise ValueError("the networks have no layer of the same name")
-    spread = {layer: pstdev(by_layer[layer].values()) for layer in shared}
+    spread = {layer: pstdev(network[layer] for network in ratios.values()) for layer in shared}
     chosen = wanted or sorted(shared, key=spread.__getitem__, reverse=True)[:N_LAYERS]
     return [layer for layer in shared if layer in chosen]
 
@@ -90,7 +89,7 @@ def distributions_plot(weights: Weights, layers: Sequence[str], absolute: bool, 
     The panels of a column share their axis, in units of the layer's standard deviation in each
     network or, if `absolute`, of the weights themselves.
     """
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+    with rc_context(HISTOGRAM_STYLE):
         figure = Figure(figsize=(1 + 2.1 * len(layers), 0.6 + 1.25 * len(weights)))
         panels = figure.subplots(len(weights), len(layers), sharex="col", squeeze=False)
         for i, (name, tensors) in enumerate(weights.items()):

@@ -25,14 +25,9 @@ from analysis.study.results import (
 from analysis.study.tables import label
 
 CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
-    "control",
-    "l2grad",
-    "stepl2grad",
-    "variancenorm",
-    "rangenorm",
-    "rangenorm_folded",
+    "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
     "kurtosisnorm",
-)
+)  # fmt: skip
 # The README's figure: variants with the name, colour (Okabe and Ito's) and marker they have in it.
 ANSWER_CURVES = {
     "kurtosisnorm": ("KurtosisNorm", "#009E73", "^"),
@@ -121,7 +116,7 @@ def _draw_differences(
 
 
 def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the means over seeds of the SHOWN variants as rows that accuracy_plot takes."""
+    """Return the means over seeds of CURVE_VARIANTS as rows that accuracy_plot takes."""
     shown = summary[summary["variant"].isin(CURVE_VARIANTS) & (summary["act_bits"] == 32)]
     rows = [
         {**row, "checkpoint": row["variant"], "accuracy": row["mean"], "accuracy_std": row["std"]}
@@ -131,13 +126,14 @@ def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
-    """Draw what was tracked against epochs: a panel each, a line for the mean of a SHOWN variant.
+    """Draw what was tracked against epochs: a panel each, a line a variant, its mean.
 
     The vertical line is where regularization begins, after the epoch before `first`.
     """
     tracked = tracked[tracked["variant"].isin(CURVE_VARIANTS)]
     groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
-    means, names = groups["value"].mean(), list(tracked["name"].unique())
+    means = groups["value"].mean()
+    names = list(tracked["name"].unique())
     with rc_context(STYLE):
         figure, grid = panels(len(names), 4, 2.4, 2)
         legend = {}
@@ -225,7 +221,8 @@ Look = tuple[str, str, str]  # name, colour and marker
 def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, Look]) -> None:
     """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
-    x, ends = np.arange(len(shown)), {}
+    x = np.arange(len(shown))
+    ends = {}
     for i, (name, (_, colour, marker)) in enumerate(reversed(curves.items())):
         seeds = accuracies.loc[name, list(shown.values())]
         mean = seeds.mean()

@@ -190,17 +190,16 @@ def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Return every difference, paired by seed: of PAIRS, and of each variant from the control.
+    """Return every difference: within COMPARED_PAIRS, and of each variant from the control.
 
-    Paired, because variants of one seed grow out of the same network.
+    They are paired by seed, because variants of one seed grow out of the same network.
     """
-    by_variant = {name: group.droplevel(0) for name, group in accuracies.groupby(level=0)}
     variants = accuracies.index.unique("variant")
     pairs = [*COMPARED_PAIRS, *((name, "control") for name in variants if name != "control")]
     tables = {
-        (a, b): mean_intervals(by_variant[a] - by_variant[b])
+        (a, b): mean_intervals(accuracies.loc[a] - accuracies.loc[b])
         for a, b in pairs
-        if a in by_variant and b in by_variant
+        if a in variants and b in variants
     }
     return _stack(tables, ["variant", "minus"])
 

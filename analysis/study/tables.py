@@ -26,15 +26,9 @@ from analysis.study.results import (
 from engine.system.io import atomic_write
 
 ANSWER_VARIANTS = (  # of the README's table, at most eight
-    "control",
-    "l1grad",
-    "l2grad",
-    "variancenorm",
-    "stepnoise",
-    "rangenorm",
-    "kurtosisnorm",
+    "control", "l1grad", "l2grad", "variancenorm", "stepnoise", "rangenorm", "kurtosisnorm",
     "kurtosisnorm_folded",
-)
+)  # fmt: skip
 MISSING = "–"
 GROUPINGS = {  # titles of the tables of correlations, and the networks that each is over
     "Over all networks": all_networks,

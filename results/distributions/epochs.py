@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis.figures import STYLE, save_png  # noqa: E402
+from analysis.figures import HISTOGRAM_STYLE, save_png  # noqa: E402
 
 
 class Histogram(NamedTuple):
@@ -63,7 +63,7 @@ def epochs_plot(runs: Mapping[str, Sequence[Histogram]], parameter: str, path: P
 
     All curves have the same area.
     """
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+    with rc_context(HISTOGRAM_STYLE):
         figure = Figure(figsize=(1 + 3.2 * len(runs), 3.8))
         panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
         highest = max(histogram.density.max() for run in runs.values() for histogram in run)
