@@ -124,15 +124,6 @@ class RunningJob:
                 **detached_process(),
             )
 
-    @property
-    def ended(self) -> bool:
-        """Whether the job is over."""
-        return self.process.poll() is not None
-
-    def last_line(self) -> str:
-        """Return the last line of the job's log: how far it is."""
-        return self.job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
-
     def succeeded(self) -> bool:
         """Wait, and return whether all targets are there; if not, rename a half-made one."""
         if self.process.wait() == 0 and self.job.done:
@@ -215,7 +206,7 @@ class JobRunner:
 
     def _finish_ended(self) -> list[Job]:
         """Return the jobs that have ended well since the last call; print what became of all."""
-        ended = [each for each in self.running if each.ended]
+        ended = [each for each in self.running if each.process.poll() is not None]
         self.running = [each for each in self.running if each not in ended]
         succeeded = []
         for each in ended:
@@ -233,7 +224,8 @@ class JobRunner:
         if self.bar.disable and time.monotonic() - self.shown_at > LINE_SECONDS:
             self.shown_at = time.monotonic()
             for each in self.running:
-                print(f"{each.job.title}: {each.last_line()}", flush=True)
+                log = each.job.log.read_text(encoding="utf-8", errors="replace")
+                print(f"{each.job.title}: {log.splitlines()[-1]}", flush=True)
 
     def _start_ready(self) -> None:
         """Start jobs until enough are running or none is ready."""

@@ -54,6 +54,7 @@ COMPARED_PAIRS = (  # compared beside every variant minus the control
     ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),
 )  # fmt: skip
 CONFIDENCE = 0.95  # of every interval
+MIN_NETWORKS = 3  # for a correlation
 
 NETWORK = ["variant", "seed"]
 SETTING = ["scheme", "bits", "act_bits"]
@@ -261,24 +262,21 @@ def deviations_within_variants(pairs: pd.DataFrame) -> Groups:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's ρ, with mean ranks for equal values; None where one of them is constant."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
+    """Return Spearman's ρ, with mean ranks for equal values.
+
+    Returns None with fewer than MIN_NETWORKS pairs, or where x or y is constant.
+    """
+    if len(x) < MIN_NETWORKS or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return scipy.stats.spearmanr(x, y).statistic
-
-
-MIN_NETWORKS = 3  # for a correlation
 
 
 def correlations(
     x: pd.Series, y: pd.Series, grouped: Callable[[pd.DataFrame], Groups]
 ) -> list[float]:
     """Return the rank correlation of x and y, values of networks, in each group where it exists."""
-    pairs = pd.DataFrame({"x": x, "y": y}).dropna()
-    if len(pairs) < MIN_NETWORKS:
-        return []
-    groups = [group for group in grouped(pairs) if len(group) >= MIN_NETWORKS]
-    rhos = [rank_correlation(group["x"], group["y"]) for group in groups]
+    groups = grouped(pd.DataFrame({"x": x, "y": y}).dropna())
+    rhos = [rank_correlation(pairs["x"], pairs["y"]) for pairs in groups]
     return [rho for rho in rhos if rho is not None]
 
 
