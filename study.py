@@ -236,14 +236,14 @@ def fit_to_data(
     n_images = 50_000  # of CIFAR, which need not be fetched to be counted
     if data_args.dataset not in ("CIFAR10", "CIFAR100"):
         n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
-    have = f"{data_args.dataset} has {n_images} training images"
+    available = f"{data_args.dataset} has {n_images} training images"
     if may_shrink and settings["holdout"] > n_images // 10:
         settings["holdout"] = max(1, n_images // 10)
-        print(f"{have}: λ is chosen with {settings['holdout']} of them")
+        print(f"{available}: λ is chosen with {settings['holdout']} of them")
     if settings["holdout"] >= n_images:
-        parser.error(f"--holdout {settings['holdout']}: {have}")
+        parser.error(f"--holdout {settings['holdout']}: {available}")
     if BN_IMAGES > n_images:
-        print(f"{have}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
+        print(f"{available}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
     return min(BN_IMAGES, n_images)
 
 

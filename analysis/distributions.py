@@ -84,7 +84,7 @@ def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str
 
 
 def distributions_plot(weights: Weights, layers: Sequence[str], absolute: bool, path: Path) -> None:
-    """Draw a histogram of each of the layers: a row a network, a column a layer.
+    """Draw histograms of the layers: a row of panels for each network, a column for each layer.
 
     The panels of a column share their axis, in units of the layer's standard deviation in each
     network or, if `absolute`, of the weights themselves.

@@ -117,7 +117,7 @@ def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str
 
 
 def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against bits, a line a checkpoint, dashed without quantizing.
+    """Draw accuracy against bits: a line for each checkpoint, dashed for its unquantized accuracy.
 
     There is a panel for each scheme, and for each bit-width of activations where there are several.
     `rows` are those of results.json. An error bar is one `accuracy_std`: over trials, or seeds.
@@ -226,7 +226,7 @@ def per_layer_plot(rows: Sequence[Row], path: Path) -> None:
 def per_layer_panel(
     axes: Axes, rows: Sequence[Row], schemes: Sequence[str], layers: Sequence[str]
 ) -> None:
-    """Draw the rows of one network and bit-width: a line a scheme over the layers in order."""
+    """Draw the rows of one network and bit-width: a line for each scheme, over the layers."""
     axes.axhline(0, color="#666666", linewidth=0.9)
     for i, scheme in enumerate(schemes):
         change = {r["layer"]: 100 * r["accuracy_change"] for r in rows if r["scheme"] == scheme}

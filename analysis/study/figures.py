@@ -28,6 +28,7 @@ CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
     "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
     "kurtosisnorm",
 )  # fmt: skip
+CurveStyle = tuple[str, str, str]  # name, colour and marker
 # The README's figure: variants with the name, colour (Okabe and Ito's) and marker they have in it.
 ANSWER_CURVES = {
     "kurtosisnorm": ("KurtosisNorm", "#009E73", "^"),
@@ -66,11 +67,11 @@ def panels(n: int, columns: int, width: float, height: float, **share: Any) -> t
 
 
 def overview_plot(statistics: Statistics, path: Path) -> None:
-    """Draw a panel for each main setting: how many points more than the control a variant has.
+    """Draw, in a panel for each main setting, the difference of each variant from the control.
 
-    Paired by seed: each seed a tick, the mean a marker with its 95 % interval, which may go beyond
-    the frame: a circle where it holds 0, a square where it does not. In a study without the control
-    its first variant takes that place.
+    Differences are in points of accuracy and paired by seed. Each seed is a small tick, the mean a
+    marker with its 95 % interval, which may go beyond the frame: a circle where the interval holds
+    0, else a square. In a study without the control its first variant takes that place.
     """
     variants = list(statistics.accuracies.index.unique("variant"))
     base = "control" if "control" in variants else variants[0]
@@ -126,7 +127,7 @@ def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
-    """Draw what was tracked against epochs: a panel each, a line a variant, its mean.
+    """Draw what was tracked against epochs: a panel for each name, a line for each variant.
 
     The vertical line is where regularization begins, after the epoch before `first`.
     """
@@ -205,8 +206,8 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
     """
     accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
     variants = accuracies.index.unique("variant")
-    curves = {name: look for name, look in ANSWER_CURVES.items() if name in variants}
-    dots = {n: look for n, look in (ANSWER_FOLDED | curves).items() if n in variants}
+    curves = {name: style for name, style in ANSWER_CURVES.items() if name in variants}
+    dots = {n: style for n, style in (ANSWER_FOLDED | curves).items() if n in variants}
     with rc_context({**STYLE, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
         figure = Figure(figsize=(9.6, 3.9))
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
@@ -215,10 +216,9 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
         save_png(figure, path)
 
 
-Look = tuple[str, str, str]  # name, colour and marker
-
-
-def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, Look]) -> None:
+def _draw_answer_curves(
+    axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, CurveStyle]
+) -> None:
     """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
     x = np.arange(len(shown))
@@ -243,7 +243,7 @@ def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[st
     axes.set_title("Quantized weights")
 
 
-def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, Look]) -> None:
+def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, CurveStyle]) -> None:
     """Draw the accuracies at (4,4), a dot and a bar for each variant, the best on top."""
     means = accuracies[ANSWER_4_4].groupby(level="variant").mean()
     order = sorted(dots, key=means.get)

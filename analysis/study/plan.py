@@ -71,7 +71,7 @@ class StudyPlan:
         self.records = StudyRecords(out)
         self.failed: set[Path] = set()
         self.n_epochs = settings["n_epochs"]
-        self.holdout = ["--holdout", str(settings["holdout"])]
+        self.holdout = settings["holdout"]
         self.epochs = epoch_names(self.n_epochs)
         self.data_flags = shlex.split(settings["data_flags"])
         self.group = ["--wandb_group", (out.resolve().name or "study")[:128]]  # of the dashboard
@@ -116,7 +116,7 @@ class StudyPlan:
         """Return the job of a training that costs as much as `cost` epochs of the control."""
         folder = self.out / ("tuning" if tuning else f"seed{seed}")
         names = ["--run_name", f"study_{folder.name}_{stem}", "--save_file", str(folder / stem)]
-        holdout = self.holdout if tuning else []
+        holdout = ["--holdout", str(self.holdout)] if tuning else []
         command = (  # of a flag that is given twice the last one counts
             *(script, *self.training_flags, *names, "--resume", "--seed", str(seed)),
             *(*flags, *holdout, *self.group),
@@ -127,17 +127,17 @@ class StudyPlan:
         seconds = self.measured.get(kind, cost * self.epoch_seconds)
         return Job(kind, targets, command, seconds, needs)
 
-    def quantized(self, trained: Job, how: str) -> Job:
-        """Return the quantization of a trained network; `how` is a name of `quantizations`."""
-        folder = Path(f"{_stem(trained)}_{how}")
-        flags = [*self.data_flags, *self.quantizations[how].flags.split()]
-        if how == TUNING:
-            flags += self.holdout
+    def quantized(self, trained: Job, quantization: str) -> Job:
+        """Return the quantization of a trained network; named by a key of `quantizations`."""
+        folder = Path(f"{_stem(trained)}_{quantization}")
+        flags = [*self.data_flags, *self.quantizations[quantization].flags.split()]
+        if quantization == TUNING:
+            flags += ["--holdout", str(self.holdout)]
         output = ["--no_plots", "--output", str(folder)]
         command = ("quant_inference.py", str(trained.target), *flags, *output, *self.group)
         target = folder / "results.json"
-        kind = f"quantize {how}"
-        seconds = self.measured.get(kind, self.quantizations[how].seconds)
+        kind = f"quantize {quantization}"
+        seconds = self.measured.get(kind, self.quantizations[quantization].seconds)
         recorded = self.records.archived(target)
         return Job(kind, (target,), command, seconds, (trained,), recorded)
 
@@ -216,12 +216,16 @@ class StudyPlan:
     def final(self, name: str, seeds: Iterable[int], lmbda: float | None) -> list[Job]:
         """Return the quantizations of the variant on the test set: what the tables are made of."""
         branches = [self.branch(name, seed, lmbda) for seed in seeds]
-        return [self.quantized(b, how) for b in branches for how in self.final_quantizations]
+        return [job for branch in branches for job in self.final_quantized(branch).values()]
+
+    def final_quantized(self, trained: Job) -> dict[str, Job]:
+        """Return the quantizations of a trained network on the test set, by their names."""
+        return {name: self.quantized(trained, name) for name in self.final_quantizations}
 
     def completes_network(self, job: Job) -> bool:
         """Return whether the job that has just succeeded was a network's last one."""
         trained = job.needs[0] if job.needs else job
-        finals = [self.quantized(trained, how) for how in self.final_quantizations]
+        finals = self.final_quantized(trained).values()
         return job.target in {each.target for each in finals} and all(each.done for each in finals)
 
     def retrained(self, jobs: Iterable[Job]) -> list[Job]:

@@ -37,7 +37,7 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
     """Yield the final results of a variant for each seed that has all of them; raises FileError."""
     for seed in plan.records.seeds():
         branch = plan.branch(name, seed, lmbda)
-        jobs = {how: plan.quantized(branch, how) for how in plan.final_quantizations}
+        jobs = plan.final_quantized(branch)
         if not all(job.done for job in jobs.values()):
             continue
         commands = [
@@ -49,7 +49,7 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
             lmbda,
             seed,
             branch.record,
-            {how: job.target for how, job in jobs.items()},
+            {quantization: job.target for quantization, job in jobs.items()},
             [f"mkdir -p {branch.target.parent}", *commands],
         )
 

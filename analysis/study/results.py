@@ -87,17 +87,17 @@ def quantization_rows(
 
     `epoch_seconds` is the time of a regularized epoch. Raises FileError.
     """
-    for how, path in result.quantized.items():
+    for quantization, path in result.quantized.items():
         with records.open(path) as quantized:
             for row in quantized["rows"]:
-                if row["scheme"] == UNQUANTIZED and how != "folded":  # "folded" is in float32
+                if row["scheme"] == UNQUANTIZED and quantization != "folded":  # which is in float32
                     continue
                 numbers = ("accuracy", "accuracy_change", "squared_error")
                 yield {
                     "variant": result.variant,
                     "lmbda": result.lmbda,
                     "seed": result.seed,
-                    "scheme": SCHEME_NAMES.get((how, row["scheme"]), row["scheme"]),
+                    "scheme": SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"]),
                     **{key: row[key] for key in ("bits", "act_bits", "levels")},
                     **{key: float(row[key]) for key in numbers},
                     "epoch_seconds": epoch_seconds,

@@ -85,10 +85,10 @@ def resolve_settings(
     `requested` are those of the command line, None where a flag was left out. Raises SettingsError
     where one of them contradicts a saved one: runs of other lengths or flags are another study.
     """
-    given = {name: value for name, value in requested.items() if value is not None}
+    explicit = {name: value for name, value in requested.items() if value is not None}
     if saved is None:
-        return {**defaults, **given}
-    for name, value in given.items():
+        return {**defaults, **explicit}
+    for name, value in explicit.items():
         if value != saved[name]:
             raise SettingsError(
                 f"--{name} {value}: the study in {out} has {saved[name]!r}: choose another --out"

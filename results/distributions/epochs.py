@@ -59,9 +59,9 @@ def logged_histograms(log: str, parameter: str) -> list[Histogram]:
 
 
 def epochs_plot(runs: Mapping[str, Sequence[Histogram]], parameter: str, path: Path) -> None:
-    """Draw how a parameter's distribution moves: a panel a run, a curve an epoch, the first below.
+    """Draw how a parameter's distribution moves: a panel for each run, a curve for each epoch.
 
-    All curves have the same area.
+    The first epoch is at the bottom. All curves have the same area.
     """
     with rc_context(HISTOGRAM_STYLE):
         figure = Figure(figsize=(1 + 3.2 * len(runs), 3.8))
