@@ -233,7 +233,7 @@ def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     A line per network and a column per name, as both appear.
     """
     last = tracked[tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")]
-    at_4_bits = rows[(rows[SETTING] == UNIFORM_4).all(axis="columns")]
+    at_4_bits = rows[rows.set_index(SETTING).index.isin([UNIFORM_4])]
     errors = at_4_bits.assign(name="squared error", value=at_4_bits["squared_error"])
     return pivot(pd.concat([last, errors]), NETWORK, ["name"], "value")
 

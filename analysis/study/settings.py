@@ -61,8 +61,6 @@ def load_settings(path: Path) -> Settings | None:
 
     Raises FileError, in one line, if it holds anything else.
     """
-    if not path.exists():
-        return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():
@@ -70,6 +68,8 @@ def load_settings(path: Path) -> Settings | None:
         for name, parse in SETTING_TYPES.items():
             if parse(str(settings[name])) != settings[name]:  # such as "9" for 9
                 raise ValueError(f"{name} cannot be {settings[name]!r}")
+    except FileNotFoundError:
+        return None
     except argparse.ArgumentTypeError as error:
         raise FileError(f"{name}: {error}") from error
     except (OSError, ValueError) as error:
