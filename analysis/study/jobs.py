@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,8 @@ def detached_process() -> dict[str, Any]:
     """
     if os.name == "nt":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"process_group": 0, "preexec_fn": stop_with_parent if LIBC else None}
-
-
-def stop_with_parent() -> None:
-    """Ask the Linux kernel to send this process SIGTERM when the one that started it dies."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    stop_with_parent = LIBC and partial(LIBC.prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+    return {"process_group": 0, "preexec_fn": stop_with_parent}
 
 
 @dataclass

@@ -170,11 +170,6 @@ def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def accuracy_matrix(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies with a line per network and a column per setting, as both appear."""
-    return pivot(rows, NETWORK, SETTING, "accuracy")
-
-
 def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
     """Return n, mean and its 95 % confidence interval, low to high, of each column.
 
@@ -294,7 +289,7 @@ class Statistics:
         """Work everything out from the tables of `read_results`."""
         self.rows = rows
         self.tracked = tracked
-        self.accuracies = accuracy_matrix(rows)  # by network and setting
+        self.accuracies = pivot(rows, NETWORK, SETTING, "accuracy")  # by network and setting
         self.differences = differences(self.accuracies)
         self.drops = network_drops(self.accuracies)  # by network and setting
         self.accuracy_drops = accuracy_drops(self.drops)
