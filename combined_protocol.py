@@ -39,8 +39,8 @@ def parse_phase(text: str, **options: Any) -> train.Phase:
         raise ValueError(f"{text!r} is not {PHASE_SYNTAX}")
     if terms.lower() == "none":
         return train.Phase(int(epoch))
-    words = re.split(r"\+(?=[^\d.])", terms)  # not inside 1e+2, which is one λ
-    regularizers = [parse_term(word, **options) for word in words]
+    single_terms = re.split(r"\+(?=[^\d.])", terms)  # not inside 1e+2, which is one λ
+    regularizers = [parse_term(term, **options) for term in single_terms]
     return train.Phase(int(epoch), reduce(CombinedReg, regularizers))
 
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         phases = [parse_phase(text, **utils.regularizer_options_from(args)) for text in args.phases]
     except ValueError as error:
         parser.error(f"argument --phases: {error}")
-    starts = [p.start for p in phases]
+    starts = [phase.start for phase in phases]
     if starts != sorted(set(starts)):
         parser.error(f"the phases start at epochs {starts}: each must start after the one before")
     train.validate_and_run(parser, args, phases, epoch_flags)

@@ -33,34 +33,31 @@ SCRIPTS = Path(__file__).parent  # folder of the scripts that jobs run
 # --- the grid --------------------------------------------------------------------------------
 
 SECOND_ORDER = 3.3
-# In the order of the tables; they run in the order in which --only names them. Of the two λ of a
-# gradient penalty the first makes λ·R 0.5 to 0.8 where regularization begins, in evaluation mode,
-# the second about three times that, which often costs more accuracy than MAX_ACCURACY_DROP allows
-# (_frozen: a third of both does, so that a tenth is tried, too).
-# _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
+# In the order of the tables; they run in the order in which --only names them. A gradient penalty
+# has two candidates for λ. With the first, λ·R is 0.5 to 0.8 where regularization begins (in
+# evaluation mode). The second is about three times as large and often costs more accuracy than
+# MAX_ACCURACY_DROP allows. Variants called _frozen keep the statistics of batch norms, so that the
+# penalty is that of the network as it is used. There a third of these λ has the same effect, and
+# a smaller one is tried as well.
 VARIANTS = {
     "control": Variant("--regularizer none"),
     "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
     "l1grad": Variant("--regularizer L1Grad", (1.5e-4, 5e-4), SECOND_ORDER),
     "l1grad_weights": Variant(
-        "--regularizer L1Grad --no_activation_gradients", cost=SECOND_ORDER, lambda_from="l1grad"
+        "--regularizer L1Grad --no_activation_gradients", lambda_from="l1grad"
     ),
     "l2grad": Variant("--regularizer L2Grad", (0.03, 0.1), SECOND_ORDER),
     "l2grad_weights": Variant(
-        "--regularizer L2Grad --no_activation_gradients", cost=SECOND_ORDER, lambda_from="l2grad"
+        "--regularizer L2Grad --no_activation_gradients", lambda_from="l2grad"
     ),
     "l2grad_frozen": Variant(
         "--regularizer L2Grad --freeze_bn_from {first}", (0.003, 0.01, 0.03), SECOND_ORDER
     ),
     "linfgrad": Variant("--regularizer LinfGrad", (0.15, 0.5), SECOND_ORDER),
     "stepl1grad": Variant("--regularizer StepL1Grad", (0.015, 0.05), SECOND_ORDER),
-    "stepl1grad_held": Variant(
-        "--regularizer StepL1Grad --hold_step", cost=SECOND_ORDER, lambda_from="stepl1grad"
-    ),
+    "stepl1grad_held": Variant("--regularizer StepL1Grad --hold_step", lambda_from="stepl1grad"),
     "stepl2grad": Variant("--regularizer StepL2Grad", (6.0, 20.0), SECOND_ORDER),
-    "stepl2grad_held": Variant(
-        "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, lambda_from="stepl2grad"
-    ),
+    "stepl2grad_held": Variant("--regularizer StepL2Grad --hold_step", lambda_from="stepl2grad"),
     "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "stepnoise_frozen": Variant(
         "--regularizer StepNoise --freeze_bn_from {first}", (0.3, 1.0), 2.1
@@ -119,29 +116,12 @@ SETTINGS: Settings = {
 DATA_FLAGS = {  # that --data_flags may give
     "dataset", "data_dir", "device", "memory_format", "model", "width", *data.OPTIONS,
 }  # fmt: skip
-RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
-    "run_name",
-    "save_file",
-    "resume",
-    "init_from",
-    "allow_changed_settings",
-    "seed",
-    "n_epochs",
-    "holdout",
-    "regularizer",
-    "lmbda",
-    "first_regularized_epoch",
-    "no_activation_gradients",
-    "freeze_bn_from",
-    "save_preregularized_model",
-    "lmbda_warmup",
-    "penalty_every",
-    "penalty_gradient",
-    "penalty_step",
-    "fold_bn",
-    "detach_step",
-    "wandb_group",
-}
+RESERVED_FLAGS = set(  # that --train_flags may not give, because the study does
+    "run_name save_file resume init_from allow_changed_settings seed n_epochs holdout regularizer "
+    "lmbda first_regularized_epoch no_activation_gradients freeze_bn_from "
+    "save_preregularized_model lmbda_warmup penalty_every penalty_gradient penalty_step fold_bn "
+    "detach_step wandb_group".split()
+)
 
 
 def make_parser() -> Parser:
@@ -211,14 +191,14 @@ def fit_to_data(
     n_images = 50_000  # of CIFAR, which need not be fetched to be counted
     if data_args.dataset not in ("CIFAR10", "CIFAR100"):
         n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
-    have = f"{data_args.dataset} has {n_images} training images"
+    available = f"{data_args.dataset} has {n_images} training images"
     if may_shrink and settings["holdout"] > n_images // 10:
         settings["holdout"] = max(1, n_images // 10)
-        print(f"{have}: λ is chosen with {settings['holdout']} of them")
+        print(f"{available}: λ is chosen with {settings['holdout']} of them")
     if settings["holdout"] >= n_images:
-        parser.error(f"--holdout {settings['holdout']}: {have}")
+        parser.error(f"--holdout {settings['holdout']}: {available}")
     if BN_IMAGES > n_images:
-        print(f"{have}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
+        print(f"{available}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
     return min(BN_IMAGES, n_images)
 
 

@@ -27,7 +27,8 @@ class StudyRecords:
 
     def __init__(self, out: Path) -> None:
         """Read <out>/records.jsonl.gz where there is one; raises FileError if it is damaged."""
-        self.out, self.archive = out, out / ARCHIVE_NAME
+        self.out = out
+        self.archive = out / ARCHIVE_NAME
         self._archived = _read_archive(self.archive)  # by path below out, with slashes
 
     def archived(self, path: Path) -> bool:

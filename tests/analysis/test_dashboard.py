@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from wandb_log import read_log
 
 import combined_protocol
 import flags as all_flags
@@ -9,7 +10,6 @@ import quant_inference
 import study
 import train
 from analysis import dashboard, report
-from analysis.offline_run import read_offline_run
 from analysis.weights_files import WeightsFile, find_weights, read_record
 from engine.system import wandb_logger
 from engine.system.cli import Parser
@@ -134,7 +134,7 @@ def test_a_quantization_names_its_training_and_uses_its_weights(monkeypatch, tmp
 
     [folder] = tmp_path.glob("wandb/offline-run-*")
     assert f"wandb sync {folder.relative_to(tmp_path)}" in lines
-    run = read_offline_run(folder)
+    run = read_log(folder)
     expected = {"job_type": "quantize", "group": "g", "tags": ["q"], "name": "quantize_net"}
     assert expected.items() <= run["run"].items()
     training = {k: v for k, v in settings.items() if v is not None}
