@@ -1,7 +1,7 @@
 """Progress: a bar on a terminal, elsewhere a line now and then."""
 
 import time
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
@@ -114,3 +114,14 @@ class EpochDisplay:
             f"{images_per_second:.0f} images/s  "
             f"{(total - done) / batches_per_second:.0f} s left in this epoch"
         )
+
+
+def epoch_line(entry: dict[str, Any], penalty: str | None) -> str:
+    """Return an epoch's history entry as a line of text, with the penalty of that name."""
+    shown = f"  {penalty} {entry[f'train_{penalty}']:.4g}" if penalty else ""
+    return (
+        f"epoch {entry['epoch']}  lr {entry['lr']:.4g}"
+        f"  train loss {entry['train_loss']:.4f}{shown}  accuracy {entry['train_accuracy']:.2%}"
+        f"  test loss {entry['test_loss']:.4f}  accuracy {entry['test_accuracy']:.2%}"
+        f"  {entry['images_per_second']:.0f} images/s  {entry['epoch_seconds']:.1f} s"
+    )
