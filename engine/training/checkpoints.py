@@ -15,7 +15,7 @@ from engine.system.errors import FileError
 from engine.system.io import atomic_write, file_boundary, torch_load, torch_save, warn_on_error
 
 CHECKPOINT_VERSION = 1  # to be raised when older ones can no longer be read
-NOT_OURS = ": not what this run would have saved"  # of a part of a checkpoint, in an error
+NOT_OURS = "not what this run would have saved"  # of a part of a checkpoint, in an error
 
 
 @dataclass
@@ -25,7 +25,7 @@ class CheckpointClock:
     every: int  # epochs between checkpoints
     minutes: float  # between checkpoints inside an epoch
     n_epochs: int  # of the run, whose end is saved, too
-    saved_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=lambda: time.monotonic())
 
     def is_due(self, epoch: int, batch: int) -> bool:
         """Return whether to save with so many epochs done, and so many batches of the next."""
@@ -106,7 +106,7 @@ def get_rng_state() -> dict[str, Any]:
 
 def set_rng_state(states: dict[str, Any]) -> None:
     """Restore what get_rng_state returned; FileError where it cannot have returned that."""
-    with file_boundary("the checkpoint.random", NOT_OURS):
+    with file_boundary("the checkpoint.random:", NOT_OURS):
         kind, keys, position, has_gauss, gauss = states["numpy"]
         n_keys = len(np.random.get_state()[1])
         # what the libraries themselves would take, and trip over later

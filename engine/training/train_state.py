@@ -110,7 +110,7 @@ class TrainState:
         the checkpoint lacks begins with its weights. Raises FileError where the checkpoint does not
         fit.
         """
-        with file_boundary("the checkpoint", NOT_OURS):
+        with file_boundary("the checkpoint:", NOT_OURS):
             self.progress = self._read_progress(content["state"], n_epochs, n_batches)
             with file_boundary("the checkpoint", "is of another network"):
                 self.net.load_state_dict(dict(content["net"]))
@@ -125,11 +125,11 @@ class TrainState:
             set_rng_state(content["random"])
 
     def _read_progress(self, saved: dict[str, Any], n_epochs: int, n_batches: int) -> TrainProgress:
-        with file_boundary("the checkpoint.state.history", NOT_OURS):
+        with file_boundary("the checkpoint.state.history:", NOT_OURS):
             _check_history(saved["history"])
         row_shape = (4 + len(trainable_parameters(self.net)),)
         if any(row.shape != row_shape or not row.isfinite().all() for row in saved["rows"]):
-            raise FileError(f"the checkpoint.state.rows{NOT_OURS}")
+            raise FileError(f"the checkpoint.state.rows: {NOT_OURS}")
         device = next(self.net.parameters()).device
         progress = TrainProgress(
             epoch=int(saved["epoch"]),
@@ -155,7 +155,7 @@ class TrainState:
         if "average" not in content:
             self.average.module.load_state_dict(self.net.state_dict())
             return
-        with file_boundary("the checkpoint.average", NOT_OURS):
+        with file_boundary("the checkpoint.average:", NOT_OURS):
             saved = {key: content["average"][key] for key in self.average.state_dict()}
             self.average.load_state_dict(saved)
             _check_finite(self.average.state_dict())
@@ -167,7 +167,7 @@ class TrainState:
             return
         n_started = self.progress.epochs_started
         if "steps" in content:
-            with file_boundary("the checkpoint.steps", NOT_OURS):
+            with file_boundary("the checkpoint.steps:", NOT_OURS):
                 self.steps.load_state_dict(content["steps"], n_started)
                 _check_finite(self.steps.state_dict())
         elif n_started > self.steps.first_epoch:
@@ -181,7 +181,7 @@ class TrainState:
 
         Learned steps are the optimizer's second group, and begin without where they have none.
         """
-        with file_boundary("the checkpoint.optimizer", NOT_OURS):
+        with file_boundary("the checkpoint.optimizer:", NOT_OURS):
             groups = self.optimizer.param_groups[: None if has_steps else 1]
             params = [p for group in groups for p in group["params"]]
             if saved and saved.keys() != set(range(len(params))):
