@@ -503,7 +503,7 @@ def validate_and_run(
         distributed.process_group(args.device),
         output_lock(args, out),
     ):
-        args.resume = distributed.restarted() or args.resume
+        args.resume = distributed.is_restart_here() or args.resume
         run(args, phases, out, shutdown)
 
 

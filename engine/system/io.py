@@ -67,18 +67,19 @@ def warn_on_error(consequence: str) -> Iterator[None]:
 
 @contextmanager
 def file_boundary(name: str | Path, problem: str = "is not what was saved there") -> Iterator[None]:
-    """Context manager in which a damaged, hostile or foreign file leads to a FileError, one line.
+    """Context manager in which whatever a damaged, hostile or foreign file leads to is a FileError.
 
-    The one place where that happens: readers parse as if files were whole. `name` says which file,
-    and which part of it; `problem` is what the line says of it before the reason.
+    Its message is one line: the `name` of the file or of a part of it, the `problem`, and a reason.
+    Readers parse inside as if every file were whole and our own: this is the one place that knows
+    better.
     """
     try:
         yield
     except Exception as error:  # each library raises its own kinds, torch alone a dozen
         if isinstance(error, ReportedError):
             raise
-        if isinstance(error, OSError):
-            raise FileError(f"{name}: {error.strerror or error}") from error
+        if isinstance(error, OSError) and error.strerror:  # the file cannot be read at all
+            raise FileError(f"{name}: {error.strerror}") from error
         raise FileError(f"{name} {problem}: {_reason(error)}") from error
 
 
@@ -88,7 +89,9 @@ def _reason(error: Exception) -> str:
         return "it holds more than tensors and numbers, or is damaged"
     if isinstance(error, KeyError):
         return f"no {error}"
-    lines = str(error).splitlines() or [type(error).__name__]  # PyTorch's last one names the tensor
+    lines = str(error).strip().splitlines() or [
+        type(error).__name__
+    ]  # PyTorch's last one names the tensor
     return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")
 
 
@@ -233,11 +236,10 @@ def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> I
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
-    except filelock.Timeout as error:
-        raise FileError(
-            f"another run is writing to {out}: wait for it, or give this one {instead}"
-        ) from error
     except OSError as error:
+        if isinstance(error, filelock.Timeout):
+            reason = f"another run is writing to {out}: wait for it, or give this one {instead}"
+            raise FileError(reason) from error
         if error.errno not in NO_LOCKS_HERE:
             raise
         print(f"{path}: this file system has no locks: start this run only once", file=sys.stderr)

@@ -38,7 +38,6 @@ class GracefulShutdown:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers that were there before."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
@@ -50,10 +49,6 @@ class GracefulShutdown:
             yield
         finally:
             self.deferring = False
-        self.raise_if_requested()
-
-    def raise_if_requested(self) -> None:
-        """Raise StoppedBySignal if a signal came."""
         if self.signal:
             raise StoppedBySignal(128 + self.signal)
 

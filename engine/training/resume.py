@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,47 +41,28 @@ LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
 def find_checkpoint(
     args: argparse.Namespace, out: Path, schedule: Iterable[str]
 ) -> tuple[dict[str, Any] | None, bool]:
-    """Return the checkpoint to continue from, if any, and whether it is of this very run.
+    """Return the checkpoint to continue from, None without one, and whether it is this run's own.
 
-    `schedule` are the settings that the learning-rate schedule depends on. Raises FileError where
-    the checkpoint is of a run with other settings.
+    `schedule` are the settings that the learning-rate schedule depends on: n_epochs may change on
+    --resume where it is not among them. After --init_from the run is the same, bit for bit, as if
+    it had trained those epochs itself with that run's kernels, processes and penalty. Raises
+    FileError where the checkpoint is of a run with other settings.
     """
-    own = load_for_resume(args, out, schedule) if args.resume else None
-    return own or load_init_from(args, schedule), own is not None
-
-
-def load_for_resume(
-    args: argparse.Namespace, out: Path, schedule: Iterable[str]
-) -> dict[str, Any] | None:
-    """Return this run's checkpoint, None where there is none; FileError if settings differ.
-
-    `schedule` are the settings that the learning-rate schedule depends on: n_epochs may change
-    where it is not among them.
-    """
-    checkpoint = load_checkpoint(Path(f"{out}.ckpt"), repair=True)
-    if checkpoint is None:
+    if args.resume:
+        checkpoint = load_checkpoint(Path(f"{out}.ckpt"), repair=True)
+        if checkpoint:
+            free = {"n_epochs", "gamma", "milestones"} - set(schedule)
+            names = vars(args).keys() - {"resume", "allow_changed_settings"} - free
+            check_settings(args, checkpoint, f"{out}.ckpt", names)
+            return checkpoint, True
         print(f"{out}.ckpt: no checkpoint yet, this is the beginning")
-        return None
-    names = vars(args).keys() - {"resume", "allow_changed_settings"}
-    free = {"n_epochs", "gamma", "milestones"} - set(schedule)
-    check_settings(args, checkpoint, f"{out}.ckpt", names - free)
-    return checkpoint
-
-
-def load_init_from(args: argparse.Namespace, schedule: Iterable[str]) -> dict[str, Any] | None:
-    """Return the checkpoint of --init_from; FileError where it does not fit.
-
-    The run is then the same, bit for bit, as if it had trained those epochs itself with that run's
-    kernels, processes and penalty. `schedule` are the settings that the learning-rate schedule
-    depends on, besides those in MUST_MATCH_INIT_FROM.
-    """
     if not args.init_from:
-        return None
+        return None, False
     checkpoint = load_checkpoint(Path(args.init_from))
     if checkpoint is None:
         raise FileError(f"--init_from {args.init_from}: there is no such checkpoint")
     check_settings(args, checkpoint, args.init_from, MUST_MATCH_INIT_FROM | set(schedule))
-    return {**checkpoint, "run_id": None}
+    return {**checkpoint, "run_id": None}, False
 
 
 def read_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -95,12 +77,12 @@ def check_settings(
     """Print which of the settings differ from the checkpoint's; FileError where that matters."""
     with file_boundary(path):
         json.dumps(checkpoint["settings"])  # raises unless they are plain values, to compare
-        current, saved = vars(args), read_settings(checkpoint)
-        run_id, seconds = checkpoint["run_id"], checkpoint["seconds"]
-        if not (isinstance(run_id, str) and run_id.isalnum() and isinstance(seconds, float)):
-            raise ValueError("run_id or seconds")
-        if not math.isfinite(seconds):
-            raise ValueError(f"it took {seconds} seconds")
+        current = vars(args)
+        saved = read_settings(checkpoint)
+        if not re.fullmatch("[^\\W_]+", checkpoint["run_id"]):
+            raise ValueError("a run_id that is none")
+        if not (isinstance(checkpoint["seconds"], float) and math.isfinite(checkpoint["seconds"])):
+            raise ValueError("seconds that are none")
     changed = sorted(
         name
         for name in names
