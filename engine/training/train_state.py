@@ -94,8 +94,9 @@ class TrainState:
         progress = self.progress
         if progress.batch_metrics:
             epoch_means(self.net, regularizer, progress.epoch, progress.batch_metrics)
-        if name := _not_finite(self.net.state_dict()):
-            raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
+        for name, t in self.net.state_dict().items():
+            if not t.isfinite().all():
+                raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -115,7 +116,7 @@ class TrainState:
             self.progress = self._read_progress(content["state"], n_epochs, n_batches)
             with file_boundary("the checkpoint", "is of another network"):
                 self.net.load_state_dict(dict(content["net"]))
-                _check_finite(self.net.state_dict())
+                _check_loaded(content["net"], self.net.state_dict())
             self._load_average(content)
             self._load_steps(content)
             self._load_momenta(content["optimizer"]["state"], "steps" in content)
@@ -130,9 +131,9 @@ class TrainState:
             json.dumps(saved["history"])  # raises unless it is of plain values, as in a record
             for entry in saved["history"]:
                 math.hypot(entry["epoch"], entry["test_accuracy"])  # numbers, which a run reads
-        row_shape = (4 + len(trainable_parameters(self.net)),)
-        if any(row.shape != row_shape or not row.isfinite().all() for row in saved["rows"]):
-            raise FileError(f"the checkpoint.state.rows: {NOT_OURS}")
+        row = torch.zeros(4 + len(trainable_parameters(self.net)))
+        if not torch.stack([row, *saved["rows"]]).isfinite().all():  # raises for other shapes
+            raise ValueError("rows are not finite")
         device = next(self.net.parameters()).device
         progress = TrainProgress(
             epoch=int(saved["epoch"]),
@@ -161,7 +162,7 @@ class TrainState:
         with file_boundary("the checkpoint.average:", NOT_OURS):
             saved = {key: content["average"][key] for key in self.average.state_dict()}
             self.average.load_state_dict(saved)
-            _check_finite(self.average.state_dict())
+            _check_loaded(saved, self.average.state_dict())
             if self.average.n_averaged < 0:
                 raise ValueError(f"an average of {self.average.n_averaged} steps")
 
@@ -172,7 +173,7 @@ class TrainState:
         if "steps" in content:
             with file_boundary("the checkpoint.steps:", NOT_OURS):
                 self.steps.load_state_dict(content["steps"], n_started)
-                _check_finite(self.steps.state_dict())
+                _check_loaded(content["steps"], self.steps.state_dict())
         elif n_started > self.steps.first_epoch:
             raise FileError(
                 f"the checkpoint has {n_started} epochs begun and no learned steps: --qat_from "
@@ -187,25 +188,19 @@ class TrainState:
         with file_boundary("the checkpoint.optimizer:", NOT_OURS):
             groups = self.optimizer.param_groups[: None if has_steps else 1]
             params = [p for group in groups for p in group["params"]]
-            if saved and saved.keys() != set(range(len(params))):
-                raise ValueError(f"{len(saved)} momenta of {len(params)} parameters")
             state = {}
-            for i, momentum in saved.items():
-                buffer = momentum["momentum_buffer"]
-                if buffer.shape != params[i].shape or not buffer.isfinite().all():
-                    raise ValueError(f"a momentum of shape {tuple(buffer.shape)}, or not finite")
+            for i, p in enumerate(params if saved else ()):
+                buffer = saved[i]["momentum_buffer"]
+                if buffer.shape != p.shape or not buffer.isfinite().all():
+                    raise ValueError(f"momentum {i} is of another shape or not finite")
                 # laid out as the parameter is: the fused kernel reads both by position
-                state[i] = {"momentum_buffer": torch.empty_like(params[i]).copy_(buffer)}
+                state[i] = {"momentum_buffer": torch.empty_like(p).copy_(buffer)}
             own_groups = self.optimizer.state_dict()["param_groups"]  # the flags', not the file's
             self.optimizer.load_state_dict({"state": state, "param_groups": own_groups})
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor with a number that is not finite, None for none."""
-    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming it, where a tensor read from a file is not finite."""
-    if (name := _not_finite(tensors)) is not None:
-        raise ValueError(f"{name} is not finite")
+def _check_loaded(saved: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming it, where a tensor was converted on its way in, or is not finite."""
+    for name, t in loaded.items():
+        if saved[name].dtype != t.dtype or not t.isfinite().all():
+            raise ValueError(f"{name} is of another dtype or not finite")
