@@ -50,7 +50,10 @@ def make_work(regularizer: str, batches: int, device: str) -> tuple:
 
     def epoch() -> None:
         state = train_state.TrainState(net, optimizer, None)
-        train.run_epoch(state, loader, train.Phase(0, reg), train.FitConfig(1, criterion, dtype))
+        config = train.FitConfig(1, criterion, dtype)
+        for _ in train.run_epoch(state, loader, train.Phase(0, reg), config):
+            pass
+        train.summarize(state, reg)
 
     def steps() -> None:
         for _ in range(batches):

@@ -47,7 +47,8 @@ def networks(
     )
     for n_epochs in sorted(args.epochs):
         while state.progress.epoch < n_epochs:
-            train.run_epoch(state, loader, train.Phase(0), config)
+            for _ in train.run_epoch(state, loader, train.Phase(0), config):
+                pass
             state.progress.next_epoch()
         yield f"{n_epochs} epochs", net
     for path in args.weights:

@@ -19,6 +19,7 @@ from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
 from engine.system import hardware, progress
 from engine.system.errors import DataError, FileError, NotFiniteError, PenaltyError
+from engine.training.resume import check_init_from
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import (
     CombinedReg,
@@ -303,7 +304,7 @@ class CountingReg(Regularizer, register=False):
         return 0 * weights[0].sum()
 
 
-def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
+def small_fit(phases, n_epochs, net=None, lr=0.05, after_batch=None, after_epoch=None, **kwargs):
     dataset = synthetic("", 0)
     torch.manual_seed(3)
     net = net or reference.SmoothNet(num_classes=10)
@@ -324,7 +325,8 @@ def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
     optimizer = torch.optim.SGD(trainable, lr, 0.9, weight_decay=5e-4)
     scheduler = utils.make_scheduler("exponential", optimizer, 0.5, "default", n_epochs)
     state = TrainState(net, optimizer, scheduler)
-    return net, fit(state, *loaders, phases, FitConfig(n_epochs, **kwargs))
+    training = fit(state, *loaders, phases, FitConfig(n_epochs, **kwargs))
+    return net, reference.go_through(training, after_batch, after_epoch)
 
 
 def test_fit_is_the_plain_loop(monkeypatch):
@@ -398,7 +400,8 @@ def test_frozen_batch_norms_are_those_of_evaluation():
     for freeze in (True, False):
         state = TrainState(net, torch.optim.SGD(net.parameters(), 0.0), None)
         config = FitConfig(1, freeze_bn_from=0 if freeze else None)
-        values[freeze] = train.run_epoch(state, loader, Phase(0, regularizer), config)
+        reference.go_through(train.run_epoch(state, loader, Phase(0, regularizer), config))
+        values[freeze] = train.summarize(state, regularizer)
         if freeze:
             plain = copy.deepcopy(net).eval()
     loss = penalty = 0.0
@@ -445,12 +448,12 @@ def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
     assert values["L2Grad"] == pytest.approx(total / 40, rel=1e-5)
 
 
-def test_warmup_raises_the_penalty_batch_by_batch():
+def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
     strengths = []
 
     def recorded(*args):
         strengths.append(args[6])
-        return train.compute_gradients(*args)
+        return compute_gradients(*args)
 
     ones = type(
         "Ones",
@@ -459,7 +462,8 @@ def test_warmup_raises_the_penalty_batch_by_batch():
         register=False,
     )
     phases = [Phase(1, ones(1.0), warmup=1.5)]
-    _, history = small_fit(phases, 4, compute_gradients=recorded)
+    monkeypatch.setattr(train, "compute_gradients", recorded)
+    _, history = small_fit(phases, 4)
     expected = [1, 1, 1, *(i / 3 / 1.5 for i in range(5)), 1, 1, 1, 1]  # three batches an epoch
     assert strengths == pytest.approx(expected)
     assert history[1]["train_Ones"] == pytest.approx((32 / 4.5 + 6 * 2 / 4.5) / 70)
@@ -688,9 +692,9 @@ def test_begin_where_another_run_is(script, tmp_path):
 def test_a_branch_has_no_part_of_an_epoch_before_it():
     args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None, qat_bits=None)
     phases = [Phase(1, VarianceNorm(1.0))]
-    train.check_init_from(TrainProgress(epoch=1), phases, args)
+    check_init_from(TrainProgress(epoch=1), phases, args)
     with pytest.raises(FileError, match="2 epochs begun: a regularizer cannot begin at epoch 1"):
-        train.check_init_from(TrainProgress(epoch=1, batch=1), phases, args)
+        check_init_from(TrainProgress(epoch=1, batch=1), phases, args)
 
 
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):

@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from reference import SmoothNet
+from reference import SmoothNet, go_through
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -122,7 +122,7 @@ def test_a_batch_of_the_loop(monkeypatch):
     monkeypatch.setattr(batches, "batches", rest)
     with no_synchronization():
         phase = train.Phase(0, LPGrad(0.1, 2), warmup=1)
-        train.run_epoch(state, batches, phase, train.FitConfig(1))
+        go_through(train.run_epoch(state, batches, phase, train.FitConfig(1)))
     assert state.progress.batch == 3
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import test_networks
 import tiny_scripts
 import torch
@@ -108,7 +109,8 @@ def trained(name, sync=True):
     every, step = 2 if "second" in name else 1, 0.01 if "difference" in name else None
     phases = [train.Phase(0, REGULARIZERS[name](), warmup=0.5, every=every)]
     config = train.FitConfig(2, criterion, torch.float64, difference_step=step)
-    history = train.fit(state, train_loader, Doubles(cache=True), phases, config)
+    training = train.fit(state, train_loader, Doubles(cache=True), phases, config)
+    history = reference.go_through(training)
     numbers = [[value for key, value in entry.items() if "second" not in key] for entry in history]
     return {"numbers": torch.tensor(numbers, dtype=torch.float64), **net.state_dict()}
 
