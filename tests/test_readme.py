@@ -125,12 +125,6 @@ def test_every_flag_that_is_named_is_one():
     }
     # docs/extending.md, torchrun, …
     elsewhere = {"--order", "--greet", "--nproc_per_node", "--max_restarts", "--rounds"}
-        "--order",
-        "--greet",
-        "--nproc_per_node",
-        "--max_restarts",
-        "--rounds",
-    }  # docs, torchrun, …
     named = {
         flag
         for page, text in PAGES.items()
