@@ -199,7 +199,7 @@ TRAINING: Table = [
 ONE_PENALTY: Table = [
     "regularizer",
     Flag("regularizer", str, "none",
-         f"penalty: none, {', '.join(REGULARIZERS)}; <P> is 1, 2, 3, …"),
+         lambda: f"penalty: none, {', '.join(REGULARIZERS)}; <P> is 1, 2, 3, …"),
     Flag("lmbda", not_negative, 0.01, "λ, factor of the penalty", "λ", REGULARIZER, also="lambda"),
     Flag("first_regularized_epoch", whole, 0, "epochs without penalty", needs=REGULARIZER),
     switch("no_activation_gradients", "L<P>Grad: gradients of weights only", needs=LPGRAD),

@@ -166,7 +166,6 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
     Returns what --data_flags mean for a training.
     """
     data_flags, train_flags = map(shlex.split, (settings["data_flags"], settings["train_flags"]))
-    flags.make_parser("", flags.QUANTIZATION).parse_args(["weights.pt", *data_flags])
     train_parser = train.make_parser()  # it ends the program at a flag that it does not know
     train_parser.parse_args(train_flags)
     refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}
@@ -177,6 +176,7 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
             parser.error(
                 f"--{kind}_flags: --{min(names)} is set by the study and cannot be given here"
             )
+    flags.make_parser("", flags.QUANTIZATION).parse_args(["weights.pt", *data_flags])
     return data_args
 
 

@@ -730,7 +730,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
             return super().forward(x), []
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(utils.MODELS, "Net", lambda num_classes: Net(*layers))
+    monkeypatch.setitem(train.flags.MODELS, "Net", lambda num_classes: Net(*layers))
     with pytest.raises(SystemExit) as refused:
         train.main(
             [

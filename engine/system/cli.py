@@ -229,7 +229,7 @@ class Flag:
     name: str
     kind: Callable[[str], Any] | Iterable[str] = str
     default: Any = None
-    help: str = ""
+    help: str | Callable[[], str] = ""
     metavar: str | None = None
     needs: Needs = None
     requires: Needs = None
@@ -249,9 +249,10 @@ class Flag:
             group.add_argument(f"--{self.name}", *opposite, help=argparse.SUPPRESS, **options)
             return
         spellings = [f"--{name}" for name in (self.name, self.also) if name]
+        names = [self.name] if self.is_positional else spellings
         options = {"default": self.default, **self._value_options()}
         group.add_argument(
-            *([self.name] if self.is_positional else spellings), help=self.help, **options
+            *names, help=self.help() if callable(self.help) else self.help, **options
         )
         if self.was:  # the first spelling has the default
             options |= {"default": None, "dest": self.name, "help": argparse.SUPPRESS}

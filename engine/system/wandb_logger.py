@@ -42,7 +42,7 @@ class WandbLogger:
     ) -> None:
         """Start the run: WANDB_MODE where set, else online with a key and offline without one.
 
-        `args` has the flags of `utils.add_wandb_arguments`; `job_type` says what kind of run it is.
+        `args` has the flags for Weights & Biases; `job_type` says what kind of run it is.
         The config is logged without empty entries and with the git commit. A run_id that was used
         before continues that run. Of several processes rank 0 logs.
         """
