@@ -20,6 +20,7 @@ from engine.images.loader import Loader, seeded_generator
 from engine.system.errors import DataError
 
 PROJECT_DATA = Path(__file__).with_name("data")  # where --data_dir is by default
+# mean and standard deviation of each channel, of pixels scaled to 0..1
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -139,8 +140,7 @@ def accepts(name: str, option: str) -> bool:
 def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
     """Return the data set called `name`, a key of `DATASETS`, with those options that it takes.
 
-    Raises:
-        DataError: there is no such data set, or it is missing and could not be fetched.
+    Raises DataError where there is no such data set, or it is missing and could not be fetched.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
@@ -149,20 +149,12 @@ def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
 
 
 def subset(data: ImageDataset, n: int) -> ImageDataset:
-    """Keep the first `n` training images, in the given order; the test set stays whole.
-
-    Raises:
-        ValueError: n < 1 or more than there are.
-    """
+    """Keep the first `n` training images, in the given order; ValueError if there are fewer."""
     return _keep_first(data, "train", n)
 
 
 def test_subset(data: ImageDataset, n: int) -> ImageDataset:
-    """Keep the first `n` test images, in the given order; the training set stays whole.
-
-    Raises:
-        ValueError: n < 1 or more than there are.
-    """
+    """Keep the first `n` test images, in the given order; ValueError if there are fewer."""
     return _keep_first(data, "test", n)
 
 
@@ -178,12 +170,9 @@ def _keep_first(data: ImageDataset, part: str, n: int) -> ImageDataset:
 def use_holdout_as_test(data: ImageDataset, n: int) -> ImageDataset:
     """Make the last `n` training images the test set, for choices that must not see the real one.
 
-    Raises:
-        ValueError: n < 1, or no training image would be left.
+    Raises ValueError where n < 1, or no training image would be left.
     """
     if not 1 <= n < len(data.train_images):
         raise ValueError(f"choose 1 to {len(data.train_images) - 1} images")
-    with_holdout = replace(
-        data, test_images=data.train_images[-n:], test_labels=data.train_labels[-n:]
-    )
-    return subset(with_holdout, len(data.train_images) - n)
+    held_out = {"test_images": data.train_images[-n:], "test_labels": data.train_labels[-n:]}
+    return subset(replace(data, **held_out), len(data.train_images) - n)

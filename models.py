@@ -8,11 +8,14 @@ run. Sums are `Add` modules and pooling is a module, so that what they take can 
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-from engine.networks.layers import Add, BatchNormReLU, Conv2d
+from engine.networks.convolution import Conv2d
+from engine.networks.fast_batch_norm import BatchNormReLU
+from engine.networks.layers import Add
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 
@@ -26,19 +29,11 @@ class ConvNet(nn.Module):
 
     # (input channels, output channels, stride) of each block
     BLOCKS = (
-        (3, 32, 1),
-        (32, 32, 1),
-        (32, 64, 2),
-        (64, 64, 1),
-        (64, 64, 1),
-        (64, 128, 2),
-        (128, 128, 1),
-        (128, 256, 1),
-        (256, 256, 1),
-    )
+        (3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1),
+        (64, 128, 2), (128, 128, 1), (128, 256, 1), (256, 256, 1),
+    )  # fmt: skip
 
     def __init__(self, num_classes: int = 10) -> None:
-        """Build the network for images of 3 channels."""
         super().__init__()
         for i, (c_in, c_out, stride) in enumerate(self.BLOCKS):
             block = nn.Sequential(
@@ -76,9 +71,19 @@ class PadShortcut(nn.Module):
         return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.n_before, self.n_after))
 
 
+def conv_bn(
+    c_in: int, c_out: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """Make a convolution that keeps the size of the image, but for the stride, and a batch norm."""
+    conv = nn.Conv2d(
+        c_in, c_out, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
+    )
+    return conv, nn.BatchNorm2d(c_out)
+
+
 def projection(c_in: int, c_out: int, stride: int) -> nn.Sequential:
     """Make a shortcut of a 1×1 convolution and batch norm (option B)."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+    return nn.Sequential(*conv_bn(c_in, c_out, 1, stride))
 
 
 class BasicBlock(nn.Module):
@@ -87,11 +92,12 @@ class BasicBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int, shortcut: nn.Module) -> None:
         """Map c_in channels to c_out; the first convolution and `shortcut` have the stride."""
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1, self.relu1 = nn.BatchNorm2d(c_out), nn.ReLU()
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2, self.relu2 = nn.BatchNorm2d(c_out), nn.ReLU()
-        self.shortcut, self.add = shortcut, Add()
+        self.conv1, self.bn1 = conv_bn(c_in, c_out, 3, stride)
+        self.relu1 = nn.ReLU()
+        self.conv2, self.bn2 = conv_bn(c_out, c_out, 3)
+        self.relu2 = nn.ReLU()
+        self.shortcut = shortcut
+        self.add = Add()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, c_in, H, W) to (B, c_out, H/stride, W/stride)."""
@@ -116,8 +122,8 @@ class ResNet(nn.Module):
         """Build stages of n_blocks blocks; make_shortcut(c_in, c_out, stride) where they differ."""
         super().__init__()
         c_in = channels[0]
-        self.conv = nn.Conv2d(3, c_in, 3, padding=1, bias=False)
-        self.bn, self.relu = nn.BatchNorm2d(c_in), nn.ReLU()
+        self.conv, self.bn = conv_bn(3, c_in, 3)
+        self.relu = nn.ReLU()
         blocks = []
         for stage, c_out in enumerate(channels):
             for i in range(n_blocks):
@@ -148,7 +154,6 @@ class ResNet20(ResNet):
     """3 × 3 blocks of 16, 32 and 64 channels, shortcuts without parameters: 269,722 parameters."""
 
     def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
-        """`width` is a factor of all channels."""
         channels = scaled(width, 16, 32, 64)
         super().__init__(channels, 3, lambda a, b, stride: PadShortcut(b - a), num_classes)
 
@@ -157,7 +162,6 @@ class ResNet18(ResNet):
     """4 × 2 blocks of 64, 128, 256 and 512 channels: 11,173,962 parameters."""
 
     def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
-        """`width` is a factor of all channels."""
         super().__init__(scaled(width, 64, 128, 256, 512), 2, projection, num_classes)
 
 
@@ -177,23 +181,13 @@ class VGGSmall(nn.Sequential):
     """
 
     def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
-        """`width` is a factor of all channels."""
-        c_in, stages, channels = 3, [], scaled(width, 128, 256, 512)
-        for c_out in channels:
-            stages.append(
-                nn.Sequential(
-                    *conv_bn_relu(c_in, c_out), *conv_bn_relu(c_out, c_out), nn.MaxPool2d(2)
-                )
-            )
-            c_in = c_out
-        pool, classifier = nn.AdaptiveAvgPool2d(4), nn.Linear(16 * c_in, num_classes)
-        super().__init__(*stages, pool, nn.Flatten(), classifier)
-
-
-def conv_bn_relu(c_in: int, c_out: int) -> list[nn.Module]:
-    """Make a 3×3 convolution, batch norm and ReLU."""
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-    return [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
+        channels = [3, *scaled(width, 128, 256, 512)]
+        stages = []
+        for c_in, c_out in pairwise(channels):
+            convs = *conv_bn(c_in, c_out, 3), nn.ReLU(), *conv_bn(c_out, c_out, 3), nn.ReLU()
+            stages.append(nn.Sequential(*convs, nn.MaxPool2d(2)))
+        classifier = nn.Linear(16 * channels[-1], num_classes)
+        super().__init__(*stages, nn.AdaptiveAvgPool2d(4), nn.Flatten(), classifier)
 
 
 class InvertedResidual(nn.Module):
@@ -205,11 +199,9 @@ class InvertedResidual(nn.Module):
         c = c_in * expansion
         layers = []
         if expansion > 1:
-            layers += [nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU6()]
-        depthwise = nn.Conv2d(c, c, 3, stride, padding=1, groups=c, bias=False)
-        layers += [depthwise, nn.BatchNorm2d(c), nn.ReLU6()]
-        layers += [nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out)]
-        self.layers = nn.Sequential(*layers)
+            layers += [*conv_bn(c_in, c, 1), nn.ReLU6()]
+        layers += [*conv_bn(c, c, 3, stride, groups=c), nn.ReLU6()]
+        self.layers = nn.Sequential(*layers, *conv_bn(c, c_out, 1))
         self.add = Add() if stride == 1 and c_in == c_out else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,22 +218,14 @@ class MobileNetV2(nn.Module):
 
     # (expansion, channels, blocks, stride of the first) of each stage
     STAGES = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 1),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
+        (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
         (6, 320, 1, 1),
-    )
+    )  # fmt: skip
 
     def __init__(self, num_classes: int = 10, width: float = 1.0) -> None:
-        """`width` is a factor of all channels."""
         super().__init__()
         c_in, c_last = scaled(width, 32, 1280)
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, c_in, 3, padding=1, bias=False), nn.BatchNorm2d(c_in), nn.ReLU6()
-        )
+        self.stem = nn.Sequential(*conv_bn(3, c_in, 3), nn.ReLU6())
         blocks = []
         for expansion, channels, n_blocks, stride in self.STAGES:
             [c_out] = scaled(width, channels)
@@ -249,9 +233,7 @@ class MobileNetV2(nn.Module):
                 blocks.append(InvertedResidual(c_in, c_out, 1 if i else stride, expansion))
                 c_in = c_out
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(
-            nn.Conv2d(c_in, c_last, 1, bias=False), nn.BatchNorm2d(c_last), nn.ReLU6()
-        )
+        self.head = nn.Sequential(*conv_bn(c_in, c_last, 1), nn.ReLU6())
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(c_last, num_classes)
         initialize(self)

@@ -1,13 +1,15 @@
 """Quantize saved weights with every scheme at every bit-width and report the accuracy drop.
 
 `sweep` is the loop over schemes and bit-widths for one network; `run` loads the networks, sweeps
-each of them and reports. The quantizers are in quant_utils.py, the flags in quant_flags.py.
+each of them and reports. The quantizers are in quant_utils.py, the flags in flags.py.
 """
 
 import argparse
 import copy
+import inspect
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -15,8 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+import flags
 import quant_utils as qu
 import utils
 from analysis import dashboard, distributions, figures, report
@@ -28,7 +33,9 @@ from analysis.weights_files import (
     WeightsFile,
     common_dataset,
     common_image_size,
+    find_paths,
     find_weights,
+    read_record,
     read_training_record,
 )
 from data import DATASETS, ImageDataset, accepts
@@ -49,33 +56,17 @@ from engine.quantization.adaround import learn_rounding
 from engine.quantization.equalization import equalize
 from engine.step.evaluation import evaluate
 from engine.system import distributed
-from engine.system.cli import Parser, exit_codes, warn_unused_flags
+from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.errors import DataError, FileError, NetworkError
-from engine.system.hardware import MEMORY_FORMATS, resolve_precision, use_ieee_float32
-from engine.system.io import load_weights
+from engine.system.hardware import MEMORY_FORMATS, print_device, resolve_precision, use_ieee_float32
+from engine.system.io import check_writable, load_weights
 from engine.system.progress import StepDisplay
 from engine.system.signals import GracefulShutdown
 from engine.training.learned_steps import FIRST_LAST_BITS, LearnedSteps, read_steps
+from flags import FILE_FLAGS, INTEGER_FLAGS
 from models import is_model
-from quant_flags import (
-    FILE_FLAGS,
-    Quantization,
-    bias_range,
-    bind_options,
-    check_flags,
-    layer_options,
-    learns_rounding,
-    make_output_folder,
-    make_parser,
-    make_quantizer,
-    n_trials,
-    print_error,
-    print_warning,
-    quantizations,
-    rounding_of,
-    runs_in_integers,
-)
 
+FLAGS_OF_RECORDS = [*flags.NETWORK[1:], *flags.DATA[1:]]  # known when records have been read
 LEARNED = "lsq"  # as a row's scheme: the steps that --steps_from gives
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 ROUNDING_BATCH = 32  # images: what is learned must not depend on --batch_size
@@ -155,6 +146,69 @@ def make_loader(
 def image_batches(loader: Loader) -> Iterator[Tensor]:
     """Yield the loader's batches without labels."""
     return (x for x, _ in loader.batches(0))
+
+
+# --- what the flags say about a quantization ---------------------------------------------------
+
+
+class Quantization(NamedTuple):
+    """One of the quantizations that the flags ask for; FLOAT_BITS are bits of full precision."""
+
+    scheme: str
+    n_bits: int
+    act_bits: int = FLOAT_BITS
+
+
+def quantizations(args: argparse.Namespace) -> Iterator[Quantization]:
+    """Yield every scheme with every bit-width of weights and of activations."""
+    for scheme, n_bits in itertools.product(args.schemes, args.bits):
+        for act_bits in utils.act_bit_widths(n_bits, args):
+            yield Quantization(scheme, n_bits, act_bits)
+
+
+def rounding_of(scheme: str, args: argparse.Namespace) -> str | None:
+    """Return how a row's weights are rounded: "nearest", "stochastic" or "adaround"."""
+    if scheme not in qu.QUANTIZERS:  # unquantized, or with learned steps
+        return None
+    rounding = "adaround" if scheme in utils.learned_schemes(args) else "nearest"
+    return "stochastic" if qu.is_stochastic(scheme) else rounding
+
+
+def n_trials(scheme: str, args: argparse.Namespace) -> int:
+    """Return how often a quantization is repeated: stochastic schemes only."""
+    return args.trials if qu.is_stochastic(scheme) else 1
+
+
+def make_quantizer(scheme: str, args: argparse.Namespace, trial: int = 0) -> qu.Quantizer:
+    """Return the scheme's quantizer with those flags that it takes; each trial has its own seed."""
+    return bind_options(qu.QUANTIZERS[scheme], args, trial)
+
+
+def bind_options(function: Callable[..., Any], args: argparse.Namespace, trial: int = 0) -> partial:
+    """Bind those flags that the function takes, and a generator, which depends on the trial."""
+    options = {**vars(args), "generator": torch.Generator().manual_seed(args.seed + trial)}
+    names = options.keys() & inspect.signature(function).parameters.keys()
+    return partial(function, **{name: options[name] for name in names})
+
+
+def layer_options(scheme: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `quantize_layer` and `quantize_model`."""
+    correction = qu.bias_correction if args.bias_correction else None
+    correction = qu.mean_correction if args.mean_correction else correction
+    return {"bias_range": bias_range(scheme, args), "correction": correction}
+
+
+def bias_range(scheme: str, args: argparse.Namespace) -> str | None:
+    """Return the `bias_range` of `quantize_layer`: None, "weight" or "own"."""
+    if args.fold_bn or args.biases == "full":
+        return None
+    is_own = args.biases == "published" and scheme in qu.OWN_BIAS_RANGE
+    return "own" if is_own else "weight"
+
+
+def runs_in_integers(args: argparse.Namespace) -> bool:
+    """Tell whether the quantized network is simulated as an integer engine runs it."""
+    return any(getattr(args, flag) for flag in INTEGER_FLAGS)
 
 
 # --- the sweep -------------------------------------------------------------------------------
@@ -271,7 +325,7 @@ def learned_rounding(
     Activations are not quantized while it is learned, as in the paper: one result serves them all.
     """
     args, (scheme, n_bits, _) = setup.args, quantization
-    if not learns_rounding(scheme, args):
+    if scheme not in utils.learned_schemes(args):
         return qu.NO_EXCEPTIONS
     quantizer, bits = make_quantizer(scheme, args), layer_bits(net, n_bits, setup)
 
@@ -682,6 +736,75 @@ def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: 
             setattr(args, flag, n_train)
 
 
+# --- what flags do not allow -------------------------------------------------------------------
+
+
+def check_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, ignore those without effect; sort bits and schemes.
+
+    What data set and network have to do with waits for the records of the files.
+    """
+    args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
+    refuse_flags(parser, args, parser.flags)
+    now = [flag for flag in parser.flags if flag not in FLAGS_OF_RECORDS]
+    warn_unused_flags(parser, args, now)
+    learners = utils.learned_schemes(args)
+    if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
+        print_warning(f"--rounding adaround has no effect on {', '.join(others)}")
+    check_deployed_files(parser, args)
+
+
+def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse names of files to deploy that cannot be written, or that another file has."""
+    paths = find_paths(args.checkpoints).values()
+    taken = {path.resolve(): "the file to quantize" for path in paths}
+    for flag in ("export", "save_quantized", "save_integers"):
+        if not getattr(args, flag):
+            continue
+        path = Path(getattr(args, flag))
+        try:
+            check_writable(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            parser.error(f"--{flag}: {error}")
+        target = path.resolve()
+        if path.suffix in (".pt", ".ckpt", ".json") and path.exists() and read_record(path):
+            taken.setdefault(target, "a file of a training")
+        if target in taken:
+            parser.error(f"--{flag} {path}: that is {taken[target]}")
+        taken[target] = f"the file of --{flag}"
+
+
+def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
+    """Return the folder for results, made where it is missing; end with one line if it cannot be.
+
+    Without --output it is that of the first file that exists.
+    """
+    paths = find_paths(args.checkpoints).values()
+    first = next(filter(os.path.exists, paths), Path("."))
+    folder = Path(args.output) if args.output else first.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / "results.csv")
+    except (OSError, ValueError) as error:
+        parser.error(f"--output: {error}")
+    return folder
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+
+def print_error(message: object) -> None:
+    """Print one line about a file on rank 0; the others are evaluated all the same."""
+    print_warning(f"error: {message}")
+
+
+def print_warning(message: str) -> None:
+    """Print one line about a file on rank 0."""
+    if distributed.get_rank() == 0:
+        tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
+
+
 # --- a run -----------------------------------------------------------------------------------
 
 
@@ -693,8 +816,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
     choose_dataset(files, args, explicit_flags)
     models = [recorded_model(file, args, explicit_flags) for file in files.values()]
-    requirements = [*utils.data_requirements(args), utils.width_requirement(models)]
-    warn_unused_flags(parser, args, requirements)
+    warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=models)
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
     use_ieee_float32()
@@ -837,16 +959,22 @@ def draw_plots(
     return plots
 
 
+def make_parser() -> Parser:
+    """Make the parser of quant_inference.py."""
+    description = (
+        "Quantize saved weights with every scheme at every bit-width and report the accuracy drop."
+    )
+    return flags.make_parser(description, flags.QUANTIZATION, batch_size=500)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Quantize the files of the command line; exit with 1 if one could not be measured."""
     parser = make_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    for flag in ("n_epochs", "lr"):
-        if getattr(args, flag) is not None:
-            print_warning(f"--{flag} is ignored: nothing is trained here")
     folder = make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
+        print_device(args.device)
         deployed_files.check_run(args)
         is_complete = run(parser, args, folder)
     sys.exit(0 if is_complete else 1)

@@ -21,8 +21,9 @@ Inside, a tensor is `rows`, (rows, elements), with one range m for each row, (ro
 """
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -132,12 +133,6 @@ def on_grid(rows: Tensor, scale: Tensor, w: Tensor) -> OnGrid:
     """Return codes as rows, (rows, elements), in the shape of w, with the scale of each row."""
     shape = (len(scale), *[1] * (w.dim() - 1)) if len(scale) > 1 else ()
     return OnGrid(rows.reshape(w.shape), scale.reshape(shape))
-
-
-def n_levels(scheme_name: str, n_bits: int, overlapping: bool = False) -> int | None:
-    """Return how many values a tensor quantized with the scheme can take; None: it depends."""
-    levels = getattr(QUANTIZERS[scheme_name], "n_levels", two_to_the_bits)
-    return levels(n_bits, overlapping)
 
 
 def pwlq_levels(n_bits: int, overlapping: bool) -> int | None:
@@ -419,6 +414,44 @@ QUANTIZERS: dict[str, Quantizer] = {
     "pwlq": pwlq,
     "clip": clip,
 }
+
+
+# --- what is known of a scheme, by its name -----------------------------------------------------
+
+
+def quantizer_options(scheme_name: str) -> Set[str]:
+    """Return the names of the arguments that the scheme's quantizer takes."""
+    return inspect.signature(QUANTIZERS[scheme_name]).parameters.keys()
+
+
+def is_stochastic(scheme_name: str) -> bool:
+    """Tell whether the scheme's quantizer draws random numbers."""
+    return "generator" in quantizer_options(scheme_name)
+
+
+def rounding_of(scheme_name: str, learners: Sequence[str]) -> str | None:
+    """Return how a row's weights are rounded: "nearest", "stochastic" or "adaround".
+
+    `learners` are the schemes whose rounding is learned. None for rows of no scheme of ours.
+    """
+    if scheme_name not in QUANTIZERS:  # unquantized, or with learned step sizes
+        return None
+    rounding = "adaround" if scheme_name in learners else "nearest"
+    return "stochastic" if is_stochastic(scheme_name) else rounding
+
+
+def bias_range(scheme_name: str, biases: str, fold_bn: bool) -> str | None:
+    """Return the `bias_range` of `quantize_layer` that --biases means: None, "weight" or "own"."""
+    if fold_bn or biases == "full":
+        return None
+    has_own = getattr(QUANTIZERS[scheme_name], "own_bias_range", False)
+    return "own" if biases == "published" and has_own else "weight"
+
+
+def n_levels(scheme_name: str, n_bits: int, overlapping: bool = False) -> int | None:
+    """Return how many values a tensor quantized with the scheme can take; None: it depends."""
+    levels = getattr(QUANTIZERS[scheme_name], "n_levels", two_to_the_bits)
+    return levels(n_bits, overlapping)
 
 
 # --- corrections of quantized weights --------------------------------------------------------

@@ -16,20 +16,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-import quant_flags
+import flags
 import train
 from analysis.study.jobs import Job, JobRunner, pending, visible_gpus
 from analysis.study.plan import NotChosen, Quantization, StudyPlan, Variant
 from analysis.study.report import update_report
-from analysis.study.settings import SETTING_TYPES, Settings, load_settings, resolve_settings
-from engine.system.cli import (
-    Parser,
-    bounded_number,
-    choice_ignoring_case,
-    exit_codes,
-    warn_unused_flags,
-)
+from analysis.study.settings import Settings, load_settings, resolve_settings
+from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.errors import FileError
+from engine.system.hardware import print_device
 from engine.system.io import run_lock, save_json, warn_on_error
 from engine.system.signals import GracefulShutdown
 
@@ -38,34 +33,31 @@ SCRIPTS = Path(__file__).parent  # folder of the scripts that jobs run
 # --- the grid --------------------------------------------------------------------------------
 
 SECOND_ORDER = 3.3
-# In the order of the tables; they run in the order in which --only names them. Of the two λ of a
-# gradient penalty the first makes λ·R 0.5 to 0.8 where regularization begins, in evaluation mode,
-# the second about three times that, which often costs more accuracy than MAX_ACCURACY_DROP allows
-# (_frozen: a third of both does, so that a tenth is tried, too).
-# _frozen: batch norms keep their statistics, and penalties are of the network as it is used.
+# In the order of the tables; they run in the order in which --only names them. A gradient penalty
+# has two candidates for λ. With the first, λ·R is 0.5 to 0.8 where regularization begins (in
+# evaluation mode). The second is about three times as large and often costs more accuracy than
+# MAX_ACCURACY_DROP allows. Variants called _frozen keep the statistics of batch norms, so that the
+# penalty is that of the network as it is used. There a third of these λ has the same effect, and
+# a smaller one is tried as well.
 VARIANTS = {
     "control": Variant("--regularizer none"),
     "control_frozen": Variant("--regularizer none --freeze_bn_from {first}"),
     "l1grad": Variant("--regularizer L1Grad", (1.5e-4, 5e-4), SECOND_ORDER),
     "l1grad_weights": Variant(
-        "--regularizer L1Grad --no_activation_gradients", cost=SECOND_ORDER, lambda_from="l1grad"
+        "--regularizer L1Grad --no_activation_gradients", lambda_from="l1grad"
     ),
     "l2grad": Variant("--regularizer L2Grad", (0.03, 0.1), SECOND_ORDER),
     "l2grad_weights": Variant(
-        "--regularizer L2Grad --no_activation_gradients", cost=SECOND_ORDER, lambda_from="l2grad"
+        "--regularizer L2Grad --no_activation_gradients", lambda_from="l2grad"
     ),
     "l2grad_frozen": Variant(
         "--regularizer L2Grad --freeze_bn_from {first}", (0.003, 0.01, 0.03), SECOND_ORDER
     ),
     "linfgrad": Variant("--regularizer LinfGrad", (0.15, 0.5), SECOND_ORDER),
     "stepl1grad": Variant("--regularizer StepL1Grad", (0.015, 0.05), SECOND_ORDER),
-    "stepl1grad_held": Variant(
-        "--regularizer StepL1Grad --hold_step", cost=SECOND_ORDER, lambda_from="stepl1grad"
-    ),
+    "stepl1grad_held": Variant("--regularizer StepL1Grad --hold_step", lambda_from="stepl1grad"),
     "stepl2grad": Variant("--regularizer StepL2Grad", (6.0, 20.0), SECOND_ORDER),
-    "stepl2grad_held": Variant(
-        "--regularizer StepL2Grad --hold_step", cost=SECOND_ORDER, lambda_from="stepl2grad"
-    ),
+    "stepl2grad_held": Variant("--regularizer StepL2Grad --hold_step", lambda_from="stepl2grad"),
     "stepnoise": Variant("--regularizer StepNoise", (0.3, 1.0, 3.0), 2.1),
     "stepnoise_frozen": Variant(
         "--regularizer StepNoise --freeze_bn_from {first}", (0.3, 1.0), 2.1
@@ -124,77 +116,18 @@ SETTINGS: Settings = {
 DATA_FLAGS = {  # that --data_flags may give
     "dataset", "data_dir", "device", "memory_format", "model", "width", *data.OPTIONS,
 }  # fmt: skip
-RESERVED_FLAGS = {  # that --train_flags may not give, because the study does
-    "run_name",
-    "save_file",
-    "resume",
-    "init_from",
-    "allow_changed_settings",
-    "seed",
-    "n_epochs",
-    "holdout",
-    "regularizer",
-    "lmbda",
-    "first_regularized_epoch",
-    "no_activation_gradients",
-    "freeze_bn_from",
-    "save_preregularized_model",
-    "lmbda_warmup",
-    "penalty_every",
-    "penalty_gradient",
-    "penalty_step",
-    "fold_bn",
-    "detach_step",
-    "wandb_group",
-}
+RESERVED_FLAGS = set(  # that --train_flags may not give, because the study does
+    "run_name save_file resume init_from allow_changed_settings seed n_epochs holdout regularizer "
+    "lmbda first_regularized_epoch no_activation_gradients freeze_bn_from "
+    "save_preregularized_model lmbda_warmup penalty_every penalty_gradient penalty_step fold_bn "
+    "detach_step wandb_group".split()
+)
 
 
 def make_parser() -> Parser:
     """Make the parser of study.py."""
-    parser = Parser("Run the study: variants × seeds, as tables and figures; see VARIANTS.")
-    add = parser.add_argument
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--plan", action="store_true", help="print what would run and how long it takes; run none"
-    )
-    mode.add_argument(
-        "--tables", action="store_true", help="only renew tables and figures from existing results"
-    )
-    mode.add_argument(
-        "--forget",
-        nargs="+",
-        metavar="PATTERN",
-        help="delete the records whose path in the study matches, such as 'seed0/*_folded/*', so "
-        "that the next run makes them again",
-    )
-    names = choice_ignoring_case(VARIANTS)
-    add("--only", type=names, nargs="+", default=list(VARIANTS), metavar="NAME", help="variants")
-    add("--seeds", type=bounded_number(int, at_least=0), nargs="+", default=[0, 1, 2], help="seeds")
-    add(
-        "--jobs",
-        type=bounded_number(int, at_least=1),
-        default=1,
-        help="how many jobs run in parallel; they share the cores, so that times say little, and "
-        "each gets one of the visible GPUs, in turn",
-    )
-    add("--out", default="results/study", help="folder of everything that is written")
-    add(
-        "--epoch_seconds",
-        type=bounded_number(float, above=0),
-        help="for --plan: seconds of an epoch of the control on all cores; None: as measured",
-    )
-    helps = {
-        "n_epochs": "epochs of a run, of which the last third is regularized",
-        "holdout": "training images that λ is chosen by and that are not trained on then",
-        "train_flags": "flags of every training, as in --train_flags='--lr 0.05'",
-        "data_flags": "flags of all trainings and quantizations: --data_flags='--device cuda'",
-    }
-    group = parser.add_argument_group("what the study is: set by the first run in --out")
-    for name, text in helps.items():
-        text += f" (default for a new study: {SETTINGS[name]!r})"
-        parse = SETTING_TYPES[name]
-        group.add_argument(f"--{name}", type=parse, default=argparse.SUPPRESS, help=text)
-    return parser
+    description = "Run the study: variants × seeds, as tables and figures; see VARIANTS."
+    return flags.make_parser(description, flags.study_flags(VARIANTS, SETTINGS))
 
 
 def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
@@ -210,9 +143,11 @@ def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Sett
         parser.error(str(error))
     requested = {name: getattr(args, name, None) for name in SETTINGS}
     settings = resolve_settings(args.out, saved, requested, SETTINGS)
+    data_args = check_flags(parser, settings)
+    if not (args.tables or args.forget):
+        print_device(data_args.device)
     if settings["TRAINING"] != TRAINING:
         print(f"{args.out} continues with the training flags it began with: {settings['TRAINING']}")
-    data_args = check_flags(parser, settings)
     bn_images = BN_IMAGES
     if not args.tables:
         may_shrink = saved is None and requested["holdout"] is None
@@ -231,7 +166,6 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
     Returns what --data_flags mean for a training.
     """
     data_flags, train_flags = map(shlex.split, (settings["data_flags"], settings["train_flags"]))
-    quant_flags.make_parser().parse_args(["weights.pt", *data_flags])
     train_parser = train.make_parser()  # it ends the program at a flag that it does not know
     train_parser.parse_args(train_flags)
     refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}
@@ -242,6 +176,7 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
             parser.error(
                 f"--{kind}_flags: --{min(names)} is set by the study and cannot be given here"
             )
+    flags.make_parser("", flags.QUANTIZATION).parse_args(["weights.pt", *data_flags])
     return data_args
 
 
@@ -256,14 +191,14 @@ def fit_to_data(
     n_images = 50_000  # of CIFAR, which need not be fetched to be counted
     if data_args.dataset not in ("CIFAR10", "CIFAR100"):
         n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
-    have = f"{data_args.dataset} has {n_images} training images"
+    available = f"{data_args.dataset} has {n_images} training images"
     if may_shrink and settings["holdout"] > n_images // 10:
         settings["holdout"] = max(1, n_images // 10)
-        print(f"{have}: λ is chosen with {settings['holdout']} of them")
+        print(f"{available}: λ is chosen with {settings['holdout']} of them")
     if settings["holdout"] >= n_images:
-        parser.error(f"--holdout {settings['holdout']}: {have}")
+        parser.error(f"--holdout {settings['holdout']}: {available}")
     if BN_IMAGES > n_images:
-        print(f"{have}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
+        print(f"{available}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
     return min(BN_IMAGES, n_images)
 
 
@@ -373,8 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     runs = not (args.tables or args.forget)
-    unused = [(flag, "something to run", runs) for flag in ("only", "seeds", "jobs")]
-    warn_unused_flags(parser, args, [*unused, ("epoch_seconds", "--plan", args.plan)])
+    refuse_flags(parser, args, parser.flags)
+    warn_unused_flags(parser, args, parser.flags)
     hint = "; the same command resumes" if runs and not args.plan else ""
     with exit_codes(parser, lambda: hint), GracefulShutdown():
         code = run_mode(parser, args)

@@ -1,7 +1,7 @@
 """Train a network with a regularizer that should make it survive quantization.
 
-`run_epoch` is the loop over batches, `fit` the loop over epochs; `set_up`, `fit` and `finish` make
-a run. The step itself, ∇L + ∇R, is `engine.step.gradients.compute_gradients`.
+`run_epoch` is the loop over batches, `fit` the loop over epochs; `run` goes through them, logs,
+saves and stops. The step itself, ∇L + ∇R, is `engine.step.gradients.compute_gradients`.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,25 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+import flags
 import utils
 from data import ImageDataset
 from engine.images.loader import Loader
-from engine.networks import layers
 from engine.networks.batch_norm import check_folding, freeze_batch_norms
+from engine.networks.compiling import set_compile
+from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
+from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.networks.outputs import check_movable_activations, check_network
-from engine.step.cuda_graph import GraphedGradients
 from engine.step.evaluation import evaluate
-from engine.step.gradients import compute_gradients, needs_double_backward
+from engine.step.gradients import compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.system import distributed
-from engine.system.cli import Parser, Requirement, bounded_number, exit_codes, warn_unused_flags
+from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
-from engine.system.errors import DataError, FileError, NetworkError, NotFiniteError, SetupError
+from engine.system.errors import DataError, NetworkError, NotFiniteError, SetupError
 from engine.system.hardware import (
     choose_precision,
+    print_device,
     resolve_precision,
     seed_rng,
     tune_glibc_malloc,
@@ -51,53 +54,21 @@ from engine.system.io import (
     save_weights,
     warn_on_error,
 )
-from engine.system.progress import EpochDisplay
-from engine.system.signals import GracefulShutdown
+from engine.system.progress import EpochDisplay, epoch_line
+from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.system.wandb_logger import WandbLogger, new_run_id, sweep_run_id
 from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_average
-from engine.training.checkpoints import Checkpointer
-from engine.training.learned_steps import LearnedSteps, make_steps, parameter_groups
-from engine.training.resume import load_for_resume, load_init_from, read_settings
+from engine.training.checkpoints import CheckpointClock, save_checkpoint
+from engine.training.learned_steps import make_steps, parameter_groups
+from engine.training.phases import Phase, describe_plan, phase_at
+from engine.training.resume import continue_from, find_checkpoint, read_settings
 from engine.training.train_state import TrainProgress, TrainState
-from regularizers import REGULARIZERS, Regularizer, accepted_options, make_regularizer
+from regularizers import Regularizer, accepted_options, make_regularizer
 
 DIVERGED_LOSS_RATIO = 10.0  # times the loss of guessing: beyond it a training counts as diverged
 
 
-@dataclass(frozen=True)
-class Phase:
-    """From epoch `start` on (the first is 0), train with `regularizer`; None is the loss alone.
-
-    With `save_as`, the weights are written there just before the phase begins. With a `warmup`, the
-    penalty's factor rises linearly, batch by batch, from 0 to 1 over that many epochs. The penalty
-    is part of every `every`-th batch of an epoch, the first among them, and counts `every` times.
-    """
-
-    start: int
-    regularizer: Regularizer | None = None
-    save_as: Path | None = None
-    warmup: float = 0.0
-    every: int = 1
-
-    def regularizer_at(self, batch: int) -> Regularizer | None:
-        """Return the regularizer where that batch of an epoch, from 0, is penalized, else None."""
-        return self.regularizer if batch % self.every == 0 else None
-
-    def penalty_scale(self, epochs: float) -> float:
-        """Return the factor of the penalty after that many epochs of the whole run."""
-        return min(1.0, (epochs - self.start) / self.warmup) if self.warmup else 1.0
-
-
-def phase_at(phases: Sequence[Phase], epoch: int) -> Phase:
-    """Return the phase that the epoch belongs to; before the first one there is no regularizer."""
-    return [Phase(0), *(p for p in phases if p.start <= epoch)][-1]
-
-
 # --- the loops -------------------------------------------------------------------------------
-
-
-def no_callback(progress: TrainProgress) -> None:
-    """Do nothing after a batch or epoch."""
 
 
 @dataclass(frozen=True)
@@ -110,58 +81,6 @@ class FitConfig:
     test_penalty: bool = True  # measure the penalty on the test set, too
     difference_step: float | None = None  # for penalties of gradients, see compute_gradients
     freeze_bn_from: int | None = None  # epoch from which on batch norms keep their statistics
-    compute_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = compute_gradients
-    after_batch: Callable[[TrainProgress], None] = no_callback
-    after_epoch: Callable[[TrainProgress], None] = no_callback  # history entry included
-
-
-def run_epoch(
-    state: TrainState, loader: Loader, phase: Phase, config: FitConfig
-) -> dict[str, float]:
-    """Train on the rest of the epoch; return its mean loss, accuracy and penalty.
-
-    Random numbers that a regularizer draws are a pure function of (seed, epoch, batch).
-    """
-    net, progress, regularizer = state.net, state.progress, phase.regularizer
-    net.train()
-    if config.freeze_bn_from is not None and progress.epoch >= config.freeze_bn_from:
-        freeze_batch_norms(net)
-    started_at = time.perf_counter() - progress.epoch_seconds
-    with EpochDisplay(progress, len(loader), loader.n_images) as display:
-        for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
-            seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
-            scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
-            n_images = loader.n_images_in_batch(progress.batch)  # of all processes
-            with distributed.sharded(n_images):
-                loss, penalty, n_correct = config.compute_gradients(  # sets .grad to ∇L + ∇R
-                    net,
-                    config.criterion,
-                    phase.regularizer_at(progress.batch),
-                    x,
-                    y,
-                    config.dtype,
-                    scale,
-                    config.difference_step,
-                )
-            distributed.all_reduce_mean_(layers.unsynced_bn_buffers(net))
-            row = batch_metrics_row(net, n_images, loss, penalty, n_correct)
-            progress.batch_metrics.append(row)
-            if x.device.type == "cpu" and not row.isfinite().all():
-                summarize(state, regularizer)  # raises, before the weights are spoilt
-            state.step()
-            progress.batch += 1
-            progress.epoch_seconds = time.perf_counter() - started_at
-            if display.is_due():
-                display.show(summarize(state, regularizer))
-            display.bar.update()
-            config.after_batch(progress)
-    return summarize(state, regularizer)
-
-
-def summarize(state: TrainState, regularizer: Regularizer | None) -> dict[str, float]:
-    """Return the epoch's means so far; NotFiniteError if a number is not finite."""
-    progress = state.progress
-    return epoch_means(state.net, regularizer, progress.epoch, progress.batch_metrics)
 
 
 def fit(
@@ -170,11 +89,12 @@ def fit(
     test_loader: Loader,
     phases: Sequence[Phase],
     config: FitConfig,
-) -> list[dict[str, Any]]:
-    """Train from where `state` is until all epochs are done; return the history, an entry each.
+) -> Iterator[TrainProgress]:
+    """Train from where `state` is until all epochs are done.
 
-    The phases are in the order of their start. Raises NotFiniteError as soon as a loss, penalty or
-    gradient that is not finite is seen.
+    Yields the progress after each batch and, with `batch` 0 again and one more entry in `history`,
+    after each epoch. The phases are in the order of their start. Raises NotFiniteError as soon as a
+    loss, penalty or gradient that is not finite is seen.
     """
     progress = state.progress
     while progress.epoch < config.n_epochs:
@@ -184,7 +104,8 @@ def fit(
         lr = state.optimizer.param_groups[0]["lr"]
         started_at = time.perf_counter() - progress.epoch_seconds
         with state.quantized():
-            train = run_epoch(state, train_loader, phase, config)
+            yield from run_epoch(state, train_loader, phase, config)
+            train = summarize(state, phase.regularizer)
             state.check()
             images_per_second = train_loader.n_images / progress.epoch_seconds
             test = evaluate_epoch(state, test_loader, phase, config)
@@ -200,16 +121,57 @@ def fit(
             }
         )
         progress.next_epoch()
-        config.after_epoch(progress)
-    return progress.history
+        yield progress
+
+
+def run_epoch(
+    state: TrainState, loader: Loader, phase: Phase, config: FitConfig
+) -> Iterator[TrainProgress]:
+    """Train on the rest of the epoch; yield the progress after each batch.
+
+    Random numbers that a regularizer draws are a pure function of (seed, epoch, batch).
+    """
+    net, progress, criterion = state.net, state.progress, config.criterion
+    net.train()
+    if config.freeze_bn_from is not None and progress.epoch >= config.freeze_bn_from:
+        freeze_batch_norms(net)
+    started_at = time.perf_counter() - progress.epoch_seconds
+    with EpochDisplay(progress, len(loader), loader.n_images) as display:
+        for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
+            seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
+            scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
+            n_images = loader.n_images_in_batch(progress.batch)  # of all processes
+            regularizer = phase.regularizer_at(progress.batch)
+            with distributed.sharded(n_images):  # sets .grad to ∇L + ∇R
+                loss, penalty, n_correct = compute_gradients(
+                    net, criterion, regularizer, x, y, config.dtype, scale, config.difference_step
+                )
+            distributed.all_reduce_mean_(unsynced_bn_buffers(net))
+            row = batch_metrics_row(net, n_images, loss, penalty, n_correct)
+            progress.batch_metrics.append(row)
+            if x.device.type == "cpu" and not row.isfinite().all():
+                summarize(state, phase.regularizer)  # raises, before the weights are spoilt
+            state.step()
+            progress.batch += 1
+            progress.epoch_seconds = time.perf_counter() - started_at
+            if display.is_due():  # reading the numbers waits for the device
+                display.show(summarize(state, phase.regularizer))
+            display.bar.update()
+            yield progress
+
+
+def summarize(state: TrainState, regularizer: Regularizer | None) -> dict[str, float]:
+    """Return the epoch's means so far; NotFiniteError if a number is not finite."""
+    progress = state.progress
+    return epoch_means(state.net, regularizer, progress.epoch, progress.batch_metrics)
 
 
 def evaluate_epoch(
     state: TrainState, loader: Loader, phase: Phase, config: FitConfig
 ) -> dict[str, float]:
     """Return loss, accuracy and penalty on the test set; NotFiniteError if one is not finite."""
-    epoch, regularizer = state.progress.epoch, phase.regularizer
-    penalized = regularizer if config.test_penalty else None
+    epoch = state.progress.epoch
+    penalized = phase.regularizer if config.test_penalty else None
     means = evaluate(state.net, config.criterion, loader, config.dtype, penalized)
     if penalized:
         means[penalized.name] *= phase.penalty_scale(epoch + 1)
@@ -222,227 +184,161 @@ def evaluate_epoch(
 # --- a run -----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """A training that is set up, and where it is logged and saved."""
 
     args: argparse.Namespace
     out: Path  # <out>.pt, <out>.json and <out>.ckpt are written
-    phases: Sequence[Phase]
+    started_at: float  # of the clock, had the run never been interrupted
     state: TrainState
     config: FitConfig
-    train_loader: Loader
-    test_loader: Loader
-    fixed_batch: Loader  # what --track is measured on
-    bn_loader: Loader | None  # of images for the batch-norm statistics of averaged weights
-    num_classes: int
+    loaders: "Loaders"
     record: dict[str, Any]  # settings, versions and machine
-    run_id: str
-    started_at: float
     logger: WandbLogger
-    checkpointer: Checkpointer | None = None
-    histogram_seconds: float = 0.0  # spent on --watch in this process
-
-    def after_batch(self, progress: TrainProgress) -> None:
-        """Log histograms and write a checkpoint where they are due."""
-        n_batches = len(self.train_loader)
-        n_done = progress.epoch * n_batches + progress.batch
-        if self.args.watch and n_done % self.args.watch_freq == 0:
-            started_at = time.perf_counter()
-            self.logger.log_histograms(self.state.net, progress.epoch + progress.batch / n_batches)
-            self.histogram_seconds += time.perf_counter() - started_at
-        self.checkpointer.after_batch()
-
-    def after_epoch(self, progress: TrainProgress) -> None:
-        """Log and print the epoch, and write the record and the checkpoint."""
-        entry = progress.history[-1]
-        for regularizer in utils.make_tracked_regularizers(self.args):
-            means = evaluate(
-                self.state.net,
-                self.config.criterion,
-                self.fixed_batch,
-                self.config.dtype,
-                regularizer,
-            )
-            entry[f"track_{regularizer.name}"] = means[regularizer.name]
-        self.logger.log(entry)
-        self.logger.summarize(best_epoch(progress.history))
-        regularizer = phase_at(self.phases, progress.epoch - 1).regularizer
-        with warn_on_error(f"{self.out}.json was not written, training continues"):
-            tqdm.write(summary_line(entry, regularizer and regularizer.name))
-            save_json({**self.record, "history": progress.history}, Path(f"{self.out}.json"))
-        if self.histogram_seconds and progress.epoch == 1:
-            tqdm.write(
-                f"histograms took {self.histogram_seconds:.1f} s of this epoch's "
-                f"{entry['epoch_seconds']:.1f} s: --watch_freq N logs them every N batches only"
-            )
-        is_last = progress.epoch == self.config.n_epochs
-        self.checkpointer.after_epoch(progress.epoch, is_last)
-
-    def close(self) -> None:
-        """End the processes of the loaders, and print where the run is logged."""
-        loaders = (self.train_loader, self.test_loader, self.fixed_batch, self.bn_loader)
-        for loader in filter(None, loaders):
-            loader.close()
-        print(self.logger.finish(), flush=True)
-
-    def checkpoint_content(self) -> dict[str, Any]:
-        """Return what a checkpoint holds; NotFiniteError where it is not worth saving."""
-        regularizer = phase_at(self.phases, self.state.progress.epoch).regularizer
-        return {
-            **self.state.state_dict(regularizer),
-            "settings": vars(self.args),
-            "run_id": self.run_id,
-            "seconds": time.perf_counter() - self.started_at,
-        }
 
 
 def run(
     args: argparse.Namespace, phases: Sequence[Phase], out: Path, shutdown: GracefulShutdown
 ) -> None:
-    """Train as the flags and phases say; write <out>.pt and <out>.json, and log the run."""
-    training = set_up(args, phases, out, shutdown)
+    """Train as the flags and phases say; write <out>.pt and <out>.json, and log the run.
+
+    <out>.ckpt is written as the training goes: when it is due, and before a signal stops the run.
+    """
+    training = set_up(args, phases, out)
+    state, loaders, logger = training.state, training.loaders, training.logger
+    clock = CheckpointClock(args.checkpoint_every, args.checkpoint_minutes, args.n_epochs)
+    n_batches = len(loaders.train)
     try:
         with shutdown.deferred():
-            fit(
-                training.state, training.train_loader, training.test_loader, phases, training.config
-            )
+            for progress in fit(state, loaders.train, loaders.test, phases, training.config):
+                n_done = progress.epoch * n_batches + progress.batch
+                if progress.batch == 0:  # the epoch before it is done
+                    log_epoch(training, phase_at(phases, progress.epoch - 1))
+                elif args.watch and n_done % args.watch_freq == 0:
+                    logger.log_histograms(state.net, n_done / n_batches)
+                signal = shutdown.requested(progress.batch)
+                if signal or clock.is_due(progress.epoch, progress.batch):
+                    content = state.state_dict(phase_at(phases, progress.epoch).regularizer)
+                    seconds = time.perf_counter() - training.started_at
+                    about = {"settings": vars(training.args), "run_id": training.record["run_id"]}
+                    save_checkpoint({**content, **about, "seconds": seconds}, Path(f"{out}.ckpt"))
+                    clock.restart()
+                if signal:
+                    raise StoppedBySignal(128 + signal)
         finish(training)
     except BaseException as error:
-        training.logger.fail(error)
+        logger.fail(error)
         raise
     finally:
-        training.close()
+        loaders.close()
+        print(logger.finish(), flush=True)
 
 
-def set_up(
-    args: argparse.Namespace, phases: Sequence[Phase], out: Path, shutdown: GracefulShutdown
-) -> TrainingRun:
+def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> TrainingRun:
     """Make network, loaders, optimizer and schedule, or restore them from a checkpoint."""
     started_at = time.perf_counter()
     tune_glibc_malloc()
     use_ieee_float32()
     utils.seed_everything(args.seed)
-    checkpoint, is_own = distributed.run_on_rank0_and_broadcast(lambda: find_checkpoint(args, out))
-    args = with_settled_precision(args, checkpoint)
+    schedule = utils.schedule_settings(args)
+    checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
+        lambda: find_checkpoint(args, out, schedule)
+    )
+    if args.precision == "auto" and checkpoint:  # another machine goes on with the precision it had
+        args.precision = read_settings(checkpoint).get("precision", "auto")
+    args.precision = choose_precision(args.precision, args.device)
     dataset = utils.load_dataset(args)
-    train_loader, test_loader, fixed_batch = make_loaders(dataset, args)
-    bn_loader = None if args.ema is None else make_bn_loader(dataset, args)
+    loaders = make_loaders(dataset, args)
     config = make_config(args)
-    compiled = layers.set_compile(args.compile, args.device)
-    state, run_id = make_state(args, dataset, phases), new_run_id()
+    compiled = set_compile(args.compile, args.device)
+    state = make_state(args, dataset, phases)
+    run_id = new_run_id()
     if checkpoint:
-        continue_from(checkpoint, state, args, phases, len(train_loader), is_own)
-        run_id, started_at = checkpoint["run_id"] or run_id, started_at - checkpoint["seconds"]
+        continue_from(checkpoint, state, args, phases, len(loaders.train), is_own)
+        run_id = checkpoint["run_id"] or run_id
+        started_at -= checkpoint["seconds"]
     elif args.init_weights:
         load_weights(state.net, Path(args.init_weights))
     if not args.resume:
         files = [(name, suffix) for name in run_names(args, out) for suffix in RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
 
-    plan = describe_plan(args, phases, config.dtype, compiled)
+    plan = describe_plan(args, phases, state.steps, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
+    logger = WandbLogger(args, "train", args.run_name, settings, run_id)
+    print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
     record = {
         "settings": settings,
         "run_id": run_id,
         "classes": dataset.classes,
         **describe_environment(),
     }
-    logger = WandbLogger(args, "train", args.run_name, settings, run_id)
-    print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
-    training = TrainingRun(
-        args, out, phases, state, config, train_loader, test_loader, fixed_batch,
-        bn_loader, dataset.num_classes, record, run_id, started_at, logger,
-    )  # fmt: skip
-    training.config = replace(
-        config, after_batch=training.after_batch, after_epoch=training.after_epoch
-    )
-    training.checkpointer = Checkpointer(
-        Path(f"{out}.ckpt"),
-        training.checkpoint_content,
-        args.checkpoint_every,
-        args.checkpoint_minutes,
-        shutdown,
-    )
-    return training
-
-
-def with_settled_precision(
-    args: argparse.Namespace, checkpoint: Mapping[str, Any] | None
-) -> argparse.Namespace:
-    """Return the flags with the precision that "auto" means: the checkpoint's, or this device's.
-
-    So a run that goes on with another machine keeps its precision.
-    """
-    precision = args.precision
-    if precision == "auto" and checkpoint:
-        precision = read_settings(checkpoint).get("precision", "auto")
-    precision = choose_precision(precision, args.device)
-    return argparse.Namespace(**{**vars(args), "precision": precision})
-
-
-def make_config(args: argparse.Namespace) -> FitConfig:
-    """Return what the flags say of the loop, without its callbacks."""
-    return FitConfig(
-        args.n_epochs,
-        utils.make_criterion(args.criterion, args.label_smoothing),
-        resolve_precision(args.precision, args.device),
-        not args.no_test_penalty,
-        args.penalty_step if args.penalty_gradient == "difference" else None,
-        args.freeze_bn_from,
-        gradient_function(args),
+    return TrainingRun(
+        args=args,
+        out=out,
+        started_at=started_at,
+        state=state,
+        config=config,
+        loaders=loaders,
+        record=record,
+        logger=logger,
     )
 
 
-def gradient_function(args: argparse.Namespace) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Return what computes the gradients of a batch, with --cuda_graph as CUDA graphs."""
-    return GraphedGradients() if args.cuda_graph else compute_gradients
-
-
-def run_names(args: argparse.Namespace, out: Path) -> list[Path]:
-    """Return the run's files without their suffixes: with --ema the average has a name, too."""
-    return [out] if args.ema is None else [out, Path(f"{out}_ema")]
+def log_epoch(training: TrainingRun, phase: Phase) -> None:
+    """Log and print the epoch that is done, which was one of that phase, and write the record."""
+    state, config, logger = training.state, training.config, training.logger
+    history = state.progress.history
+    entry = history[-1]
+    for regularizer in utils.make_tracked_regularizers(training.args):
+        fixed_batch = training.loaders.fixed_batch
+        means = evaluate(state.net, config.criterion, fixed_batch, config.dtype, regularizer)
+        entry[f"track_{regularizer.name}"] = means[regularizer.name]
+    logger.log(entry)
+    logger.summarize(state.progress.best_epoch())
+    with warn_on_error(f"{training.out}.json was not written, training continues"):
+        tqdm.write(epoch_line(entry, phase.regularizer and phase.regularizer.name))
+        save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
+    if training.args.watch and state.progress.epoch == 1 and logger.histogram_seconds:
+        tqdm.write(
+            f"histograms took {logger.histogram_seconds:.1f} s of this epoch's "
+            f"{entry['epoch_seconds']:.1f} s: --watch_freq N logs them every N batches only"
+        )
 
 
 def finish(training: TrainingRun) -> None:
     """Save the weights and the record with the final accuracy, which is float32's, and log it."""
-    state, out = training.state, training.out
-    final = evaluate(state.net, training.config.criterion, training.test_loader)
-    final = {f"final_{key}": value for key, value in final.items()}
+    state, out, test_loader = training.state, training.out, training.loaders.test
+    measured = evaluate(state.net, training.config.criterion, test_loader)
+    final = {f"final_{key}": value for key, value in measured.items()}
     save_weights(state.net, Path(f"{out}.pt"))
     if state.average is not None:
         final |= finish_average(training)
     learned = {}
     if state.steps is not None:
         learned = {"learned_steps": state.steps.record()}
-        final |= evaluate_quantized(training)
+        with state.steps.quantized(state.net):
+            measured = evaluate(state.net, training.config.criterion, test_loader)
+        print(f"quantized with the learned steps: accuracy {measured['accuracy']:.2%}")
+        final |= {f"quantized_{key}": value for key, value in measured.items()}
     seconds = time.perf_counter() - training.started_at
     history = state.progress.history
     record = {**training.record, **final, **learned, "seconds": seconds, "history": history}
     save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
-    training.logger.summarize({**best_epoch(state.progress.history), "total_seconds": seconds})
+    training.logger.summarize({**state.progress.best_epoch(), "total_seconds": seconds})
     if artifact := training.logger.log_weights(Path(f"{out}.pt")):
         save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
     images = "held-out" if training.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
-    chance = math.log(training.num_classes)  # the loss of equal probabilities
-    loss = final.get("quantized_loss", final["final_loss"])  # of the network that was trained
-    if loss > DIVERGED_LOSS_RATIO * chance:
+    chance = math.log(training.loaders.num_classes)  # the loss of equal probabilities
+    if measured["loss"] > DIVERGED_LOSS_RATIO * chance:  # of the network as it was trained
         print(
-            f"the training diverged: the loss is {loss:.3g}, that of guessing is "
+            f"the training diverged: the loss is {measured['loss']:.3g}, that of guessing is "
             f"{chance:.3g}; a smaller --lr or --lmbda may help"
         )
-
-
-def evaluate_quantized(training: TrainingRun) -> dict[str, float]:
-    """Return and print "quantized_loss" and "quantized_accuracy" on the test set, in float32."""
-    state = training.state
-    with state.steps.quantized(state.net):
-        measured = evaluate(state.net, training.config.criterion, training.test_loader)
-    print(f"quantized with the learned steps: accuracy {measured['accuracy']:.2%}")
-    return {f"quantized_{key}": value for key, value in measured.items()}
 
 
 def finish_average(training: TrainingRun) -> dict[str, float]:
@@ -450,13 +346,12 @@ def finish_average(training: TrainingRun) -> dict[str, float]:
 
     Both are measured on the test set, in float32.
     """
-    out, average = f"{training.out}_ema", training.state.average
-    images = (x for x, _ in training.bn_loader.batches(0))
-    net = averaged_network(average, images)
-    measured = evaluate(net, training.config.criterion, training.test_loader)
+    out, average, loaders = f"{training.out}_ema", training.state.average, training.loaders
+    net = averaged_network(average, (x for x, _ in loaders.bn.batches(0)))
+    measured = evaluate(net, training.config.criterion, loaders.test)
     save_weights(net, Path(f"{out}.pt"))
     final = {f"final_{key}": value for key, value in measured.items()}
-    steps = {"averaged_steps": average.n_averaged.item(), "bn_images": training.bn_loader.n_images}
+    steps = {"averaged_steps": average.n_averaged.item(), "bn_images": loaders.bn.n_images}
     save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
     print(f"saved {out}.pt and {out}.json: averaged weights, accuracy {measured['accuracy']:.2%}")
     return {f"ema_{key}": value for key, value in measured.items()}
@@ -465,46 +360,64 @@ def finish_average(training: TrainingRun) -> dict[str, float]:
 # --- what a run is made of -------------------------------------------------------------------
 
 
-def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Sequence[Loader]:
-    """Return the loaders of the training set, augmented, of the test set, and of one fixed batch.
-
-    The fixed batch, of the first training images as they are, is what --track is measured on.
-    """
-    make_loader = utils.loader_maker(args, dataset)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    train_loader = make_loader(
-        dataset.train_images,
-        dataset.train_labels,
-        seed=args.seed,
-        augment=True,
-        shuffle=True,
-        rank=rank,
-        world_size=world_size,
+def make_config(args: argparse.Namespace) -> FitConfig:
+    """Return what the flags say of the loop."""
+    return FitConfig(
+        n_epochs=args.n_epochs,
+        criterion=utils.make_criterion(args.criterion, args.label_smoothing),
+        dtype=resolve_precision(args.precision, args.device),
+        test_penalty=not args.no_test_penalty,
+        difference_step=args.penalty_step if args.penalty_gradient == "difference" else None,
+        freeze_bn_from=args.freeze_bn_from,
     )
-    if (smallest := train_loader.n_images_in_batch(len(train_loader) - 1)) < world_size:
+
+
+def run_names(args: argparse.Namespace, out: Path) -> list[Path]:
+    """Return the run's files without their suffixes: with --ema the average has a name, too."""
+    return [out] if args.ema is None else [out, Path(f"{out}_ema")]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The batches of a run, of the training images as they are but for `train`."""
+
+    train: Loader  # augmented and shuffled; of several processes, this one's share
+    test: Loader
+    fixed_batch: Loader  # of the first training images: what --track is measured on
+    bn: Loader | None  # for the batch-norm statistics of averaged weights
+    num_classes: int
+
+    def close(self) -> None:
+        """End their processes."""
+        for loader in filter(None, (self.train, self.test, self.fixed_batch, self.bn)):
+            loader.close()
+
+
+def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
+    """Return the loaders; SetupError or DataError where the flags ask for too many images."""
+    make_loader = utils.loader_maker(args, dataset)
+    images, labels = dataset.train_images, dataset.train_labels
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    ranks = {"rank": rank, "world_size": world_size}
+    train = make_loader(images, labels, seed=args.seed, augment=True, shuffle=True, **ranks)
+    if (smallest := train.n_images_in_batch(len(train) - 1)) < world_size:
         raise SetupError(
             f"a batch of {smallest} images, the last of an epoch, for {world_size} "
             "processes: choose another --batch_size or --train_subset"
         )
-    if args.penalty_every > len(train_loader):
-        raise SetupError(
-            f"--penalty_every {args.penalty_every}: an epoch has {len(train_loader)} batches"
-        )
+    if args.penalty_every > len(train):
+        raise SetupError(f"--penalty_every {args.penalty_every}: an epoch has {len(train)} batches")
+    n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
+    if n_bn > len(images):
+        raise DataError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
     n = args.batch_size
-    return (
-        train_loader,
-        make_loader(dataset.test_images, dataset.test_labels, cache=True),
-        make_loader(dataset.train_images[:n], dataset.train_labels[:n], cache=True),
+    return Loaders(
+        train=train,
+        test=make_loader(dataset.test_images, dataset.test_labels, cache=True),
+        fixed_batch=make_loader(images[:n], labels[:n], cache=True),
+        bn=None if args.ema is None else make_loader(images[:n_bn], labels[:n_bn]),
+        num_classes=dataset.num_classes,
     )
-
-
-def make_bn_loader(dataset: ImageDataset, args: argparse.Namespace) -> Loader:
-    """Return the loader of the first training images, as they are: --recalibrate_bn_images."""
-    n_train = len(dataset.train_images)
-    n = args.recalibrate_bn_images or min(MAX_BN_IMAGES, n_train)
-    if n > n_train:
-        raise DataError(f"--recalibrate_bn_images {n}: there are {n_train} training images")
-    return utils.loader_maker(args, dataset)(dataset.train_images[:n], dataset.train_labels[:n])
 
 
 def make_state(
@@ -514,10 +427,18 @@ def make_state(
     net = utils.make_net(
         args.model, dataset.num_classes, args.device, args.width, args.memory_format
     )
-    check_trainable(net, phases)
     image_shape = dataset.test_images.shape[1:]
+    penalized = [p.regularizer for p in phases if p.regularizer]
+    if not trainable_parameters(net):
+        raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
+    if penalized and not penalized_weights(net):
+        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
     n_activations = check_network(net, image_shape, dataset.num_classes)
-    steps = make_learned_steps(net, image_shape, args)
+    steps = None
+    if args.qat_bits is not None:
+        bits = utils.qat_bit_widths(args.qat_bits)
+        options = {"keep_first_last": args.keep_first_last, "first_epoch": args.qat_from}
+        steps = make_steps(net, image_shape, *bits, **options)
     optimizer = torch.optim.SGD(
         parameter_groups(net, steps),
         args.lr,
@@ -528,15 +449,14 @@ def make_state(
     scheduler = utils.make_scheduler(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
-    if any(p.regularizer and "folded_weights" in p.regularizer.inputs for p in phases):
+    inputs = {name for regularizer in penalized for name in regularizer.inputs}
+    if "folded_weights" in inputs:
         utils.print_unfolded(net, check_folding(net, image_shape), args.model)
     if distributed.get_world_size() > 1:
-        layers.set_sync_bn(net, args.sync_bn)
-    penalized = [p.regularizer for p in phases if p.regularizer]
-    of_activations = any("a_grads" in r.inputs for r in penalized)
-    if of_activations and args.penalty_gradient == "difference":
+        set_sync_bn(net, args.sync_bn)
+    if "a_grads" in inputs and args.penalty_gradient == "difference":
         check_movable_activations(net, image_shape)
-    if n_activations == 0 and of_activations:
+    if "a_grads" in inputs and n_activations == 0:
         print(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
@@ -545,170 +465,29 @@ def make_state(
     return TrainState(net, optimizer, scheduler, average=average, steps=steps)
 
 
-def make_learned_steps(
-    net: nn.Module, image_shape: Sequence[int], args: argparse.Namespace
-) -> LearnedSteps | None:
-    """Give the network the step sizes that --qat_bits asks for, in place; None without it."""
-    if args.qat_bits is None:
-        return None
-    bits = utils.qat_bit_widths(args.qat_bits)
-    options = {"keep_first_last": args.keep_first_last, "first_epoch": args.qat_from}
-    return make_steps(net, image_shape, *bits, **options)
-
-
-def check_trainable(net: nn.Module, phases: Sequence[Phase]) -> None:
-    """Raise NetworkError where everything that would be trained or penalized is frozen."""
-    if not layers.trainable_parameters(net):
-        raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
-    if any(p.regularizer for p in phases) and not layers.penalized_weights(net):
-        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
-
-
-def find_checkpoint(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any] | None, bool]:
-    """Return the checkpoint to continue from, if any, and whether it is of this very run."""
-    schedule = utils.schedule_settings(args)
-    own = load_for_resume(args, out, schedule) if args.resume else None
-    return own or load_init_from(args, schedule), own is not None
-
-
-def continue_from(
-    checkpoint: dict[str, Any],
-    state: TrainState,
-    args: argparse.Namespace,
-    phases: Sequence[Phase],
-    n_batches: int,
-    is_own: bool,
-) -> None:
-    """Restore the state from the checkpoint, and print where it continues; FileError if unfit."""
-    if not is_own and read_settings(checkpoint).get("ema") != args.ema:
-        checkpoint = {key: value for key, value in checkpoint.items() if key != "average"}
-    state.load_state_dict(checkpoint, args.n_epochs, n_batches)
-    check_phases(state.progress, phases, args, is_own)
-    if state.average is not None and "average" not in checkpoint:
-        print("the average of the weights begins here: the checkpoint has none with this --ema")
-    print(where_it_continues(state.progress, args, is_own))
-
-
-def where_it_continues(progress: TrainProgress, args: argparse.Namespace, is_own: bool) -> str:
-    """Return which batch the run continues at, as a line of text."""
-    if progress.epoch == args.n_epochs:
-        return f"all {args.n_epochs} epochs are done: nothing left to train"
-    how = "resuming" if is_own else f"continuing {args.init_from}"
-    return f"{how} at epoch {progress.epoch}, batch {progress.batch}"
-
-
-def check_phases(
-    progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace, is_own: bool
-) -> None:
-    """Check that no phase should have begun before the checkpoint: that would change its meaning.
-
-    Of a run that is resumed, print which weights can no longer be saved.
-    """
-    if not is_own:
-        return check_init_from(progress, phases, args)
-    for p in phases:
-        if p.save_as and p.start < progress.epochs_started and not p.save_as.exists():
-            print(f"{p.save_as} cannot be saved any more: that epoch has begun")
-
-
-def check_init_from(
-    progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace
-) -> None:
-    """Raise FileError where the checkpoint of --init_from lies beyond what is still to be done."""
-    n_started = progress.epochs_started
-    where = f"{args.init_from} has {n_started} epochs {'begun' if progress.batch else 'done'}"
-    if progress.epoch >= args.n_epochs:
-        raise FileError(f"{where}: --n_epochs {args.n_epochs} leaves nothing to train")
-    for p in phases:
-        if p.regularizer and p.start < n_started:
-            raise FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
-    if args.qat_bits and args.qat_from < n_started:
-        raise FileError(f"{where}: --qat_from {args.qat_from} is over")
-    if args.freeze_bn_from and args.freeze_bn_from < n_started:
-        raise FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
-
-
-def describe_plan(
-    args: argparse.Namespace, phases: Sequence[Phase], dtype: torch.dtype, compiled: bool
-) -> str:
-    """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad λ=0.01; …"."""
-    labels = [p.regularizer.label if p.regularizer else "no regularizer" for p in phases]
-    parts = [
-        f"from epoch {p.start}: {label}" if p.start else label
-        for p, label in zip(phases, labels, strict=True)
-    ]
-    if args.penalty_every > 1:
-        parts.append(f"the penalty in one of {args.penalty_every} batches")
-    if args.penalty_gradient == "difference":
-        parts.append(f"its gradient by a difference, step {args.penalty_step:g}")
-    kernels = "compiled" if compiled else "eager"
-    precision = str(dtype).removeprefix("torch.")
-    if args.qat_bits is not None:
-        weight_bits, act_bits = utils.qat_bit_widths(args.qat_bits)
-        inputs = f"inputs of {act_bits}" if act_bits else "inputs in full precision"
-        parts.append(
-            f"from epoch {args.qat_from} quantized with learned steps: weights of {weight_bits} "
-            f"bits, {inputs}{', 8 in the first and the last layer' * args.keep_first_last}"
-        )
-    if args.label_smoothing:
-        parts.append(f"labels smoothed by {args.label_smoothing:g}")
-    if args.ema is not None:
-        parts.append(f"weights averaged with decay {args.ema:g}")
-    parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
-    if args.holdout:
-        parts.append(f"tested on {args.holdout} training images, held out")
-    if (n := distributed.get_world_size()) > 1:
-        images = "the whole batch" if args.sync_bn else "each one's share"
-        parts.append(f"{n} processes, batch-norm statistics of {images}")
-    return "; ".join(parts)
-
-
-def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the highest test accuracy of a history, and the first epoch that has it."""
-    best = max(history, key=lambda entry: entry["test_accuracy"])
-    return {"best_accuracy": best["test_accuracy"], "best_epoch": best["epoch"]}
-
-
-def summary_line(entry: dict[str, Any], penalty: str | None) -> str:
-    """Return an epoch's history entry as a line of text, with the penalty of that name."""
-    shown = f"  {penalty} {entry[f'train_{penalty}']:.4g}" if penalty else ""
-    return (
-        f"epoch {entry['epoch']}  lr {entry['lr']:.4g}"
-        f"  train loss {entry['train_loss']:.4f}{shown}  accuracy {entry['train_accuracy']:.2%}"
-        f"  test loss {entry['test_loss']:.4f}  accuracy {entry['test_accuracy']:.2%}"
-        f"  {entry['images_per_second']:.0f} images/s  {entry['epoch_seconds']:.1f} s"
-    )
-
-
 # --- the script ------------------------------------------------------------------------------
 
 
 def validate_and_run(
-    parser: Parser,
-    args: argparse.Namespace,
-    phases: Sequence[Phase],
-    epoch_flags: str,
-    requirements: Sequence[Requirement] = (),
+    parser: Parser, args: argparse.Namespace, phases: Sequence[Phase], epoch_flags: str
 ) -> None:
     """Check what the flags say together, before anything is fetched or trained, and run.
 
-    `epoch_flags` are those that say when phases begin; `requirements` are those of the script's own
-    flags, for `warn_unused_flags`.
+    `epoch_flags` are those that say when phases begin.
     """
     out = output_path(parser, args)
-    has_own = args.resume and os.path.lexists(f"{out}.ckpt")  # then the others are not read
-    for flag in ("init_from", "init_weights"):
-        if (path := getattr(args, flag)) and not os.path.exists(path) and not has_own:
-            parser.error(f"--{flag}: there is no file {path}")
-    if args.init_from and args.init_weights:
-        parser.error("--init_from has weights already: it does not go with --init_weights")
     try:
         utils.make_tracked_regularizers(args)
         check_writable(Path(f"{out}.pt"))
     except ValueError as error:
         parser.error(str(error))
-    warn_without_effect(parser, args, phases, requirements)
-    check_quantization(parser, args, phases)
+    known = {
+        "regularizers": [p.regularizer for p in phases if p.regularizer],
+        "models": [args.model],
+        "has_checkpoint": args.resume and os.path.lexists(f"{out}.ckpt"),  # and reads no other file
+    }
+    warn_unused_flags(parser, args, parser.flags, **known)
+    refuse_flags(parser, args, parser.flags, **known)
     phases = reachable_phases(parser, args, phases, epoch_flags)
     phases = [replace(p, warmup=args.lmbda_warmup, every=args.penalty_every) for p in phases]
     if args.save_preregularized_model:
@@ -722,7 +501,8 @@ def validate_and_run(
         distributed.process_group(args.device),
         output_lock(args, out),
     ):
-        args.resume = distributed.restarted() or args.resume
+        print_device(args.device)
+        args.resume = distributed.is_restart_here() or args.resume
         run(args, phases, out, shutdown)
 
 
@@ -758,34 +538,6 @@ def reachable_phases(
     return [p for p in phases if p.start < args.n_epochs]
 
 
-def warn_without_effect(
-    parser: Parser,
-    args: argparse.Namespace,
-    phases: Sequence[Phase],
-    requirements: Sequence[Requirement],
-) -> None:
-    """Print one warning line for flags that have no effect, and ignore them."""
-    regularized = [p for p in phases if p.regularizer]
-    names = [name for p in regularized for name in p.regularizer.name.split("+")]
-    gradient_penalty = any(needs_double_backward(p.regularizer) for p in regularized)
-    common = utils.training_requirements(args, names, gradient_penalty)
-    warn_unused_flags(parser, args, [*requirements, *common])
-
-
-def check_quantization(parser: Parser, args: argparse.Namespace, phases: Sequence[Phase]) -> None:
-    """End the program where --qat_bits is given with what it does not go with."""
-    if args.qat_bits is None:
-        return
-    if args.ema is not None:
-        parser.error("--qat_bits does not go with --ema: averaged weights have no learned steps")
-    for regularizer in (p.regularizer for p in phases if p.regularizer):
-        if not {"weights", "folded_weights"}.issuperset(regularizer.inputs):
-            parser.error(
-                f"--qat_bits goes with penalties of weights alone, not with {regularizer.name}: "
-                "rounding has no second derivative"
-            )
-
-
 def output_path(parser: Parser, args: argparse.Namespace) -> Path:
     """Return the run's files without their suffix; end the program where that is no file name."""
     name = (args.save_file or args.run_name).removesuffix(".pt")
@@ -809,35 +561,8 @@ def default_name(args: argparse.Namespace, what: str) -> str:
 
 def make_parser() -> Parser:
     """Make the parser of train.py."""
-    parser = Parser("Train a network with a regularizer that should make it survive quantization.")
-    utils.add_training_arguments(parser)
-    group = parser.add_argument_group("regularizer")
-    add = group.add_argument
-    names = ", ".join(["none", *REGULARIZERS])
-    add("--regularizer", default="none", help=f"penalty: {names}; <P> is 1, 2, 3, …")
-    add(
-        "--lmbda",
-        "--lambda",
-        type=bounded_number(float, at_least=0),
-        default=0.01,
-        help="λ, the factor of the penalty",
-    )
-    add(
-        "--first_regularized_epoch",
-        type=bounded_number(int, at_least=0),
-        default=0,
-        metavar="N",
-        help="train N epochs without the penalty first",
-    )
-    add(
-        "--no_activation_gradients",
-        action="store_true",
-        help="L<P>Grad: penalize the gradients of the weights only",
-    )
-    utils.add_regularizer_arguments(parser)
-    utils.add_data_arguments(parser)
-    utils.add_wandb_arguments(parser)
-    return parser
+    description = "Train a network with a regularizer that should make it survive quantization."
+    return flags.make_parser(description, [*flags.TRAINING, *flags.ONE_PENALTY, *flags.common()])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -851,16 +576,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
     except ValueError as error:
         parser.error(f"argument --regularizer: {error}")
-    requirements = [
-        ("lmbda", "a --regularizer", regularizer),
-        ("first_regularized_epoch", "a --regularizer", regularizer),
-        ("no_activation_gradients", "--regularizer L<P>Grad", "only_weight_grads" in accepted),
-    ]
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)] if regularizer else [Phase(0)]
     phases = phases if phases[0].start == 0 else [Phase(0), *phases]
-    validate_and_run(parser, args, phases, "--first_regularized_epoch", requirements)
+    validate_and_run(parser, args, phases, "--first_regularized_epoch")
 
 
 if __name__ == "__main__":

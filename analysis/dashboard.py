@@ -1,4 +1,4 @@
-"""What a quantization logs in Weights & Biases: a run a network, linked with its training."""
+"""What a quantization logs in Weights & Biases: a run for each network, linked to its training."""
 
 import argparse
 import uuid
@@ -54,26 +54,25 @@ def describe_training(record: Mapping[str, Any]) -> dict[str, Any]:
     if not record:
         return {}
     settings = {k: v for k, v in record["settings"].items() if not k.startswith("wandb_")}
-    told = {key: record.get(key) for key in ("run_id", "git_commit", "final_accuracy")}
-    return {"training": {**settings, **told}}
+    outcome = {key: record.get(key) for key in ("run_id", "git_commit", "final_accuracy")}
+    return {"training": {**settings, **outcome}}
 
 
 def use_weights(logger: WandbLogger, file: WeightsFile) -> None:
     """Log the weights as the run's input, under the name that their training gave them."""
-    path, record = file.path, file.record
-    artifact = record.get("artifact")
+    artifact = file.record.get("artifact")
     if isinstance(artifact, dict) and artifact.keys() >= {"name", "digest"}:
-        logger.use_weights(path, str(artifact["name"]), str(artifact["digest"]))
+        logger.use_weights(file.path, str(artifact["name"]), str(artifact["digest"]))
     else:
-        made_by = record.get("run_id") or path.stem
-        logger.use_weights(path, weights_name(str(made_by)), None)
+        made_by = file.record.get("run_id") or file.path.stem
+        logger.use_weights(file.path, weights_name(str(made_by)), None)
 
 
 # --- numbers, tables and pictures ------------------------------------------------------------
 
 
 def measures(row: Row) -> dict[str, float]:
-    """Return what of a row is compared, under its name in the dashboard."""
+    """Return the numbers of a row that are compared, by their names in the dashboard."""
     return {
         "accuracy": row["accuracy"],
         "accuracy_drop": -row["accuracy_change"],
@@ -82,7 +81,7 @@ def measures(row: Row) -> dict[str, float]:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the summary of one network: a key a measure, scheme and bit-width.
+    """Return the summary of one network, with a key for each measure, scheme and bit-width.
 
     accuracy/uniform/4 is that of 4-bit weights, accuracy/uniform/4,8 with 8-bit activations as
     well, and accuracy/full that of the network as it was trained. A drop of 0.01 is one point.
@@ -90,7 +89,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     values = {}
     for row in rows:
         if row["scheme"] == UNQUANTIZED:
-            values["accuracy/full"], values["loss/full"] = row["accuracy"], row["loss"]
+            values |= {"accuracy/full": row["accuracy"], "loss/full": row["loss"]}
             continue
         bits = str(row["bits"])
         if row["act_bits"] != FLOAT_BITS:

@@ -1,10 +1,8 @@
 """How regularizers shape the weights: networks beside each other, layer by layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import pstdev
-from typing import Any, NamedTuple
 
 import torch
 from matplotlib import rc_context
@@ -12,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from analysis.figures import COLOURS, STYLE, save_png, wrap
+from analysis.figures import COLOURS, HISTOGRAM_STYLE, save_png, wrap
 from analysis.report import Row
 from engine.networks.layers import quantizable_layers
 
@@ -36,7 +34,8 @@ def statistics(weights: Weights) -> list[Row]:
 
     The kurtosis is the mean fourth power of (w − mean)/std: 3 for normal weights, 1.8 for uniform
     ones. `max_over_std` is max|w| / std: how many standard deviations the quantizer's range has to
-    cover, and with it the step in units of a typical weight. Of equal weights both are None.
+    cover, and with it the step size in units of a typical weight. Where all weights are equal, both
+    are None.
     """
     return [
         {"checkpoint": name, "layer": layer, "n_weights": w.numel(), **_moments(w)}
@@ -46,7 +45,8 @@ def statistics(weights: Weights) -> list[Row]:
 
 
 def _moments(w: Tensor) -> Row:
-    mean, std = w.mean(), w.std(correction=0)
+    mean = w.mean()
+    std = w.std(correction=0)
     row = {"mean": mean.item(), "std": std.item(), "kurtosis": None, "max_over_std": None}
     if std > 0:
         row["kurtosis"] = ((w - mean) / std).pow(4).mean().item()
@@ -67,32 +67,29 @@ def shared_layers(networks: Iterable[Iterable[str]], wanted: Sequence[str] | Non
 
 
 def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str]:
-    """Return the layers to show, in the networks' order: those wanted, or the most telling ones.
+    """Return the layers to show, in the networks' order: those wanted, or the N_LAYERS that differ.
 
-    Those are the N_LAYERS in which max/σ differs most between the networks. Raises ValueError where
-    a wanted layer is missing, or the networks have no layer in common.
+    These are the layers whose max/σ differs most between the networks. Raises ValueError where a
+    wanted layer is missing, or the networks have no layer in common.
     """
-    by_layer: dict[str, dict[str, float]] = {}
+    ratios: dict[str, dict[str, float]] = {}  # by network and layer
     for row in rows:
-        by_layer.setdefault(row["layer"], {})[row["checkpoint"]] = row["max_over_std"] or 0.0
-    layers_by_network: dict[str, list[str]] = {}
-    for row in rows:
-        layers_by_network.setdefault(row["checkpoint"], []).append(row["layer"])
-    shared = shared_layers(layers_by_network.values(), wanted)
+        ratios.setdefault(row["checkpoint"], {})[row["layer"]] = row["max_over_std"] or 0.0
+    shared = shared_layers(ratios.values(), wanted)
     if not shared:
         raise ValueError("the networks have no layer of the same name")
-    spread = {layer: pstdev(by_layer[layer].values()) for layer in shared}
+    spread = {layer: pstdev(network[layer] for network in ratios.values()) for layer in shared}
     chosen = wanted or sorted(shared, key=spread.__getitem__, reverse=True)[:N_LAYERS]
     return [layer for layer in shared if layer in chosen]
 
 
 def distributions_plot(weights: Weights, layers: Sequence[str], absolute: bool, path: Path) -> None:
-    """Draw a histogram of each of the layers: a row a network, a column a layer.
+    """Draw histograms of the layers: a row of panels for each network, a column for each layer.
 
     The panels of a column share their axis, in units of the layer's standard deviation in each
     network or, if `absolute`, of the weights themselves.
     """
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+    with rc_context(HISTOGRAM_STYLE):
         figure = Figure(figsize=(1 + 2.1 * len(layers), 0.6 + 1.25 * len(weights)))
         panels = figure.subplots(len(weights), len(layers), sharex="col", squeeze=False)
         for i, (name, tensors) in enumerate(weights.items()):
@@ -121,57 +118,3 @@ def histogram_panel(axes: Axes, w: Tensor, absolute: bool, colour: str) -> None:
     axes.text(
         0.99, 0.97, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=7
     )
-
-
-# --- over the epochs of a training -----------------------------------------------------------
-
-
-class Histogram(NamedTuple):
-    """A histogram that --watch logged: n counts between n + 1 edges, after so many epochs."""
-
-    epoch: float
-    edges: Sequence[float]
-    counts: Sequence[float]
-
-
-def logged_histograms(history: Iterable[Mapping[str, Any]], parameter: str) -> list[Histogram]:
-    """Return the histograms of a parameter, such as "layer4.0.weight", in a run's logged rows.
-
-    `history` is that of `read_offline_run`.
-    """
-    key = f"parameters/{parameter}"
-    rows = [row for row in history if key in row]
-    return [Histogram(row["epoch"], row[key]["bins"], row[key]["values"]) for row in rows]
-
-
-def epochs_plot(runs: Mapping[str, Sequence[Histogram]], parameter: str, path: Path) -> None:
-    """Draw how a parameter's distribution moves: a panel a run, a curve an epoch, the first below.
-
-    All curves have the same area.
-    """
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
-        figure = Figure(figsize=(1 + 3.2 * len(runs), 3.8))
-        panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
-        highest = max(max(_density(h)) for run in runs.values() for h in run)
-        for axes, (name, run) in zip(panels, runs.items(), strict=True):
-            for i, histogram in enumerate(run):
-                heights = [i + 2 * value / highest for value in _density(histogram)]
-                axes.stairs(
-                    heights,
-                    histogram.edges,
-                    baseline=i,
-                    fill=True,
-                    color="#0072B2",
-                    alpha=0.55,
-                    zorder=len(run) - i,
-                )
-            axes.set(title=name, xlabel=parameter)
-            axes.set_yticks(range(len(run)), [f"{h.epoch:.0f}" for h in run])
-        panels[0].set_ylabel("epochs")
-        save_png(figure, path)
-
-
-def _density(histogram: Histogram) -> list[float]:
-    widths = [b - a for a, b in pairwise(histogram.edges)]
-    total = sum(histogram.counts)
-    return [n / total / w for n, w in zip(histogram.counts, widths, strict=True)]

@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ STYLE = {
     "lines.markersize": 4.5,
     "figure.constrained_layout.use": True,
 }
+HISTOGRAM_STYLE = {**STYLE, "axes.grid": False, "axes.spines.left": False}
 TITLES = {  # with levels: bits alone would flatter PWLQ
     "uniform": "uniform, to nearest (2ᵇ levels)",
     "dorefa": "DoReFa, stochastic (2ᵇ levels)",
@@ -71,14 +72,14 @@ class PercentTickFormatter(Formatter):
 
     def format_ticks(self, values: Sequence[float]) -> list[str]:
         """Return the labels of ticks at fractions of 1; none for an accuracy above 1."""
-        steps = [b - a for a, b in zip(values, values[1:], strict=False)]
-        n_decimals = percent_decimals(min(steps, default=1))
+        n_decimals = percent_decimals(min((b - a for a, b in pairwise(values)), default=1))
         return [f"{x:.{n_decimals}%}" if x < 1 + 1e-9 else "" for x in values]
 
 
-def percent_decimals(step: float) -> int:
-    """Return the decimals that show a multiple of the step, a fraction of 1, exactly in percent."""
-    return next((n for n in range(6) if math.isclose(round(100 * step, n), 100 * step)), 6)
+def percent_decimals(distance: float) -> int:
+    """Return the decimals that show multiples of the distance, a fraction of 1, exactly in %."""
+    percent = 100 * distance
+    return next((n for n in range(6) if math.isclose(round(percent, n), percent)), 6)
 
 
 def wrap(text: str, width: int) -> str:
@@ -95,9 +96,9 @@ def wrap(text: str, width: int) -> str:
 
 
 def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    """Put a legend below the panels in as many columns as fit; the figure grows by its height.
+    """Put a legend below the panels in as many columns as fit, with long labels wrapped.
 
-    Long labels are wrapped.
+    The figure grows by its height, and to its width where it is narrower.
     """
     labels = [wrap(label, LABEL_CHARACTERS) for label in labels]
     for columns in range(len(labels), 0, -1):
@@ -105,12 +106,8 @@ def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
-    fit_to_legend(figure, legend)
-
-
-def fit_to_legend(figure: Figure, legend: Legend) -> None:
-    """Enlarge the figure by the height of the legend, and to its width where it is narrower."""
-    extent, (width, height) = legend.get_window_extent(), figure.get_size_inches()
+    extent = legend.get_window_extent()
+    width, height = figure.get_size_inches()
     figure.set_size_inches(
         max(width, extent.width / figure.dpi), height + extent.height / figure.dpi
     )
@@ -120,7 +117,7 @@ def fit_to_legend(figure: Figure, legend: Legend) -> None:
 
 
 def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against bits, a line a checkpoint, dashed without quantizing.
+    """Draw accuracy against bits: a line for each checkpoint, dashed for its unquantized accuracy.
 
     There is a panel for each scheme, and for each bit-width of activations where there are several.
     `rows` are those of results.json. An error bar is one `accuracy_std`: over trials, or seeds.
@@ -159,11 +156,12 @@ def _act_bits_of_panel(row: Row, rows: Sequence[Row]) -> str:
 
 def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -> None:
     """Draw the rows of one scheme; `full` is each checkpoint's accuracy without quantizing."""
-    step = min(0.05, 0.5 / len(full))  # beside each other: no error bar hides another
+    offset = min(0.05, 0.5 / len(full))  # beside each other: no error bar hides another
     for i, (checkpoint, accuracy) in enumerate(full.items()):
-        points, style = [r for r in rows if r["checkpoint"] == checkpoint], line_style(i)
+        points = [row for row in rows if row["checkpoint"] == checkpoint]
+        style = line_style(i)
         axes.errorbar(
-            [r["bits"] + step * (i - (len(full) - 1) / 2) for r in points],
+            [r["bits"] + offset * (i - (len(full) - 1) / 2) for r in points],
             [r["accuracy"] for r in points],
             [r["accuracy_std"] or math.nan for r in points],  # which draws nothing
             capsize=2,
@@ -228,7 +226,7 @@ def per_layer_plot(rows: Sequence[Row], path: Path) -> None:
 def per_layer_panel(
     axes: Axes, rows: Sequence[Row], schemes: Sequence[str], layers: Sequence[str]
 ) -> None:
-    """Draw the rows of one network and bit-width: a line a scheme over the layers in order."""
+    """Draw the rows of one network and bit-width: a line for each scheme, over the layers."""
     axes.axhline(0, color="#666666", linewidth=0.9)
     for i, scheme in enumerate(schemes):
         change = {r["layer"]: 100 * r["accuracy_change"] for r in rows if r["scheme"] == scheme}
@@ -247,17 +245,26 @@ def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Ten
     return quantizer(torch.linspace(-m, m, n + 1), n_bits, range_source=w).unique()
 
 
-def histogram_plot(
-    weights: Mapping[str, Tensor],
+def weights_plot(
+    name: str,
+    net: nn.Module,
     quantizers: Mapping[str, Callable[..., Tensor]],
     n_bits: int,
-    title: str,
+    per_channel: bool,
     path: Path,
 ) -> None:
-    """Draw a histogram of each layer's weights above the values that each scheme can give them."""
+    """Draw a histogram of each layer's weights above the values that each scheme can give them.
+
+    `per_channel`: only the first output channel of each layer, which has a range of its own.
+    """
+    weights = {key: layer.weight.detach() for key, layer in quantizable_layers(net).items()}
+    title = f"{name}: weights, and the values that quantization leaves"
+    if per_channel:
+        weights = {f"{key}[0]": w[:1] for key, w in weights.items()}
+        title += " (first output channel of each layer)"
     columns = min(5, len(weights))
     lines = -(-len(weights) // columns)
-    with rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+    with rc_context(HISTOGRAM_STYLE):
         figure = Figure(figsize=(2.3 * columns, 2.2 * lines + 0.6))
         panels = figure.subplots(lines, columns, squeeze=False).flat
         for axes in panels[len(weights) :]:
@@ -273,26 +280,6 @@ def histogram_plot(
         figure.suptitle(wrap(title, 20 * columns))
         place_legend(figure, handles, labels)
         save_png(figure, path)
-
-
-def weights_plot(
-    name: str,
-    net: nn.Module,
-    quantizers: Mapping[str, Callable[..., Tensor]],
-    n_bits: int,
-    per_channel: bool,
-    path: Path,
-) -> None:
-    """Draw the weights of a network and the values that quantization leaves of them.
-
-    `per_channel`: only the first output channel of each layer, which has a range of its own.
-    """
-    weights = {key: layer.weight.detach() for key, layer in quantizable_layers(net).items()}
-    title = f"{name}: weights, and the values that quantization leaves"
-    if per_channel:
-        weights = {f"{key}[0]": w[:1] for key, w in weights.items()}
-        title += " (first output channel of each layer)"
-    histogram_plot(weights, quantizers, n_bits, title, path)
 
 
 def histogram_panel(axes: Axes, w: Tensor, grids: Sequence[Tensor]) -> None:

@@ -43,7 +43,8 @@ class Quantization:
     Attributes:
         scheme: the quantizer's name.
         n_bits, act_bits: of weights and of inputs; FLOAT_BITS: not quantized.
-        quantizers: the quantizer with its options, once for each trial with a seed of its own.
+        make_quantizer: returns the quantizer with its options for a trial, each with its own seed.
+        n_trials: how often it is repeated.
         bias_range, correction: see `quantize_layer`.
         learns: whether the rounding of weights is learned.
     """
@@ -51,7 +52,8 @@ class Quantization:
     scheme: str
     n_bits: int
     act_bits: int
-    quantizers: Sequence[Quantizer]
+    make_quantizer: Callable[[int], Quantizer]
+    n_trials: int
     bias_range: str | None
     correction: Correction | None
     learns: bool
@@ -93,7 +95,7 @@ class MeasuredNetwork:
     """A network in float, on the CPU, and how it fares when it is quantized.
 
     Attributes:
-        graph: as it is quantized: batch norms folded and channels equalized where that is asked for.
+        graph: as it is quantized, with batch norms folded and channels equalized if asked for.
         net: the network itself, for learned step sizes.
         fold: whether batch norms are folded after quantizing, which changes no output and halves
             the time.
@@ -221,11 +223,11 @@ class MeasuredNetwork:
         self, how: Quantization, trial: int = 0
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
         """Return a copy of the graph with quantized weights, and what became of each layer."""
-        key = how.quantizers[trial], how.n_bits  # which bits of inputs do not matter
+        key = how.scheme, how.n_bits, trial  # bits of inputs do not matter
         if self._weights is None or self._weights[0] != key:
             quantized = quantize_weights(
                 self.graph,
-                how.quantizers[trial],
+                how.make_quantizer(trial),
                 how.n_bits,
                 layer_bits=self.layer_bits(how.n_bits),
                 round_up=self.round_up(how),
@@ -249,7 +251,7 @@ class MeasuredNetwork:
                 graph = copy_graph(self.graph)
                 layer = layers(graph)[name]
                 n_bits, options = bits.get(name, how.n_bits), how.layer_options()
-                quantizer = how.quantizers[0]
+                quantizer = how.make_quantizer(0)
                 quantize_layer(graph, layer, quantizer, n_bits, **options, round_up=round_up)
                 names = {"weight": layer.weight, "bias": layer.bias}
                 return {kind: get_tensor(graph, each) for kind, each in names.items() if each}
@@ -291,7 +293,9 @@ class MeasuredNetwork:
             for name in layers(self.graph):
                 graph = copy_graph(self.graph)
                 layer, options = layers(graph)[name], how.layer_options()
-                quantized = quantize_layer(graph, layer, how.quantizers[0], how.n_bits, **options)
+                quantized = quantize_layer(
+                    graph, layer, how.make_quantizer(0), how.n_bits, **options
+                )
                 deltas.append(parameter_change(graph, self.graph, name))
                 ready = self.prepared(graph)
                 accuracy = self._measure(ready, self.images.test)["accuracy"]

@@ -1,8 +1,9 @@
 """The quantization report: rows, and how they are printed and saved."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -14,45 +15,23 @@ Row = dict[str, Any]
 UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained
 FLOAT_BITS = 32  # of what is not quantized
 MEASURED = (
-    "checkpoint",
-    "scheme",
-    "bits",
-    "levels",
-    "accuracy",
-    "accuracy_change",
-    "squared_error",
-    "accuracy_std",
-    "trials",
-    "loss",
-    "act_bits",
-)
+    "checkpoint", "scheme", "bits", "levels", "accuracy", "accuracy_change", "squared_error",
+    "accuracy_std", "trials", "loss", "act_bits",
+)  # fmt: skip
 PROVENANCE = (
     "per_channel", "fold_bn", "equalize", "rounding", "run_id", "regularizer", "lmbda", "seed"
 )  # fmt: skip
 COLUMNS = MEASURED + PROVENANCE
 PRINTED_COLUMNS = COLUMNS[:7]
 LAYER_COLUMNS = (
-    "checkpoint",
-    "scheme",
-    "bits",
-    "layer",
-    "accuracy_change",
-    "squared_error",
-    "loss_change",
-    "first_order",
-    "first_order_bound",
-    "second_order",
-)
+    "checkpoint", "scheme", "bits", "layer", "accuracy_change", "squared_error", "loss_change",
+    "first_order", "first_order_bound", "second_order",
+)  # fmt: skip
 # Files of earlier results that are renamed before new ones are written: (stem, suffix).
 FILES = (
-    ("results", ".csv"),
-    ("results", ".json"),
-    ("per_layer", ".csv"),
-    ("per_layer", ".png"),
-    ("accuracy", ".png"),
-    ("distributions", ".csv"),
-    ("distributions", ".png"),
-)
+    ("results", ".csv"), ("results", ".json"), ("per_layer", ".csv"), ("per_layer", ".png"),
+    ("accuracy", ".png"), ("distributions", ".csv"), ("distributions", ".png"),
+)  # fmt: skip
 
 
 class Trial(NamedTuple):
@@ -138,19 +117,9 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
         for cells in (header, *body)
     ]
     rule = "─" * max(map(len, lines))
-    return "\n".join(_with_rules(rows, lines, rule))
-
-
-def _with_rules(rows: Sequence[Row], lines: Sequence[str], rule: str) -> Iterator[str]:
-    """Yield the header line, then the line of each row, with the rule where a checkpoint begins."""
-    header, *body = lines
-    yield header
-    previous = None
-    for row, line in zip(rows, body, strict=True):
-        if row["checkpoint"] != previous:
-            yield rule
-        yield line
-        previous = row["checkpoint"]
+    groups = groupby(zip(rows, lines[1:], strict=True), lambda pair: pair[0]["checkpoint"])
+    body = [line for _, group in groups for line in (rule, *(line for _, line in group))]
+    return "\n".join([lines[0], *body])
 
 
 # --- files -----------------------------------------------------------------------------------

@@ -74,8 +74,9 @@ def gradient_and_curvatures(
         grads = grad(loss, list(params.values()), create_graph=True, materialize_grads=True)
         grads = dict(zip(params, grads, strict=True))
         for i, delta in enumerate(deltas):
-            slope, changed = dot(grads, delta), [params[key] for key in delta]
-            product = dict(zip(delta, grad(slope, changed, retain_graph=True), strict=True))
+            changed = [params[key] for key in delta]
+            products = grad(dot(grads, delta), changed, retain_graph=True)
+            product = dict(zip(delta, products, strict=True))
             curvatures[i] += dot(product, delta).item() / 2
         for key in g:
             g[key] += grads[key].detach()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import data
+import flags
 import utils
 from engine.images.loader import Loader
 from engine.step.gradients import compute_gradients
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", type=cli.bounded_number(int, at_least=1), default=8, help="how many"
     )
-    utils.add_data_arguments(parser)
+    parser.add_flags(flags.DATA)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
     batches = first_batches(dataset, args)

@@ -18,7 +18,7 @@ from torch import nn
 import train
 import utils
 from engine.images.loader import Loader
-from engine.networks import layers
+from engine.networks.compiling import set_compile
 from engine.step.gradients import compute_gradients
 from engine.system import hardware
 from engine.training import train_state
@@ -50,7 +50,10 @@ def make_work(regularizer: str, batches: int, device: str) -> tuple:
 
     def epoch() -> None:
         state = train_state.TrainState(net, optimizer, None)
-        train.run_epoch(state, loader, train.Phase(0, reg), train.FitConfig(1, criterion, dtype))
+        config = train.FitConfig(1, criterion, dtype)
+        for _ in train.run_epoch(state, loader, train.Phase(0, reg), config):
+            pass
+        train.summarize(state, reg)
 
     def steps() -> None:
         for _ in range(batches):
@@ -78,7 +81,7 @@ def main() -> None:
     parser.add_argument("--device", default=hardware.default_device())
     args = parser.parse_args()
     hardware.tune_glibc_malloc()
-    layers.set_compile(True, args.device)
+    set_compile(True, args.device)
     epoch, steps = make_work(args.regularizer, args.batches, args.device)
     steps()  # compiles
     pairs = [(seconds(epoch), seconds(steps)) for _ in range(args.rounds)]

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
-from engine.networks import layers
+from engine.networks import batch_norm_kernels as kernels
 from engine.step.gradients import compute_gradients
 from engine.step.metrics import batch_metrics_row
 from regularizers import make_regularizer
@@ -68,8 +68,8 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def compiled_functions() -> list[str]:
-    """Return the names of the functions in engine/networks/layers.py that are compiled."""
-    return [name for name, fn in vars(layers).items() if getattr(fn, "is_compiled", False)]
+    """Return the names of the compiled functions of engine/networks/batch_norm_kernels.py."""
+    return [name for name, fn in vars(kernels).items() if getattr(fn, "is_compiled", False)]
 
 
 def count(step, compiled: bool) -> Counter[str]:
@@ -77,8 +77,8 @@ def count(step, compiled: bool) -> Counter[str]:
     counter = LaunchCounter()
     with ExitStack() as stack:
         for name in compiled_functions() if compiled else ():
-            one = counter.as_one(f"compiled {name}", getattr(layers, name))
-            stack.enter_context(mock.patch.object(layers, name, one))
+            one = counter.as_one(f"compiled {name}", getattr(kernels, name))
+            stack.enter_context(mock.patch.object(kernels, name, one))
         stack.enter_context(counter)
         step()
     return counter.launches

@@ -22,6 +22,7 @@ from bf16_cosine import cosine, first_batches, gradient, train_loader
 from torch import nn
 
 import data
+import flags
 import train
 import utils
 from engine.system import cli, hardware
@@ -46,7 +47,8 @@ def networks(
     )
     for n_epochs in sorted(args.epochs):
         while state.progress.epoch < n_epochs:
-            train.run_epoch(state, loader, train.Phase(0), config)
+            for _ in train.run_epoch(state, loader, train.Phase(0), config):
+                pass
             state.progress.next_epoch()
         yield f"{n_epochs} epochs", net
     for path in args.weights:
@@ -74,7 +76,7 @@ def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     count = cli.bounded_number(int, at_least=0)
-    utils.add_network_arguments(parser, "network")
+    parser.add_flags(flags.NETWORK)
     add("--epochs", type=count, nargs="*", default=[0, 1, 9], help="epochs to train before")
     add("--lr", type=cli.bounded_number(float, above=0), default=0.1, help="learning rate there")
     add("--weights", type=Path, nargs="+", default=[], help=".pt files of trained networks")
@@ -89,7 +91,7 @@ def main() -> None:
     add("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="which")
     add("--kinds", nargs="+", default=[*KINDS], choices=KINDS, help="of differences")
     add("--penalties", nargs="+", default=[*PENALTIES], help="names of regularizers")
-    utils.add_data_arguments(parser)
+    parser.add_flags(flags.DATA)
     args = parser.parse_args()
     dataset = data.load(args.dataset, args.data_dir, args.seed)
     batches = first_batches(dataset, args)

@@ -24,7 +24,7 @@ from _ranks import free_port, rank_environment
 from torch import nn
 
 import utils
-from engine.networks import layers
+from engine.networks.compiling import set_compile
 from engine.step.gradients import compute_gradients
 from engine.system import distributed, hardware
 from regularizers import make_regularizer
@@ -77,7 +77,7 @@ def serve(pipe, rank: int, n: int, port: int) -> None:
 
 def measure(meter: Meter, rank: int, n: int, name: str, exact: bool, steps: int):
     """Return the seconds of a step and the meter's counts; if `exact`, in float64, the weights."""
-    layers.set_compile(not exact)
+    set_compile(not exact)
     torch.manual_seed(0)
     net = utils.make_net("ConvNet", 10, "cpu")
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))

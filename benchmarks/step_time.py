@@ -35,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import utils
-from engine.networks import layers
+from engine.networks.compiling import set_compile
+from engine.networks.layers import penalized_weights
 from engine.networks.outputs import run_network
-from engine.step.cuda_graph import GraphedGradients
 from engine.step.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
 from engine.system import environment, hardware
 from regularizers import Regularizer, make_regularizer
@@ -119,7 +119,7 @@ def plain_step(
     with hardware.autocast(x.device, dtype):
         logits, activations = run_network(net, x, bool(reg) and "a_grads" in reg.inputs)
         loss = nn.functional.cross_entropy(logits, labels)
-    weights, inputs_by_name = layers.penalized_weights(net), {}
+    weights, inputs_by_name = penalized_weights(net), {}
     if reg and needs_double_backward(reg):
         inputs = weights + (activations if "a_grads" in reg.inputs else [])
         grads = torch.autograd.grad(loss, inputs, create_graph=True)
@@ -134,9 +134,8 @@ def plain_step(
 def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Return the work of each row for a side: its `every` steps.
 
-    Sides are "ours", "graph" (ours as CUDA graphs), "fp32" (ours in float32), "reference" and
-    "autocast": plain PyTorch in float32 and contiguous layout, and in bfloat16 autocast and
-    channels-last layout.
+    Sides are "ours", "fp32" (ours in float32), "reference" and "autocast": plain PyTorch in float32
+    and contiguous layout, and in bfloat16 autocast and channels-last layout.
     """
     torch.manual_seed(0)
     is_plain, layout = side in ("reference", "autocast"), torch.contiguous_format
@@ -146,9 +145,9 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         net = plain_net(args).to(args.device, memory_format=layout)
     else:
         hardware.tune_glibc_malloc()
-        layers.set_compile(args.compile, args.device)
+        set_compile(args.compile, args.device)
         net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
-    precision = {"ours": "auto", "graph": "auto", "autocast": "bf16"}.get(side, "fp32")
+    precision = {"ours": "auto", "autocast": "bf16"}.get(side, "fp32")
     dtype = hardware.resolve_precision(precision, args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
@@ -158,9 +157,9 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
 
     criterion = nn.CrossEntropyLoss()
 
-    def our_steps(net, optimizer, reg, row, x, labels, compute):
+    def our_steps(net, optimizer, reg, row, x, labels):
         for i in range(row.every):
-            compute(
+            compute_gradients(
                 net, criterion, None if i else reg, x, labels, dtype, row.every, row.difference_step
             )
             optimizer.step()
@@ -169,8 +168,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         reg = make_regularizer(row.regularizer, 0.01, **row.options)
         if is_plain:
             return partial(plain_step, net, optimizer, reg, row, x, labels, dtype)
-        compute = GraphedGradients() if side == "graph" else compute_gradients
-        return partial(our_steps, net, optimizer, reg, row, x, labels, compute)
+        return partial(our_steps, net, optimizer, reg, row, x, labels)
 
     return {name: make_step(row) for name, row in ROWS.items()}
 

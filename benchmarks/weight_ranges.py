@@ -11,7 +11,8 @@ from pathlib import Path
 import _root  # noqa: F401
 
 import quant_utils as qu
-from engine.networks import batch_norm, layers
+from engine.networks import batch_norm
+from engine.networks.layers import quantizable_layers
 from engine.system import cli
 from engine.system.errors import FileError
 from engine.system.io import load_weights
@@ -36,7 +37,7 @@ def main() -> None:
             parser.exit_with(1, f"error: {error}")
         print(f"{path}: layer, m/σ, relative squared error at {args.bits} bits")
         rows = []
-        for name, layer in layers.quantizable_layers(net).items():
+        for name, layer in quantizable_layers(net).items():
             w = layer.weight.detach()
             error = (qu.uniform(w, args.bits) - w).square().sum() / w.square().sum()
             rows.append(((w.abs().max() / w.std()).item(), error.item()))

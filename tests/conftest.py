@@ -28,6 +28,17 @@ def _default_determinism():
 
 
 @pytest.fixture
+def registry():
+    """REGULARIZERS, which is as it was again when the test has ended."""
+    from regularizers import REGULARIZERS
+
+    before = dict(REGULARIZERS)
+    yield REGULARIZERS
+    REGULARIZERS.clear()
+    REGULARIZERS.update(before)
+
+
+@pytest.fixture
 def problem():
     """Images and labels in float64 for reference.SmoothNet."""
     generator = torch.Generator().manual_seed(5)

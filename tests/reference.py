@@ -201,3 +201,13 @@ def integer_layer(
         for i in range(0, x.shape[2] - size + 1, stride)
     ]
     return torch.stack(rows, dim=-2) + bias.long().view(-1, 1, 1)
+
+
+def go_through(training, after_batch=None, after_epoch=None):
+    """Train on, calling what is given with the progress; return the history, as far as it goes."""
+    history = []
+    for progress in training:
+        history = progress.history
+        if callback := after_batch if progress.batch else after_epoch:
+            callback(progress)
+    return history

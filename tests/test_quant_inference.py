@@ -12,7 +12,6 @@ from torch import nn
 
 import data
 import models
-import quant_flags
 import quant_inference as qi
 import quant_utils as qu
 from engine.networks import layers
@@ -191,7 +190,7 @@ def test_biases_as_published_keep_full_precision_or_stay_on_the_weights_grid(tin
     net.classifier.bias.data.normal_()
     save_weights(net, Path("a.pt"))
     quantized = {}
-    for biases in quant_flags.BIASES:
+    for biases in ("published", "weight", "full"):
         args = qi.make_parser().parse_args(["a.pt", "--biases", biases])
         for scheme in ("dorefa", "pwlq"):
             layer = qi.quantize_one_layer(net, "classifier", scheme, 3, args)[0].classifier
@@ -221,7 +220,8 @@ def test_without_a_terminal_it_prints_how_far_it_is(tiny, capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--no_plots") == 0
-    lines = capsys.readouterr().out.splitlines()
+    device, *lines = capsys.readouterr().out.splitlines()
+    assert device == "device: cpu"
     assert lines[0].startswith("a: network 1 of 2, ") and lines[0].endswith(" s left")
     assert lines[1].startswith("a: network 2 of 2, 0 s left")
 
@@ -530,8 +530,8 @@ def test_a_quantizer_gets_the_flags_that_it_takes(monkeypatch):
 
     monkeypatch.setitem(qu.QUANTIZERS, "clipped", clipped)
     args = qi.make_parser().parse_args(["a.pt", "--per_channel", "--seed", "3"])
-    assert quant_flags.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
-    assert not quant_flags.is_stochastic("clipped")
+    assert qi.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
+    assert not qu.is_stochastic("clipped")
 
 
 def test_no_files_end_with_one_line(capsys):

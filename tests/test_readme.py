@@ -17,6 +17,7 @@ from torch import nn
 
 import combined_protocol
 import data
+import flags as all_flags
 import models
 import quant_utils
 import regularizers
@@ -24,8 +25,10 @@ import study
 import train
 from engine.images.loader import Loader
 from engine.networks.batch_norm import fold_batch_norm
-from engine.networks.outputs import run_network, use_fast_layers
+from engine.networks.fast_layers import use_fast_layers
+from engine.networks.outputs import run_network
 from engine.step.gradients import compute_gradients
+from engine.system.cli import warn_unused_flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -121,7 +124,8 @@ def test_every_flag_that_is_named_is_one():
         for action in importlib.import_module(name).make_parser()._actions
         for option in action.option_strings
     }
-    elsewhere = {"--order", "--nproc_per_node", "--max_restarts", "--rounds"}  # docs, torchrun, …
+    # docs/extending.md, torchrun, …
+    elsewhere = {"--order", "--greet", "--nproc_per_node", "--max_restarts", "--rounds"}
     named = {
         flag
         for page, text in PAGES.items()
@@ -160,10 +164,13 @@ def test_every_file_that_is_named_exists(page):
 
 
 @pytest.mark.parametrize("folder", ["engine", "analysis"])
-def test_the_map_lists_every_module(folder):
+def test_the_map_lists_every_room_with_what_it_holds(folder):
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("[!_]*.py")}
-    assert {module for module in modules if f"`{module}`" not in page} == set()
+    rooms = {path.parent for path in (ROOT / folder).glob("**/[!_]*.py")}
+    assert len(rooms) > 1
+    for room in rooms:
+        name = f"{room.name}/" if room.parent == ROOT else f"  {room.name}/"
+        assert re.search(rf"^{name} +\w.*", page, re.MULTILINE), room
 
 
 def test_the_readme_leaves_no_script_out_and_is_short():
@@ -308,13 +315,26 @@ def extended():
     """Run the page's code, each block in the file that its first line names, as a user would."""
     before = [dict(registry) for _, registry in REGISTRIES]
     names = {module.__name__: dict(vars(module)) for module, _ in REGISTRIES}
+    table, names["flags"] = list(all_flags.TRAINING), dict(vars(all_flags))
     for block in re.findall(r"```python\n(.*?)```", PAGES["docs/extending.md"], re.DOTALL):
         [module] = re.findall(r"\A# in (\w+)\.py\n", block)
         exec(compile(block, module, "exec", dont_inherit=True), names[module])
     yield
+    all_flags.TRAINING[:] = table
     for (_, registry), items in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(items)
+
+
+def test_the_flag_of_the_page_is_one_and_needs_the_other(extended, capsys):
+    parser = train.make_parser()
+    assert "epochs between greetings (default: 1)" in " ".join(parser.format_help().split())
+    for given, every in ([], 1), (["--greet"], 3):
+        args = parser.parse_args([*given, "--greet_every", "3"])
+        added = [flag for flag in parser.flags if flag.name.startswith("greet")]
+        warn_unused_flags(parser, args, added)
+        assert args.greet_every == every
+        assert ("--greet_every (needs --greet)" in capsys.readouterr().err) == (every == 1)
 
 
 def tiny_net():

@@ -321,7 +321,7 @@ def test_options_go_to_those_that_take_them():
     assert make_regularizer("StepNoise", 1.0, target_bits=3).target_bits == 3
 
 
-def test_an_annotated_argument_is_an_option(monkeypatch):
+def test_an_annotated_argument_is_an_option(registry):
     names = ("StepL1Grad", "StepL2Grad", "StepNoise")
     with_bits = (*names, "Dampening")
     found = regularizer_options()
@@ -335,17 +335,76 @@ def test_an_annotated_argument_is_an_option(monkeypatch):
         def __init__(self, lmbda, target_bits: TargetBits = 8):
             super().__init__(lmbda)
 
-    monkeypatch.setitem(REGULARIZERS, "MyNorm", MyNorm)
+        def forward(self, weights):
+            return self.lmbda * weights[0].sum()
+
     assert regularizer_options()["target_bits"].regularizer_names == (*with_bits, "MyNorm")
 
 
-def test_a_new_regularizer_is_a_class_and_a_line(monkeypatch):
+def test_a_new_regularizer_is_a_class(registry):
     class MyNorm(Regularizer):
-        name, inputs = "MyNorm", ("weights",)
-
         def forward(self, weights):
             return self.lmbda * sum(w.norm(4) for w in weights)
 
-    monkeypatch.setitem(REGULARIZERS, "MyNorm", MyNorm)
     made = make_regularizer("mynorm", 2.0)
     assert made([torch.ones(16)]).item() == pytest.approx(4.0)
+    assert (made.name, made.inputs, MyNorm(1.0).name) == ("MyNorm", ("weights",), "MyNorm")
+
+
+def test_name_and_inputs_can_be_given_by_the_class(registry):
+    class MyNorm(Regularizer):
+        name = "Mine"
+        inputs = ("folded_weights", "w_grads")
+
+        def forward(self, w, g):
+            return w[0] * g[0]
+
+    made = make_regularizer("MINE", 2.0)
+    assert (made.name, made.inputs) == ("Mine", ("folded_weights", "w_grads"))
+    assert "MyNorm" not in registry
+
+    class Third(MyNorm):
+        def __init__(self, lmbda):
+            super().__init__(lmbda / 3)
+
+    third = make_regularizer("third", 3.0)
+    assert (third.name, third.inputs, third.lmbda) == ("Third", made.inputs, 1.0)
+
+
+def test_what_has_no_forward_or_asks_not_to_is_no_choice(registry):
+    before = dict(registry)
+
+    class Family(Regularizer):
+        pass
+
+    class Helper(Regularizer, register=False):
+        def forward(self, weights):
+            return 0
+
+    assert registry == before and Helper(1.0).inputs == ("weights",)
+    with pytest.raises(ValueError, match="unknown regularizer 'Family'"):
+        make_regularizer("Family", 1.0)
+
+
+def test_an_alias_is_logged_under_its_own_name(registry):
+    registry["Flat<target>"] = KurtosisNorm
+    made = make_regularizer("flat2", 1.0)
+    assert (made.name, made.target) == ("Flat2", 2)
+
+
+@pytest.mark.parametrize("inputs", [("gradients",), ("weights", "gradients")])
+def test_an_input_that_there_is_not_is_refused(inputs):
+    class MyNorm(Regularizer, register=False):
+        def __init__(self):
+            super().__init__(1.0, inputs=inputs)
+
+    with pytest.raises(ValueError, match="'gradients': .* weights, w_grads, a_grads, loss_change"):
+        MyNorm()
+
+
+def test_the_choices_are_in_the_order_in_which_they_were_always_listed():
+    assert ", ".join(REGULARIZERS) == (
+        "L<P>Grad, LinfGrad, VarianceNorm, StdDevNorm, InverseVarianceNorm, InverseStdDevNorm, "
+        "KurtosisNorm, RangeNorm, StepL1Grad, StepL2Grad, StepNoise, Dampening, Sharpness, "
+        "AdaptiveSharpness"
+    )

@@ -19,9 +19,9 @@ from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
 from engine.system import hardware, progress
 from engine.system.errors import DataError, FileError, NotFiniteError, PenaltyError
+from engine.training.resume import check_init_from
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import (
-    REGULARIZERS,
     CombinedReg,
     InverseVarianceNorm,
     KurtosisNorm,
@@ -292,10 +292,8 @@ def test_the_loss_of_a_net_of_plain_modules_is_float32_under_autocast(problem):
 # --- fit -------------------------------------------------------------------------------------
 
 
-class CountingReg(Regularizer):
+class CountingReg(Regularizer, register=False):
     """Zero, and a note of every call in training mode."""
-
-    name, inputs = "CountingReg", ("weights",)
 
     def __init__(self):
         super().__init__(1.0)
@@ -306,7 +304,7 @@ class CountingReg(Regularizer):
         return 0 * weights[0].sum()
 
 
-def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
+def small_fit(phases, n_epochs, net=None, lr=0.05, after_batch=None, after_epoch=None, **kwargs):
     dataset = synthetic("", 0)
     torch.manual_seed(3)
     net = net or reference.SmoothNet(num_classes=10)
@@ -327,7 +325,8 @@ def small_fit(phases, n_epochs, net=None, lr=0.05, **kwargs):
     optimizer = torch.optim.SGD(trainable, lr, 0.9, weight_decay=5e-4)
     scheduler = utils.make_scheduler("exponential", optimizer, 0.5, "default", n_epochs)
     state = TrainState(net, optimizer, scheduler)
-    return net, fit(state, *loaders, phases, FitConfig(n_epochs, **kwargs))
+    training = fit(state, *loaders, phases, FitConfig(n_epochs, **kwargs))
+    return net, reference.go_through(training, after_batch, after_epoch)
 
 
 def test_fit_is_the_plain_loop(monkeypatch):
@@ -401,7 +400,8 @@ def test_frozen_batch_norms_are_those_of_evaluation():
     for freeze in (True, False):
         state = TrainState(net, torch.optim.SGD(net.parameters(), 0.0), None)
         config = FitConfig(1, freeze_bn_from=0 if freeze else None)
-        values[freeze] = train.run_epoch(state, loader, Phase(0, regularizer), config)
+        reference.go_through(train.run_epoch(state, loader, Phase(0, regularizer), config))
+        values[freeze] = train.summarize(state, regularizer)
         if freeze:
             plain = copy.deepcopy(net).eval()
     loss = penalty = 0.0
@@ -448,20 +448,22 @@ def test_test_penalty_is_the_mean_over_test_batches_in_evaluation_mode():
     assert values["L2Grad"] == pytest.approx(total / 40, rel=1e-5)
 
 
-def test_warmup_raises_the_penalty_batch_by_batch():
+def test_warmup_raises_the_penalty_batch_by_batch(monkeypatch):
     strengths = []
 
     def recorded(*args):
         strengths.append(args[6])
-        return train.compute_gradients(*args)
+        return compute_gradients(*args)
 
     ones = type(
         "Ones",
         (Regularizer,),
-        {"name": "Ones", "inputs": ("weights",), "forward": lambda self, w: 1 + 0 * w[0].sum()},
+        {"forward": lambda self, weights: 1 + 0 * weights[0].sum()},
+        register=False,
     )
     phases = [Phase(1, ones(1.0), warmup=1.5)]
-    _, history = small_fit(phases, 4, compute_gradients=recorded)
+    monkeypatch.setattr(train, "compute_gradients", recorded)
+    _, history = small_fit(phases, 4)
     expected = [1, 1, 1, *(i / 3 / 1.5 for i in range(5)), 1, 1, 1, 1]  # three batches an epoch
     assert strengths == pytest.approx(expected)
     assert history[1]["train_Ones"] == pytest.approx((32 / 4.5 + 6 * 2 / 4.5) / 70)
@@ -504,10 +506,8 @@ def test_bitwise_repeatable_whatever_the_global_streams_do():
     )
 
 
-class NaNReg(Regularizer):
+class NaNReg(Regularizer, register=False):
     """NaN from the nth call on."""
-
-    name, inputs = "NaNReg", ("weights",)
 
     def __init__(self, n):
         super().__init__(1.0)
@@ -692,9 +692,9 @@ def test_begin_where_another_run_is(script, tmp_path):
 def test_a_branch_has_no_part_of_an_epoch_before_it():
     args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None, qat_bits=None)
     phases = [Phase(1, VarianceNorm(1.0))]
-    train.check_init_from(TrainProgress(epoch=1), phases, args)
+    check_init_from(TrainProgress(epoch=1), phases, args)
     with pytest.raises(FileError, match="2 epochs begun: a regularizer cannot begin at epoch 1"):
-        train.check_init_from(TrainProgress(epoch=1, batch=1), phases, args)
+        check_init_from(TrainProgress(epoch=1, batch=1), phases, args)
 
 
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):
@@ -730,7 +730,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
             return super().forward(x), []
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(utils.MODELS, "Net", lambda num_classes: Net(*layers))
+    monkeypatch.setitem(train.flags.MODELS, "Net", lambda num_classes: Net(*layers))
     with pytest.raises(SystemExit) as refused:
         train.main(
             [
@@ -1026,25 +1026,30 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"inputs": ("weights",)}, "`name` is None"),
-        ({"name": "RangeNorm", "inputs": ("weights",)}, "`name` is 'RangeNorm'"),
-        ({"name": "MyNorm", "inputs": ("gradients",)}, r"`inputs` is \('gradients',\)"),
-        ({"name": "MyNorm", "inputs": "weights"}, "`inputs` is 'weights'"),
-        ({"name": "MyNorm"}, "`inputs` is None"),
-        ({"name": "MyNorm", "inputs": (), "__init__": lambda self: None}, "argument"),
+        ({"forward": lambda self, gradients: 0}, "MyNorm: `forward` takes 'gradients': "),
+        ({"forward": lambda self, weights, p=2: 0}, "`forward` takes 'p': .* weights, w_grads,"),
+        ({"inputs": ("gradients",)}, "`forward` takes 'gradients': .* weights, w_grads,"),
+        ({"inputs": "weights"}, "`forward` takes 'weights': its inputs are a tuple"),
+        ({"inputs": (), "__init__": lambda self: None}, "argument"),
     ],
 )
-def test_a_class_that_is_no_regularizer_is_refused_when_it_is_made(
-    attributes, message, monkeypatch
-):
-    monkeypatch.setitem(REGULARIZERS, "MyNorm", type("MyNorm", (Regularizer,), attributes))
+def test_a_class_that_is_no_regularizer_is_refused_when_it_is_made(attributes, message, registry):
+    type("MyNorm", (Regularizer,), {"forward": lambda self, weights: 0, **attributes})
     with pytest.raises(ValueError, match=message):
         make_regularizer("mynorm", 1.0)
 
 
+def test_an_input_that_there_is_not_is_named_in_one_line(registry, capsys):
+    type("MyNorm", (Regularizer,), {"forward": lambda self, gradients: 0})
+    with pytest.raises(SystemExit) as end:
+        train.main(["--run_name", "r", "--regularizer", "MyNorm"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "'gradients'" in error and "detached_w_grads" in error
+
+
 @pytest.mark.parametrize(("value", "shape"), [(torch.ones(3), r"\(3,\)"), (2.0, "float")])
 def test_a_penalty_that_is_no_scalar_is_named(value, shape, problem):
-    attributes = {"name": "Odd", "inputs": ("weights",), "forward": lambda self, weights: value}
-    odd = type("Odd", (Regularizer,), attributes)(1.0)
+    attributes = {"forward": lambda self, weights: value}
+    odd = type("Odd", (Regularizer,), attributes, register=False)(1.0)
     with pytest.raises(PenaltyError, match=f"Odd returned {shape}"):
         compute_gradients(reference.SmoothNet().double(), CE, odd, *problem)

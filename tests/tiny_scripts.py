@@ -17,7 +17,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 import quant_inference  # noqa: E402
 import train  # noqa: E402
-from engine.networks import layers  # noqa: E402
+from engine.networks import convolution, fast_batch_norm  # noqa: E402
 from engine.system import wandb_logger  # noqa: E402
 
 SCRIPTS = {
@@ -49,10 +49,10 @@ class TinyFused(nn.Module):
 
     def __init__(self, num_classes: int = 4) -> None:
         super().__init__()
-        self.conv1 = layers.Conv2d(3, 5, 3, padding=1, bias=False)
-        self.norm1 = layers.BatchNormReLU(5)
-        self.conv2 = layers.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.norm2 = layers.BatchNormReLU(6)
+        self.conv1 = convolution.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.norm1 = fast_batch_norm.BatchNormReLU(5)
+        self.conv2 = convolution.Conv2d(5, 6, 3, stride=2, padding=1)
+        self.norm2 = fast_batch_norm.BatchNormReLU(6)
         self.linear = nn.Linear(6, num_classes)
 
     def forward(self, x):

@@ -1,6 +1,6 @@
 """The figures of the study: every variant beside the control, and what the study found."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,10 @@ from analysis.study.results import (
 from analysis.study.tables import label
 
 CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
-    "control",
-    "l2grad",
-    "stepl2grad",
-    "variancenorm",
-    "rangenorm",
-    "rangenorm_folded",
+    "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
     "kurtosisnorm",
-)
+)  # fmt: skip
+CurveStyle = tuple[str, str, str]  # name, colour and marker
 # The README's figure: variants with the name, colour (Okabe and Ito's) and marker they have in it.
 ANSWER_CURVES = {
     "kurtosisnorm": ("KurtosisNorm", "#009E73", "^"),
@@ -71,11 +67,11 @@ def panels(n: int, columns: int, width: float, height: float, **share: Any) -> t
 
 
 def overview_plot(statistics: Statistics, path: Path) -> None:
-    """Draw a panel for each main setting: how many points more than the control a variant has.
+    """Draw, in a panel for each main setting, the difference of each variant from the control.
 
-    Paired by seed: each seed a tick, the mean a marker with its 95 % interval, which may go beyond
-    the frame: a circle where it holds 0, a square where it does not. In a study without the control
-    its first variant takes that place.
+    Differences are in points of accuracy and paired by seed. Each seed is a small tick, the mean a
+    marker with its 95 % interval, which may go beyond the frame: a circle where the interval holds
+    0, else a square. In a study without the control its first variant takes that place.
     """
     variants = list(statistics.accuracies.index.unique("variant"))
     base = "control" if "control" in variants else variants[0]
@@ -121,7 +117,7 @@ def _draw_differences(
 
 
 def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the means over seeds of the SHOWN variants as rows that accuracy_plot takes."""
+    """Return the means over seeds of CURVE_VARIANTS as rows that accuracy_plot takes."""
     shown = summary[summary["variant"].isin(CURVE_VARIANTS) & (summary["act_bits"] == 32)]
     rows = [
         {**row, "checkpoint": row["variant"], "accuracy": row["mean"], "accuracy_std": row["std"]}
@@ -131,13 +127,14 @@ def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
-    """Draw what was tracked against epochs: a panel each, a line for the mean of a SHOWN variant.
+    """Draw what was tracked against epochs: a panel for each name, a line for each variant.
 
     The vertical line is where regularization begins, after the epoch before `first`.
     """
     tracked = tracked[tracked["variant"].isin(CURVE_VARIANTS)]
     groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
-    means, names = groups["value"].mean(), list(tracked["name"].unique())
+    means = groups["value"].mean()
+    names = list(tracked["name"].unique())
     with rc_context(STYLE):
         figure, grid = panels(len(names), 4, 2.4, 2)
         legend = {}
@@ -209,8 +206,8 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
     """
     accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
     variants = accuracies.index.unique("variant")
-    curves = {name: look for name, look in ANSWER_CURVES.items() if name in variants}
-    dots = {n: look for n, look in (ANSWER_FOLDED | curves).items() if n in variants}
+    curves = {name: style for name, style in ANSWER_CURVES.items() if name in variants}
+    dots = {n: style for n, style in (ANSWER_FOLDED | curves).items() if n in variants}
     with rc_context({**STYLE, "axes.titleweight": "bold", "axes.titlelocation": "left"}):
         figure = Figure(figsize=(9.6, 3.9))
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
@@ -219,13 +216,13 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
         save_png(figure, path)
 
 
-Look = tuple[str, str, str]  # name, colour and marker
-
-
-def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, Look]) -> None:
+def _draw_answer_curves(
+    axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, CurveStyle]
+) -> None:
     """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
-    x, ends = np.arange(len(shown)), {}
+    x = np.arange(len(shown))
+    ends = {}
     for i, (name, (_, colour, marker)) in enumerate(reversed(curves.items())):
         seeds = accuracies.loc[name, list(shown.values())]
         mean = seeds.mean()
@@ -246,7 +243,7 @@ def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: Mapping[st
     axes.set_title("Quantized weights")
 
 
-def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, Look]) -> None:
+def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, CurveStyle]) -> None:
     """Draw the accuracies at (4,4), a dot and a bar for each variant, the best on top."""
     means = accuracies[ANSWER_4_4].groupby(level="variant").mean()
     order = sorted(dots, key=means.get)
@@ -270,16 +267,13 @@ def draw_figures(
     out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int
 ) -> None:
     """Draw the study's figures into `out`, as PNG; there is at least one result."""
-    figures: dict[str, Callable[[Path], None]] = {}
     if len(statistics.accuracies.index.unique("variant")) > 1:
-        figures["overview"] = lambda path: overview_plot(statistics, path)
+        overview_plot(statistics, out / "overview.png")
     if curves := curve_rows(statistics.summary):
-        figures["accuracy"] = lambda path: accuracy_plot(curves, path)
+        accuracy_plot(curves, out / "accuracy.png")
     if statistics.tracked["variant"].isin(CURVE_VARIANTS).any():
-        figures["tracked"] = lambda path: tracked_plot(statistics.tracked, first, path)
+        tracked_plot(statistics.tracked, first, out / "tracked.png")
     if choices:
-        figures["choice"] = lambda path: choice_plot(choices, path)
+        choice_plot(choices, out / "choice.png")
     if "control" in statistics.accuracies.index and ANSWER_4_4 in statistics.accuracies:
-        figures["answer"] = lambda path: answer_plot(statistics, path)
-    for name, plot in figures.items():
-        plot(out / f"{name}.png")
+        answer_plot(statistics, out / "answer.png")

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Job:
     def record(self) -> Path:
         """The JSON file that the job writes about itself."""
         return self.target.with_suffix(".json")
+
+    @property
+    def log(self) -> Path:
+        """The file that takes the job's output."""
+        return self.target.with_suffix(".log")
 
     @property
     def done(self) -> bool:
@@ -99,14 +105,16 @@ class RunningJob:
 
         It sees the one `gpu` alone; None: what this process sees.
         """
-        self.job, self.max_parallel, self.gpu = job, max_parallel, gpu
+        self.job = job
+        self.max_parallel = max_parallel
+        self.gpu = gpu
         job.target.parent.mkdir(parents=True, exist_ok=True)
         # Only then is its time worth recording: nothing of an earlier attempt is there.
         self.started_fresh = not job.target.with_suffix(".ckpt").exists()
         self.began = time.perf_counter()
         threads = max(1, torch.get_num_threads() // max_parallel)
         own_gpu = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        with open(job.target.with_suffix(".log"), "a", encoding="utf-8") as log:
+        with open(job.log, "a", encoding="utf-8") as log:
             print(f"$ {job.line}", file=log, flush=True)
             self.process = subprocess.Popen(
                 [sys.executable, scripts / job.command[0], *job.command[1:]],
@@ -116,16 +124,6 @@ class RunningJob:
                 env={**os.environ, **own_gpu, "OMP_NUM_THREADS": str(threads)},
                 **detached_process(),
             )
-
-    @property
-    def ended(self) -> bool:
-        """Whether the job is over."""
-        return self.process.poll() is not None
-
-    def last_line(self) -> str:
-        """Return the last line of the job's log: how far it is."""
-        log = self.job.target.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-        return log.splitlines()[-1]
 
     def succeeded(self) -> bool:
         """Wait, and return whether all targets are there; if not, rename a half-made one."""
@@ -137,14 +135,14 @@ class RunningJob:
 
     def finish(self, out: Path) -> bool:
         """Return whether the job, which is over, succeeded; record its time and clean up."""
-        job, seconds = self.job, time.perf_counter() - self.began
+        seconds = time.perf_counter() - self.began
         if not self.succeeded():
             return False
         if self.started_fresh:
-            record_duration(out, job, seconds, self.max_parallel)
-        if job.needs:  # nothing continues from its checkpoint, as from a trunk's
+            record_duration(out, self.job, seconds, self.max_parallel)
+        if self.job.needs:  # nothing continues from its checkpoint, as from a trunk's
             for suffix in (".ckpt", ".ckpt.previous"):
-                job.target.with_suffix(suffix).unlink(missing_ok=True)
+                self.job.target.with_suffix(suffix).unlink(missing_ok=True)
         return True
 
 
@@ -162,12 +160,8 @@ def detached_process() -> dict[str, Any]:
     """
     if os.name == "nt":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"process_group": 0, "preexec_fn": stop_with_parent if LIBC else None}
-
-
-def stop_with_parent() -> None:
-    """Ask the Linux kernel to send this process SIGTERM when the one that started it dies."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    stop_with_parent = LIBC and partial(LIBC.prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+    return {"process_group": 0, "preexec_fn": stop_with_parent}
 
 
 @dataclass
@@ -209,7 +203,7 @@ class JobRunner:
 
     def _finish_ended(self) -> list[Job]:
         """Return the jobs that have ended well since the last call; print what became of all."""
-        ended = [each for each in self.running if each.ended]
+        ended = [each for each in self.running if each.process.poll() is not None]
         self.running = [each for each in self.running if each not in ended]
         succeeded = []
         for each in ended:
@@ -218,8 +212,7 @@ class JobRunner:
                 succeeded.append(each.job)
             else:
                 self.failed.add(each.job.target)
-                log = each.job.target.with_suffix(".log")
-                tqdm.write(f"FAILED: {each.job.line}\n  see {log}")
+                tqdm.write(f"FAILED: {each.job.line}\n  see {each.job.log}")
             self.bar.update(each.job.seconds)
         return succeeded
 
@@ -228,7 +221,8 @@ class JobRunner:
         if self.bar.disable and time.monotonic() - self.shown_at > LINE_SECONDS:
             self.shown_at = time.monotonic()
             for each in self.running:
-                print(f"{each.job.title}: {each.last_line()}", flush=True)
+                log = each.job.log.read_text(encoding="utf-8", errors="replace")
+                print(f"{each.job.title}: {log.splitlines()[-1]}", flush=True)
 
     def _start_ready(self) -> None:
         """Start jobs until enough are running or none is ready."""
@@ -250,12 +244,8 @@ class JobRunner:
 
 def record_duration(out: Path, job: Job, seconds: float, max_parallel: int) -> None:
     """Add a line about a job that ran without interruption to <out>/jobs.jsonl."""
-    line = {
-        "kind": job.kind,
-        "seconds": round(seconds, 1),
-        "at_once": max_parallel,
-        "command": job.line,
-    }
+    times = {"seconds": round(seconds, 1), "at_once": max_parallel}
+    line = {"kind": job.kind, **times, "command": job.line}
     with warn_on_error("the job's time was not recorded"):
         with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
             print(json.dumps(line), file=file)

@@ -1,9 +1,9 @@
 """The choice of λ: from accuracies on held-out training images, made once per variant and saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from analysis.study.records import StudyRecords
 from engine.system.io import save_json
@@ -25,12 +25,6 @@ class HoldoutAccuracy(NamedTuple):
             accuracy = {row["bits"]: row["accuracy"] for row in results["rows"]}
             return cls(accuracy[32], accuracy[4])
 
-    @classmethod
-    def parse(cls, values: Sequence[Any]) -> "HoldoutAccuracy":
-        """Return both accuracies as numbers; raises ValueError or TypeError."""
-        full, quantized = map(float, values)
-        return cls(full, quantized)
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -45,12 +39,12 @@ class Choice:
         """Read what `save` wrote; raises FileError."""
         with records.open(path) as saved:
             candidates = {
-                float(lmbda): accuracies and HoldoutAccuracy.parse(accuracies)
+                float(lmbda): accuracies and HoldoutAccuracy(*map(float, accuracies))
                 for lmbda, accuracies in saved["candidates"].items()
             }
             if not candidates[saved["lmbda"]]:
                 raise ValueError("the λ that was taken has no accuracies")
-            control = HoldoutAccuracy.parse(saved["control"])
+            control = HoldoutAccuracy(*map(float, saved["control"]))
             return cls(control, candidates, float(saved["lmbda"]))
 
     def save(self, records: StudyRecords, path: Path) -> None:
@@ -62,8 +56,9 @@ class Choice:
 def select_lambda(candidates: Mapping[float, HoldoutAccuracy], control: float) -> float:
     """Return the λ to use, out of those tried.
 
-    The best 4-bit accuracy among those whose full-precision accuracy is less than MAX_ACCURACY_DROP
-    below the control's; the best full-precision accuracy where none is. Of equal ones the smallest.
+    That is the one with the best 4-bit accuracy among those whose full-precision accuracy is less
+    than MAX_ACCURACY_DROP below the control's; where there is none, the one with the best
+    full-precision accuracy. Between equal accuracies the smallest λ counts.
     """
     threshold = control - MAX_ACCURACY_DROP + 1e-9  # exactly a point is too much, in floats, too
     allowed = {lmbda: a for lmbda, a in candidates.items() if a[0] > threshold}

@@ -28,7 +28,7 @@ class Variant:
     flags: str  # of train.py or, if they contain --phases, of combined_protocol.py
     lmbdas: tuple[float, ...] = ()  # candidates; () where the flags say it all
     cost: float = 1.0  # of an epoch, in epochs of the control: for estimates before the first one
-    lambda_from: str = ""  # the variant whose λ this one takes over
+    lambda_from: str = ""  # the variant whose λ and cost this one takes over
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,14 @@ class StudyPlan:
 
         Raises FileError and OSError.
         """
-        self.out, self.variants, self.quantizations = out, variants, quantizations
+        self.out = out
+        self.variants = variants
+        self.quantizations = quantizations
         self.final_quantizations = [name for name in quantizations if name != TUNING]
         self.records = StudyRecords(out)
         self.failed: set[Path] = set()
-        self.n_epochs, self.holdout = settings["n_epochs"], settings["holdout"]
+        self.n_epochs = settings["n_epochs"]
+        self.holdout = settings["holdout"]
         self.epochs = epoch_names(self.n_epochs)
         self.data_flags = shlex.split(settings["data_flags"])
         self.group = ["--wandb_group", (out.resolve().name or "study")[:128]]  # of the dashboard
@@ -88,15 +91,15 @@ class StudyPlan:
 
     def branch(self, name: str, seed: int, lmbda: float | None, tuning: bool = False) -> Job:
         """Return the last third of a variant's run; λ is None where there is none to choose."""
-        variant, trunk = self.variants[name], self.trunk(seed, tuning)
-        flags = variant.flags.format(**self.epochs, lmbda=f"{lmbda or 0:g}").split()
+        trunk = self.trunk(seed, tuning)
+        flags = self.variants[name].flags.format(**self.epochs, lmbda=f"{lmbda or 0:g}").split()
         script = "combined_protocol.py" if "--phases" in flags else "train.py"
         first = self.epochs["first"]
         if lmbda is not None and script == "train.py":
             flags += ["--lmbda", f"{lmbda:g}", "--first_regularized_epoch", str(first)]
         flags += ["--n_epochs", str(self.n_epochs), "--init_from", f"{_stem(trunk)}.ckpt"]
         stem = name if lmbda is None else f"{name}_{lmbda:g}"
-        cost = variant.cost * (self.n_epochs - first)
+        cost = self.variants[self.tuned_name(name)].cost * (self.n_epochs - first)
         return self._training(script, name, stem, flags, seed, tuning, cost, (trunk,))
 
     def _training(
@@ -124,16 +127,17 @@ class StudyPlan:
         seconds = self.measured.get(kind, cost * self.epoch_seconds)
         return Job(kind, targets, command, seconds, needs)
 
-    def quantized(self, trained: Job, how: str) -> Job:
-        """Return the quantization of a trained network; `how` is a name of `quantizations`."""
-        folder = Path(f"{_stem(trained)}_{how}")
-        flags = [*self.data_flags, *self.quantizations[how].flags.split()]
-        if how == TUNING:
+    def quantized(self, trained: Job, quantization: str) -> Job:
+        """Return the quantization of a trained network; named by a key of `quantizations`."""
+        folder = Path(f"{_stem(trained)}_{quantization}")
+        flags = [*self.data_flags, *self.quantizations[quantization].flags.split()]
+        if quantization == TUNING:
             flags += ["--holdout", str(self.holdout)]
         output = ["--no_plots", "--output", str(folder)]
         command = ("quant_inference.py", str(trained.target), *flags, *output, *self.group)
-        target, kind = folder / "results.json", f"quantize {how}"
-        seconds = self.measured.get(kind, self.quantizations[how].seconds)
+        target = folder / "results.json"
+        kind = f"quantize {quantization}"
+        seconds = self.measured.get(kind, self.quantizations[quantization].seconds)
         recorded = self.records.archived(target)
         return Job(kind, (target,), command, seconds, (trained,), recorded)
 
@@ -164,10 +168,8 @@ class StudyPlan:
         def job(variant: str, lmbda: float | None) -> Job:
             return self.quantized(self.branch(variant, TUNING_SEED, lmbda, tuning=True), TUNING)
 
-        lmbdas, tuned = self.lmbdas(name), self.tuned_name(name)
-        if not lmbdas:
-            return {}
-        return {None: job(CONTROL, None), **{lmbda: job(tuned, lmbda) for lmbda in lmbdas}}
+        candidates = {lmbda: job(self.tuned_name(name), lmbda) for lmbda in self.lmbdas(name)}
+        return {None: job(CONTROL, None), **candidates} if candidates else {}
 
     def chosen_lambda(self, name: str, save: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; `save` keeps a new choice.
@@ -200,7 +202,8 @@ class StudyPlan:
 
     def warn_failed_candidates(self, name: str) -> None:
         """Print which candidates the variant's λ was chosen without."""
-        choice, path = self.saved_choice(name), self.choice_path(name)
+        choice = self.saved_choice(name)
+        path = self.choice_path(name)
         for lmbda, accuracies in choice.candidates.items() if choice else ():
             if not accuracies:
                 tqdm.write(
@@ -213,12 +216,16 @@ class StudyPlan:
     def final(self, name: str, seeds: Iterable[int], lmbda: float | None) -> list[Job]:
         """Return the quantizations of the variant on the test set: what the tables are made of."""
         branches = [self.branch(name, seed, lmbda) for seed in seeds]
-        return [self.quantized(b, how) for b in branches for how in self.final_quantizations]
+        return [job for branch in branches for job in self.final_quantized(branch).values()]
+
+    def final_quantized(self, trained: Job) -> dict[str, Job]:
+        """Return the quantizations of a trained network on the test set, by their names."""
+        return {name: self.quantized(trained, name) for name in self.final_quantizations}
 
     def completes_network(self, job: Job) -> bool:
         """Return whether the job that has just succeeded was a network's last one."""
         trained = job.needs[0] if job.needs else job
-        finals = [self.quantized(trained, how) for how in self.final_quantizations]
+        finals = self.final_quantized(trained).values()
         return job.target in {each.target for each in finals} and all(each.done for each in finals)
 
     def retrained(self, jobs: Iterable[Job]) -> list[Job]:
@@ -228,23 +235,31 @@ class StudyPlan:
         """
         return [job for job in study_jobs.pending(jobs) if self.records.archived(job.record)]
 
-    def planned(self, name: str, seeds: Iterable[int]) -> tuple[list[Job], bool]:
-        """Return the variant's jobs, and whether its λ is known; else its first one stands in."""
+    def next_jobs(
+        self, name: str, seeds: Iterable[int], save: bool = False
+    ) -> tuple[list[Job], bool]:
+        """Return the variant's final jobs and True; before λ is chosen, its tuning jobs and False.
+
+        `save` keeps a new choice.
+        """
         try:
-            return self.final(name, seeds, self.chosen_lambda(name)), True
+            return self.final(name, seeds, self.chosen_lambda(name, save)), True
         except NotChosen:
-            lmbda = self.lmbdas(name)[0]
-            return [*self.tuning(name).values(), *self.final(name, seeds, lmbda)], False
+            return list(self.tuning(name).values()), False
+
+    def planned(self, name: str, seeds: Iterable[int]) -> tuple[list[Job], bool]:
+        """Return the variant's jobs, and whether its λ is known; else the first one stands in."""
+        jobs, is_chosen = self.next_jobs(name, seeds)
+        if not is_chosen:
+            jobs += self.final(name, seeds, self.lmbdas(name)[0])
+        return jobs, is_chosen
 
     def next_job(
         self, names: Sequence[str], seeds: Sequence[int], started: Set[Path]
     ) -> Job | None:
         """Return the first job that can start now, or None: first those that λ is chosen by."""
         for name in names:
-            try:
-                jobs = self.final(name, seeds, self.chosen_lambda(name, save=True))
-            except NotChosen:
-                jobs = self.tuning(name).values()
+            jobs, _ = self.next_jobs(name, seeds, save=True)
             if job := study_jobs.next_ready_job(jobs, started):
                 return job
         return None

@@ -3,15 +3,13 @@
 import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from engine.system.errors import FileError
-from engine.system.io import CONTENT_ERRORS, atomic_write, read_json
+from engine.system.io import atomic_write, file_boundary, read_json
 
 ARCHIVE_NAME = "records.jsonl.gz"
 JOB_FOLDERS = re.compile("tuning|seed(0|[1-9][0-9]*)")
@@ -27,7 +25,8 @@ class StudyRecords:
 
     def __init__(self, out: Path) -> None:
         """Read <out>/records.jsonl.gz where there is one; raises FileError if it is damaged."""
-        self.out, self.archive = out, out / ARCHIVE_NAME
+        self.out = out
+        self.archive = out / ARCHIVE_NAME
         self._archived = _read_archive(self.archive)  # by path below out, with slashes
 
     def archived(self, path: Path) -> bool:
@@ -55,11 +54,8 @@ class StudyRecords:
             with read_json(path) as record:
                 yield record
             return
-        try:
+        with file_boundary(f"{path} in {self.archive}"):
             yield self._archived[self._key(path)]
-        except CONTENT_ERRORS as error:
-            message = f"{path} in {self.archive} is not what was saved there: {error!r}"
-            raise FileError(message) from error
 
     def add(self, *paths: Path) -> None:
         """Copy the files at `paths` into the compact file; raises FileError and OSError."""
@@ -114,11 +110,9 @@ def _read_archive(path: Path) -> dict[str, Any]:
     """Return the records of a compact file by path; raises FileError if it is damaged."""
     if not path.exists():
         return {}
-    try:
+    with file_boundary(path, "is damaged"):
         content = path.read_bytes()
         if not content:  # which gzip takes for nothing compressed
             raise EOFError("it is empty")
         lines = gzip.decompress(content).splitlines()
         return {line["path"]: line["content"] for line in map(json.loads, lines)}
-    except (OSError, EOFError, zlib.error, *CONTENT_ERRORS) as error:
-        raise FileError(f"{path} is damaged: {error}") from error

@@ -15,9 +15,10 @@ from analysis.study.results import Result, Statistics
 def update_report(plan: StudyPlan) -> bool:
     """Write tables and figures of all results; return whether there are any.
 
-    Of each variant with the λ that was chosen last. Raises FileError and OSError.
+    A variant is shown with the λ that was chosen last. Raises FileError and OSError.
     """
-    results, choices = [], {}
+    results = []
+    choices = {}
     for name, variant in plan.variants.items():
         choice = plan.saved_choice(name)
         if choice and not variant.lambda_from:
@@ -26,7 +27,7 @@ def update_report(plan: StudyPlan) -> bool:
             results += finished_results(plan, name, choice.lmbda if choice else None)
     if results:
         first = plan.epochs["first"]
-        statistics = Statistics.from_rows(*study_results.read_results(results, plan.records, first))
+        statistics = Statistics(*study_results.read_results(results, plan.records, first))
         study_tables.write_tables(plan.out, statistics, results, choices)
         study_figures.draw_figures(plan.out, statistics, choices, first)
     return bool(results)
@@ -36,7 +37,7 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
     """Yield the final results of a variant for each seed that has all of them; raises FileError."""
     for seed in plan.records.seeds():
         branch = plan.branch(name, seed, lmbda)
-        jobs = {how: plan.quantized(branch, how) for how in plan.final_quantizations}
+        jobs = plan.final_quantized(branch)
         if not all(job.done for job in jobs.values()):
             continue
         commands = [
@@ -48,7 +49,7 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
             lmbda,
             seed,
             branch.record,
-            {how: job.target for how, job in jobs.items()},
+            {quantization: job.target for quantization, job in jobs.items()},
             [f"mkdir -p {branch.target.parent}", *commands],
         )
 
@@ -61,7 +62,8 @@ def reproduction_command(records: StudyRecords, path: Path) -> str:
     """
     with records.open(path) as record:
         settings = record["settings"] | record  # a results.json has them among its settings
-        threads, command = settings["machine"]["threads"], shlex.join(settings["command"])
+        threads = settings["machine"]["threads"]
+        command = shlex.join(settings["command"])
         has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
         if has_pwlq and "biases" not in settings:
             command += " --biases weight"

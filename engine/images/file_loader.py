@@ -71,16 +71,14 @@ class DecodedImages:
     """uint8 images (3, H, W) of many sizes in one block of memory, which processes can share."""
 
     def __init__(self, sizes: np.ndarray) -> None:
-        """Take memory for images of these heights and widths, (N, 2)."""
-        self.sizes, self.ends = sizes, np.cumsum(3 * sizes.prod(axis=1))
+        self.sizes = sizes  # heights and widths, (N, 2)
+        self.ends = np.cumsum(3 * sizes.prod(axis=1))
         self.pixels = torch.empty(int(self.ends[-1]), dtype=torch.uint8)
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> Tensor:
-        """Return image i, to be read or written."""
         if i >= len(self):
             raise IndexError(i)
         height, width = map(int, self.sizes[i])
@@ -89,7 +87,10 @@ class DecodedImages:
 
 
 class ImageMaker:
-    """Makes uint8 images (b, 3, S, S) of b keys: random crops (`augment`) or centre crops."""
+    """Makes uint8 images (b, 3, S, S) of b keys: random crops (`augment`) or centre crops.
+
+    They are made from `decoded`, where that is given, or else from the files.
+    """
 
     def __init__(
         self,
@@ -98,10 +99,12 @@ class ImageMaker:
         seed: int = 0,
         decoded: DecodedImages | None = None,
     ) -> None:
-        """Make them from `decoded`, where that is given, or else from the files."""
         import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
 
-        self.images, self.augment, self.seed, self.decoded = images, augment, seed, decoded
+        self.images = images
+        self.augment = augment
+        self.seed = seed
+        self.decoded = decoded
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
         """Return the images of the keys."""
@@ -127,11 +130,11 @@ class Workers:
     """Processes that call `make` on one item after the other; results come in the items' order.
 
     They start at once, while there is little to inherit, and are kept: wandb, for one, forbids what
-    it does in forks that come after it. With n = 0 this process calls.
+    it does in forks that come after it. With n = 0 this process calls. `make` and the items must be
+    picklable; DataErrors of `make` are raised here.
     """
 
     def __init__(self, make: Callable[[Any], Tensor], n: int, pin_memory: bool = False) -> None:
-        """`make` and the items must be picklable; DataErrors of `make` are raised here."""
         self.items = _Items()
         on_linux = sys.platform == "linux"  # forks share what is in memory
         with warnings.catch_warnings():  # more workers than cores are the user's choice
@@ -223,14 +226,14 @@ class FileLoader(Loader):
     """A Loader of image files, which worker processes decode, crop and resize.
 
     Order and crops are a pure function of (seed, epoch, position), as of any Loader, whatever the
-    number of workers. For the arguments see `make_loader`.
+    number of workers. Other arguments are those of `ImageMaker` and `make_loader`.
     """
 
     def __init__(
         self, *arguments: Any, workers: int, decoded: DecodedImages | None = None, **settings: Any
     ) -> None:
-        """Make the images from `decoded`, where that is given, or else from the files."""
-        self.n_workers, self.decoded = workers, decoded
+        self.n_workers = workers
+        self.decoded = decoded
         super().__init__(*arguments, **settings)
 
     def close(self) -> None:

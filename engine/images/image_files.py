@@ -54,11 +54,9 @@ class ImageFiles:
         return cls(np.array([os.fsencode(file) for file in files]), n_bytes, image_size)
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.paths)
 
     def __getitem__(self, part: slice) -> "ImageFiles":
-        """Return those of the images."""
         return replace(self, paths=self.paths[part], n_bytes=self.n_bytes[part])
 
     @property

@@ -63,16 +63,20 @@ class Loader:
         memory_format: torch.memory_format = torch.contiguous_format,
         cache: bool = False,
     ) -> None:
-        """Move the images to `device`; see the class for the arguments."""
         if images.dtype != torch.uint8 or len(images.shape) != 4 or len(images) != len(labels):
             raise ValueError("images must be uint8 (N, 3, H, W) with one label each")
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"bad {batch_size=} or {rank=} of {world_size=}")
         if cache and (augment or shuffle):
             raise ValueError("only batches without augmentation and shuffling can be cached")
-        self.n_images, self.batch_size = len(images), batch_size
-        self.seed, self.augment, self.shuffle = seed, augment, shuffle
-        self.rank, self.world_size, self.memory_format = rank, world_size, memory_format
+        self.n_images = len(images)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.memory_format = memory_format
         self.labels = labels.to(device)
         self.device = self.labels.device
         self.images = self._hold(images)
@@ -82,19 +86,21 @@ class Loader:
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch, the last smaller one included."""
+        # batches of an epoch, the last smaller one included
         return -(-self.n_images // self.batch_size)
 
     def n_images_in_batch(self, number: int) -> int:
         """Return the number of images in batch `number`, of all ranks."""
         return min(self.batch_size, self.n_images - number * self.batch_size)
 
-    def batches(self, epoch: int, start: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, epoch: int, start: int = 0, every: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the epoch's (x, y) from batch `start` on: float32 (b, 3, H, W), int64 (b,).
 
-        With a `step`, only every step-th batch.
+        With `every` N, only each N-th batch.
         """
-        numbers = range(start, len(self), step)
+        numbers = range(start, len(self), every)
         if self.cache is None:
             yield from self._make(epoch, numbers)
             return
@@ -120,13 +126,14 @@ class Loader:
 
     def _share(self, number: int) -> slice:
         """Return the positions in the epoch of this rank's share of batch `number`."""
-        first, size = number * self.batch_size, self.n_images_in_batch(number)
-        begin, end = share_bounds(size, self.rank, self.world_size)
+        first = number * self.batch_size
+        begin, end = share_bounds(self.n_images_in_batch(number), self.rank, self.world_size)
         return slice(first + begin, first + end)
 
     def _sample_augmentation(self, epoch: int) -> list[Tensor]:
         """Return the epoch's image, crop row, crop column and flip at each position, (N,) each."""
-        generator, n = seeded_generator("epoch", self.seed, epoch), self.n_images
+        generator = seeded_generator("epoch", self.seed, epoch)
+        n = self.n_images
         order = self._order(generator)
         rows, columns = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator)
         flips = torch.randint(0, 2, (n,), generator=generator).bool()

@@ -11,7 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from engine.networks.layers import Conv2d, is_strided_pointwise, penalized_weights
+from engine.networks.convolution import Conv2d, is_strided_pointwise
+from engine.networks.layers import penalized_weights
 from engine.networks.outputs import BATCH_NORMS, module_order, run_network, successive_modules
 from engine.system.errors import NetworkError
 from engine.system.hardware import to_float64

@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import parametrize
 
-from engine.networks import layers as fast_layers
+from engine.networks.fast_layers import plain_copy
 from engine.networks.outputs import split_output
 from engine.system.errors import NetworkError
 
@@ -61,29 +61,6 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
     return graph
-
-
-class _PlainBatchNormReLU(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(super().forward(x))
-
-
-PLAIN = {
-    fast_layers.Conv2d: nn.Conv2d,
-    fast_layers.BatchNorm2d: nn.BatchNorm2d,
-    fast_layers.BatchNormReLU: _PlainBatchNormReLU,
-    fast_layers.BatchNormBeforeRectifier: nn.BatchNorm2d,
-    fast_layers.ReLU: nn.ReLU,
-    fast_layers.ReLU6: nn.ReLU6,
-}
-
-
-def plain_copy(net: nn.Module) -> nn.Module:
-    """Return a copy of the network with PyTorch's own layers in place of the fast ones."""
-    net = copy.deepcopy(net)
-    for m in net.modules():
-        m.__class__ = PLAIN.get(type(m), type(m))
-    return net
 
 
 class _Logits(nn.Module):

@@ -1,4 +1,4 @@
-"""Any network of PyTorch's own layers: its logits and activations, fast layers, what follows what.
+"""Any network of PyTorch's own layers: its logits and activations, and which module reads which.
 
 A network maps images to logits, or to `(logits, activations)`. Where it does not return them, the
 activations A_l are the outputs of its activation modules in the order in which they run.
@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from engine.networks import layers
+from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.system.errors import NetworkError
 
-# Whose outputs are activations A_l. Subclasses count, functions such as F.relu are not seen.
+# Modules whose outputs are the activations A_l, with their subclasses. Functions such as F.relu are
+# no modules, and not seen.
 ACTIVATIONS = (
     nn.ReLU | nn.ReLU6 | nn.LeakyReLU | nn.PReLU | nn.RReLU | nn.ELU | nn.SELU | nn.CELU | nn.GELU
     | nn.SiLU | nn.Mish | nn.Softplus | nn.Softsign | nn.Tanh | nn.Sigmoid | nn.LogSigmoid
-    | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU | layers.BatchNormReLU
+    | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU | BatchNormReLU
 )  # fmt: skip
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
-FAST = {nn.Conv2d: layers.Conv2d, nn.BatchNorm2d: layers.BatchNorm2d}
-RECTIFIERS = {nn.ReLU: "relu", nn.ReLU6: "relu6"}  # which a batch norm before them can take over
 
 
 # --- logits and activations ------------------------------------------------------------------
@@ -255,28 +254,3 @@ def successive_modules(
         for a, b in pairs
         if is_first(net.get_submodule(a)) and is_second(net.get_submodule(b))
     ]
-
-
-# --- fast layers -----------------------------------------------------------------------------
-
-
-def use_fast_layers(net: nn.Module) -> nn.Module:
-    """Give PyTorch's own layers, in place, a second derivative that is cheap; return the network.
-
-    `nn.Conv2d` and `nn.BatchNorm2d` compute the same as before, of the same parameters under the
-    same names; a batch norm does the work of the `nn.ReLU` or `nn.ReLU6` that alone reads it.
-    Subclasses and all other modules stay as they are: autograd differentiates them.
-    """
-    pairs = successive_modules(
-        net, lambda m: type(m) is nn.BatchNorm2d, lambda m: type(m) in RECTIFIERS
-    )
-    for norm_name, activation_name in pairs:
-        norm = net.get_submodule(norm_name)
-        norm.__class__ = layers.BatchNormBeforeRectifier
-        norm.rectifier = RECTIFIERS[type(net.get_submodule(activation_name))]
-    followers = {net.get_submodule(name) for _, name in pairs}  # one may follow several
-    for m in net.modules():
-        m.__class__ = FAST.get(type(m), type(m))
-        if m in followers:
-            m.__class__ = {nn.ReLU: layers.ReLU, nn.ReLU6: layers.ReLU6}[type(m)]
-    return net

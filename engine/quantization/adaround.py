@@ -61,13 +61,16 @@ def learn_rounding(
     with StepDisplay(len(layers) * n_steps, "step") as display:
         for name in layers:
             display.describe(f"rounding of {name}")
+            # to nearest, all down and all up: the two neighbours of each weight, for any quantizer
             quantized = [quantize_layer(name, up) for up in (None, 0, 1)]
             layer, layer_q = net.get_submodule(name), net_q.get_submodule(name)
+            # bias and ranges quantized, the weight not yet: what is left is the change D to learn
             layer_q.load_state_dict(quantized[0].state_dict() | {"weight": layer.weight})
             gain = gains.get(name, torch.ones(len(layer.weight))).to(device)
             error = output_error(full, net_q, name, batches, gain)
             weights = [each.weight.to(device) for each in (layer, *quantized)]
             learn = partial(learn_layer, *weights, error, n_steps, display.step)
+            # on one rank: a tie that two broke differently would be two networks
             round_up[name] = distributed.run_on_rank0_and_broadcast(learn)
             layer_q.load_state_dict(quantize_layer(name, round_up[name]).state_dict())
     return round_up
@@ -98,7 +101,7 @@ class OutputError:
 
     def __call__(self, change: Tensor) -> float:
         """Return E(D)."""
-        d = change.double()
+        d = change.double()  # c − 2⟨D, C⟩ + ⟨a²D, D G⟩ cancels: not in float32
         quadratic = (d * self.gain.square()) @ self.gram - 2 * self.cross
         return (self.constant + (d * quadratic).sum()).item()
 
@@ -119,16 +122,17 @@ def output_error(
     """
     layer, layer_q = full.get_submodule(name), net_q.get_submodule(name)
     gain = gain.double().view(getattr(layer, "groups", 1), -1, 1)
-    (groups, c_out, _), k = gain.shape, layer.weight[0].numel()
+    (groups, c_out, _), k = gain.shape, layer.weight[0].numel()  # c_out of each group
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
     constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
     for x, x_q in zip(*(layer_inputs(n, name, batches()) for n in (full, net_q)), strict=True):
         e = to_columns(layer.forward(x) - layer_q.forward(x_q), layer) * gain.to(x.dtype)
-        patches = to_columns(receptive_fields(x_q, layer), layer)
-        gram += patches @ patches.mT
+        patches = to_columns(receptive_fields(x_q, layer), layer)  # (groups, K, B·positions)
+        gram += patches @ patches.mT  # sums over images: no layer's inputs are kept
         cross += (e * gain.to(x.dtype)) @ patches.mT
         constant += e.double().square().sum()
         n_positions += e.shape[-1]
+    # each process has read its own images; positions make means of the sums
     sums = [distributed.all_reduce_sum(t) for t in (gram, cross, constant, n_positions)]
     return OutputError(*(t / sums[-1] for t in sums[:-1]), gain)
 
@@ -194,10 +198,11 @@ def learn_layer(
     nearest to either. V starts where h = (w − low) / (high − low).
     """
     shape = w.shape
+    # (groups, output channels / groups, K), as the error has them
     w, nearest, low, high = (t.reshape(error.cross.shape) for t in (w, nearest, low, high))
     step = high - low
     h = ((w - low) / torch.where(step > 0, step, 1)).clamp_(0, 1)
-    v = ((h + 0.1) / 1.2).logit_()
+    v = ((h + 0.1) / 1.2).logit_()  # the inverse of soft_rounding: Ŵ starts at W
     output_gradient = error.gradient(v.dtype)
     optimizer = torch.optim.Adam([v], LEARNING_RATE)
     for i in range(n_steps):
@@ -205,7 +210,7 @@ def learn_layer(
         v.grad = objective_gradient(v, low - w, step, output_gradient, beta)
         optimizer.step()
         on_step()
-    up = soft_rounding(v)[0] >= 0.5
+    up = soft_rounding(v)[0] >= 0.5  # h need not have reached 0 or 1
     is_better = error(torch.where(up, high, low) - w) < error(nearest - w)
     return (up if is_better else nearest == high).reshape(shape).cpu()
 
@@ -235,6 +240,6 @@ def objective_gradient(
     h, slope = soft_rounding(v)
     gradient = step * output_gradient(low + step * h)
     if beta:
-        u = 2 * h - 1
+        u = 2 * h - 1  # d|u|^β/dh = 2β·|u|^(β−1)·sign(u)
         gradient -= (2 * LAMBDA * beta) * u.abs().pow_(beta - 1).copysign_(u)
     return gradient * slope

@@ -1,6 +1,6 @@
 """The gradient of loss plus penalty, where the penalty may itself contain gradients.
 
-It is exact, or, where a step is given for it, a difference of two first-order gradients.
+It is exact, or, where a size is given for it, a difference of two first-order gradients.
 
 With several processes each has a share of the batch, and the gradient is that of the whole batch:
 first-order gradients are summed over the ranks before the penalty sees them, the second backward
@@ -9,131 +9,21 @@ pass starts from the direction of the whole batch, and its result is summed once
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.func import functional_call
 
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
-from engine.networks.outputs import activation_runs, moved_activations, run_recorded, split_output
+from engine.step.batch_loss import BatchLoss, FirstOrderResult
 from engine.step.norms import lp_norms, whole_batch_norms
+from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward
 from engine.system import distributed
 from engine.system.errors import PenaltyError
-from engine.system.hardware import autocast, get_rng_state, rng_from
+from engine.system.hardware import get_rng_state
 
-DIFFERENCE_STEP = 0.01  # relative; docs/fast_step.md says why
-DIFFERENTIATED_GRADIENTS = {"w_grads", "a_grads"}
-
-
-def needs_gradients(regularizer: nn.Module | None) -> bool:
-    """Tell whether the penalty is a function of gradients, be they constants in it."""
-    names = DIFFERENTIATED_GRADIENTS | {"detached_w_grads"}
-    return regularizer is not None and not names.isdisjoint(regularizer.inputs)
-
-
-def needs_double_backward(regularizer: nn.Module | None) -> bool:
-    """Tell whether the penalty is a function of gradients that is differentiated through them."""
-    return regularizer is not None and not DIFFERENTIATED_GRADIENTS.isdisjoint(regularizer.inputs)
-
-
-# --- the loss of a batch ---------------------------------------------------------------------
-
-
-@dataclass
-class FirstOrderResult:
-    """What a forward and a backward pass give.
-
-    Where the batch is shared out to several processes, all of it is this rank's contribution:
-    the sum over the ranks is meant.
-    """
-
-    loss: Tensor  # scalar, contribution to the mean over the batch
-    n_correct: Tensor  # scalar
-    grads: Sequence[Tensor]  # ∂loss/∂p of every trainable parameter p
-    w_grads: list[Tensor]  # those of them that are ∂loss/∂W_l
-    tensors: dict[str, list[Tensor]]  # those of the regularizer's inputs that are lists
-    activations: dict[int, Tensor]  # by run (`activation_runs`), those that a_grads belong to
-
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """The loss of one batch as a function of parameters and activations."""
-
-    net: nn.Module
-    criterion: nn.Module  # logits, labels → mean loss
-    x: Tensor  # images (B, 3, H, W), this rank's share
-    y: Tensor  # labels (B,)
-    dtype: torch.dtype  # of the convolutions
-    rng_state: Tensor | None  # that the first forward pass starts from, for others after it
-
-    def first_order(
-        self, inputs: Sequence[str], create_graph: bool = False, keep_activations: bool = False
-    ) -> FirstOrderResult:
-        """Differentiate once, by what the regularizer's `inputs` ask for."""
-        net, x, has_activations = self.net, self.x, "a_grads" in inputs
-        with autocast(x.device, self.dtype):
-            logits, activations, recorded = run_recorded(net, x, has_activations)
-            loss = distributed.to_global_mean(self.criterion(logits, self.y), len(x))
-        params, weights = [*trainable_parameters(net).values()], penalized_weights(net)
-        # an activation before the first trainable layer is a constant
-        activations = [a for a in activations if a.requires_grad] if has_activations else []
-        targets = [*params, *activations]
-        grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
-        grad_of = dict(zip(params, grads, strict=False))
-        w_grads = [grad_of[w] for w in weights]
-        available = {"weights": weights, "w_grads": w_grads, "a_grads": list(grads[len(params) :])}
-        runs = activation_runs(net, activations, recorded) if keep_activations else ()
-        return FirstOrderResult(
-            loss.detach(),
-            (logits.detach().argmax(dim=1) == self.y).sum(),
-            grads[: len(params)],
-            w_grads,
-            {name: available[name] for name in available if name in inputs},
-            {run: a.detach() for run, a in zip(runs, activations, strict=False)},
-        )
-
-    def perturbed(self, params: Mapping[str, Tensor], offsets: Mapping[int, Tensor]) -> Tensor:
-        """Return this rank's contribution to the loss at other parameters and activations.
-
-        `params` are by name, `offsets` what is added to activations, by their run. In training mode
-        batch norms take the statistics of these activations; the real running statistics stay
-        unchanged. Dropout drops the same units: it starts from `rng_state`, as the first pass did.
-        """
-        net, x = self.net, self.x
-        buffers = {name: b.clone() for name, b in net.named_buffers()}
-        with (
-            autocast(x.device, self.dtype),
-            rng_from(self.rng_state, x.device),
-            moved_activations(net, offsets),
-        ):
-            logits, _ = split_output(net, functional_call(net, {**buffers, **params}, (x,)), [])
-            return distributed.to_global_mean(self.criterion(logits, self.y), len(x))
-
-    def change(self, loss: Tensor, grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
-        """Return L(W + Δ) − L(W) for a Δ_l of each penalized weight.
-
-        `loss` is L(W) and `grads` its derivatives, both of the whole batch, from the first-order
-        pass. L(W + Δ) is one more forward pass, differentiable in Δ and the parameters.
-        """
-        name_of = {p: name for name, p in self.net.named_parameters()}
-        perturbed_params = dict(self.net.named_parameters())
-        for w, delta in zip(penalized_weights(self.net), deltas, strict=True):
-            perturbed_params[name_of[w]] = w + delta
-        names, tensors = zip(*perturbed_params.items(), strict=True)
-        perturbed_params = dict(zip(names, distributed.copy_to_ranks(*tensors), strict=True))
-        perturbed_loss = distributed.reduce_from_ranks(self.perturbed(perturbed_params, {}))
-        # L(W) with the derivatives that are known already: each term has value 0 and derivative g
-        params = trainable_parameters(self.net).values()
-        zeros = [(g.detach() * (p - p.detach())).sum() for p, g in zip(params, grads, strict=False)]
-        linearized_loss = loss + sum(zeros)
-        return perturbed_loss - linearized_loss
-
-
-# --- the step --------------------------------------------------------------------------------
+DIFFERENCE_STEP = 0.01  # relative size of a difference; docs/fast_step.md says why
 
 
 def compute_gradients(
@@ -155,12 +45,16 @@ def compute_gradients(
     `vector_jacobian_product` carries them to the parameters through the graph of the first-order
     pass or, with a `difference_step`, `difference_product` without one.
     Batch norms are folded with the running statistics from before this batch.
+
+    Raises PenaltyError where the regularizer returns no scalar, or none that depends on its inputs.
     """
     inputs = regularizer.inputs if regularizer else ()
     params = [*trainable_parameters(net).values()]
+    # before the forward pass, which moves the running statistics
     folded = folded_weights(net) if "folded_weights" in inputs else []
     second_order = needs_double_backward(regularizer)
     by_difference = second_order and difference_step is not None
+    # a second forward pass must drop the same units as the first
     runs_again = by_difference or "loss_change" in inputs
     batch = BatchLoss(net, criterion, x, y, dtype, get_rng_state(x.device) if runs_again else None)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
@@ -168,42 +62,22 @@ def compute_gradients(
         grads = sum_grads(first.grads)
     loss, n_correct = distributed.batch_sum(torch.stack([first.loss, first.n_correct])).unbind()
     for p, g in zip(params, grads, strict=True):
-        p.grad = g
+        p.grad = g  # ∇L of the whole batch; what follows adds ∇R
     if regularizer is None:
         return loss, torch.zeros_like(loss), n_correct
 
-    penalty, copies = _penalty(regularizer, batch, first, loss, grads, folded)
-    penalty = penalty_scale * penalty
+    # a graph from the copies t to R alone: the way from p to t, which is long, is not walked twice
+    copies = _detached_copies(first.tensors, penalized_weights(net))
+    penalty = evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
+    if not penalty.requires_grad:
+        raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
+    penalty = penalty_scale * penalty  # before the directions, which then have the factor
     directions = _add_direct_gradients(params, penalty, first.tensors, copies)
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
         _add(params, vector_jacobian_product(params, first, directions))
     return loss, penalty.detach(), n_correct
-
-
-def _penalty(
-    regularizer: nn.Module,
-    batch: BatchLoss,
-    first: FirstOrderResult,
-    loss: Tensor,
-    grads: Sequence[Tensor],
-    folded: Sequence[Tensor],
-) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """Return the penalty and the copies of `first.tensors` that it is a function of.
-
-    `loss` and `grads` are those of the whole batch, the latter also in the .grad of the parameters.
-    """
-    weights = penalized_weights(batch.net)
-    copies = _detached_copies(first.tensors, weights)
-    available = {
-        **copies,
-        "a_grads": distributed.whole_batch(copies.get("a_grads", [])),
-        "detached_w_grads": [w.grad for w in weights],
-        "loss_change": partial(batch.change, loss, grads),
-        "folded_weights": folded,
-    }
-    return _evaluate_penalty(regularizer, available), copies
 
 
 def _detached_copies(
@@ -219,18 +93,7 @@ def _detached_copies(
     return {name: [t.detach().requires_grad_() for t in ts] for name, ts in values.items()}
 
 
-def _evaluate_penalty(regularizer: nn.Module, available: dict[str, object]) -> Tensor:
-    """Return the penalty; PenaltyError where it is not a scalar tensor made of its inputs."""
-    penalty = regularizer(*(available[name] for name in regularizer.inputs))
-    if not isinstance(penalty, Tensor) or penalty.dim():
-        shape = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
-        raise PenaltyError(f"{regularizer.name} returned {shape}: it must return a scalar tensor")
-    if not penalty.requires_grad:
-        raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
-    return penalty
-
-
-Directions = Mapping[str, Sequence[Tensor | None]]
+Directions = Mapping[str, Sequence[Tensor | None]]  # ∂penalty/∂t, by the name of the input
 
 
 def _add_direct_gradients(
@@ -245,12 +108,14 @@ def _add_direct_gradients(
     gradients t, by the name of the input; None where it does not depend on one.
     """
     leaves = sum(copies.values(), [])
+    # params as well: loss_change and folded weights depend on them without a copy in between
     directions = grad(penalty, [*leaves, *params], allow_unused=True)
-    of_leaves = iter(directions)
-    of_inputs = {name: [next(of_leaves) for _ in ts] for name, ts in copies.items()}
-    _add(tensors.get("weights", ()), of_inputs.pop("weights", ()))
+    at_leaves = iter(directions)
+    by_input = {name: [next(at_leaves) for _ in ts] for name, ts in copies.items()}
+    # a weight is a parameter itself: ∂t/∂p is 1, and its direction is a gradient already
+    _add(tensors.get("weights", ()), by_input.pop("weights", ()))
     _add(params, directions[len(leaves) :])
-    return of_inputs
+    return by_input
 
 
 def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -258,6 +123,7 @@ def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     pairs = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
     if pairs:
         params, gradients = zip(*pairs, strict=True)
+        # not in place: .grad is the memory of ∇L, which `difference_product` still reads
         sums = torch._foreach_add([p.grad for p in params], gradients)
         for p, total in zip(params, sums, strict=True):
             p.grad = total
@@ -281,6 +147,7 @@ def vector_jacobian_product(
     ]
     if not pairs:
         return [None] * len(params)
+    # one backward pass from all of them, however many layers: the price is that of one
     outputs, vectors = zip(*pairs, strict=True)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         return sum_grads(grad(outputs, params, vectors, allow_unused=True))
@@ -291,33 +158,33 @@ def difference_product(
     first: FirstOrderResult,
     grads: Sequence[Tensor],
     directions: Directions,
-    relative_step: float,
+    relative_size: float,
 ) -> list[Tensor]:
     """Return (∇L(W + h·d, A + h·e) − ∇L(W, A)) / h of every parameter, of the whole batch.
 
     The limit h → 0 is Σ_t d_t · ∂t/∂p, for a smooth network: d_l are the directions at ∂L/∂W_l and
-    e_l those at ∂L/∂A_l. `grads` is ∇L(W, A). h is `relative_step` times the least ‖t‖/‖d‖ over
+    e_l those at ∂L/∂A_l. `grads` is ∇L(W, A). h is `relative_size` times the least ‖t‖/‖d‖ over
     weights and activations t and their directions d: no tensor moves by more than that part of it.
     Source: Zhao et al., arXiv 2202.03599, for weights; the offsets of activations are our own.
     """
     weights = zip(penalized_weights(batch.net), directions.get("w_grads", ()), strict=False)
-    of_weights = {w: d for w, d in weights if d is not None}
+    weights = {w: d for w, d in weights if d is not None}
     activations = zip(first.activations.items(), directions.get("a_grads", ()), strict=True)
-    of_activations = {run: (a, e) for (run, a), e in activations if e is not None}
-    h = relative_step * _largest_step(of_weights.items(), of_activations.values())
+    activations = {run: (a, e) for (run, a), e in activations if e is not None}
+    # one h for all (scalar): a size of its own for each layer would weight the sum
+    h = relative_size * _largest_move(weights.items(), activations.values())
     moved = {}
-    if of_weights:
+    if weights:
         with torch.no_grad():
-            steps = torch._foreach_mul([*of_weights.values()], h)
-            sums = torch._foreach_add([*of_weights], steps)
-        moved = dict(zip(of_weights, sums, strict=True))
+            moves = torch._foreach_mul([*weights.values()], h)
+            moved = dict(zip(weights, torch._foreach_add([*weights], moves), strict=True))
     params = {
         name: moved.get(p, p).detach().requires_grad_()
         for name, p in trainable_parameters(batch.net).items()
     }
-    leaves = [*params.values()]
+    leaves = [*params.values()]  # ∇L at the moved weights, in all parameters
     with distributed.overlapped_grad_all_reduce(leaves) as sum_grads:
-        loss = batch.perturbed(params, {run: h * e for run, (_, e) in of_activations.items()})
+        loss = batch.perturbed(params, {run: h * e for run, (_, e) in activations.items()})
         moved_grads = sum_grads(grad(loss, leaves, materialize_grads=True))
     return torch._foreach_div(torch._foreach_sub(moved_grads, grads), h)
 
@@ -326,16 +193,17 @@ Pairs = Iterable[tuple[Tensor, Tensor]]  # of tensors t and their directions d
 
 
 @torch.no_grad()
-def _largest_step(weights: Pairs, activations: Pairs) -> Tensor:
+def _largest_move(weights: Pairs, activations: Pairs) -> Tensor:
     """Return min ‖t‖₂/‖d‖₂ (scalar) over all pairs (t, d), the same on all ranks.
 
-    Of activations each rank has its share of the images. Where t or d is zero there is no bound; if
+    Activations are this rank's share of the images. Where t or d is zero there is no bound; if
     there is none at all, the result is 1.
     """
-    of_weights = lp_norms([t for pair in weights for t in pair], 2)
-    of_activations = whole_batch_norms([t for pair in activations for t in pair], 2)
-    norms = torch.stack([*of_weights, *of_activations])
-    sizes, slopes = norms[::2], norms[1::2]
-    ratios = torch.where((sizes > 0) & (slopes > 0), sizes / slopes, math.inf)
-    least = ratios.amin()
+    weight_norms = lp_norms([t for pair in weights for t in pair], 2)
+    activation_norms = whole_batch_norms([t for pair in activations for t in pair], 2)
+    norms = torch.stack([*weight_norms, *activation_norms])  # ‖t‖, ‖d‖, ‖t‖, ‖d‖, …
+    tensor_norms, direction_norms = norms[::2], norms[1::2]
+    is_bound = (tensor_norms > 0) & (direction_norms > 0)
+    # `where`, not an index: nothing is read from the device
+    least = torch.where(is_bound, tensor_norms / direction_norms, math.inf).amin()
     return torch.where(least.isfinite(), least, 1)

@@ -7,9 +7,10 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
 
 from engine.system import distributed
 from engine.system.errors import ReportedError
@@ -18,8 +19,8 @@ from engine.system.errors import ReportedError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with exit code 2.
 
-    `explicit_flags` are the names of the flags that the last command line gave, with their default
-    value or another.
+    `flags` are those that `add_flags` added. `explicit_flags` are the names of the flags that the
+    last command line gave, with their default value or another.
     """
 
     def __init__(self, description: str) -> None:
@@ -29,7 +30,18 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+        self.flags: list[Flag] = []
         self.explicit_flags: set[str] = set()
+
+    def add_flags(self, table: Iterable["str | Flag"]) -> None:
+        """Add flags; a text begins a group of --help with that title."""
+        group = self
+        for entry in table:
+            if isinstance(entry, str):
+                group = self.add_argument_group(entry)
+            else:
+                entry.add_to(group)
+                self.flags.append(entry)
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -132,68 +144,186 @@ def file_name(text: str) -> str:
     return text
 
 
+def label(longest: int) -> Callable[[str], str]:
+    """Return an argparse type for 1 to `longest` printable characters, spaces among them."""
+
+    def parse(text: str) -> str:
+        if not (0 < len(text) <= longest and "".join(text.split()).isprintable()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not 1 to {longest} printable characters")
+        return text
+
+    return parse
+
+
 class StoreFlat(argparse.Action):
-    """Stores the lists that a flag's type returns for each of its values, joined to one list."""
+    """Stores all values in one list; for some of them a flag's type may return a list itself."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, D102
-        setattr(namespace, self.dest, [item for value in values for item in value])
+        lists = (value if isinstance(value, list) else [value] for value in values)
+        setattr(namespace, self.dest, [item for items in lists for item in items])
 
 
-def add_choice(
-    group: argparse._ArgumentGroup, flag: str, names: Iterable[str], default: str, help: str
-) -> None:
-    """Add a flag that takes one of the names, in upper or lower case."""
-    names = list(names)
-    group.add_argument(
-        flag,
-        type=choice_ignoring_case(names),
-        default=default,
-        metavar="{" + ",".join(names) + "}",
-        help=help,
-    )
+class Ignore(argparse.Action):
+    """Answers a flag of an earlier version with one line, which ends with `const`: why."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, D102
+        if distributed.get_rank() == 0:
+            print(f"{parser.prog}: {option_string} is ignored: {self.const}", file=sys.stderr)
 
 
-def add_alias(
-    group: argparse._ArgumentGroup,
-    old_flag: str,
-    dest: str,
-    action: str = "store_true",
-    **kind: Any,
-) -> None:
-    """Add the old spelling of the flag `dest`, which comes first and whose default it has.
+# --- flags, and what they need ---------------------------------------------------------------
 
-    --help does not show it.
+
+class Need(NamedTuple):
+    """What a flag needs: in words, and whether it is there.
+
+    Functions are given the flags, and what else is known of the run, in one namespace.
     """
-    group.add_argument(
-        old_flag, dest=dest, action=action, default=None, help=argparse.SUPPRESS, **kind
-    )
+
+    words: str | Callable[[argparse.Namespace], str]
+    is_met: Callable[[argparse.Namespace], object]
 
 
-Requirement = tuple[str, str, object]  # flag, what it needs in words, whether that is there
+def read_need(text: str) -> Need:
+    """Return the need that a text says.
+
+    It is "--flag", "--flag VALUE or VALUE", "VALUE or VALUE among --flag", "no --flag" or "leave
+    out --flag"; an explanation may stand before or after it, behind a colon.
+    """
+    [rule] = [part for part in text.split(": ") if "--" in part]
+    words = rule.removeprefix("no ").removeprefix("leave out ").split()
+    [flag] = [word.removeprefix("--") for word in words if word.startswith("--")]
+    values = {word for word in words if not word.startswith("--")} - {"or", "among"}
+    should_be = rule.startswith(("--", *values))
+
+    def is_met(run: argparse.Namespace) -> bool:
+        value = getattr(run, flag)
+        given = set(value if isinstance(value, list) else [value])
+        is_there = bool(given & values) if values else value is not None and value is not False
+        return is_there == should_be
+
+    return Need(text, is_met)
+
+
+Needs = Need | str | list[Need | str] | None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a script.
+
+    Attributes:
+        name: without dashes; the value is the attribute of that name.
+        kind: an argparse type; or names, one of which is given in upper or lower case; or bool, for
+            a switch that is given without a value, as --no-… where the default is True.
+        metavar: what stands for the value in --help: its unit or its syntax. N unless given.
+        needs: where one of these is not met the flag is ignored with a warning, see
+            `warn_unused_flags`. Each is a Need, or a text that `read_need` reads.
+        requires: where one of these is not met the program ends, see `refuse_flags`.
+        also: another spelling.
+        was: an old spelling, which --help does not show.
+        ignored: why a flag of an earlier version does nothing; it is hidden and has no value.
+        nargs, const: as `add_argument` takes them.
+    """
+
+    name: str
+    kind: Callable[[str], Any] | Iterable[str] = str
+    default: Any = None
+    help: str | Callable[[], str] = ""
+    metavar: str | None = None
+    needs: Needs = None
+    requires: Needs = None
+    also: str = ""
+    was: str = ""
+    ignored: str = ""
+    nargs: str | None = None
+    const: Any = None
+    is_positional: bool = False
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add the flag to a group of a parser."""
+        if self.ignored:
+            options = {"action": Ignore, "nargs": 0 if self.kind is bool else None}
+            options |= {"const": self.ignored, "default": argparse.SUPPRESS}
+            opposite = [f"--no-{self.name}"] if self.kind is bool else []
+            group.add_argument(f"--{self.name}", *opposite, help=argparse.SUPPRESS, **options)
+            return
+        spellings = [f"--{name}" for name in (self.name, self.also) if name]
+        names = [self.name] if self.is_positional else spellings
+        options = {"default": self.default, **self._value_options()}
+        group.add_argument(
+            *names, help=self.help() if callable(self.help) else self.help, **options
+        )
+        if self.was:  # the first spelling has the default
+            options |= {"default": None, "dest": self.name, "help": argparse.SUPPRESS}
+            group.add_argument(f"--{self.was}", **options)
+
+    def _value_options(self) -> dict[str, Any]:
+        """Return the arguments of `add_argument` that say which values there are."""
+        if self.kind is bool:
+            return {"action": argparse.BooleanOptionalAction if self.default else "store_true"}
+        parse, metavar = self.kind, self.metavar or (None if self.kind is str else "N")
+        if not callable(self.kind):
+            parse = choice_ignoring_case(self.kind)
+            metavar = self.metavar or "{" + ",".join(self.kind) + "}"
+        return {
+            "type": parse,
+            "metavar": metavar,
+            "nargs": self.nargs,
+            "const": self.const,
+            "action": StoreFlat if self.nargs == "+" else "store",
+        }
+
+
+def switch(name: str, help: str, needs: Needs = None, default: bool = False, **more: Any) -> Flag:
+    """Return a flag that is given without a value."""
+    return Flag(name, bool, default, help, needs=needs, **more)
+
+
+def unmet_need(needs: Needs, run: argparse.Namespace) -> str | None:
+    """Return the first of a flag's needs that is not met, in words; None where all are."""
+    for need in needs if isinstance(needs, list) else [needs]:
+        words, is_met = read_need(need) if isinstance(need, str) else need
+        if not is_met(run):
+            return words if isinstance(words, str) else words(run)
+    return None
+
+
+def with_facts(parser: Parser, args: argparse.Namespace, facts: Mapping) -> argparse.Namespace:
+    """Return the namespace that a Need is given: the flags, the facts, and `explicit_flags`."""
+    return argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
 
 
 def warn_unused_flags(
-    parser: Parser, args: argparse.Namespace, requirements: Iterable[Requirement]
+    parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
 ) -> None:
-    """Print one warning line for flags that have no effect, and set them to their defaults.
+    """Print one warning line for those flags that have no effect, and set them to their defaults.
 
-    Loops and sweeps give every flag every time: a flag with its default value is not mentioned.
+    `facts` are what a Need is told besides the flags. Loops and sweeps give every flag every time:
+    a flag with its default value is not mentioned.
     """
-    unused: dict[str, str] = {}
-    for flag, needed, is_met in requirements:
-        if getattr(args, flag) != parser.get_default(flag) and not is_met:
-            unused.setdefault(flag, f"--{flag} (needs {needed})")
-    for flag in unused:
-        setattr(args, flag, parser.get_default(flag))
-        parser.explicit_flags.discard(flag)
+    run, unused = with_facts(parser, args, facts), {}
+    for flag in flags:
+        is_changed = flag.needs and getattr(args, flag.name) != parser.get_default(flag.name)
+        if is_changed and (need := unmet_need(flag.needs, run)):
+            unused[flag.name] = f"--{flag.name} (needs {need})"
+    for name in unused:
+        setattr(args, name, parser.get_default(name))
+        parser.explicit_flags.discard(name)
     if unused and distributed.get_rank() == 0:
         print(
             f"{parser.prog}: ignored, without effect: {', '.join(unused.values())}", file=sys.stderr
         )
 
 
-def refuse_unused_flags(parser: Parser, requirements: Iterable[Requirement]) -> None:
-    """End the program where a flag is given that has no effect."""
-    for flag, needed, is_met in requirements:
-        if flag in parser.explicit_flags and not is_met:
-            parser.error(f"--{flag} needs {needed}")
+def refuse_flags(
+    parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
+) -> None:
+    """End the program where one of those flags is given without what it requires."""
+    run = with_facts(parser, args, facts)
+    for flag in flags:
+        is_given = flag.requires and flag.name in parser.explicit_flags
+        if is_given and (need := unmet_need(flag.requires, run)):
+            is_against = need.startswith("no --")
+            how = f"does not go with {need[3:]}" if is_against else f"needs {need}"
+            parser.error(f"--{flag.name} {how}")

@@ -12,7 +12,6 @@ run of one process these functions change nothing.
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -62,7 +61,8 @@ def process_group(device: str) -> Iterator[None]:
     on_gpu = torch.device(device).type == "cuda"
     gpu = _choose_gpu(device) if on_gpu else None
     store, rank, world_size = _call_collective(next, dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(_call_collective(_agree_on_launch_id, store, rank, world_size), store)
+    # torchrun's store survives a restart, and then still has the addresses of dead processes
+    store = dist.PrefixStore(f"start {_env_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     if gpu is not None:
         torch.cuda.set_device(gpu)
         uuid_of_gpu = str(torch.cuda.get_device_properties(gpu).uuid)
@@ -117,39 +117,13 @@ def _check_own_gpu(store: dist.Store, rank: int, world_size: int, gpu: str) -> N
 
 def _env_int(name: str, default: int) -> int:
     """Return the whole number that torchrun put into the environment; exit if it is not one."""
-    try:
-        return int(os.environ.get(name, default))
-    except ValueError:
+    text = os.environ.get(name, str(default))
+    if not text.strip().lstrip("-").isdecimal():
         sys.exit(
-            f"error: {name} is {os.environ[name]!r} in the environment: unset it, or use "
-            "torchrun, which sets a number"
+            f"error: {name} is {text!r} in the environment: unset it, or use torchrun, which sets "
+            "a number"
         )
-
-
-def _agree_on_launch_id(store: dist.Store, rank: int, world_size: int) -> str:
-    """Agree on a launch ID that no earlier launch had, so that stale keys are ignored.
-
-    torchrun's store survives a restart and then still holds the addresses of dead processes, and
-    its count of restarts differs between nodes. So each process publishes an ID of its own, which
-    may overwrite that of a dead one, and rank 0 answers every ID it finds with the launch ID until
-    all ranks have confirmed it.
-    """
-    own_id = uuid.uuid4().hex
-    store.set(f"hello/{rank}", own_id)
-    if rank:
-        launch_id = store.get(f"answer/{own_id}").decode()
-        store.set(f"heard/{launch_id}/{rank}", "")
-        return launch_id
-    missing, deadline = set(range(1, world_size)), time.monotonic() + TIMEOUT.total_seconds()
-    while missing:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no answer from ranks {sorted(missing)}")
-        for other in list(missing):
-            store.set(f"answer/{store.get(f'hello/{other}').decode()}", own_id)
-            if store.check([f"heard/{own_id}/{other}"]):
-                missing.remove(other)
-        time.sleep(0.02)
-    return own_id
+    return int(text)
 
 
 def get_world_size() -> int:
@@ -172,13 +146,8 @@ def several_started() -> bool:
     return _env_int("WORLD_SIZE", 1) > 1
 
 
-def restarted() -> bool:
-    """Tell whether torchrun restarted the run, on any node, after a process had died."""
-    return all_reduce_max(is_restart_here()) > 0
-
-
 def is_restart_here() -> bool:
-    """Tell whether torchrun restarted the processes of this node."""
+    """Tell whether torchrun restarted the processes of this node after one had died."""
     return _env_int("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 

@@ -1,6 +1,7 @@
 """What a record says about the machine and the code that a result is from."""
 
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -59,19 +60,17 @@ def describe_code() -> dict[str, str | None]:
 
 def _git(*arguments: str) -> str | None:
     """Return git's answer for the folder of this file, None where it is not in a repository."""
-    folder = Path(__file__).parent
-    try:
-        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    except OSError:  # no git here
+    git = shutil.which("git")
+    if git is None:
         return None
+    folder = Path(__file__).parent
+    answer = subprocess.run([git, *arguments], cwd=folder, capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def processor_name() -> str:
     """Return the processor's model name where the system provides it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from engine.system import distributed
+
 PRECISIONS = ("auto", "bf16", "fp32")
 MEMORY_FORMATS = {
     "channels_last": torch.channels_last,
@@ -34,17 +36,30 @@ def with_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def has_float64(device: str) -> bool:
+    """Tell whether the device of that name has float64."""
+    return with_float64(torch.device(device)) == torch.device(device)
+
+
 def to_float64(t: Tensor) -> Tensor:
     """Return the tensor in float64, on the CPU where its device has none."""
     return t.to(with_float64(t.device), torch.float64)
 
 
+def print_device(device: str) -> None:
+    """Print, on rank 0, the device that a run is on."""
+    if distributed.get_rank() == 0:
+        print(f"device: {device}", flush=True)
+
+
 def parse_device(text: str) -> str:
-    """Return the device's name if it is here: an argparse type.
+    """Return the device's name if it is here, for "auto" the default device's: an argparse type.
 
     The device is not touched: each process of a run would hold memory of GPU 0.
     """
     text = text.lower()
+    if text == "auto":
+        return default_device()
     try:
         device = torch.device(text)
         n_devices = torch.get_device_module(device).device_count()

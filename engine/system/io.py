@@ -20,12 +20,8 @@ import torch
 from torch import nn
 
 from engine.system import distributed
-from engine.system.errors import FileError
+from engine.system.errors import FileError, ReportedError
 
-# What JSON that is not ours leads to: OverflowError of vast numbers, RecursionError of depth.
-CONTENT_ERRORS = (
-    ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
-)  # fmt: skip
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
 NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP)  # what some network file systems answer
@@ -70,23 +66,43 @@ def warn_on_error(consequence: str) -> Iterator[None]:
 
 
 @contextmanager
+def file_boundary(name: str | Path, problem: str = "is not what was saved there") -> Iterator[None]:
+    """Context manager in which whatever a damaged, hostile or foreign file leads to is a FileError.
+
+    Its message is one line: the `name` of the file or of a part of it, the `problem`, and a reason.
+    Readers parse inside as if every file were whole and our own: this is the one place that knows
+    better.
+    """
+    try:
+        yield
+    except Exception as error:  # each library raises its own kinds, torch alone a dozen
+        if isinstance(error, ReportedError):
+            raise
+        if isinstance(error, OSError) and error.strerror:  # the file cannot be read at all
+            raise FileError(f"{name}: {error.strerror}") from error
+        raise FileError(f"{name} {problem}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what a library says is wrong, as one short line."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and numbers, or is damaged"
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    lines = str(error).strip().splitlines() or [
+        type(error).__name__
+    ]  # PyTorch's last one names the tensor
+    return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")
+
+
+@contextmanager
 def read_json(path: Path) -> Iterator[Any]:
     """Context manager that yields the content of a JSON file.
 
     A missing file, and whatever error a wrong content leads to inside, is a FileError naming it.
     """
-    try:
+    with file_boundary(path):
         yield json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
-    except CONTENT_ERRORS as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise FileError(f"{path} is not what was saved there: {_shortened(reason)}") from error
-
-
-def _shortened(reason: str) -> str:
-    """Return a library's message as one short line."""
-    return textwrap.shorten(reason, MAX_REASON, placeholder=" …")
 
 
 def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
@@ -141,21 +157,13 @@ def torch_load(path: Path) -> Any:
     No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
     in one line, for whatever is wrong.
     """
-    try:
+    with file_boundary(path, "is damaged or not a file of weights"):
         with zipfile.ZipFile(path) as archive:  # torch itself checks no checksum
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                raise FileError(f"{path} is not a file of weights: torch.save compresses nothing")
+                raise ValueError("torch.save compresses nothing")
             if damaged := archive.testzip():
-                raise FileError(f"{path} is damaged: checksum of {damaged!r}")
+                raise ValueError(f"checksum of {damaged!r}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise FileError(f"{path} holds more than tensors and numbers, or is damaged") from error
-    except FileError:
-        raise
-    except Exception as error:  # torch raises a dozen kinds for a file that is cut or flipped
-        raise FileError(f"{path} is damaged or not a file of weights") from error
 
 
 def save_weights(net: nn.Module, path: Path) -> None:
@@ -193,11 +201,9 @@ def load_weights(net: nn.Module, path: Path) -> None:
         for name, t in state.items()
     ):
         raise FileError(f"{path} is not a state_dict: a file of named real tensors")
-    try:
+    kind = type(net).__name__
+    with file_boundary(path, f"is not of this {kind}{_made_for(path, kind)}"):
         net.load_state_dict(dict(state))  # without _metadata, which a file may fill with anything
-    except (RuntimeError, TypeError) as error:
-        reason, kind = _shortened(str(error).splitlines()[-1]), type(net).__name__
-        raise FileError(f"{path} is not of this {kind}: {reason}{_made_for(path, kind)}") from error
 
 
 def _made_for(path: Path, kind: str) -> str:
@@ -206,7 +212,7 @@ def _made_for(path: Path, kind: str) -> str:
     with suppress(FileError), read_json(record) as content:
         model = content["settings"]["model"]
         if isinstance(model, str) and model.isprintable() and model != kind:
-            return f"; made for {model} ({record.name}): --model {model}"
+            return f" but made for {model} ({record.name}), --model {model}"
     return ""
 
 
@@ -230,11 +236,10 @@ def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> I
     lock = filelock.FileLock(path, timeout=0)
     try:
         lock.acquire()
-    except filelock.Timeout as error:
-        raise FileError(
-            f"another run is writing to {out}: wait for it, or give this one {instead}"
-        ) from error
     except OSError as error:
+        if isinstance(error, filelock.Timeout):
+            reason = f"another run is writing to {out}: wait for it, or give this one {instead}"
+            raise FileError(reason) from error
         if error.errno not in NO_LOCKS_HERE:
             raise
         print(f"{path}: this file system has no locks: start this run only once", file=sys.stderr)

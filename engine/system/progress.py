@@ -1,7 +1,7 @@
 """Progress: a bar on a terminal, elsewhere a line now and then."""
 
 import time
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
@@ -19,23 +19,34 @@ class Position(Protocol):
     batch: int
 
 
-class StepDisplay:
-    """Context manager that shows how many of `total` steps are done; rank 0 shows."""
+class _Display:
+    """Context manager with a bar, which rank 0 shows where there is a terminal."""
 
-    def __init__(self, total: int, unit: str) -> None:
-        """Start the clock."""
+    def __init__(self, **bar: Any) -> None:
         hidden = None if distributed.get_rank() == 0 else True  # None: where there is no terminal
-        self.bar = tqdm(total=total, unit=unit, disable=hidden, leave=False)
-        self.total, self.unit, self.n_done, self.name = total, unit, 0, ""
+        self.bar = tqdm(disable=hidden, leave=False, **bar)
         self.started_at = self.shown_at = time.monotonic()
 
     def __enter__(self) -> Self:
-        """Return this display."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove the bar."""
         self.bar.close()
+
+    def _is_line_due(self, now: float) -> bool:
+        is_printed = self.bar.disable and distributed.get_rank() == 0
+        return is_printed and now - self.shown_at > LINE_SECONDS
+
+
+class StepDisplay(_Display):
+    """Context manager that shows how many of `total` steps are done; rank 0 shows."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        super().__init__(total=total, unit=unit)
+        self.total = total
+        self.unit = unit
+        self.n_done = 0
+        self.name = ""
 
     def describe(self, name: str) -> None:
         """Name what the next steps are of."""
@@ -47,7 +58,7 @@ class StepDisplay:
         self.n_done += 1
         self.bar.update()
         now = time.monotonic()
-        if self.bar.disable and distributed.get_rank() == 0 and now - self.shown_at > LINE_SECONDS:
+        if self._is_line_due(now):
             self.shown_at = now
             left = (now - self.started_at) / self.n_done * (self.total - self.n_done)
             print(
@@ -56,7 +67,7 @@ class StepDisplay:
             )
 
 
-class EpochDisplay:
+class EpochDisplay(_Display):
     """Context manager that shows how far an epoch is; rank 0 shows.
 
     Args:
@@ -66,51 +77,48 @@ class EpochDisplay:
     """
 
     def __init__(self, progress: Position, n_batches: int, n_images: int) -> None:
-        """Start the clock."""
-        self.progress, self.n_batches, self.n_images = progress, n_batches, n_images
-        self.first_batch, self.started_at = progress.batch, time.monotonic()
-        self.shown_at = self.started_at
-
-    def __enter__(self) -> Self:
-        """Draw the bar."""
-        self.bar = tqdm(
-            total=self.n_batches,
-            initial=self.progress.batch,
-            desc=f"epoch {self.progress.epoch}",
-            unit="batch",
-            disable=None if distributed.get_rank() == 0 else True,
-            leave=False,
-        )
-        self.interval = LINE_SECONDS if self.bar.disable else BAR_SECONDS
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Remove the bar."""
-        self.bar.close()
+        name = f"epoch {progress.epoch}"
+        super().__init__(total=n_batches, initial=progress.batch, desc=name, unit="batch")
+        self.progress = progress
+        self.n_batches = n_batches
+        self.n_images = n_images
+        self.first_batch = progress.batch
 
     def is_due(self) -> bool:
         """Tell whether to look at the numbers; all processes look after the same batch."""
         if distributed.get_world_size() > 1:
             return self.progress.batch % SYNC_INTERVAL == 0
-        return time.monotonic() - self.shown_at > self.interval
+        interval = LINE_SECONDS if self.bar.disable else BAR_SECONDS
+        return time.monotonic() - self.shown_at > interval
 
     def show(self, means: dict[str, float]) -> None:
         """Show the epoch's means so far."""
         self.bar.set_postfix(means, refresh=False)
         now = time.monotonic()
-        if self.bar.disable and distributed.get_rank() == 0 and now - self.shown_at > self.interval:
+        if self._is_line_due(now):
             print(self._line(means, now - self.started_at), flush=True)
             self.shown_at = now
         elif not self.bar.disable:
             self.shown_at = now
 
     def _line(self, means: dict[str, float], seconds: float) -> str:
-        done, total = self.progress.batch, self.n_batches
-        batches_per_second = (done - self.first_batch) / seconds
+        n_done = self.progress.batch
+        batches_per_second = (n_done - self.first_batch) / seconds
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        images_per_second = batches_per_second * self.n_images / total
+        images_per_second = batches_per_second * self.n_images / self.n_batches
         return (
-            f"epoch {self.progress.epoch}  batch {done}/{total}  {numbers}  "
+            f"epoch {self.progress.epoch}  batch {n_done}/{self.n_batches}  {numbers}  "
             f"{images_per_second:.0f} images/s  "
-            f"{(total - done) / batches_per_second:.0f} s left in this epoch"
+            f"{(self.n_batches - n_done) / batches_per_second:.0f} s left in this epoch"
         )
+
+
+def epoch_line(entry: dict[str, Any], penalty: str | None) -> str:
+    """Return an epoch's history entry as a line of text, with the penalty of that name."""
+    shown = f"  {penalty} {entry[f'train_{penalty}']:.4g}" if penalty else ""
+    return (
+        f"epoch {entry['epoch']}  lr {entry['lr']:.4g}"
+        f"  train loss {entry['train_loss']:.4f}{shown}  accuracy {entry['train_accuracy']:.2%}"
+        f"  test loss {entry['test_loss']:.4f}  accuracy {entry['test_accuracy']:.2%}"
+        f"  {entry['images_per_second']:.0f} images/s  {entry['epoch_seconds']:.1f} s"
+    )

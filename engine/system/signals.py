@@ -7,6 +7,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self
 
+from engine.system import distributed
+
+SIGNAL_SYNC_INTERVAL = 8  # batches after which the processes tell each other about signals
 STOP_SIGNALS = [  # Windows has no SIGHUP
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 ]
@@ -35,7 +38,6 @@ class GracefulShutdown:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Restore the handlers that were there before."""
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
@@ -47,12 +49,20 @@ class GracefulShutdown:
             yield
         finally:
             self.deferring = False
-        self.raise_if_requested()
-
-    def raise_if_requested(self) -> None:
-        """Raise StoppedBySignal if a signal came."""
         if self.signal:
             raise StoppedBySignal(128 + self.signal)
+
+    def requested(self, batch: int) -> int:
+        """Return the number of the signal that asks the run to stop here, 0 for none.
+
+        Several processes compare theirs now and then, to stop after the same one of an epoch's
+        batches; `batch` 0 is the end of an epoch, where they always do.
+        """
+        number = self.signal or 0  # one that comes from now on waits
+        if distributed.get_world_size() > 1:
+            is_compared = batch % SIGNAL_SYNC_INTERVAL == 0
+            number = distributed.all_reduce_max(number) if is_compared else 0
+        return number
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,6 +25,9 @@ INIT_SECONDS, LOG_SECONDS, FINISH_SECONDS = 30.0, 30.0, 60.0  # time limits of t
 class WandbLogger:
     """A Weights & Biases run that never stops a training: after a failure it only warns."""
 
+    run: Any = None  # wandb's, None where there is none
+    healthy = True  # False after a failure: nothing more is logged
+    histogram_seconds = 0.0  # spent on histograms so far
     exit_code = 0  # that the run ends with
     mode = "disabled"  # of the run: online, offline or disabled
     failed_modes: set[str] = set()  # in this process, of any run: they are not waited for again
@@ -38,13 +42,32 @@ class WandbLogger:
     ) -> None:
         """Start the run: WANDB_MODE where set, else online with a key and offline without one.
 
-        `args` has the flags of `utils.add_wandb_arguments`; `job_type` says what kind of run it is.
+        `args` has the flags for Weights & Biases; `job_type` says what kind of run it is.
         The config is logged without empty entries and with the git commit. A run_id that was used
         before continues that run. Of several processes rank 0 logs.
         """
         import wandb  # takes a second to import: only where a run starts
 
-        self.wandb, self.run, self.log_model = wandb, None, args.log_model
+        self.wandb = wandb
+        self.log_model = args.log_model
+        options = {
+            "project": args.wandb_project,
+            "entity": args.wandb_entity,
+            "name": name,
+            "job_type": job_type,
+            "group": args.wandb_group,
+            "tags": args.wandb_tags or None,
+            "notes": args.wandb_notes,
+            "config": without_empty({**config, **describe_code()}),
+            "id": run_id,
+            "resume": "allow",
+            "settings": wandb.Settings(
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+                silent=True,
+            ),
+        }
         first_mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         if distributed.get_rank():
             first_mode = "disabled"
@@ -56,7 +79,7 @@ class WandbLogger:
                 warn("Weights & Biases, online: no key here; `wandb login` stores one")
                 continue
             try:
-                self.run = self._start(args, job_type, name, config, run_id)
+                self.run = call_with_timeout(2 * INIT_SECONDS, wandb.init, mode=mode, **options)
                 self.folder = Path(os.path.relpath(Path(self.run.dir).parent))
                 break
             except Exception as error:  # whatever the logger raises, training continues
@@ -64,59 +87,31 @@ class WandbLogger:
                 self.failed_modes.add(mode)
                 self._attempt(2 * FINISH_SECONDS, wandb.teardown)  # else the id is still in use
         self.healthy = True  # so far
-        if self.run:
-            self._attempt(LOG_SECONDS, self.run.define_metric, "epoch", None, None, True)
-            self.define("*", "epoch")
-
-    def _start(
-        self,
-        args: argparse.Namespace,
-        job_type: str,
-        name: str,
-        config: dict[str, Any],
-        run_id: str,
-    ) -> Any:
-        """Return a new run of wandb in `self.mode`; raises whatever wandb does."""
-        settings = self.wandb.Settings(
-            init_timeout=INIT_SECONDS,
-            finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=True,
-            silent=True,
-        )
-        return call_with_timeout(
-            2 * INIT_SECONDS,
-            self.wandb.init,
-            project=args.wandb_project,
-            entity=args.wandb_entity,
-            name=name,
-            job_type=job_type,
-            group=args.wandb_group,
-            tags=args.wandb_tags or None,
-            notes=args.wandb_notes,
-            config=without_empty({**config, **describe_code()}),
-            mode=self.mode,
-            id=run_id,
-            resume="allow",
-            settings=settings,
-        )
+        self._attempt_if_healthy(lambda: self.run.define_metric("epoch", hidden=True))
+        self.define("*", "epoch")
 
     def define(self, name: str, step: str, summary: str | None = None) -> None:
         """Plot the values of that name against those of `step`.
 
         `summary` is what the run's summary holds of them: None for the last, "none" for nothing.
         """
-        if self.run is not None and self.healthy:
-            self._attempt(LOG_SECONDS, self.run.define_metric, name, step, None, None, summary)
+        options = {"step_metric": step, "summary": summary}
+        self._attempt_if_healthy(lambda: self.run.define_metric(name, **options))
 
     def log(self, values: dict[str, Any]) -> None:
         """Log values, "epoch" among them, which is the x axis."""
-        if self.run is not None and self.healthy:
-            self._attempt(LOG_SECONDS, self.run.log, values)
+        self._attempt_if_healthy(lambda: self.run.log(values))
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Set entries of the run's summary: the columns by which runs are sorted and compared."""
-        if self.run is not None and self.healthy:
-            self._attempt(LOG_SECONDS, self.run.summary.update, values)
+        self._attempt_if_healthy(lambda: self.run.summary.update(values))
+
+    def _is_recorded(self) -> bool:
+        return self.run is not None and not self.run.disabled and self.healthy
+
+    def _attempt_if_healthy(self, call: Callable[[], Any]) -> Any:
+        """Do as `_attempt` where there is a run that has not failed."""
+        return self._attempt(LOG_SECONDS, call) if self.run is not None and self.healthy else None
 
     def _attempt(self, seconds: float, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call with a time limit and return the result; where that fails, warn and log no more."""
@@ -131,8 +126,9 @@ class WandbLogger:
 
     def log_histograms(self, net: nn.Module, epoch: float) -> None:
         """Log every parameter and its gradient under the names that wandb.watch uses."""
-        if self.run is None or self.run.disabled:
+        if not self._is_recorded():
             return
+        started_at = time.perf_counter()
         histogram = self.wandb.Histogram
         values: dict[str, Any] = {"epoch": epoch}
         for name, p in net.named_parameters():
@@ -140,6 +136,7 @@ class WandbLogger:
             if p.grad is not None:  # None of a frozen parameter
                 values[f"gradients/{name}"] = histogram(p.grad.float().cpu().numpy())
         self.log(values)
+        self.histogram_seconds += time.perf_counter() - started_at
 
     def log_media(
         self,
@@ -147,7 +144,7 @@ class WandbLogger:
         images: Mapping[str, Path],
     ) -> None:
         """Log tables, each its columns and its rows by column, and images, by name."""
-        if self.run is None or self.run.disabled or not self.healthy:
+        if not self._is_recorded():
             return
         wandb = self.wandb
 
@@ -175,7 +172,7 @@ class WandbLogger:
 
         Returns the artifact's name and digest, by which `use_weights` finds it again, or None.
         """
-        if not self.log_model or self.run is None or self.run.disabled or not self.healthy:
+        if not (self.log_model and self._is_recorded()):
             return None
         artifact = self._draft_artifact(path, weights_name(self.run.id))
         if artifact is None:
@@ -192,8 +189,7 @@ class WandbLogger:
         then only --log_model makes an artifact of them. Where the file has another digest, a line
         says so and nothing is linked.
         """
-        is_wanted = digest or self.log_model
-        if not is_wanted or self.run is None or self.run.disabled or not self.healthy:
+        if not ((digest or self.log_model) and self._is_recorded()):
             return
         artifact = self._draft_artifact(path, name)
         if artifact is None:
@@ -266,7 +262,13 @@ def weights_name(made_by: str) -> str:
 def call_with_timeout(
     seconds: float, call: Callable[..., Any], *arguments: Any, **options: Any
 ) -> Any:
-    """Call in a thread of its own and return the result; TimeoutError after `seconds`."""
+    """Call in a thread of its own and return the result; TimeoutError after `seconds`.
+
+    W&B's own time limits do not hold a run. Measured with wandb 0.31: `init` keeps to init_timeout
+    (31 s of 30, port closed or silent). But with a server that hangs later, `finish` went on for
+    more than 300 s despite a finish_timeout of 60, and with W&B's own process stopped `log` never
+    returned once its buffer was full.
+    """
     outcome: Future[Any] = Future()
 
     def work() -> None:
@@ -275,11 +277,12 @@ def call_with_timeout(
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except TimeoutError as error:
-        raise TimeoutError(str(error) or f"no answer in {seconds:.0f} s") from error
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return outcome.result()
 
 
 def warn(message: object) -> None:

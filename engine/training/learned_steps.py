@@ -297,7 +297,7 @@ def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
 def _read_step(saved: Mapping[str, Any], n_bits: int, layer: nn.Module) -> LearnedStep:
     """Return a quantizer of a layer to n_bits, or to those of the first and last layer.
 
-    Whatever is raised, among CONTENT_ERRORS, says that it is not one.
+    Whatever is raised says that it is not one.
     """
     if not isinstance(layer, LAYER_TYPES):
         raise ValueError(f"a {type(layer).__name__} has no learned steps")

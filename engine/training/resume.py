@@ -1,15 +1,20 @@
-"""Which settings must be the same for a run to continue from a checkpoint."""
+"""Continuing from a checkpoint, and which settings must be the same for that."""
 
 import argparse
+import json
 import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.step.gradients import DIFFERENCE_STEP
 from engine.system.errors import FileError
-from engine.training.checkpoints import load_checkpoint, validate_structure
+from engine.system.io import file_boundary
+from engine.training.checkpoints import load_checkpoint
+from engine.training.phases import Phase
+from engine.training.train_state import TrainProgress, TrainState
 
 # Settings that do not change the weights; all others must stay as they are on --resume.
 MAY_CHANGE_ON_RESUME = {
@@ -33,38 +38,31 @@ LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
 }  # fmt: skip
 
 
-def load_for_resume(
+def find_checkpoint(
     args: argparse.Namespace, out: Path, schedule: Iterable[str]
-) -> dict[str, Any] | None:
-    """Return this run's checkpoint, None where there is none; FileError if settings differ.
+) -> tuple[dict[str, Any] | None, bool]:
+    """Return the checkpoint to continue from, None without one, and whether it is this run's own.
 
-    `schedule` are the settings that the learning-rate schedule depends on: n_epochs may change
-    where it is not among them.
+    `schedule` are the settings that the learning-rate schedule depends on: n_epochs may change on
+    --resume where it is not among them. After --init_from the run is the same, bit for bit, as if
+    it had trained those epochs itself with that run's kernels, processes and penalty. Raises
+    FileError where the checkpoint is of a run with other settings.
     """
-    checkpoint = load_checkpoint(Path(f"{out}.ckpt"), repair=True)
-    if checkpoint is None:
+    if args.resume:
+        checkpoint = load_checkpoint(Path(f"{out}.ckpt"), repair=True)
+        if checkpoint:
+            free = {"n_epochs", "gamma", "milestones"} - set(schedule)
+            names = vars(args).keys() - {"resume", "allow_changed_settings"} - free
+            check_settings(args, checkpoint, f"{out}.ckpt", names)
+            return checkpoint, True
         print(f"{out}.ckpt: no checkpoint yet, this is the beginning")
-        return None
-    names = vars(args).keys() - {"resume", "allow_changed_settings"}
-    free = {"n_epochs", "gamma", "milestones"} - set(schedule)
-    check_settings(args, checkpoint, f"{out}.ckpt", names - free)
-    return checkpoint
-
-
-def load_init_from(args: argparse.Namespace, schedule: Iterable[str]) -> dict[str, Any] | None:
-    """Return the checkpoint of --init_from; FileError where it does not fit.
-
-    The run is then the same, bit for bit, as if it had trained those epochs itself with that run's
-    kernels, processes and penalty. `schedule` are the settings that the learning-rate schedule
-    depends on, besides those in MUST_MATCH_INIT_FROM.
-    """
     if not args.init_from:
-        return None
+        return None, False
     checkpoint = load_checkpoint(Path(args.init_from))
     if checkpoint is None:
         raise FileError(f"--init_from {args.init_from}: there is no such checkpoint")
     check_settings(args, checkpoint, args.init_from, MUST_MATCH_INIT_FROM | set(schedule))
-    return {**checkpoint, "run_id": None}
+    return {**checkpoint, "run_id": None}, False
 
 
 def read_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -77,14 +75,14 @@ def check_settings(
     args: argparse.Namespace, checkpoint: dict[str, Any], path: str, names: Iterable[str]
 ) -> None:
     """Print which of the settings differ from the checkpoint's; FileError where that matters."""
-    validate_structure(checkpoint, {"settings": dict, "run_id": str, "seconds": float}, path)
-    current, saved = vars(args), read_settings(checkpoint)
-    for name, value in saved.items():
-        values = value if isinstance(value, list) else [value]
-        validate_structure([name], [str], f"{path}: settings")
-        validate_structure(values, [int | float | str | None], f"{path}: settings")
-    if not (checkpoint["run_id"].isalnum() and math.isfinite(checkpoint["seconds"])):
-        raise FileError(f"{path}: run_id or seconds is not what a run would have saved")
+    with file_boundary(path):
+        json.dumps(checkpoint["settings"])  # raises unless they are plain values, to compare
+        current = vars(args)
+        saved = read_settings(checkpoint)
+        if not re.fullmatch("[^\\W_]+", checkpoint["run_id"]):
+            raise ValueError("a run_id that is none")
+        if not (isinstance(checkpoint["seconds"], float) and math.isfinite(checkpoint["seconds"])):
+            raise ValueError("seconds that are none")
     changed = sorted(
         name
         for name in names
@@ -99,3 +97,50 @@ def check_settings(
             f"{path} is of a run with other settings ({', '.join(matter)}): give it those, or "
             "--allow_changed_settings"
         )
+
+
+def continue_from(
+    checkpoint: dict[str, Any],
+    state: TrainState,
+    args: argparse.Namespace,
+    phases: Sequence[Phase],
+    n_batches: int,
+    is_own: bool,
+) -> None:
+    """Restore the state from the checkpoint, and print where it continues; FileError if unfit."""
+    if not is_own and read_settings(checkpoint).get("ema") != args.ema:
+        checkpoint = {key: value for key, value in checkpoint.items() if key != "average"}
+    state.load_state_dict(checkpoint, args.n_epochs, n_batches)
+    progress = state.progress
+    if not is_own:
+        check_init_from(progress, phases, args)
+    for p in phases if is_own else ():
+        if p.save_as and p.start < progress.epochs_started and not p.save_as.exists():
+            print(f"{p.save_as} cannot be saved any more: that epoch has begun")
+    if state.average is not None and "average" not in checkpoint:
+        print("the average of the weights begins here: the checkpoint has none with this --ema")
+    if progress.epoch == args.n_epochs:
+        print(f"all {args.n_epochs} epochs are done: nothing left to train")
+    else:
+        how = "resuming" if is_own else f"continuing {args.init_from}"
+        print(f"{how} at epoch {progress.epoch}, batch {progress.batch}")
+
+
+def check_init_from(
+    progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace
+) -> None:
+    """Raise FileError where the checkpoint of --init_from has passed what is still to be done.
+
+    A phase that should have begun before it would not mean what it says.
+    """
+    n_started = progress.epochs_started
+    where = f"{args.init_from} has {n_started} epochs {'begun' if progress.batch else 'done'}"
+    if progress.epoch >= args.n_epochs:
+        raise FileError(f"{where}: --n_epochs {args.n_epochs} leaves nothing to train")
+    for p in phases:
+        if p.regularizer and p.start < n_started:
+            raise FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
+    if args.qat_bits and args.qat_from < n_started:
+        raise FileError(f"{where}: --qat_from {args.qat_from} is over")
+    if args.freeze_bn_from and args.freeze_bn_from < n_started:
+        raise FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")

@@ -1,7 +1,9 @@
 """What a training changes as it goes, and how a checkpoint of it is made and restored."""
 
+import json
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,8 @@ from engine.networks.layers import trainable_parameters
 from engine.step.metrics import epoch_means
 from engine.system import distributed
 from engine.system.errors import FileError, NotFiniteError
-from engine.training.checkpoints import set_rng_state, validate_structure
+from engine.system.io import file_boundary
+from engine.training.checkpoints import NOT_OURS, set_rng_state
 from engine.training.learned_steps import LearnedSteps
 
 
@@ -24,8 +27,8 @@ class TrainProgress:
 
     epoch: int = 0
     batch: int = 0
-    batch_metrics: list[Tensor] = field(default_factory=list)  # a row a batch of this epoch
-    history: list[dict[str, Any]] = field(default_factory=list)  # an entry a finished epoch
+    batch_metrics: list[Tensor] = field(default_factory=list)  # one row per batch of this epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished epoch
     epoch_seconds: float = 0.0  # spent in this epoch so far
 
     @property
@@ -35,7 +38,15 @@ class TrainProgress:
 
     def next_epoch(self) -> None:
         """Move to the beginning of the next epoch."""
-        self.epoch, self.batch, self.batch_metrics, self.epoch_seconds = self.epoch + 1, 0, [], 0.0
+        self.epoch += 1
+        self.batch = 0
+        self.batch_metrics = []
+        self.epoch_seconds = 0.0
+
+    def best_epoch(self) -> dict[str, float]:
+        """Return the highest test accuracy so far, and the first epoch that has it."""
+        best = max(self.history, key=lambda entry: entry["test_accuracy"])
+        return {"best_accuracy": best["test_accuracy"], "best_epoch": best["epoch"]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fields under their names in a checkpoint."""
@@ -89,7 +100,6 @@ class TrainState:
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "state": progress.state_dict(),
             **({} if self.average is None else {"average": self.average.state_dict()}),
             **({} if self.steps is None else {"steps": self.steps.state_dict()}),
@@ -98,47 +108,43 @@ class TrainState:
     def load_state_dict(self, content: dict[str, Any], n_epochs: int, n_batches: int) -> None:
         """Restore a checkpoint of a run of n_epochs of n_batches, random states included.
 
-        The learning rate is not read but derived from settings and epoch. An average that the
-        checkpoint lacks begins with its weights. Raises FileError where the checkpoint does not
+        Learning rate and schedule are not read but derived from settings and epoch. An average that
+        the checkpoint lacks begins with its weights. Raises FileError where the checkpoint does not
         fit.
         """
-        row = torch.empty(4 + len(trainable_parameters(self.net)))
-        entry = {"epoch": int, "test_accuracy": int | float}  # what a run reads of it
-        template = {
-            "net": self.net.state_dict(),
-            "optimizer": {"state": dict},
-            "state": {**TrainProgress().state_dict(), "rows": [row], "history": [entry]},
-            "random": dict,
-        }
-        validate_structure(content, template, "the checkpoint")
-        self.progress = self._read_progress(content["state"], n_epochs, n_batches)
-        try:
-            self.net.load_state_dict(dict(content["net"]))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise FileError(f"the checkpoint is of another network: {reason}") from error
-        if self.average is not None:
+        with file_boundary("the checkpoint:", NOT_OURS):
+            self.progress = self._read_progress(content["state"], n_epochs, n_batches)
+            with file_boundary("the checkpoint", "is of another network"):
+                self.net.load_state_dict(dict(content["net"]))
+                _check_loaded(content["net"], self.net.state_dict())
             self._load_average(content)
-        if self.steps is not None:
             self._load_steps(content)
-        self._load_momenta(content["optimizer"]["state"], "steps" in content)
-        # after the last batch of an epoch, the schedule rightly steps before the optimizer does
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        for _ in range(self.progress.epoch):
-            self.scheduler.step()
-        set_rng_state(content["random"])
+            self._load_momenta(content["optimizer"]["state"], "steps" in content)
+            # after the last batch of an epoch, the schedule rightly steps before the optimizer does
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(self.progress.epoch):
+                self.scheduler.step()
+            set_rng_state(content["random"])
 
     def _read_progress(self, saved: dict[str, Any], n_epochs: int, n_batches: int) -> TrainProgress:
-        for entry in saved["history"]:
-            validate_structure([*entry], [str], "the checkpoint.state.history")
-            validate_structure([*entry.values()], [int | float], "the checkpoint.state.history")
+        with file_boundary("the checkpoint.state.history:", NOT_OURS):
+            json.dumps(saved["history"])  # raises unless it is of plain values, as in a record
+            for entry in saved["history"]:
+                math.hypot(entry["epoch"], entry["test_accuracy"])  # numbers, which a run reads
+        row = torch.zeros(4 + len(trainable_parameters(self.net)))
+        if not torch.stack([row, *saved["rows"]]).isfinite().all():  # raises for other shapes
+            raise ValueError("rows are not finite")
         device = next(self.net.parameters()).device
-        rows = [row.to(device) for row in saved["rows"]]
-        names = vars(TrainProgress()).keys() - {"batch_metrics"}
-        progress = TrainProgress(batch_metrics=rows, **{name: saved[name] for name in names})
+        progress = TrainProgress(
+            epoch=int(saved["epoch"]),
+            batch=int(saved["batch"]),
+            batch_metrics=[row.to(device) for row in saved["rows"]],
+            history=list(saved["history"]),
+            epoch_seconds=float(saved["epoch_seconds"]),
+        )
         if not (
             len(progress.history) == progress.epoch <= n_epochs
-            and len(rows) == progress.batch <= n_batches
+            and len(progress.batch_metrics) == progress.batch <= n_batches
             and 0 <= progress.epoch_seconds < math.inf
             and (progress.batch == 0 or progress.epoch_seconds > 0)
         ):
@@ -148,43 +154,53 @@ class TrainState:
         return progress
 
     def _load_average(self, content: dict[str, Any]) -> None:
+        if self.average is None:
+            return
         if "average" not in content:
             self.average.module.load_state_dict(self.net.state_dict())
             return
-        saved, template, where = (
-            content["average"],
-            self.average.state_dict(),
-            "the checkpoint.average",
-        )
-        validate_structure(saved, template, where)
-        saved = {key: saved[key] for key in template}
-        if saved["n_averaged"] < 0 or not all(t.isfinite().all() for t in saved.values()):
-            raise FileError(f"{where}: not what this run would have saved")
-        self.average.load_state_dict(saved)
+        with file_boundary("the checkpoint.average:", NOT_OURS):
+            saved = {key: content["average"][key] for key in self.average.state_dict()}
+            self.average.load_state_dict(saved)
+            _check_loaded(saved, self.average.state_dict())
+            if self.average.n_averaged < 0:
+                raise ValueError(f"an average of {self.average.n_averaged} steps")
 
     def _load_steps(self, content: dict[str, Any]) -> None:
+        if self.steps is None:
+            return
         n_started = self.progress.epochs_started
         if "steps" in content:
-            template = self.steps.state_dict()
-            validate_structure(content["steps"], template, "the checkpoint.steps")
-            self.steps.load_state_dict(content["steps"], n_started)
+            with file_boundary("the checkpoint.steps:", NOT_OURS):
+                self.steps.load_state_dict(content["steps"], n_started)
+                _check_loaded(content["steps"], self.steps.state_dict())
         elif n_started > self.steps.first_epoch:
             raise FileError(
                 f"the checkpoint has {n_started} epochs begun and no learned steps: --qat_from "
                 f"{self.steps.first_epoch} is over"
             )
 
-    def _load_momenta(self, momenta: dict[int, dict[str, Tensor]], has_steps: bool) -> None:
+    def _load_momenta(self, saved: dict[int, dict[str, Tensor]], has_steps: bool) -> None:
         """Restore SGD's momenta; there are none before the first step, or with --momentum 0.
 
         Learned steps are the optimizer's second group, and begin without where they have none.
         """
-        groups = self.optimizer.param_groups[: None if has_steps else 1]
-        params = [p for group in groups for p in group["params"]]
-        if not momenta:
-            return
-        template = {i: {"momentum_buffer": p} for i, p in enumerate(params)}
-        validate_structure(momenta, template, "the checkpoint.optimizer")
-        for i, p in enumerate(params):
-            buffer = torch.empty_like(p).copy_(momenta[i]["momentum_buffer"])
-            self.optimizer.state[p]["momentum_buffer"] = buffer
+        with file_boundary("the checkpoint.optimizer:", NOT_OURS):
+            groups = self.optimizer.param_groups[: None if has_steps else 1]
+            params = [p for group in groups for p in group["params"]]
+            state = {}
+            for i, p in enumerate(params if saved else ()):
+                buffer = saved[i]["momentum_buffer"]
+                if buffer.shape != p.shape or not buffer.isfinite().all():
+                    raise ValueError(f"momentum {i} is of another shape or not finite")
+                # laid out as the parameter is: the fused kernel reads both by position
+                state[i] = {"momentum_buffer": torch.empty_like(p).copy_(buffer)}
+            own_groups = self.optimizer.state_dict()["param_groups"]  # the flags', not the file's
+            self.optimizer.load_state_dict({"state": state, "param_groups": own_groups})
+
+
+def _check_loaded(saved: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming it, where a tensor was converted on its way in, or is not finite."""
+    for name, t in loaded.items():
+        if saved[name].dtype != t.dtype or not t.isfinite().all():
+            raise ValueError(f"{name} is of another dtype or not finite")

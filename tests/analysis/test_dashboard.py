@@ -2,14 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
+from wandb_log import read_log
 
 import combined_protocol
+import flags as all_flags
 import quant_inference
 import study
 import train
-import utils
 from analysis import dashboard, report
-from analysis.offline_run import read_offline_run
 from analysis.weights_files import WeightsFile, find_weights, read_record
 from engine.system import wandb_logger
 from engine.system.cli import Parser
@@ -87,7 +87,7 @@ def test_the_flags_are_the_same_in_every_script(module, capsys):
 
 def test_a_resumed_run_may_be_logged_elsewhere_and_otherwise():
     parser = Parser("")
-    utils.add_wandb_arguments(parser)
+    parser.add_flags(all_flags.WANDB)
     flags = vars(parser.parse_args([])).keys()
     assert {"wandb_group", "log_model"} <= flags <= MAY_CHANGE_ON_RESUME
 
@@ -134,7 +134,7 @@ def test_a_quantization_names_its_training_and_uses_its_weights(monkeypatch, tmp
 
     [folder] = tmp_path.glob("wandb/offline-run-*")
     assert f"wandb sync {folder.relative_to(tmp_path)}" in lines
-    run = read_offline_run(folder)
+    run = read_log(folder)
     expected = {"job_type": "quantize", "group": "g", "tags": ["q"], "name": "quantize_net"}
     assert expected.items() <= run["run"].items()
     training = {k: v for k, v in settings.items() if v is not None}

@@ -782,9 +782,7 @@ def test_tables_of_means_deviations_and_commands(scripts):
     ]
     tables = study_results.read_results(results, plan.records, plan.epochs["first"])
     choices = {"l2grad": plan.saved_choice("l2grad")}
-    draw_figures(
-        Path("out"), study_results.Statistics.from_rows(*tables), choices, plan.epochs["first"]
-    )
+    draw_figures(Path("out"), study_results.Statistics(*tables), choices, plan.epochs["first"])
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
         assert Path("out", plot).stat().st_size > 10_000
     answer = Path("out/answer.md").read_text(encoding="utf-8").splitlines()
@@ -798,6 +796,11 @@ def test_tables_of_means_deviations_and_commands(scripts):
 
 def row_table(rows):
     return pd.DataFrame(rows, columns=study_results.ROW_COLUMNS)
+
+
+def accuracies_of(rows):
+    table = row_table(rows)
+    return study_results.pivot(table, study_results.NETWORK, study_results.SETTING, "accuracy")
 
 
 def network_values(values):
@@ -851,7 +854,7 @@ def test_rank_correlations_are_those_of_scipy():
         if row["bits"] == 4
     ]
     values = study_results.final_values(pd.DataFrame(tracked), row_table(rows))
-    drops = study_results.network_drops(study_results.accuracy_matrix(row_table(rows)))
+    drops = study_results.network_drops(accuracies_of(rows))
     expected = {("control", 0): 0.3, ("control", 1): 0.2, ("a", 0): 0.1}
     assert drops["uniform", 4, 32].to_dict() == pytest.approx(expected)
     settings = [("uniform", 4, 32), ("uniform", 3, 32)]
@@ -908,7 +911,7 @@ def test_accuracy_drops_are_those_of_the_same_network():
         for scheme, bits, accuracies in (("none", 32, (0.9, 0.8)), ("uniform", 4, (0.8, 0.76)))
         for seed, accuracy in enumerate(accuracies)
     ]
-    drops = study_results.network_drops(study_results.accuracy_matrix(row_table(rows)))
+    drops = study_results.network_drops(accuracies_of(rows))
     [drop] = study_results.accuracy_drops(drops).to_dict("records")
     half = scipy.stats.t.ppf(0.975, 1) * 0.03
     assert (drop["scheme"], drop["bits"], drop["n"]) == ("uniform", 4, 2)

@@ -14,7 +14,7 @@ import models
 import quant_inference as qi
 from engine.deploy import onnx_export, onnx_session, verify
 from engine.deploy.integer_operations import RELU, UNBOUNDED
-from engine.networks.layers import BatchNormReLU
+from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.system.io import save_weights, torch_load
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from engine.networks import batch_norm, layers
-from engine.networks.layers import BatchNormReLU
+from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.system.errors import NetworkError
 
 

@@ -1,4 +1,4 @@
-"""fused.py against plain PyTorch modules, in value, gradient, double gradient and statistics."""
+"""The fast layers against PyTorch's: value, gradient, double gradient and statistics."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from engine.networks import layers
+from engine.networks import compiling, convolution, fast_batch_norm
 
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 GEOMETRIES = [
@@ -26,16 +26,16 @@ FALLBACKS = [dict(padding_mode="reflect", padding=1), dict(padding="same")]
 def _eager_and_seeded():
     torch.manual_seed(0)
     yield
-    layers.set_compile(False)
+    compiling.set_compile(False)
 
 
 def plain_copy(net: nn.Module) -> nn.Module:
     """Return a copy of net with PyTorch's own modules in place of fused ones."""
     net = copy.deepcopy(net)
     for name, module in list(net.named_modules()):
-        if isinstance(module, layers.Conv2d):
+        if isinstance(module, convolution.Conv2d):
             module.__class__ = nn.Conv2d
-        elif isinstance(module, layers.BatchNormReLU):
+        elif isinstance(module, fast_batch_norm.BatchNormReLU):
             module.__class__ = nn.BatchNorm2d
             net.set_submodule(name, nn.Sequential(module, nn.ReLU()))
     return net
@@ -46,9 +46,9 @@ class Blocks(nn.Module):
 
     def __init__(self, stride=2):
         super().__init__()
-        self.conv1 = layers.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.conv2 = layers.Conv2d(8, 16, 3, stride, padding=1, bias=False)
-        self.norm1, self.norm2 = layers.BatchNormReLU(8), layers.BatchNormReLU(16)
+        self.conv1 = convolution.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.conv2 = convolution.Conv2d(8, 16, 3, stride, padding=1, bias=False)
+        self.norm1, self.norm2 = fast_batch_norm.BatchNormReLU(8), fast_batch_norm.BatchNormReLU(16)
         self.last = nn.Linear(16, 5)
         for norm in (self.norm1, self.norm2):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -88,7 +88,7 @@ def test_conv_derivatives(geometry, bias):
     b = (torch.randn(4, dtype=torch.float64, requires_grad=True),) if bias else ()
 
     def conv(x, w, *b):
-        return layers.conv2d(x, w, *(b or (None,)), **geometry)
+        return convolution.conv2d(x, w, *(b or (None,)), **geometry)
 
     args = (x, w.requires_grad_(), *b)
     torch.testing.assert_close(conv(*args), F.conv2d(*args[:2], *b, **geometry))
@@ -106,7 +106,9 @@ def test_norm_derivatives(training, layout):
     assert z.abs().min() > 1e-4  # no value at a kink
 
     def norm(x, gamma, beta):
-        return layers.batch_norm_relu(x, gamma, beta, mean.clone(), var.clone(), training)
+        return fast_batch_norm.batch_norm(
+            x, gamma, beta, mean.clone(), var.clone(), training, rectifier="relu"
+        )
 
     args = (x.requires_grad_(), gamma, beta)
     torch.testing.assert_close(norm(*args), z.relu())
@@ -115,7 +117,7 @@ def test_norm_derivatives(training, layout):
 
 def test_third_derivative_is_an_error():
     w = torch.randn(2, 2, 3, 3, requires_grad=True)
-    y = layers.BatchNormReLU(2)(layers.conv2d(torch.randn(1, 2, 5, 5), w))
+    y = fast_batch_norm.BatchNormReLU(2)(convolution.conv2d(torch.randn(1, 2, 5, 5), w))
     (g,) = grad(y.square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivative"):
         grad(g.square().sum(), w, create_graph=True)
@@ -123,7 +125,11 @@ def test_third_derivative_is_an_error():
 
 def test_only_what_is_asked_for():
     """Frozen weights, an input without gradient and a detached output all work."""
-    x, conv, norm = torch.randn(4, 3, 6, 6), layers.Conv2d(3, 4, 3), layers.BatchNormReLU(4)
+    x, conv, norm = (
+        torch.randn(4, 3, 6, 6),
+        convolution.Conv2d(3, 4, 3),
+        fast_batch_norm.BatchNormReLU(4),
+    )
     y = norm(conv(x))
     assert not y.detach().requires_grad and conv.weight.requires_grad
     conv.weight.requires_grad_(False)
@@ -179,37 +185,37 @@ def test_where_compiling_fails_kernels_run_eagerly_and_one_line_says_so(monkeypa
     def refuse(function, **options):
         raise CompilerMissing("no such compiler\nand a long story")
 
-    monkeypatch.setattr(layers.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "compile", refuse)
     x = torch.randn(4, 5, 3, 3)
-    expected = layers.BatchNormReLU(5)(x)
-    assert layers.set_compile(True)
+    expected = fast_batch_norm.BatchNormReLU(5)(x)
+    assert compiling.set_compile(True)
     for _ in range(2):
-        assert torch.equal(layers.BatchNormReLU(5)(x), expected)
+        assert torch.equal(fast_batch_norm.BatchNormReLU(5)(x), expected)
     line = "torch.compile failed, kernels run eagerly: no such compiler\n"
     assert capfd.readouterr().err == line
 
 
 def test_what_runs_on_another_device_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(layers.shutil, "which", lambda name: name)
-    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch, "compile", None)
-    assert layers.set_compile(True, "cuda:1")
-    layers.BatchNormReLU(5)(torch.randn(4, 5, 3, 3))  # a folding check, on the CPU
-    monkeypatch.setattr(layers.importlib.util, "find_spec", lambda name: None)
-    assert not layers.set_compile(True, "cuda")
+    assert compiling.set_compile(True, "cuda:1")
+    fast_batch_norm.BatchNormReLU(5)(torch.randn(4, 5, 3, 3))  # a folding check, on the CPU
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    assert not compiling.set_compile(True, "cuda")
 
 
 def test_compiled_equals_eager():
     """All derivatives agree and repeat bit for bit; a smaller batch compiles nothing more."""
-    if not layers.set_compile(True):
+    if not compiling.set_compile(True):
         pytest.skip("no C++ compiler")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    norm, results = layers.BatchNormReLU(4), {}
+    norm, results = fast_batch_norm.BatchNormReLU(4), {}
     x = torch.randn(8, 4, 3, 3).to(memory_format=LAST)
     for compiled in (False, True, True):
-        layers.set_compile(compiled)
+        compiling.set_compile(compiled)
         for n in (8, 5):
             part = x[:n].requires_grad_()
             g = grad(norm(part).sin().sum(), (part, norm.weight), create_graph=True)
@@ -226,7 +232,7 @@ def test_compiled_equals_eager():
 @pytest.mark.parametrize("settings", [*GEOMETRIES, *FALLBACKS, dict(bias=False)], ids=str)
 def test_conv_module_is_torchs(settings):
     torch.manual_seed(1)
-    ours = layers.Conv2d(4, 6, 3, **settings)
+    ours = convolution.Conv2d(4, 6, 3, **settings)
     torch.manual_seed(1)
     theirs = nn.Conv2d(4, 6, 3, **settings)
     assert_same_module(ours, theirs, torch.randn(2, 4, 7, 6))
@@ -239,7 +245,7 @@ def test_conv_module_is_torchs(settings):
     ids=str,
 )
 def test_norm_module_is_torchs(settings):
-    ours, theirs = layers.BatchNormReLU(4, **settings), nn.BatchNorm2d(4, **settings)
+    ours, theirs = fast_batch_norm.BatchNormReLU(4, **settings), nn.BatchNorm2d(4, **settings)
     for _ in range(3):
         assert_same_module(ours, theirs, 10 + torch.randn(5, 4, 3, 3), nn.ReLU())
     assert_same_module(ours.eval(), theirs.eval(), torch.randn(5, 4, 3, 3), nn.ReLU())
@@ -256,10 +262,10 @@ def assert_same_module(ours, theirs, x, after=lambda y: y):
 
 def test_large_mean_does_not_cancel():
     x = 1000 + torch.randn(16, 2, 8, 8)
-    norm, double = layers.BatchNormReLU(2), nn.BatchNorm2d(2).double()
+    norm, double = fast_batch_norm.BatchNormReLU(2), nn.BatchNorm2d(2).double()
     torch.testing.assert_close(norm(x).double(), double(x.double()).relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_one_value_per_channel_cannot_train():
     with pytest.raises(ValueError, match="more than 1 value"):
-        layers.BatchNormReLU(2)(torch.randn(1, 2, 1, 1))
+        fast_batch_norm.BatchNormReLU(2)(torch.randn(1, 2, 1, 1))

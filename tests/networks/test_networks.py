@@ -17,7 +17,15 @@ import quant_inference
 import quant_utils as qu
 import train
 import utils
-from engine.networks import batch_norm, layers, outputs
+from engine.networks import (
+    batch_norm,
+    compiling,
+    convolution,
+    fast_batch_norm,
+    fast_layers,
+    layers,
+    outputs,
+)
 from engine.step.gradients import compute_gradients
 from engine.system.errors import NetworkError
 from regularizers import KurtosisNorm, StepNoise, make_regularizer
@@ -81,8 +89,8 @@ def plain_step(net, x, y):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_step_is_that_of_plain_double_backprop(name, training):
     plain = make(name).train(training)
-    fast = outputs.use_fast_layers(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
-    assert any(isinstance(m, layers.BatchNorm2d) for m in fast.modules())
+    fast = fast_layers.use_fast_layers(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
+    assert any(isinstance(m, fast_batch_norm.BatchNorm2d) for m in fast.modules())
     x, y = batch(32 if "torchvision" in name else 16)
     loss, penalty, _ = compute_gradients(fast, CE, make_regularizer("L2Grad", 0.1), x, y)
     expected = plain_step(plain, x, y)
@@ -98,17 +106,20 @@ def test_keys_and_random_stream_are_those_of_the_plain_network(name):
     plain = make(name)
     after = torch.get_rng_state()
     state = copy.deepcopy(plain.state_dict())
-    fast = outputs.use_fast_layers(plain)
+    fast = fast_layers.use_fast_layers(plain)
     assert torch.equal(torch.get_rng_state(), after) and list(fast.state_dict()) == list(state)
     assert all(torch.equal(t, state[key]) for key, t in fast.state_dict().items())
 
 
 def test_which_layers_are_put_in():
     resnet = Counter(type(m) for m in utils.make_net("ResNet20", 10, "cpu").modules())
-    assert resnet[layers.BatchNormBeforeRectifier] == resnet[layers.ReLU] == 10
-    assert resnet[layers.BatchNorm2d] == resnet[nn.ReLU] == 9 and resnet[layers.Conv2d] == 19
+    assert resnet[fast_layers.BatchNormBeforeRectifier] == resnet[fast_layers.ReLU] == 10
+    assert (
+        resnet[fast_batch_norm.BatchNorm2d] == resnet[nn.ReLU] == 9
+        and resnet[convolution.Conv2d] == 19
+    )
     mobile = Counter(type(m) for m in utils.make_net("MobileNetV2", 10, "cpu").modules())
-    assert mobile[layers.BatchNormBeforeRectifier] == mobile[layers.ReLU6] == 35
+    assert mobile[fast_layers.BatchNormBeforeRectifier] == mobile[fast_layers.ReLU6] == 35
     assert not resnet[nn.Conv2d] + mobile[nn.Conv2d] + mobile[nn.BatchNorm2d]
 
 
@@ -128,9 +139,9 @@ class Branch(nn.Module):
 
 def test_a_batch_norm_that_others_read_is_not_fused():
     plain = Branch().double()
-    fast = outputs.use_fast_layers(copy.deepcopy(plain))
-    assert type(fast.norm) is layers.BatchNorm2d
-    assert type(fast.last) is layers.BatchNormBeforeRectifier
+    fast = fast_layers.use_fast_layers(copy.deepcopy(plain))
+    assert type(fast.norm) is fast_batch_norm.BatchNorm2d
+    assert type(fast.last) is fast_layers.BatchNormBeforeRectifier
     x, y = batch()
     ours = compute_gradients(fast, CE, make_regularizer("L2Grad", 0.1), x, y)[:2]
     torch.testing.assert_close(ours, plain_step(plain, x, y), rtol=1e-9, atol=0)
@@ -147,7 +158,7 @@ def test_derivatives_of_batch_norm(training, rectifier):
 
     def norm(x, gamma, beta):
         statistics = mean.clone(), var.clone()
-        return layers.batch_norm(
+        return fast_batch_norm.batch_norm(
             x, gamma, beta, *statistics, training=training, rectifier=rectifier
         )
 
@@ -161,13 +172,13 @@ def test_derivatives_of_batch_norm(training, rectifier):
 
 @pytest.mark.slow
 def test_compiled_batch_norms_are_the_eager_ones():
-    if not layers.set_compile(True):
+    if not compiling.set_compile(True):
         pytest.skip("no C++ compiler")
     x, results = torch.randn(4, 3, 4, 4).to(memory_format=torch.channels_last), []
     for compiled in (True, False):
-        layers.set_compile(compiled)
+        compiling.set_compile(compiled)
         for rectifier in (None, "relu6"):
-            norm = layers.BatchNorm2d(3)
+            norm = fast_batch_norm.BatchNorm2d(3)
             norm.rectifier = rectifier
             t = x.clone().requires_grad_()
             (g,) = torch.autograd.grad(norm(3 * t).sin().sum(), t, create_graph=True)
@@ -235,14 +246,14 @@ def test_names_of_networks():
 def test_a_strided_pointwise_convolution_reads_every_second_pixel():
     """Where PyTorch itself ends with a segmentation fault, and where it gives the same numbers."""
     torch.manual_seed(0)
-    conv = layers.Conv2d(4, 6, 1, stride=2, groups=2).double()
+    conv = convolution.Conv2d(4, 6, 1, stride=2, groups=2).double()
     plain = nn.Conv2d(4, 6, 1, stride=2, groups=2).double()
     plain.load_state_dict(conv.state_dict())
     x = torch.randn(2, 4, 7, 8, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(conv(x), plain(x))
     assert torch.autograd.gradgradcheck(conv, (x,))
     x = torch.randn(1, 8, 64, 64).to(memory_format=torch.channels_last)
-    conv = layers.Conv2d(8, 16, 1, stride=2, bias=False).to(memory_format=torch.channels_last)
+    conv = convolution.Conv2d(8, 16, 1, stride=2, bias=False).to(memory_format=torch.channels_last)
     conv(x).sum().backward()
     assert conv.weight.grad.isfinite().all()
 
@@ -262,7 +273,7 @@ def test_pytorch_still_writes_beyond_its_memory():
 def test_noise_meets_the_same_dropout():
     """With zero steps, L(W + Δ) − L(W) is zero only if both passes drop the same units."""
     torch.manual_seed(0)
-    net = outputs.use_fast_layers(reference.Stranger().double())
+    net = fast_layers.use_fast_layers(reference.Stranger().double())
     x, y = batch()
     _, penalty, _ = compute_gradients(net, CE, StepNoise(1.0, 16), x, y)
     assert 0 < abs(penalty) < 1e-2
@@ -282,7 +293,7 @@ def test_layers_that_share_a_weight_count_once():
 
 @pytest.mark.parametrize("name", SMALL)
 def test_folding(name):
-    net = outputs.use_fast_layers(make(name)).eval()
+    net = fast_layers.use_fast_layers(make(name)).eval()
     size = 32 if "torchvision" in name else 16
     assert batch_norm.check_folding(copy.deepcopy(net).float(), (3, size, size)) == 0
     folded = batch_norm.fold_batch_norm(net)
@@ -397,7 +408,7 @@ class WithResidual(nn.Module):
 
 
 def test_functions_of_modules_without_children_are_quantized_too():
-    net = outputs.use_fast_layers(WithResidual()).eval()
+    net = fast_layers.use_fast_layers(WithResidual()).eval()
     shapes = qu.input_shapes(net, torch.zeros(1, 3, 8, 8), sums=True)
     assert [*shapes] == ["conv", "sum.add[0]", "sum.add[1]", "sum.pool"]
 

@@ -17,8 +17,9 @@ import models
 import quant_inference as qi
 from engine.deploy import deployed_files, onnx_export, verify
 from engine.networks.batch_norm import fold_batch_norm
+from engine.networks.fast_layers import use_fast_layers
 from engine.networks.graph import trace
-from engine.networks.outputs import run_network, use_fast_layers
+from engine.networks.outputs import run_network
 from engine.quantization.equalization import ChannelReLU6, equalize, find_pairs
 from engine.system.errors import FileError, NetworkError
 from engine.system.io import save_weights

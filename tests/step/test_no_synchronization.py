@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from reference import SmoothNet
+from reference import SmoothNet, go_through
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from engine.images import loader
-from engine.networks import outputs
-from engine.step import gradients
+from engine.networks import fast_layers
+from engine.step import batch_loss, gradients
 from engine.step.metrics import batch_metrics_row
 from engine.training.train_state import TrainState
 from models import ConvNet
@@ -67,7 +67,7 @@ def no_synchronization():
 def _meta_is_a_device(monkeypatch):
     """Streams of random numbers and autocast, which the meta device has not."""
     monkeypatch.setattr(gradients, "get_rng_state", lambda device: None)
-    monkeypatch.setattr(gradients, "rng_from", lambda state, device: contextlib.nullcontext())
+    monkeypatch.setattr(batch_loss, "rng_from", lambda state, device: contextlib.nullcontext())
     monkeypatch.setattr(train, "seed_rng", lambda seed, device: None)
     monkeypatch.setattr(torch, "autocast", lambda kind, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)  # to bfloat16
@@ -76,7 +76,7 @@ def _meta_is_a_device(monkeypatch):
 
 def make_net(kind):
     with META:
-        return outputs.use_fast_layers(kind())
+        return fast_layers.use_fast_layers(kind())
 
 
 def batch(n=4):
@@ -85,7 +85,7 @@ def batch(n=4):
 
 def test_a_batch_norm_that_averages_over_all_batches():
     with META:
-        norm = outputs.use_fast_layers(nn.Sequential(nn.BatchNorm2d(3, momentum=None)))
+        norm = fast_layers.use_fast_layers(nn.Sequential(nn.BatchNorm2d(3, momentum=None)))
     x, _ = batch()
     with no_synchronization():
         norm(x)
@@ -122,7 +122,7 @@ def test_a_batch_of_the_loop(monkeypatch):
     monkeypatch.setattr(batches, "batches", rest)
     with no_synchronization():
         phase = train.Phase(0, LPGrad(0.1, 2), warmup=1)
-        train.run_epoch(state, batches, phase, train.FitConfig(1))
+        go_through(train.run_epoch(state, batches, phase, train.FitConfig(1)))
     assert state.progress.batch == 3
 
 

@@ -10,9 +10,11 @@ import test_train
 import torch
 from torch import nn
 
-from engine.networks import outputs
+import train
+from engine.networks import fast_layers, outputs
 from engine.step import gradients
 from engine.step.gradients import compute_gradients
+from engine.step.penalty_inputs import needs_gradients
 from engine.system.errors import NetworkError
 from regularizers import LPGrad, Sharpness, StepL2Grad, VarianceNorm
 from train import Phase
@@ -101,7 +103,7 @@ def test_the_second_pass_moves_no_running_statistics(problem):
 def test_both_passes_drop_the_same_units():
     """With λ = 0 nothing moves: the difference is zero only if the random numbers are the same."""
     torch.manual_seed(0)
-    net = outputs.use_fast_layers(reference.Stranger().double())
+    net = fast_layers.use_fast_layers(reference.Stranger().double())
     x, y = test_networks.batch()
     found = []
     for regularizer in (None, LPGrad(0.0, 2)):
@@ -168,7 +170,7 @@ def test_a_layer_of_zero_weights_bounds_no_step(problem):
 # --- in every K-th batch ---------------------------------------------------------------------
 
 
-def test_every_second_batch_has_twice_the_penalty():
+def test_every_second_batch_has_twice_the_penalty(monkeypatch):
     """Of three batches an epoch the first and the third, whatever the epoch before did."""
     seen = []
 
@@ -177,7 +179,8 @@ def test_every_second_batch_has_twice_the_penalty():
         return compute_gradients(net, criterion, regularizer, *others)
 
     phases = [Phase(0), Phase(1, VarianceNorm(1.0), warmup=2, every=2)]
-    _, history = test_train.small_fit(phases, 3, compute_gradients=recorded)
+    monkeypatch.setattr(train, "compute_gradients", recorded)
+    _, history = test_train.small_fit(phases, 3)
     assert [name for name, _ in seen[3:]] == 2 * ["VarianceNorm", None, "VarianceNorm"]
     scales = [scale for name, scale in seen if name]
     assert scales == pytest.approx([2 * i / 6 for i in (0, 2, 3, 5)])
@@ -221,7 +224,7 @@ def test_sharpness_of_factor_1_has_the_gradient_of_the_loss_nearby(adaptive, pro
 
 def test_sharpness_makes_no_second_order_graph(problem):
     assert not gradients.needs_double_backward(Sharpness(1.0))
-    assert gradients.needs_gradients(Sharpness(1.0)) and not gradients.needs_gradients(None)
+    assert needs_gradients(Sharpness(1.0)) and not needs_gradients(None)
     combined = test_train.CombinedReg(Sharpness(1.0), StepL2Grad(0.1))
     net = smooth_net()
     both = penalty_gradient(net, combined, problem)

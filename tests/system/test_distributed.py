@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import test_networks
 import tiny_scripts
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 import train
 from engine.images.loader import Loader
-from engine.networks import outputs
+from engine.networks import fast_layers
 from engine.step.gradients import compute_gradients
 from engine.system import distributed
 from engine.system.errors import RanksDifferError, SetupError
@@ -38,10 +39,8 @@ def combined():
     )
 
 
-class WholeBatch(Regularizer):
+class WholeBatch(Regularizer, register=False):
     """A regularizer of one's own: no sum over images, and nothing about processes in it."""
-
-    name, inputs = "WholeBatch", ("a_grads", "w_grads")
 
     def forward(self, a_grads, w_grads):
         total = sum(torch.logsumexp(g.flatten(), 0) / len(g) for g in a_grads)
@@ -110,7 +109,8 @@ def trained(name, sync=True):
     every, step = 2 if "second" in name else 1, 0.01 if "difference" in name else None
     phases = [train.Phase(0, REGULARIZERS[name](), warmup=0.5, every=every)]
     config = train.FitConfig(2, criterion, torch.float64, difference_step=step)
-    history = train.fit(state, train_loader, Doubles(cache=True), phases, config)
+    training = train.fit(state, train_loader, Doubles(cache=True), phases, config)
+    history = reference.go_through(training)
     numbers = [[value for key, value in entry.items() if "second" not in key] for entry in history]
     return {"numbers": torch.tensor(numbers, dtype=torch.float64), **net.state_dict()}
 
@@ -235,7 +235,7 @@ def network_gradients():
             5, distributed.get_rank(), distributed.get_world_size()
         )
         for name in test_networks.SMALL:
-            net = outputs.use_fast_layers(test_networks.make(name))
+            net = fast_layers.use_fast_layers(test_networks.make(name))
             x, y = test_networks.batch(32 if "torchvision" in name else 16, n=5)
             with distributed.sharded(5):
                 compute_gradients(net, criterion, penalty, x[begin:end], y[begin:end])

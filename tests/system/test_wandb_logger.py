@@ -1,4 +1,5 @@
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -6,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from wandb_log import read_log
 
 import train
-from analysis.offline_run import read_offline_run
 from engine.system import environment, wandb_logger
-from engine.system.errors import FileError
 from models import ConvNet
 
+EPOCHS = Path(train.__file__).with_name("results") / "distributions" / "epochs.py"
 FAST = (
     "--dataset Synthetic --train_subset 32 --holdout 32 --batch_size 16 --precision fp32 "
     "--no-compile --n_epochs 1"
@@ -54,7 +55,7 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
     assert completed.returncode == 0, completed.stderr
     assert "wandb leet" in completed.stdout and "wandb sync" in completed.stdout
     [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    logged = read_offline_run(log)
+    logged = read_log(log)
     rows = logged["history"]
     check_columns(logged, json.loads(Path(tmp_path, "ConvNet_Synthetic_L2Grad.json").read_text()))
     epoch, _ = [row for row in rows if "train_loss" in row]
@@ -75,6 +76,10 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
             histogram = watched[f"{kind}/{name}"]
             assert histogram["_type"] == "histogram" and sum(histogram["values"]) == p.numel()
             assert len(histogram["bins"]) == len(histogram["values"]) + 1
+    [drawn] = runpy.run_path(EPOCHS)["logged_histograms"](str(log), "classifier.bias")
+    histogram = watched["parameters/classifier.bias"]
+    assert (drawn.epoch, [*drawn.edges]) == (watched["epoch"], histogram["bins"])
+    assert [*drawn.counts] == histogram["values"]
 
 
 def check_columns(logged, record):
@@ -99,12 +104,13 @@ def check_columns(logged, record):
 
 
 def test_what_is_no_log_is_refused_in_one_line(tmp_path):
-    with pytest.raises(FileError, match="no such log"):
-        read_offline_run(tmp_path / "x.wandb")
-    (tmp_path / "x.wandb").write_bytes(b"not a log")
-    with pytest.raises(FileError, match=r"x\.wandb is not a log") as error:
-        read_offline_run(tmp_path / "x.wandb")
-    assert "\n" not in str(error.value)
+    read = runpy.run_path(EPOCHS)["logged_histograms"]
+    log = tmp_path / "x.wandb"
+    for _ in range(2):  # without a file, and with one that holds something else
+        with pytest.raises(SystemExit, match=r"x\.wandb is not a log") as error:
+            read(str(log), "classifier.bias")
+        assert "\n" not in str(error.value)
+        log.write_bytes(b"not a log")
 
 
 def test_online_without_a_key_goes_on_offline(script, no_key):

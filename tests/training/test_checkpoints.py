@@ -1,25 +1,22 @@
 import random
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
+import tiny_scripts
 import torch
 from torch import nn
 
+import train
 import utils
 from data import synthetic
 from engine.images.loader import Loader
+from engine.system import signals
 from engine.system.io import FileError
+from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.training import checkpoints
-from engine.training.checkpoints import (
-    Checkpointer,
-    GracefulShutdown,
-    StoppedBySignal,
-    load_checkpoint,
-    save_checkpoint,
-)
+from engine.training.checkpoints import CheckpointClock, load_checkpoint, save_checkpoint
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import CombinedReg, LPGrad, VarianceNorm
 from train import FitConfig, Phase, fit
@@ -50,7 +47,7 @@ def begin():
     )
 
 
-def train_on(training, name, after_batch=lambda state: None, n_epochs=4):
+def train_on(training, name, after_batch=None, n_epochs=4):
     dataset = synthetic("", 0)
     common = {"mean": dataset.mean, "std": dataset.std}
     train_loader = Loader(
@@ -65,8 +62,10 @@ def train_on(training, name, after_batch=lambda state: None, n_epochs=4):
     test_loader = Loader(dataset.test_images[:40], dataset.test_labels[:40], 32, **common)
     every, step = (2, 0.01) if "difference" in name else (1, None)
     phases = [Phase(0), Phase(1, REGULARIZERS[name], every=every)]
-    config = FitConfig(n_epochs, difference_step=step, after_batch=after_batch)
-    return fit(training, train_loader, test_loader, phases, config)
+    config = FitConfig(n_epochs, difference_step=step)
+    return reference.go_through(
+        fit(training, train_loader, test_loader, phases, config), after_batch
+    )
 
 
 class Cut(Exception):
@@ -140,15 +139,14 @@ def test_two_generations_are_kept_and_the_whole_one_is_found(tmp_path, capsys):
 
 def test_a_write_that_fails_leaves_both_generations(tmp_path, monkeypatch, capsys):
     path = tmp_path / "c"
-    saver = Checkpointer(path, lambda: {"n": 1}, every=1, minutes=1e9, shutdown=GracefulShutdown())
-    saver.save()
+    save_checkpoint({"n": 1}, path)
 
     def full(value, file):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "torch_save", full)
-    saver.save()
+    save_checkpoint({"n": 2}, path)
     assert "No space left" in capsys.readouterr().err
     assert load_checkpoint(path)["n"] == 1 and [p.name for p in tmp_path.iterdir()] == ["c"]
 
@@ -170,58 +168,95 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(content, tmp_path
     assert "\n" not in str(refused.value)
 
 
-def test_a_signal_in_the_last_batches_of_an_epoch_keeps_its_checkpoint(monkeypatch):
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(batches, *flags) trains the tiny network, batches = {n: call after the n-th batch}.
+
+    Returns the number of batches done at each checkpoint, and the exit code.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(batches, *flags):
+        done, saved, step, save = [], [], TrainState.step, checkpoints.save_checkpoint
+
+        def counted(state):
+            step(state)
+            done.append(None)
+            batches.get(len(done), lambda: None)()
+
+        def noted(content, path):
+            saved.append(len(done))
+            save(content, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainState, "step", counted)
+            patch.setattr(train, "save_checkpoint", noted)
+            return saved, tiny_scripts.run("train.py", [*tiny_scripts.FLAGS, *flags])
+
+    return run
+
+
+def test_a_signal_in_the_last_batches_of_an_epoch_keeps_its_checkpoint(monkeypatch, run):
     """On several processes, which compare signals only now and then."""
-    saved = []
-    monkeypatch.setattr(checkpoints.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(checkpoints.distributed, "all_reduce_max", lambda n: n)
-    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda c, p: saved.append(p))
+    monkeypatch.setattr(signals.distributed, "all_reduce_max", lambda n: n)
     shutdown = GracefulShutdown()
-    saver = Checkpointer(Path("c"), dict, every=5, minutes=1e9, shutdown=shutdown)
-    shutdown.signal = signal.SIGTERM
-    saver.after_batch()
-    assert not saved
-    with pytest.raises(StoppedBySignal):
-        saver.after_epoch(1, is_last=False)
-    assert len(saved) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.distributed, "get_world_size", lambda: 2)
+        shutdown.signal = signal.SIGTERM
+        assert not shutdown.requested(batch=1)
+        assert shutdown.requested(batch=0) == shutdown.requested(batch=8) == signal.SIGTERM
+    requested = GracefulShutdown.requested
+    at_the_end = lambda self, batch: requested(self, batch) if batch == 0 else 0  # noqa: E731
+    monkeypatch.setattr(GracefulShutdown, "requested", at_the_end)
+    stop = {4: lambda: signal.raise_signal(signal.SIGTERM)}  # in the first of two epochs of five
+    assert run(stop, "--n_epochs", "2", "--checkpoint_every", "5") == ([5], 143)
 
 
 def test_checkpoints_come_when_they_are_due(monkeypatch):
     saved, clock = [], [0.0]
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda c, p: saved.append(clock[0]))
-    saver = Checkpointer(Path("c"), dict, every=2, minutes=10, shutdown=GracefulShutdown())
+    saver = CheckpointClock(every=2, minutes=10, n_epochs=5)
+
+    def save_if_due(epoch, batch):
+        if saver.is_due(epoch, batch):
+            saved.append(clock[0])
+            saver.restart()
+
     for minute in range(1, 26):
         clock[0] = 60.0 * minute + 1
-        saver.after_batch()
+        save_if_due(0, minute)
     assert [round(t / 60) for t in saved] == [10, 21]
     saved.clear()
     for epoch in (1, 2, 3, 4):
-        saver.after_epoch(epoch, is_last=False)
+        save_if_due(epoch, 0)
     assert len(saved) == 2
-    saver.after_epoch(5, is_last=True)
+    save_if_due(5, 0)
     assert len(saved) == 3
+
+
+def test_a_run_saves_when_it_is_due(run):
+    assert run({}, "--n_epochs", "3", "--checkpoint_every", "2") == ([10, 15], 0)
+    assert run({}, "--n_epochs", "1", "--checkpoint_minutes", "1e-9") == ([1, 2, 3, 4, 5, 5], 0)
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_waits_for_the_batch_and_a_checkpoint(number, tmp_path, capfd):
-    with (
-        pytest.raises(StoppedBySignal) as stopped,
-        GracefulShutdown() as shutdown,
-        shutdown.deferred(),
-    ):
-        saver = Checkpointer(
-            tmp_path / "c", lambda: {"n": 7}, every=1, minutes=1e9, shutdown=shutdown
-        )
-        saver.after_batch()
+def test_a_signal_waits_for_the_batch_and_a_checkpoint(number, run, tmp_path, capfd):
+    def stop():
         signal.raise_signal(number)
-        assert not (tmp_path / "c").exists()
-        saver.after_batch()
-    assert stopped.value.code == 128 + number and load_checkpoint(tmp_path / "c")["n"] == 7
+        assert not (tmp_path / "r.ckpt").exists()
+
+    assert run({7: stop}, "--n_epochs", "3", "--checkpoint_every", "3") == ([7], 128 + number)
+    progress = load_checkpoint(tmp_path / "r.ckpt")["state"]
+    assert (progress["epoch"], progress["batch"]) == (1, 2)
     assert "checkpoint" in capfd.readouterr().err
+
+
+def test_the_handlers_before_come_back():
+    with GracefulShutdown():
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

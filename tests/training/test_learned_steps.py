@@ -224,12 +224,13 @@ def begin(first_epoch=1, act_bits=4, qat=True):
     return TrainState(net, optimizer, scheduler, steps=steps)
 
 
-def train_on(state, after_batch=train.no_callback, n_epochs=3):
+def train_on(state, after_batch=None, n_epochs=3):
     options = {"batch_size": 32, "mean": TINY.mean, "std": TINY.std}
     train_loader = Loader(TINY.train_images, TINY.train_labels, seed=3, shuffle=True, **options)
     test_loader = Loader(TINY.test_images, TINY.test_labels, **options)
-    config = train.FitConfig(n_epochs, after_batch=after_batch)
-    return train.fit(state, train_loader, test_loader, [train.Phase(0, RangeNorm(0.01))], config)
+    phases = [train.Phase(0, RangeNorm(0.01))]
+    training = train.fit(state, train_loader, test_loader, phases, train.FitConfig(n_epochs))
+    return reference.go_through(training, after_batch)
 
 
 def everything(state):
@@ -304,7 +305,7 @@ def trained_by_ranks():
         loader = test_distributed.Doubles(seed=1, augment=True, shuffle=True, **share)
         test_loader = test_distributed.Doubles(cache=True)
         config = train.FitConfig(2, nn.CrossEntropyLoss(), torch.float64)
-        train.fit(state, loader, test_loader, [train.Phase(0)], config)
+        reference.go_through(train.fit(state, loader, test_loader, [train.Phase(0)], config))
         return {key: t.numpy() for key, t in everything(state).items()}
 
 

@@ -1,0 +1,76 @@
+"""Whether element-wise kernels are compiled by torch.compile or run eagerly."""
+
+import functools
+import importlib.util
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+
+COMPILERS = {"cpu": ("c++", "g++"), "cuda": ("cc", "gcc", "clang")}  # that torch.compile calls
+_compile_for: str | None = None  # type of the device whose kernels are compiled
+
+
+def set_compile(enabled: bool, device: str = "cpu") -> bool:
+    """Compile the kernels of this device from now on (True) or of none (False, as at import).
+
+    Nothing is compiled before its first call; where that fails, all kernels run eagerly from then
+    on, and one line says so. Returns what it is now: False also where the compiler that this device
+    needs, or Triton for a GPU, is missing.
+    """
+    global _compile_for
+    device_type = torch.device(device).type
+    has_compiler = any(map(shutil.which, COMPILERS.get(device_type, ())))
+    has_triton = device_type != "cuda" or importlib.util.find_spec("triton") is not None
+    _compile_for = device_type if enabled and has_compiler and has_triton else None
+    # without a GPU, torch.compile would warn of "No CUDA runtime" on every CPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return _compile_for is not None
+
+
+def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
+    """Decorate a pure function of tensors: it runs compiled where `set_compile` says so.
+
+    Its first argument is (N, C, S), for which each shape but N is compiled for once, or holds
+    values per channel, (C) or (K, C), and is compiled once for any C. Keyword arguments are
+    constants of the compilation. With on_cpu=False it always runs eagerly on a CPU, where it would
+    not be worth a compilation.
+    """
+    # What two sums share is computed twice: storing it would be a pass over memory, the bottleneck
+    options = {"realize_reads_threshold": 64}
+
+    @functools.cache
+    def compile_once(constants, *shape):
+        def bound(*args):
+            return fn(*args, **dict(constants))
+
+        return torch.compile(bound, options=options, isolate_recompiles=True)
+
+    @functools.wraps(fn)
+    def call(*args, **constants):
+        global _compile_for
+        x = args[0]
+        device_type = x.device.type
+        if device_type != _compile_for or (device_type == "cpu" and not on_cpu):
+            return fn(*args, **constants)
+        # with requires_grad it would compile once more for each pattern of True and False
+        args = [t.detach() for t in args]
+        for t in args:
+            # N varies: the last batch of an epoch is smaller, and must compile nothing
+            torch._dynamo.maybe_mark_dynamic(t, 0 if t.dim() == 3 else t.dim() - 1)
+        layout = (x.shape[1:], x.stride(1)) if x.dim() == 3 else ()
+        key = tuple(constants.items()), layout, x.dtype, x.device
+        try:
+            return compile_once(*key)(*args)
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            print(f"torch.compile failed, kernels run eagerly: {reason}", file=sys.stderr)
+            _compile_for = None
+            return fn(*args, **constants)
+
+    call.is_compiled = True
+    return call

@@ -1,0 +1,128 @@
+"""Convolution that is cheap to differentiate twice: each derivative is convolutions again.
+
+Under `torch.autocast` it takes autocast's dtype.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.networks.double_backward import forbid_third_derivative
+
+IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
+
+
+class _Conv(torch.autograd.Function):
+    """y = conv(x, w); `geometry` is (stride, padding, dilation, groups)."""
+
+    @staticmethod
+    def forward(ctx, x, w, geometry):
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return F.conv2d(x, w, None, *geometry)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, w = ctx.saved_tensors
+        # a Function of its own: it is this adjoint that the penalty's derivative differentiates
+        return *_ConvAdjoint.apply(gy, x, w, ctx.geometry, ctx.needs_input_grad[:2]), None
+
+
+class _ConvAdjoint(torch.autograd.Function):
+    """(gx, gw), the adjoints of y = conv(x, w) at gy; bilinear in (gy, w) and (gy, x)."""
+
+    @staticmethod
+    def forward(ctx, gy, x, w, geometry, output_mask):
+        # a cotangent that is None costs no convolution, one of zeros would
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gy, x, w)
+        ctx.geometry = geometry
+        return _conv_adjoint(gy, x, w, geometry, output_mask)
+
+    @staticmethod
+    @forbid_third_derivative
+    def backward(ctx, ggx, ggw):
+        """Return the cotangents of gy, x and w, given those of (gx, gw): (ggx, ggw).
+
+        By bilinearity ∂gy = conv(ggx, w) + conv(x, ggw); ∂x is the input adjoint of gy with kernel
+        ggw, and ∂w the weight adjoint of gy with input ggx.
+        """
+        gy, x, w = ctx.saved_tensors
+        for_gy, for_x, for_w, *_ = ctx.needs_input_grad
+        ggy = gx = gw = None
+        if for_gy:
+            # ggx is None where x is images, ggw where no penalty takes the weight's gradient
+            pairs = [(a, b) for a, b in ((ggx, w), (x, ggw)) if a is not None and b is not None]
+            terms = [F.conv2d(a, b, None, *ctx.geometry) for a, b in pairs]
+            ggy = functools.reduce(Tensor.add_, terms) if terms else None  # in place: one pass less
+        if for_x and ggw is not None:
+            gx, _ = _conv_adjoint(gy, x, ggw, ctx.geometry, (True, False))
+        if for_w and ggx is not None:
+            _, gw = _conv_adjoint(gy, ggx, w, ctx.geometry, (False, True))
+        return ggy, gx, gw, None, None
+
+
+def _conv_adjoint(gy, x, w, geometry, output_mask):
+    """Return (gx, gw) of conv(x, w) at gy, None where not wanted."""
+    # one call for both, so that a backend can share what they have in common
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*output_mask, False)
+    )[:2]
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve x (N, C, H, W) with weight (O, C/groups, K, K), as `F.conv2d` does.
+
+    `stride`, `padding` and `dilation` are an int or a pair. Under autocast everything is cast to
+    its dtype, but images (at most 4 channels) are convolved in float32.
+    """
+    pair = nn.modules.utils._pair
+    stride, padding = pair(stride), pair(padding)
+    if x.device.type == "cpu" and is_strided_pointwise(weight, stride, padding):
+        # (N, C, H', W'): the pixels that it reads; see there why
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    out = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        out = torch.get_autocast_dtype(x.device.type)
+        # float32 of images costs next to nothing, and rounding them would be a good part of all the
+        # rounding in the gradients
+        dtype = torch.float32 if x.shape[1] <= IMAGE_CHANNELS else out
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+    with torch.autocast(x.device.type, enabled=False):  # the casts are made
+        y = _Conv.apply(x, weight, (stride, padding, pair(dilation), groups))
+    return (y if bias is None else y + bias[:, None, None]).to(out)
+
+
+def is_strided_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Tell whether a convolution is 1×1, unpadded and strided: it reads every s-th pixel only.
+
+    Then convolving x[:, :, ::s, ::s] with stride 1 is exactly the same. On CPUs that is what is
+    done: PyTorch 2.14.1 writes beyond its memory in the weight adjoint of such a convolution of
+    stride 2, float32, channels-last, at most 8 channels in and 16 out, images of 50 or more even
+    rows, which ends the process (`tests/networks/test_networks.py` tells when that is over).
+    """
+    return weight.shape[2:] == (1, 1) and tuple(stride) != (1, 1) and tuple(padding) == (0, 0)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` through `conv2d`; PyTorch's own path where that does not apply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C, H, W) to (N, O, H', W')."""
+        if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super().forward(x)
+        return conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )

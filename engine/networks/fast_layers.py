@@ -1,0 +1,95 @@
+"""Fast layers in place of PyTorch's own, in any network: same parameters, keys and outputs."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from engine.networks.convolution import Conv2d
+from engine.networks.fast_batch_norm import BatchNorm2d, BatchNormReLU
+from engine.networks.outputs import successive_modules
+
+
+class BatchNormBeforeRectifier(BatchNorm2d):
+    """A batch norm that does the work of the `ReLU` or `ReLU6` after it, its only reader, as well.
+
+    Its attribute `rectifier` says which.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C, H, W) to φ(batch_norm(x)), marked as rectified."""
+        y = super().forward(x)
+        y.is_rectified = True  # on the tensor: nothing in the module's state can be out of date
+        return y
+
+
+class _PassesRectified:
+    """A module that returns what a `BatchNormBeforeRectifier` has rectified as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(x, "is_rectified", False):
+            return super().forward(x)
+        x.is_rectified = False  # for the batch norm's reader only, not for one after that
+        return x
+
+
+class ReLU(_PassesRectified, nn.ReLU):
+    """`nn.ReLU` where the batch norm before it may have done the work."""
+
+
+class ReLU6(_PassesRectified, nn.ReLU6):
+    """`nn.ReLU6` where the batch norm before it may have done the work."""
+
+
+FAST = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d}
+# activations that the batch norm before them can take over, under its name for them
+RECTIFIERS = {nn.ReLU: ("relu", ReLU), nn.ReLU6: ("relu6", ReLU6)}
+
+
+def use_fast_layers(net: nn.Module) -> nn.Module:
+    """Give PyTorch's own layers, in place, a second derivative that is cheap; return the network.
+
+    `nn.Conv2d` and `nn.BatchNorm2d` compute the same as before, of the same parameters under the
+    same names; a batch norm does the work of the `nn.ReLU` or `nn.ReLU6` that alone reads it.
+    Subclasses and all other modules stay as they are: autograd differentiates them.
+    """
+    pairs = successive_modules(
+        net, lambda m: type(m) is nn.BatchNorm2d, lambda m: type(m) in RECTIFIERS
+    )
+    followers = {net.get_submodule(name) for _, name in pairs}  # one may follow several
+    for norm_name, activation_name in pairs:
+        norm = net.get_submodule(norm_name)
+        # the class, not the module, is exchanged: parameters, hooks and their order stay
+        norm.__class__ = BatchNormBeforeRectifier
+        norm.rectifier, _ = RECTIFIERS[type(net.get_submodule(activation_name))]
+    for m in followers:
+        _, m.__class__ = RECTIFIERS[type(m)]
+    for m in net.modules():
+        m.__class__ = FAST.get(type(m), type(m))
+    return net
+
+
+class PlainBatchNormReLU(nn.BatchNorm2d):
+    """What `BatchNormReLU` computes, of PyTorch's own operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (N, C, H, W) to relu(batch_norm(x))."""
+        return torch.relu(super().forward(x))
+
+
+PLAIN = {
+    Conv2d: nn.Conv2d,
+    BatchNorm2d: nn.BatchNorm2d,
+    BatchNormReLU: PlainBatchNormReLU,
+    BatchNormBeforeRectifier: nn.BatchNorm2d,
+    ReLU: nn.ReLU,
+    ReLU6: nn.ReLU6,
+}
+
+
+def plain_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of the network with PyTorch's own layers in place of the fast ones."""
+    net = copy.deepcopy(net)
+    for m in net.modules():
+        m.__class__ = PLAIN.get(type(m), type(m))
+    return net

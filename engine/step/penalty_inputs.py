@@ -1,0 +1,73 @@
+"""What a penalty is a function of. One function supplies it, in training and in evaluation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from engine.networks.layers import penalized_weights, trainable_parameters
+from engine.step.batch_loss import BatchLoss
+from engine.system import distributed
+from engine.system.errors import PenaltyError
+
+
+class PenaltyInputs(NamedTuple):
+    """All that a regularizer's `forward` can take, by the names of its arguments.
+
+    l counts layers, B is the number of images. All of it is of the whole batch, also in a run of
+    several processes.
+    """
+
+    weights: Sequence[Tensor]  # W_l of every Conv2d and Linear, in module order
+    w_grads: Sequence[Tensor]  # ∂L/∂W_l of the batch-mean loss L, same shapes
+    a_grads: Sequence[Tensor]  # ∂L/∂A_l of the network's activations, each (B, …)
+    loss_change: Callable[[Sequence[Tensor]], Tensor]  # Δ ↦ L(W + Δ) − L(W), Δ_l as W_l
+    folded_weights: Sequence[Tensor]  # Ŵ_l = W_l·γ_l/√(σ_l² + ε), see `folded_weights`
+    detached_w_grads: Sequence[Tensor]  # w_grads, constants when the penalty is differentiated
+
+
+INPUTS = PenaltyInputs._fields
+DIFFERENTIATED_GRADIENTS = {"w_grads", "a_grads"}
+
+
+def needs_gradients(regularizer: nn.Module | None) -> bool:
+    """Tell whether the penalty is a function of gradients, be they constants in it."""
+    names = DIFFERENTIATED_GRADIENTS | {"detached_w_grads"}
+    return regularizer is not None and not names.isdisjoint(regularizer.inputs)
+
+
+def needs_double_backward(regularizer: nn.Module | None) -> bool:
+    """Tell whether the penalty is a function of gradients that is differentiated through them."""
+    return regularizer is not None and not DIFFERENTIATED_GRADIENTS.isdisjoint(regularizer.inputs)
+
+
+def evaluate_penalty(
+    regularizer: nn.Module,
+    batch: BatchLoss,
+    loss: Tensor,
+    grads: Sequence[Tensor],
+    tensors: Mapping[str, Sequence[Tensor]],
+    folded: Sequence[Tensor],
+) -> Tensor:
+    """Return the penalty (scalar) of a batch; PenaltyError where it is none.
+
+    `loss` and `grads`, its derivatives in the trainable parameters (none where the regularizer does
+    not need gradients), are those of the whole batch. `tensors` are the "weights", "w_grads" and
+    "a_grads", the last of this rank's images, at which the penalty is evaluated: only those that
+    the regularizer takes need be there. `folded` are the folded weights.
+    """
+    grad_of = dict(zip(trainable_parameters(batch.net).values(), grads, strict=False))
+    inputs = PenaltyInputs(
+        weights=tensors.get("weights", ()),
+        w_grads=tensors.get("w_grads", ()),
+        a_grads=distributed.whole_batch(tensors.get("a_grads", ())),
+        loss_change=partial(batch.change, loss, grads),
+        folded_weights=folded,
+        detached_w_grads=[grad_of[w] for w in penalized_weights(batch.net) if grad_of],
+    )
+    penalty = regularizer(*(getattr(inputs, name) for name in regularizer.inputs))
+    if not isinstance(penalty, Tensor) or penalty.dim():
+        shape = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
+        raise PenaltyError(f"{regularizer.name} returned {shape}: it must return a scalar tensor")
+    return penalty
