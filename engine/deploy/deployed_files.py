@@ -1,17 +1,15 @@
 """The files that a quantized network is deployed with: ONNX, packed integers, weights as floats."""
 
-import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from engine.deploy import onnx_export
+from engine.deploy import onnx_export, packing
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.packing import save_integers
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
@@ -24,7 +22,12 @@ PACKAGES = {
     "save_quantized": (),
 }
 # What the metadata of earlier versions' files do not say.
-NOT_RECORDED = {"equalize": "false", "rounding": "nearest", "clip_p": "2.4"}
+NOT_RECORDED = {
+    "act_symmetry": "symmetric",
+    "equalize": "false",
+    "rounding": "nearest",
+    "clip_p": "2.4",
+}
 
 
 class ImageDataset(Protocol):
@@ -36,59 +39,78 @@ class ImageDataset(Protocol):
     classes: tuple[str, ...]
 
 
-def check_run(args: argparse.Namespace) -> None:
-    """Raise SetupError where the flags need packages that are missing, or one process only."""
-    for flag, packages in PACKAGES.items():
-        if getattr(args, flag):
-            for package in packages:
-                require(package, f"--{flag}")
-            if distributed.get_world_size() > 1:
-                raise SetupError(f"--{flag} runs in one process: start it without torchrun")
+def check_run(flags: Collection[str]) -> None:
+    """Raise SetupError where the given ones of PACKAGES need what is missing, or one process."""
+    for flag in flags:
+        for package in PACKAGES[flag]:
+            require(package, f"--{flag}")
+        if distributed.get_world_size() > 1:
+            raise SetupError(f"--{flag} runs in one process: start it without torchrun")
 
 
 # --- files -----------------------------------------------------------------------------------
 
 
 def describe_source(
-    path: Path, args: argparse.Namespace, n_bits: int, act_bits: int, dataset: ImageDataset
+    path: Path,
+    settings: Mapping[str, Any],
+    *,
+    model: str,
+    scheme: str,
+    n_bits: int,
+    act_bits: int,
+    classes: Sequence[str],
 ) -> dict[str, str]:
-    """Return a file's metadata: what it was made from, and how. All of it decides the integers."""
-    learned = f"adaround on {args.rounding_images} images in {args.rounding_steps} steps"
+    """Return a file's metadata: what it was made from, and how. All of it decides the integers.
+
+    `settings` are the values of the script's flags by name.
+    """
+    learned = "adaround on {rounding_images} images in {rounding_steps} steps"
+    pwlq = [settings[flag] for flag in ("distribution", "approximate", "overlapping")]
     return {
-        "rounding": learned if args.rounding == "adaround" else "nearest",
+        "model": model,
+        "rounding": learned.format(**settings) if settings["rounding"] == "adaround" else "nearest",
         "checkpoint": path.name,
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "class_names": json.dumps(dataset.classes),
-        "scheme": args.schemes[0],
+        "class_names": json.dumps(classes),
+        "scheme": scheme,
         "bits": str(n_bits),
         "act_bits": str(act_bits),
-        "per_channel": json.dumps(args.per_channel),
-        "keep_first_last": json.dumps(args.keep_first_last),
-        "equalize": json.dumps(args.equalize),
-        "clip_p": str(args.clip_p),
-        "pwlq": json.dumps([args.distribution, args.approximate, args.overlapping]),
-        "calibration": f"{args.calibration} of {args.calibration_images} images",
+        "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
+        **{
+            flag: json.dumps(settings[flag])
+            for flag in ("per_channel", "keep_first_last", "equalize")
+        },
+        "clip_p": str(settings["clip_p"]),
+        "pwlq": json.dumps(pwlq),
+        "calibration": "{calibration} of {calibration_images} images".format(**settings),
     }
 
 
 def write_files(
-    args: argparse.Namespace,
+    *,
     net_q: nn.Module,
     integers: IntegerNetwork | None = None,
     dataset: ImageDataset | None = None,
     source: Mapping[str, str] | None = None,
+    export: str | None = None,
+    save_quantized: str | None = None,
+    save_integers: str | None = None,
 ) -> None:
-    """Write the files that the flags name. Raises OSError."""
-    if args.export:
-        model = to_model(integers, dataset, source)
-        onnx_export.save_model(model, Path(args.export))
-        print(f"integers as ONNX:  {args.export}")
-    if args.save_quantized:
-        save_weights(net_q, Path(args.save_quantized))
-        print(f"quantized weights: {args.save_quantized}")
-    if args.save_integers:
-        save_integers(integers.integers(), source, Path(args.save_integers))
-        print(f"packed integers:   {args.save_integers}")
+    """Write the files whose names are given: ONNX, `net_q`'s weights, packed integers.
+
+    `integers`, `dataset` and `source`, the metadata, are for the first and the last of them. Raises
+    OSError.
+    """
+    if export:
+        onnx_export.save_model(to_model(integers, dataset, source), Path(export))
+        print(f"integers as ONNX:  {export}")
+    if save_quantized:
+        save_weights(net_q, Path(save_quantized))
+        print(f"quantized weights: {save_quantized}")
+    if save_integers:
+        packing.save_integers(integers.integers(), source, Path(save_integers))
+        print(f"packed integers:   {save_integers}")
 
 
 def to_model(

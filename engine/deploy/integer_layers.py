@@ -1,55 +1,21 @@
-"""Integers of a quantized network: grids, weights as codes, biases on the int32 grid.
+"""Integers of layers: weights as int8 codes, biases on the int32 grid.
 
-A code q stands for (q − zero_point)·scale. Codes of inputs are unsigned, 0…2^b − 1; a signed grid
-is one with the zero point 2^(b − 1). Codes of weights are signed, with the zero point 0.
+A code q of an input stands for (q − zero_point)·scale, see engine/quantization/grids.py. Codes of
+weights are signed, with the zero point 0.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
+
+from engine.networks.exported import copy_graph, layers, set_constant
+from engine.quantization.grids import Grid, OnGrid
 
 MAX_CODE = 128  # |code| of a weight in int8
-MIN_SCALE = 1e-20  # of an input that is always 0: products of scales stay normal numbers
 MAX_BIAS = 2**30  # |bias| in units of its scale: what int32 holds beside the sum of products
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The codes of one tensor of activations; see the module for their meaning."""
-
-    scale: float
-    zero_point: int
-    n_bits: int
-
-    @property
-    def max_code(self) -> int:
-        """Return the largest code."""
-        return 2**self.n_bits - 1
-
-    @property
-    def max_abs(self) -> int:
-        """Return the largest distance of a code from the zero point."""
-        return max(self.zero_point, self.max_code - self.zero_point)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Return the values of codes, both in float32."""
-        return (codes - self.zero_point) * self.scale
-
-    def code_range(self, bounds: tuple[float, float]) -> tuple[int, int]:
-        """Return the least and the largest code of values within `bounds`."""
-        low = max(bounds[0] / self.scale, -self.zero_point)
-        high = min(bounds[1] / self.scale, self.max_code - self.zero_point)
-        return round(low) + self.zero_point, round(high) + self.zero_point
-
-
-def make_grid(scale: float, int_min: int, int_max: int) -> Grid:
-    """Return the grid of the points scale·int_min, …, scale·int_max; the scale as float32."""
-    scale = torch.tensor(max(scale, MIN_SCALE), dtype=torch.float32).item()
-    return Grid(scale, -int_min, (int_max - int_min + 1).bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +27,7 @@ class WeightCodes:
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
-        return self.codes.float() * _per_channel(self.scale, self.codes)
+        return self.codes.float() * self.scale.view(-1, *[1] * (self.codes.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -89,69 +55,33 @@ class IntegerLayer:
         return (self.bias.double() * self.product_scale(self.parts[0]).double()).float()
 
 
-def _per_channel(scale: Tensor, w: Tensor) -> Tensor:
-    """View scales (1) or (C) so that they multiply w (C, …)."""
-    return scale.view(-1, *[1] * (w.dim() - 1))
-
-
 @torch.no_grad()
-def make_integer_layer(
-    parts: Sequence[Tensor], bias: Tensor | None, in_grid: Grid, per_channel: bool
-) -> IntegerLayer:
-    """Return the integers of quantized weights, the sum of `parts`, each (C, …) on a uniform grid.
+def make_integer_layer(parts: Sequence[OnGrid], bias: Tensor | None, in_grid: Grid) -> IntegerLayer:
+    """Return the integers of a quantized weight, the sum of `parts`, each (C, …).
 
     A channel whose bias would leave int32 gets a coarser scale of weights: they are next to nothing
-    beside it. Raises ValueError where a part is on no grid that int8 holds.
+    beside it. Raises ValueError where codes do not fit into 8 bits.
     """
-    n_channels = len(parts[0])
-    bias = torch.zeros(n_channels) if bias is None else bias.detach().cpu()
-    most = bias.double().abs() if per_channel else bias.double().abs().max().view(1)
+    bias = torch.zeros(len(parts[0].codes)) if bias is None else bias.detach().cpu()
+    most = bias.double().abs()
+    most = most if parts[0].scale.dim() else most.max().view(1)
     min_scale = most / (in_grid.scale * MAX_BIAS)
-    codes = tuple(
-        weight_codes(part, per_channel, 0.0 if i else min_scale) for i, part in enumerate(parts)
-    )
-    layer = IntegerLayer(in_grid, codes, torch.zeros(n_channels, dtype=torch.int32))
+    codes = tuple(_weight_codes(part, 0.0 if i else min_scale) for i, part in enumerate(parts))
+    layer = IntegerLayer(in_grid, codes, bias)
     bias_codes = (bias.double() / layer.product_scale(codes[0]).double()).round()
     return IntegerLayer(in_grid, codes, bias_codes.to(torch.int32))
 
 
-def weight_codes(w: Tensor, per_channel: bool, min_scale: Tensor | float = 0.0) -> WeightCodes:
-    """Return int8 codes and scales of a tensor whose values lie on a symmetric uniform grid.
-
-    The scale is the largest that makes all values integers, to 1/400 of a step, so that it does not
-    matter which quantizer made them; at least `min_scale`, (1) or (C). Raises ValueError where
-    there is none.
-    """
-    rows = w.detach().cpu().double().reshape(len(w) if per_channel else 1, -1)
-    m = rows.abs().amax(dim=1, keepdim=True)
-    n_steps = _steps_to_maximum(rows / m.clamp(min=1e-300))
-    scale = torch.maximum(m / n_steps, torch.as_tensor(min_scale).double().view(-1, 1))
+def _weight_codes(part: OnGrid, min_scale: Tensor | float) -> WeightCodes:
+    """Return codes as int8 and scales as float32, at least `min_scale`, (1) or (C)."""
+    codes, given = part.codes.detach().cpu().double(), part.scale.detach().cpu().double().view(-1)
+    if codes.min() < -MAX_CODE or codes.max() >= MAX_CODE or (codes != codes.round()).any():
+        raise ValueError("its weights are on no grid of 8 bits or fewer")
+    scale = torch.maximum(given, torch.as_tensor(min_scale).double())
     scale = torch.where(scale > 0, scale, 1).float()
-    codes = (rows / scale.double()).round().clamp(-MAX_CODE, MAX_CODE - 1).reshape(w.shape)
-    return WeightCodes(codes.to(torch.int8), scale.view(-1))
-
-
-def _steps_to_maximum(rows: Tensor) -> Tensor:
-    """Return the least n for which n·row consists of integers, (rows, 1), for rows in [−1, 1].
-
-    A wrong n is off by 1/128 of a step at least, the rounding of float32 by 1/10⁴ at most. A few
-    columns rule out most n.
-    """
-    n_steps = torch.zeros(len(rows), dtype=torch.double)
-    for n in range(1, MAX_CODE + 1):
-        candidates = ((n_steps == 0) & _near_integers(rows[:, :32] * n)).nonzero().flatten()
-        if len(candidates):
-            scaled = rows[candidates] * n
-            fits = _near_integers(scaled) & (scaled.amax(dim=1) < MAX_CODE - 0.5)
-            n_steps[candidates[fits]] = n
-    if (n_steps == 0).any():
-        raise ValueError("weights are not on one uniform grid through 0 of 8 bits or fewer")
-    return n_steps.view(-1, 1)
-
-
-def _near_integers(rows: Tensor) -> Tensor:
-    """Tell which rows hold integers only, to 1/400."""
-    return (rows - rows.round()).abs().amax(dim=1) < 1 / 400
+    coarser = (given / scale).where(scale > given * (1 + 1e-6), 1)
+    codes = (codes * coarser.view(-1, *[1] * (codes.dim() - 1))).round()
+    return WeightCodes(codes.to(torch.int8), scale)
 
 
 def n_bits_needed(codes: Tensor) -> int:
@@ -160,13 +90,12 @@ def n_bits_needed(codes: Tensor) -> int:
     return max(2, 1 + math.ceil(math.log2(max(high + 1, -low, 1))))
 
 
-@torch.no_grad()
-def with_integers(net: nn.Module, layers: Mapping[str, IntegerLayer]) -> nn.Module:
-    """Return a copy of the network with the layers' dequantized weights and biases."""
-    net = copy.deepcopy(net)
-    for name, layer in layers.items():
-        module = net.get_submodule(name)
-        module.weight.copy_(layer.weight())
-        if module.bias is not None:
-            module.bias.copy_(layer.dequantized_bias())
-    return net
+def with_integers(graph: fx.GraphModule, integers: Mapping[str, IntegerLayer]) -> fx.GraphModule:
+    """Return a copy of the graph with the layers' dequantized weights and biases, by name."""
+    graph = copy_graph(graph)
+    for name, layer in layers(graph).items():
+        if name in integers:
+            set_constant(graph, layer, "weight", integers[name].weight())
+            set_constant(graph, layer, "bias", integers[name].dequantized_bias())
+    graph.recompile()
+    return graph

@@ -1,136 +1,120 @@
-"""A quantized network in integers: from the calls of a network to steps, which simulate an engine.
+"""A quantized network in integers: from an exported graph to operations, which simulate an engine.
 
-What the steps compute is defined in engine/deploy/integer_operations.py.
+What the operations compute is defined in engine/deploy/integer_operations.py.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from engine.deploy.integer_layers import Grid, IntegerLayer
-from engine.deploy.integer_operations import (
-    RELU,
-    RELU6,
-    Arithmetic,
-    Flatten,
-    GlobalPool,
-    Layer,
-    MaxPool,
-    Pad,
-    Quantize,
-    Rectify,
-    Reorder,
-    Slice,
-    Step,
-    Sum,
+from engine.deploy.integer_layers import IntegerLayer, make_integer_layer
+from engine.deploy.integer_moves import Move, Pad
+from engine.deploy.integer_operations import Arithmetic, IntegerOperation, Layer, Rescale, Sum
+from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
+from engine.deploy.supported import (
+    NO_VALUES,
+    OPERATIONS,
+    SPLITS,
+    Stage,
+    check_supported,
+    name_of,
+    operands,
+    refuse,
 )
-from engine.networks.graph import Call, NetworkGraph
+from engine.networks.exported import Operation
+from engine.quantization.grids import Grid, OnGrid
 from engine.system.errors import NetworkError
+
+NONE: Mapping = MappingProxyType({})
+RESERVED = ("images", "pixels", "scaled", "input", "input_codes", "logits")  # of ONNX models
 
 
 class IntegerNetwork(nn.Module):
-    """The steps of a network; calling it simulates the engine exactly.
+    """The operations of a network; calling it simulates the engine exactly.
 
     Attributes:
-        steps: in the order in which they run.
+        operations: in the order in which they run.
         output: name of the value that is the logits.
+        values_of: by name, those nodes of the graph whose values exist here, with the name and the
+            grid that they have.
     """
 
-    def __init__(self, steps: list[Step], output: str) -> None:
-        """Keep the steps."""
+    def __init__(
+        self,
+        operations: list[IntegerOperation],
+        output: str,
+        values_of: Mapping[str, tuple[str, Grid | None]] = NONE,
+    ) -> None:
+        """Keep the operations."""
         super().__init__()
-        self.steps, self.output = steps, output
+        self.operations, self.output, self.values_of = operations, output, values_of
+
+    @classmethod
+    def from_graph(
+        cls,
+        graph: fx.GraphModule,
+        grids: Mapping[str, Grid] = NONE,
+        parts: Mapping[str, tuple[OnGrid, ...] | None] = NONE,
+    ) -> "IntegerNetwork":
+        """Return the network of a folded graph, with biases on the int32 grid.
+
+        `grids` are those of the inputs of operations, by name, and `parts` those whose sum is a
+        layer's weight, by the layer's name. Without both, the network is in float, for ONNX only.
+        Raises NetworkError, in one line that names it, for an operation that has no integer form,
+        and for a value that is needed on two grids; ValueError, naming the layer, where a quantized
+        weight has no integers of 8 bits.
+        """
+        return _Builder(_Values(graph), grids, parts).network()
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
         values = {"input": x}
-        last_reader = {name: step for step in self.steps for name, _ in step.inputs()}
-        for step in self.steps:
-            _run(step, values)
-            for name, _ in step.inputs():
-                if last_reader[name] is step:  # a batch's values of all layers are gigabytes
+        last_reader = {name: each for each in self.operations for name in each.sources}
+        for each in self.operations:
+            values[each.name] = each.run(*(values[name] for name in each.sources))
+            for name in each.sources:
+                if last_reader[name] is each:  # a batch's values of all layers are gigabytes
                     values.pop(name, None)
         return values[self.output], []
 
     def values(self, x: Tensor) -> dict[str, Tensor]:
         """Return all values by name; codes are in float32."""
         values = {"input": x}
-        for step in self.steps:
-            _run(step, values)
+        for each in self.operations:
+            values[each.name] = each.run(*(values[name] for name in each.sources))
         return values
 
     def layers(self) -> list[Layer]:
-        """Return the steps that have weights."""
-        return [step for step in self.steps if isinstance(step, Layer)]
+        """Return the operations that have weights of the network's."""
+        return [each for each in self.operations if isinstance(each, Layer) and each.layer]
 
     def arithmetic(self) -> list[Arithmetic]:
-        """Return the steps that compute and round."""
-        return [step for step in self.steps if isinstance(step, Arithmetic)]
+        """Return the operations that compute with codes, and round."""
+        return [
+            each
+            for each in self.operations
+            if isinstance(each, Arithmetic) and None not in each.in_grids
+        ]
 
     def integers(self) -> dict[str, IntegerLayer]:
         """Return the integers of every layer by name."""
-        return {layer.name: layer.integers for layer in self.layers()}
-
-
-def build(
-    graph: NetworkGraph, grids: Mapping[str, Grid], integers: Mapping[str, IntegerLayer]
-) -> IntegerNetwork:
-    """Return the steps of the graph; `grids` are those of the inputs of modules, by name.
-
-    Without grids and integers they are a float network's. Raises NetworkError, with its name, for
-    a call that has no step, and for a value that is needed both as codes and in another way.
-    """
-    builder = _Builder(graph, grids, integers)
-    for call in graph.calls:
-        if call.kind not in STEPS:
-            raise NetworkError(
-                f"--export: {_caller(call)} calls {call.kind}, which is not supported: there are "
-                f"{', '.join(STEPS)}"
-            )
-        STEPS[call.kind](builder, call)
-    if unused := grids.keys() - builder.used_grids:
-        raise NetworkError(f"--export: no step quantizes {', '.join(sorted(unused))}")
-    network = IntegerNetwork(builder.steps, builder.names[graph.output])
-    _check_steps(network, builder.makers)
-    return network
-
-
-def _run(step: Step, values: dict[str, Tensor]) -> None:
-    """Add the step's result to the values so far, by name."""
-    values[step.name] = step.run(*(values[name] for name, _ in step.inputs()))
-
-
-def _check_steps(network: IntegerNetwork, makers: Mapping[str, Step]) -> None:
-    """Raise NetworkError where a value is needed in two ways, or a result stays in float."""
-    for step in network.steps:
-        for name, grid in step.inputs():
-            maker = makers.get(name)
-            if grid != (maker.out_grid if maker else None):
-                raise NetworkError(
-                    f"--export: {step.name}: its input is quantized for another layer in another "
-                    "way, as with --keep_first_last"
-                )
-    for step in network.arithmetic():
-        if step.in_grid and not step.out_grid and step.name != network.output:
-            raise NetworkError(f"--export: {step.name}: what reads its output does not quantize it")
+        return {each.layer: each.integers for each in self.layers()}
 
 
 def shared_ranges(
-    graph: NetworkGraph, ranges: Mapping[str, tuple[float, float]]
+    graph: fx.GraphModule, ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, tuple[float, float]]:
     """Return the ranges, by name, with one for all inputs that are, or are part of, one tensor.
 
     It holds all of theirs: an engine keeps a tensor on one grid, whoever reads it.
     """
-    origin: dict[int, int] = {}  # of what reorders a value: that value
-    readers: dict[int, list[str]] = defaultdict(list)
-    for call in graph.calls:
-        for value, name in zip(call.inputs, call.input_names, strict=False):
-            if name in ranges:
-                readers[origin.get(value, value)].append(name)
-        if call.kind in REORDERS:
-            origin[call.output] = origin.get(call.inputs[0], call.inputs[0])
+    values = _Values(graph)
+    readers: dict[fx.Node, list[str]] = defaultdict(list)
+    for name, source in values.inputs():
+        if name in ranges:
+            readers[values.tensor[source]].append(name)
     shared = dict(ranges)
     for names in readers.values():
         low, high = zip(*(ranges[name] for name in names), strict=True)
@@ -138,171 +122,192 @@ def shared_ranges(
     return shared
 
 
-def _caller(call: Call) -> str:
-    """Return what to call the module of a call."""
-    return call.name or "the network"
+class _Values:
+    """The values of a graph, and which of them an engine keeps on one grid.
+
+    Attributes:
+        nodes: whose values are tensors computed from images, in the order in which they run.
+        stages: the integer operations of each node; a ReLU that is part of others has none.
+        tensor: by node, the one that stands for all whose values are on its grid.
+        bounds: of the ReLUs that are part of an operation, by its node.
+        unrectified: the nodes whose own value does not exist, as a ReLU is applied before.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.output: fx.Node = next(iter(reversed(graph.graph.nodes))).args[0]
+        [self.images] = graph.graph.find_nodes(op="placeholder")
+        self.nodes = [
+            node
+            for node in graph.graph.nodes
+            if node.op == "call_function" and node.target not in (*NO_VALUES, *SPLITS)
+        ]
+        check_supported(self.nodes)
+        self.stages: dict[fx.Node, list[Stage]] = {}
+        self.tensor = {self.images: self.images}
+        self.bounds: dict[fx.Node, Bounds] = {}
+        self.unrectified: set[fx.Node] = set()
+        for node in self.nodes:
+            self._add(node)
+
+    def inputs(self) -> list[tuple[str, fx.Node]]:
+        """Return the names of all inputs of operations, and the values that they are."""
+        named = [Operation(node) for node in self.nodes if "name" in node.meta]
+        return [(name, each.source(name)) for each in named for name in each.inputs]
+
+    def _add(self, node: fx.Node) -> None:
+        stages = OPERATIONS[node.target](node)
+        if stages and stages[0][0] is Rescale and self._join(node, stages[0][1]["bounds"]):
+            stages = []
+        self.stages[node] = stages
+        self.tensor[node] = node
+        if all(issubclass(kind, Move) for kind, _ in stages):
+            joined = {self.tensor[source] for source in operands(node)} | {node}
+            first, *_ = (each for each in self.tensor if each in joined)
+            self.tensor |= {k: first for k, each in self.tensor.items() if each in joined}
+
+    def _join(self, node: fx.Node, bounds: Bounds) -> bool:
+        """Make a ReLU part of the operations whose values it alone reads, or tell that it is not.
+
+        Values may be moved between: max-pooling and ReLU are the same in either order.
+        """
+        passed: set[fx.Node] = set()
+        makers = self._makers(node.args[0], passed, bounds[0] <= 0 <= bounds[1])
+        joined = {}
+        for maker in makers:
+            own = self.stages[maker][0][1].get("bounds", UNBOUNDED)
+            low, high = self.bounds.get(maker, own)
+            joined[maker] = max(low, bounds[0]), min(high, bounds[1])
+        if not makers or any(low > high for low, high in joined.values()):
+            return False
+        self.bounds |= joined
+        self.unrectified |= passed
+        return True
+
+    def _makers(self, node: fx.Node, passed: set[fx.Node], has_zero: bool) -> list[fx.Node]:
+        """Return what computes the value; none where others read it, too.
+
+        `passed` gains these and what moves their values; `has_zero`: the ReLU keeps zeros.
+        """
+        readers = [user for user in node.users if user.target not in NO_VALUES]
+        if len(readers) != 1 or node not in self.stages:
+            return []
+        passed.add(node)
+        kinds = [kind for kind, _ in self.stages[node]]
+        if kinds and issubclass(kinds[0], Arithmetic):
+            return [node]
+        makers = [self._makers(source, passed, has_zero) for source in operands(node)]
+        return sum(makers, []) if all(makers) and (has_zero or Pad not in kinds) else []
 
 
 class _Builder:
-    """The steps so far."""
+    """From values to operations."""
 
     def __init__(
-        self, graph: NetworkGraph, grids: Mapping[str, Grid], integers: Mapping[str, IntegerLayer]
+        self,
+        values: _Values,
+        grids: Mapping[str, Grid],
+        parts: Mapping[str, tuple[OnGrid, ...] | None],
     ) -> None:
-        self.grids, self.integers = grids, integers
-        self.n_readers = Counter(i for call in graph.calls for i in call.inputs)
-        self.used_grids: set[str] = set()  # by name
-        self.steps: list[Step] = []
-        self.names = {0: "input"}  # of values
-        self.makers: dict[str, Step] = {}  # by name of what they make
+        self.values, self.parts, self.is_float = values, parts, not grids
+        self.operations: list[IntegerOperation] = []
+        self.names = {values.images: "input"}
+        self.taken = Counter(RESERVED)
+        self.grids = self._grids_of_tensors(grids)
 
-    def add(self, step: Step, call: Call | None = None) -> None:
-        """Add a step, of a call."""
-        self.steps.append(step)
-        self.makers[step.name] = step
-        if call:
-            self.names[call.output] = step.name
+    def _grids_of_tensors(self, grids: Mapping[str, Grid]) -> dict[fx.Node, Grid]:
+        """Return the grid of each tensor that is quantized, by the node that stands for it."""
+        found: dict[fx.Node, Grid] = {}
+        inputs = [(name, self.values.tensor[source]) for name, source in self.values.inputs()]
+        for name, tensor in inputs:
+            if name in grids and found.setdefault(tensor, grids[name]) != grids[name]:
+                raise _conflict(name)
+        for name, tensor in inputs:
+            if name not in grids and tensor in found and ".cat" not in f".{name}":
+                raise _conflict(name)
+        if unused := grids.keys() - {name for name, _ in inputs}:
+            raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
+        if self._grid(self.values.output, found):
+            raise refuse(self.values.output, "the logits are quantized for another operation")
+        return found
 
-    def name_step(self, call: Call) -> str:
-        """Return a name for what the call makes: the module's, or one that no other has."""
-        is_new = call.module is not None and call.name not in self.makers
-        return call.name if is_new else f"{call.name}/{call.kind}{call.output}".lstrip("/")
+    def _grid(self, node: fx.Node, grids: Mapping[fx.Node, Grid] | None = None) -> Grid | None:
+        return (self.grids if grids is None else grids).get(self.values.tensor[node])
 
-    def readers_of(self, name: str) -> int:
-        """Return how many calls read any of the values that have this name."""
-        return max(self.n_readers[value] for value, of in self.names.items() if of == name)
+    def network(self) -> IntegerNetwork:
+        """Return the network."""
+        images = self.values.images
+        if grid := self._grid(images):
+            self.operations.append(Rescale("input_codes", ("input",), (None,), grid))
+            self.names[images] = "input_codes"
+        for node in self.values.nodes:
+            self._add(node)
+        values_of = {
+            node.name: (name, self._grid(node))
+            for node, name in self.names.items()
+            if node not in self.values.unrectified
+        }
+        return IntegerNetwork(self.operations, self.names[self.values.output], values_of)
 
-    def sources(self, call: Call) -> list[tuple[str, Grid | None]]:
-        """Return the call's inputs and their grids: codes where there is a grid for them."""
-        sources = []
-        for value, input_name in zip(call.inputs, call.input_names, strict=False):
-            name, grid = self.names[value], self.grids.get(input_name)
-            if grid:
-                self.used_grids.add(input_name)
-                name = self.as_codes(name, grid)
-            sources.append((name, grid))
-        return sources
+    def _add(self, node: fx.Node) -> None:
+        """Add the operations of a node."""
+        sources, stages = operands(node), self.values.stages[node]
+        self.names[node] = self.names[sources[0]]
+        if not stages:
+            return
+        grid, name = self._grid(node), self._name(node)
+        names = tuple(self.names[source] for source in sources)
+        in_grids = tuple(self._grid(source) for source in sources)
+        for i, (kind, options) in enumerate(stages):
+            if issubclass(kind, Arithmetic) and not self.is_float:
+                self._check(node, kind, names, in_grids)
+            options = self._options(node, options, in_grids) if i == 0 else options
+            own = name if i == 0 else f"{name}.{kind.__name__.lower()}"
+            self.operations.append(kind(own, names, in_grids, grid, **options))
+            names, in_grids = (own,), (grid,)
+        self.names[node] = own
 
-    def as_codes(self, name: str, grid: Grid) -> str:
-        """Have the value made as codes and return the codes' name; `build` checks for conflicts."""
-        step = self.makers.get(name)
-        if step is None:  # the network's input
-            name = f"{name}_codes"
-            if name not in self.makers:
-                self.add(Quantize(name, "input", None, grid))
-        elif step.out_grid is None:
-            step.out_grid = grid
-            if isinstance(step, Reorder):  # the same of codes as of what they stand for
-                step.source, step.in_grid = self.as_codes(step.source, grid), grid
-        return name
+    def _name(self, node: fx.Node) -> str:
+        """Return a name for the node's value that no other has."""
+        name = name_of(node)
+        self.taken[name] += 1
+        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
 
+    def _check(self, node: fx.Node, kind: type, names: tuple, in_grids: tuple) -> None:
+        """Raise NetworkError where a value would stay in float."""
+        if kind is Rescale:
+            return
+        if None in in_grids and kind is Sum:
+            raise refuse(node, "the sum would stay in float: --quantize_sums is needed")
+        if None in in_grids:
+            raise refuse(node, "nothing quantizes its input")
+        if kind is Sum and names[0] == names[1]:
+            raise refuse(node, "a sum of a tensor and itself is not supported")
+        is_result = self.values.tensor[node] is self.values.tensor[self.values.output]
+        if not self._grid(node) and not is_result:
+            raise refuse(node, "what reads its output does not quantize it")
 
-def _add_layer(builder: _Builder, call: Call) -> None:
-    """Add a convolution or linear layer."""
-    if isinstance(call.module, nn.Conv2d) and call.module.padding_mode != "zeros":
-        raise NetworkError(f"--export: {call.name}: only padding by zeros is supported")
-    [(source, grid)] = builder.sources(call)
-    integers = builder.integers.get(call.name)
-    name = builder.name_step(call)
-    builder.add(Layer(name, source, grid, module=call.module, integers=integers), call)
-
-
-def _add_sum(builder: _Builder, call: Call) -> None:
-    """Add a residual sum."""
-    sources = builder.sources(call)
-    if len(sources) != 2 or call.arguments:  # such as alpha
-        raise NetworkError(f"--export: {_caller(call)}: only sums of two tensors are supported")
-    (a, a_grid), (b, b_grid) = sources
-    if builder.grids and None in (a_grid, b_grid):
-        raise NetworkError(
-            f"--export: {_caller(call)}: the sum would stay in float: --quantize_sums is needed"
-        )
-    if a == b:
-        raise NetworkError(
-            f"--export: {_caller(call)}: a sum of a tensor and itself is not supported"
-        )
-    name = builder.name_step(call)
-    builder.add(Sum(name, a, a_grid, other=b, other_grid=b_grid), call)
-
-
-def _add_relu(builder: _Builder, call: Call) -> None:
-    """Make the ReLU part of the step before it, where nothing else reads what is between them."""
-    low, high = RECTIFIERS[call.kind]
-    name = builder.names[call.inputs[0]]
-    step, is_alone = builder.makers.get(name), builder.readers_of(name) == 1
-    while isinstance(step, Reorder) and is_alone:  # max-pooling and ReLU: in either order the same
-        is_alone = builder.readers_of(step.source) == 1
-        step = builder.makers.get(step.source)
-    if isinstance(step, Arithmetic) and is_alone:
-        step.bounds = max(low, step.bounds[0]), min(high, step.bounds[1])
-        builder.names[call.output] = name
-    else:
-        builder.add(Rectify(builder.name_step(call), name, bounds=(low, high)), call)
-
-
-def _add_global_pool(builder: _Builder, call: Call) -> None:
-    """Add average pooling to one pixel; to as many pixels as there are, it changes nothing."""
-    size = call.module.output_size if call.module is not None else call.arguments[0]
-    size = size if isinstance(size, tuple) else (size, size)
-    [(source, grid)] = builder.sources(call)
-    if size == call.in_shape[1:]:
-        builder.names[call.output] = source
-    elif size == (1, 1):
-        builder.add(GlobalPool(builder.name_step(call), source, grid), call)
-    else:
-        raise NetworkError(f"--export: {_caller(call)}: only pooling to one pixel is supported")
+    def _options(self, node: fx.Node, options: dict, in_grids: tuple) -> dict:
+        """Return the options of an operation, with its ReLU and a layer's integers."""
+        if node in self.values.bounds:
+            options = options | {"bounds": self.values.bounds[node]}
+        if "product" not in options or self.is_float:
+            return {key: value for key, value in options.items() if key != "parts"}
+        options = dict(options)
+        name = options.get("layer")
+        parts = options.pop("parts", self.parts.get(name, ()))
+        if parts is None:
+            raise ValueError(f"{name}: its quantizer returns floats only: they cannot be exported")
+        if parts:
+            try:
+                options["integers"] = make_integer_layer(parts, options.get("bias"), *in_grids)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return options
 
 
-def _add_max_pool(builder: _Builder, call: Call) -> None:
-    """Add max-pooling."""
-    name = builder.names[call.inputs[0]]
-    builder.add(MaxPool(builder.name_step(call), name, module=call.module), call)
-
-
-def _add_flatten(builder: _Builder, call: Call) -> None:
-    """Add flattening of all dimensions but the batch."""
-    if (call.arguments or (1,)) != (1,):
-        raise NetworkError(f"--export: {_caller(call)}: only flatten(1) is supported")
-    builder.add(Flatten(builder.name_step(call), builder.names[call.inputs[0]]), call)
-
-
-def _add_slice(builder: _Builder, call: Call) -> None:
-    """Add every n-th element."""
-    [index] = call.arguments
-    index = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(i, slice) and i.start is None and i.stop is None for i in index):
-        raise NetworkError(
-            f"--export: {_caller(call)}: only slices such as x[:, :, ::2] are supported"
-        )
-    builder.add(Slice(builder.name_step(call), builder.names[call.inputs[0]], index=index), call)
-
-
-def _add_pad(builder: _Builder, call: Call) -> None:
-    """Add zeros."""
-    widths, mode, value = (*call.arguments, "constant", None)[:3]
-    if mode != "constant" or value or min(widths) < 0:
-        raise NetworkError(f"--export: {_caller(call)}: only padding by zeros is supported")
-    name = builder.names[call.inputs[0]]
-    builder.add(Pad(builder.name_step(call), name, widths=tuple(widths)), call)
-
-
-def _add_nothing(builder: _Builder, call: Call) -> None:
-    """Give the output the name of the input."""
-    builder.names[call.output] = builder.names[call.inputs[0]]
-
-
-STEPS: dict[str, Callable[[_Builder, Call], None]] = {
-    "conv": _add_layer,
-    "linear": _add_layer,
-    "relu": _add_relu,
-    "relu6": _add_relu,
-    "add": _add_sum,
-    "global_pool": _add_global_pool,
-    "max_pool": _add_max_pool,
-    "flatten": _add_flatten,
-    "slice": _add_slice,
-    "pad": _add_pad,
-    "identity": _add_nothing,
-}
-RECTIFIERS = {"relu": RELU, "relu6": RELU6}  # bounds of calls of that kind
-REORDERS = {"max_pool", "flatten", "slice", "pad", "identity"}  # kinds that keep values
+def _conflict(name: str) -> NetworkError:
+    """Return the error of a value that is needed on two grids, or also in float."""
+    return NetworkError(
+        f"--export: {name}: its input is quantized for another layer in another way, as with "
+        "--keep_first_last"
+    )

@@ -1,7 +1,7 @@
-"""The steps of a quantized network in integer arithmetic, and their exact simulation.
+"""Operations of a quantized network in integer arithmetic: their exact simulation, and as ONNX.
 
-The steps are what an integer engine runs, with one definition of everything that engines could do
-in another way (all in float32, rounding half to even):
+The operations are what an integer engine runs, with one definition of everything that engines could
+do in another way (all in float32, rounding half to even):
 
 - an input becomes round(x / scale) + zero_point, clamped to its codes;
 - a layer sums products of integers and its int32 bias without error. Where a quantizer follows, the
@@ -9,213 +9,274 @@ in another way (all in float32, rounding half to even):
   follows (logits), the result is the sum times scale_x·scale_w;
 - a layer of two weights adds its two sums, each times its scale; the result is divided by scale_y;
 - a ReLU6 is a ReLU and the clamp to the code of 6;
-- global average pooling rounds the sum of codes times scale_x / (scale_y·H·W);
+- global average pooling rounds the sum of codes times scale_x / (scale_y·H·W); average pooling to
+  several pixels is a layer whose weights are ones of scale 1 / (number of pixels);
 - a residual sum of codes a and b is r_a·a + (r_b·b + c), rounded and clamped once, with r_a =
   scale_a / scale_y, r_b alike and c = zero_y − (r_a·zero_a + r_b·zero_b). A product is not rounded
   before it is added: these are fused multiply-adds;
 - what moves or selects values does it with codes; padding is the code of 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.deploy.integer_layers import Grid, IntegerLayer, WeightCodes
+from engine.deploy.integer_layers import MAX_CODE, IntegerLayer, WeightCodes
+from engine.deploy.onnx_emitter import UNBOUNDED, Bounds, Emitter
+from engine.quantization.grids import Grid
 
 EXACT_IN_FLOAT32 = 2**24  # integers up to this are sums without rounding
-UNBOUNDED, RELU, RELU6 = (-inf, inf), (0.0, inf), (0.0, 6.0)  # least and largest value
+TRIAL_SIZE = 6  # pixels of images that an operation is tried on alone
 
 
 @dataclass
-class Step:
-    """One step: it makes the value `name` from the value `source`.
+class IntegerOperation:
+    """One operation: `run` makes the value `name` of the values `sources`, `emit` adds it to ONNX.
 
-    `in_grid` and `out_grid` are those of codes; None: the value is in float32.
+    `in_grids` are those of the sources and `out_grid` that of the result: codes, in float32. None:
+    values in float32.
     """
 
     name: str
-    source: str
-    in_grid: Grid | None = None
-    out_grid: Grid | None = None
+    sources: tuple[str, ...]
+    in_grids: tuple[Grid | None, ...]
+    out_grid: Grid | None
 
-    def inputs(self) -> list[tuple[str, Grid | None]]:
-        """Return the names and grids of what `run` takes, in order."""
-        return [(self.source, self.in_grid)]
+    def run(self, *values: Tensor) -> Tensor:
+        """Return the result of the sources' values, in order."""
+        raise NotImplementedError
 
-
-@dataclass
-class Quantize(Step):
-    """Float to codes."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map floats to codes, in float32."""
-        return _round_to_codes(x, self.out_grid)
+    def emit(self, onnx: Emitter) -> None:
+        """Add the nodes that make the value called `name`."""
+        raise NotImplementedError
 
 
 @dataclass
-class Arithmetic(Step):
-    """A step that computes and then rounds once.
+class Arithmetic(IntegerOperation):
+    """An operation that computes and then rounds once.
 
     `bounds` are those of the ReLU or ReLU6 that is part of it.
     """
 
-    bounds: tuple[float, float] = UNBOUNDED
+    bounds: Bounds = UNBOUNDED
+
+    def trial_codes(self, generator: torch.Generator) -> list[Tensor]:
+        """Return inputs, uint8, at random."""
+        shape = (4, 16, TRIAL_SIZE, TRIAL_SIZE)
+        return [
+            torch.randint(0, grid.max_code + 1, shape, generator=generator).to(torch.uint8)
+            for grid in self.in_grids
+        ]
+
+    def result_name(self) -> str:
+        """Return the name of the result before rounding, or before its ReLU."""
+        is_last = not self.out_grid and self.bounds == UNBOUNDED
+        return self.name if is_last else f"{self.name}.result"
+
+
+@dataclass
+class Rescale(Arithmetic):
+    """Floats or codes to codes of the output's grid, within bounds: quantization, ReLU."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """Map floats or codes to floats or codes."""
+        [grid] = self.in_grids
+        return _finish(grid.dequantize(x) if grid else x, self.out_grid, self.bounds)
+
+    def emit(self, onnx: Emitter) -> None:
+        """Add a QuantizeLinear or, in float, what clamps."""
+        [source] = self.sources
+        onnx.finish(onnx.as_float(source), self.name, self.out_grid, self.bounds)
 
 
 @dataclass
 class Layer(Arithmetic):
-    """A convolution or linear layer; `integers` is None in a float network."""
+    """A convolution or linear layer.
 
-    module: nn.Conv2d | nn.Linear = None
+    Attributes:
+        layer: its name in the graph; None for average pooling.
+        product: PyTorch's function of (x, weight, bias, *geometry).
+        geometry: stride, padding, dilation and groups, as far as they are given.
+        weight, bias: those of the float network.
+        integers: None in a float network.
+    """
+
+    layer: str | None = None
+    product: Callable[..., Tensor] = F.linear
+    geometry: tuple = ()
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     integers: IntegerLayer | None = None
 
     def run(self, x: Tensor) -> Tensor:
         """Map codes, in float32, to codes or floats."""
         first, *others = self.integers.parts
-        total = self._product(x, first).to(torch.int32)
-        total = (total + self._column(self.integers.bias, total)).float()
+        total = self._sum(x, first).to(torch.int32)
+        total = (total + _column(self.integers.bias, total)).float()
         scale = self.integers.product_scale(first)
         if not others and self.out_grid:
-            scale = self._column(scale / self.out_grid.scale, total)
+            scale = _column(scale / self.out_grid.scale, total)
             return _to_codes(total * scale, self.out_grid, self.bounds)
-        y = total * self._column(scale, total)
+        y = total * _column(scale, total)
         for part in others:
-            scale = self._column(self.integers.product_scale(part), y)
-            y = y + self._product(x, part).to(torch.int32).float() * scale
+            scale = _column(self.integers.product_scale(part), y)
+            y = y + self._sum(x, part).to(torch.int32).float() * scale
         return _finish(y, self.out_grid, self.bounds)
 
     def trial_codes(self, generator: torch.Generator) -> list[Tensor]:
         """Return inputs, uint8, whose sums are large: all of the largest code, and half of them."""
-        m = self.module
-        shape = (m.in_features,) if isinstance(m, nn.Linear) else (m.in_channels, 6, 6)
-        codes = torch.randint(0, 2, (4, *shape), generator=generator)
+        _, _, dilation, groups = self._conv_options()
+        w = self.weight
+        sizes = [d * k + TRIAL_SIZE - 1 for d, k in zip(dilation, w.shape[2:], strict=True)]
+        codes = torch.randint(0, 2, (4, w.shape[1] * groups, *sizes), generator=generator)
         codes[0] = 1
-        return [(codes * self.in_grid.max_code).to(torch.uint8)]
+        return [(codes * self.in_grids[0].max_code).to(torch.uint8)]
 
-    def _product(self, x: Tensor, part: WeightCodes) -> Tensor:
+    def _sum(self, x: Tensor, part: WeightCodes) -> Tensor:
         """Return the sum of products of integers, exact."""
-        most = part.codes.float().abs().flatten(1).sum(1).max() * self.in_grid.max_abs
+        [grid] = self.in_grids
+        most = part.codes.float().abs().flatten(1).sum(1).max() * grid.max_abs
         is_exact = most < EXACT_IN_FLOAT32 and x.device.type == "cpu"
         dtype = torch.float32 if is_exact else torch.float64
-        x = (x - self.in_grid.zero_point if self.in_grid.zero_point else x).to(dtype)
-        w = part.codes.to(x.device, dtype)
-        if isinstance(self.module, nn.Linear):
-            return F.linear(x, w).round()
-        m = self.module
-        return F.conv2d(x, w, None, m.stride, m.padding, m.dilation, m.groups).round()
+        x = (x - grid.zero_point if grid.zero_point else x).to(dtype)
+        return self.product(x, part.codes.to(x.device, dtype), None, *self.geometry).round()
 
-    @staticmethod
-    def _column(values: Tensor, like: Tensor) -> Tensor:
-        """View a value for each output channel so that it broadcasts over `like`."""
-        return values.to(like.device).view(-1, *[1] * (like.dim() - 2))
+    def _conv_options(self) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
+        """Return strides, padding before and after, and dilations of each dimension, and groups."""
+        kernel = self.weight.shape[2:]
+        defaults = ([1], [0], [1], 1)
+        stride, padding, dilation, groups = (*self.geometry, *defaults[len(self.geometry) :])
+        stride, dilation = (
+            list(v) * len(kernel) if len(v) == 1 else list(v) for v in (stride, dilation)
+        )
+        if isinstance(padding, str):
+            is_same = padding == "same"
+            totals = [is_same * d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            return stride, [(n // 2, n - n // 2) for n in totals], dilation, groups
+        padding = list(padding) * len(kernel) if len(padding) == 1 else padding
+        return stride, [(n, n) for n in padding], dilation, groups
+
+    def _attributes(self) -> dict[str, object]:
+        """Return the attributes of a convolution's node."""
+        stride, padding, dilation, groups = self._conv_options()
+        pads = [before for before, _ in padding] + [after for _, after in padding]
+        kernel = list(self.weight.shape[2:])
+        return {
+            "strides": stride,
+            "pads": pads,
+            "dilations": dilation,
+            "group": groups,
+            "kernel_shape": kernel,
+        }
+
+    def emit(self, onnx: Emitter) -> None:
+        """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
+        name, integers = self.name, self.integers
+        if integers and len(integers.parts) > 1:
+            self._emit_integer_sums(onnx)
+            return
+        if integers:
+            [part] = integers.parts
+            w = onnx.dequantize_constant(f"{name}.weight", part.codes, part.scale)
+            scale = integers.product_scale(part)
+            b = onnx.dequantize_constant(f"{name}.bias", integers.bias, scale)
+        else:
+            bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
+            w = onnx.constant(f"{name}.weight", self.weight.detach().cpu().contiguous())
+            b = onnx.constant(f"{name}.bias", bias.detach().cpu())
+        inputs = [onnx.as_float(self.sources[0]), w, b]
+        is_linear = self.weight.dim() == 2
+        options = {"transB": 1} if is_linear else self._attributes()
+        y = onnx.node("Gemm" if is_linear else "Conv", inputs, self.result_name(), **options)
+        onnx.finish(y, name, self.out_grid, self.bounds)
+
+    def _emit_integer_sums(self, onnx: Emitter) -> None:
+        """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
+        total, shape = None, [-1] + [1] * (self.weight.dim() - 2)
+        for i, part in enumerate(self.integers.parts[: onnx.n_parts]):
+            name = f"{self.name}.part{i}"
+            y = self._emit_integer_sum(onnx, name, part)
+            if i == 0:
+                bias = onnx.constant(f"{self.name}.bias", self.integers.bias.view(shape))
+                y = onnx.node("Add", [y, bias], f"{name}.sum_bias")
+            y = onnx.cast_to_float(y, f"{name}.float")
+            scale = onnx.constant(f"{name}.scale", self.integers.product_scale(part).view(shape))
+            y = onnx.node("Mul", [y, scale], f"{name}.scaled")
+            total = onnx.node("Add", [total, y], f"{name}.total") if total else y
+        onnx.finish(total, self.name, self.out_grid, self.bounds)
+
+    def _emit_integer_sum(self, onnx: Emitter, name: str, part: WeightCodes) -> str:
+        """Add the sum of products of one part and return its name.
+
+        Codes of a convolution are uint8 with the zero point 128: ONNX Runtime's kernel for those is
+        four times as fast as that for int8.
+        """
+        [source] = self.sources
+        zero_point = onnx.grid_constants(source, self.in_grids[0])[1]
+        if self.weight.dim() == 2:
+            codes = onnx.constant(f"{name}.codes", part.codes.T.contiguous())
+            return onnx.node("MatMulInteger", [source, codes, zero_point], f"{name}.sum")
+        unsigned = (part.codes.int() + MAX_CODE).to(torch.uint8)
+        codes = onnx.constant(f"{name}.codes", unsigned)
+        middle = onnx.constant("code.middle", np.uint8(MAX_CODE))
+        inputs = [source, codes, zero_point, middle]
+        return onnx.node("ConvInteger", inputs, f"{name}.sum", **self._attributes())
 
 
 @dataclass
 class Sum(Arithmetic):
-    """The sum of the values `source` and `other`, of one shape: of codes, or both of floats."""
-
-    other: str = ""
-    other_grid: Grid | None = None
-
-    def inputs(self) -> list[tuple[str, Grid | None]]:
-        """Return the names and grids of both operands."""
-        return [(self.source, self.in_grid), (self.other, self.other_grid)]
+    """The sum of two values of one shape: of codes, or both of floats."""
 
     def run(self, a: Tensor, b: Tensor) -> Tensor:
         """Map codes, in float32, to codes or floats."""
         if self.out_grid is None:
-            y = self.in_grid.dequantize(a) + self.other_grid.dequantize(b)
-            return y.clamp(*self.bounds)
+            y, other = (g.dequantize(x) for g, x in zip(self.in_grids, (a, b), strict=True))
+            return (y + other).clamp(*self.bounds)
         (r_a, zero_a), (r_b, zero_b) = (
             (torch.tensor(grid.scale) / self.out_grid.scale, grid.zero_point)
-            for _, grid in self.inputs()
+            for grid in self.in_grids
         )
         c = self.out_grid.zero_point - (r_a * zero_a + r_b * zero_b)
         y = _multiply_add(a, r_a, _multiply_add(b, r_b, c))
         low, high = self.out_grid.code_range(self.bounds)
         return y.round().clamp_(low, high)
 
-    def trial_codes(self, generator: torch.Generator) -> list[Tensor]:
-        """Return inputs, uint8, at random."""
-        return [
-            torch.randint(0, grid.max_code + 1, (4, 16, 6, 6), generator=generator).to(torch.uint8)
-            for _, grid in self.inputs()
-        ]
+    def emit(self, onnx: Emitter) -> None:
+        """Add an Add of dequantized values."""
+        operands = [onnx.as_float(name) for name in self.sources]
+        y = onnx.node("Add", operands, self.result_name())
+        onnx.finish(y, self.name, self.out_grid, self.bounds)
 
 
 @dataclass
-class GlobalPool(Step):
+class GlobalPool(Arithmetic):
     """The mean over all pixels."""
 
     def run(self, x: Tensor) -> Tensor:
         """Map codes (B, C, H, W) to codes or floats (B, C, 1, 1)."""
+        [grid] = self.in_grids
         n_pixels = x.shape[2] * x.shape[3]
-        total = x.sum(dim=(2, 3), keepdim=True) - n_pixels * self.in_grid.zero_point
-        scale = torch.tensor(self.in_grid.scale, device=x.device)
+        total = x.sum(dim=(2, 3), keepdim=True) - n_pixels * grid.zero_point
+        scale = torch.tensor(grid.scale, device=x.device)
         if self.out_grid is None:
-            return total * (scale / n_pixels)
-        return _to_codes(total * (scale / (self.out_grid.scale * n_pixels)), self.out_grid)
+            return (total * (scale / n_pixels)).clamp(*self.bounds)
+        scale = scale / (self.out_grid.scale * n_pixels)
+        return _to_codes(total * scale, self.out_grid, self.bounds)
+
+    def emit(self, onnx: Emitter) -> None:
+        """Add a GlobalAveragePool of dequantized values."""
+        source = onnx.as_float(self.sources[0])
+        y = onnx.node("GlobalAveragePool", [source], self.result_name())
+        onnx.finish(y, self.name, self.out_grid, self.bounds)
 
 
-@dataclass
-class Rectify(Step):
-    """A ReLU or ReLU6 that is not part of another step."""
-
-    bounds: tuple[float, float] = UNBOUNDED
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map floats to floats or codes."""
-        return _finish(x, self.out_grid, self.bounds)
-
-
-@dataclass
-class Reorder(Step):
-    """A step that only moves or selects values, codes or floats, or adds zeros."""
-
-
-@dataclass
-class MaxPool(Reorder):
-    """Max-pooling."""
-
-    module: nn.MaxPool2d = None
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, H', W')."""
-        return self.module(x)
-
-
-@dataclass
-class Flatten(Reorder):
-    """One dimension in place of channels and pixels."""
-
-    def run(self, x: Tensor) -> Tensor:
-        """Map (B, …) to (B, n)."""
-        return x.flatten(1)
-
-
-@dataclass
-class Slice(Reorder):
-    """Every n-th element of each dimension; `index` is that of Python."""
-
-    index: tuple[slice, ...] = ()
-
-    def run(self, x: Tensor) -> Tensor:
-        """Return the elements."""
-        return x[self.index]
-
-
-@dataclass
-class Pad(Reorder):
-    """Zeros around the values; `widths` are those of `F.pad`."""
-
-    widths: tuple[int, ...] = ()
-
-    def run(self, x: Tensor) -> Tensor:
-        """Return the values with zeros around them."""
-        return F.pad(x, self.widths, value=self.out_grid.zero_point if self.out_grid else 0)
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """View a value for each output channel so that it broadcasts over `like`."""
+    return values.to(like.device).view(-1, *[1] * (like.dim() - 2))
 
 
 def _multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
@@ -223,17 +284,15 @@ def _multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     return x.double().mul_(factor).add_(summand).float()
 
 
-def _finish(y: Tensor, grid: Grid | None, bounds: tuple[float, float]) -> Tensor:
+def _finish(y: Tensor, grid: Grid | None, bounds: Bounds) -> Tensor:
     """Return floats within the bounds; as codes where there is a grid."""
-    return _round_to_codes(y, grid, bounds) if grid else y.clamp(*bounds)
+    if grid is None:
+        return y.clamp(*bounds)
+    # divided by a tensor, as accelerators multiply by a number's reciprocal
+    return _to_codes(y / torch.tensor(grid.scale, device=y.device), grid, bounds)
 
 
-def _round_to_codes(x: Tensor, grid: Grid, bounds: tuple[float, float] = UNBOUNDED) -> Tensor:
-    """Round x to codes; divided by a tensor, as accelerators multiply by a number's reciprocal."""
-    return _to_codes(x / torch.tensor(grid.scale, device=x.device), grid, bounds)
-
-
-def _to_codes(x: Tensor, grid: Grid, bounds: tuple[float, float] = UNBOUNDED) -> Tensor:
+def _to_codes(x: Tensor, grid: Grid, bounds: Bounds) -> Tensor:
     """Round x, in units of the grid's scale, to codes of values within the bounds."""
     low, high = grid.code_range(bounds)
     zero_point = grid.zero_point

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.onnx_export import step_to_onnx
+from engine.deploy.onnx_export import operation_to_onnx
 from engine.system.errors import FileError
 from engine.system.extras import require
 
@@ -80,17 +80,18 @@ def optimized_nodes(model: bytes, name: str, exact_products: bool = False) -> di
     return {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(nodes)}
 
 
-def inexact_steps(net: IntegerNetwork, exact_products: bool = False) -> list[str]:
-    """Return the layers and residual sums that this processor does not compute exactly.
+def inexact_operations(net: IntegerNetwork, exact_products: bool = False) -> list[str]:
+    """Return the layers, sums and poolings that this processor does not compute exactly.
 
     Each is tried alone, on codes that show it: without VNNI, sums of two products saturate at 16
     bits, which needs weights of 8 bits.
     """
     generator = torch.Generator().manual_seed(0)
     names = []
-    for step in net.arithmetic():
-        codes = step.trial_codes(generator)
-        run = open_session(step_to_onnx(step, codes), step.name, exact_products=exact_products)
-        if not torch.equal(run(*codes).float(), step.run(*(c.float() for c in codes))):
-            names.append(step.name)
+    for each in net.arithmetic():
+        codes = each.trial_codes(generator)
+        model = operation_to_onnx(each, codes)
+        run = open_session(model, each.name, exact_products=exact_products)
+        if not torch.equal(run(*codes).float(), each.run(*(c.float() for c in codes))):
+            names.append(each.name)
     return names

@@ -1,6 +1,5 @@
 """What `quant_inference.py --verify` measures: an ONNX file against simulations and float32."""
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -11,15 +10,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from engine.deploy import onnx_session
+from engine.deploy.comparison import first_disagreement
 from engine.deploy.deployed_files import ImageDataset, read_model, to_model
-from engine.deploy.integer_network import IntegerNetwork, build
+from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
 from engine.deploy.packing import packed_bytes
 from engine.images.loader import Loader
-from engine.networks.graph import trace
 from engine.networks.outputs import run_network
 from engine.system.environment import describe_environment, processor_name
 from engine.system.extras import require
@@ -29,6 +28,7 @@ BATCHES = (1, 128)  # images at once whose times are measured
 ROUNDS, SECONDS_PER_ROUND = 5, 0.3
 DEFAULT_ENGINE = "engine, default options"
 N_NAMES = 3  # of layers in a line of the report
+N_COMPARED = 16  # images on which operations are compared one by one
 Run = Callable[[Tensor], Any]
 
 
@@ -39,23 +39,28 @@ class Compared:
     Attributes:
         integers: its exact simulation.
         simulations: networks with quantized weights and inputs that PyTorch runs, by what they are.
-        float_net: the network before it was quantized, without batch norms, on the CPU.
+        quantized: the graph with quantized weights; biases and inputs are not rounded.
+        float_net: the graph before it was quantized, without batch norms.
     """
 
     integers: IntegerNetwork
     simulations: Mapping[str, nn.Module]
-    float_net: nn.Module
+    quantized: fx.GraphModule
+    float_net: fx.GraphModule
 
 
 def verify_file(
-    args: argparse.Namespace,
+    path: Path,
     compared: Compared,
+    *,
     test: Loader,
     dataset: ImageDataset,
     source: Mapping[str, str],
 ) -> bool:
-    """Print what `verify` finds and write it beside the file; tell whether predictions agree."""
-    path = Path(args.export if args.verify is True else args.verify)
+    """Print what `verify` finds and write it beside the ONNX file; tell whether all agrees.
+
+    Raises FileError where the file is not of this source.
+    """
     model = read_model(path, source)
     measured = {"file": path.name, "source": dict(source)}
     measured |= verify(model, compared, test, dataset)
@@ -65,7 +70,7 @@ def verify_file(
     record = path.with_suffix(".verified.json")
     save_json(measured, record)
     print(f"verified: {record}")
-    return not measured["differing_predictions"]["integer"]
+    return not (measured["differing_predictions"]["integer"] or measured["disagreement"])
 
 
 def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, Any]:
@@ -74,11 +79,14 @@ def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
     `test` makes normalized batches of the test images in their order. Where this processor needs a
     session option for exact sums, the engine is measured with it, and counted without it.
     """
-    inexact = onnx_session.inexact_steps(compared.integers)
-    still_inexact = onnx_session.inexact_steps(compared.integers, True) if inexact else []
+    integers = compared.integers
+    inexact = onnx_session.inexact_operations(integers)
+    still_inexact = onnx_session.inexact_operations(integers, True) if inexact else []
     exact_products = len(still_inexact) < len(inexact)
+    first_images = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
     return {
         **compare_predictions(model, compared, test, dataset.test_images, exact_products),
+        "disagreement": first_disagreement(integers, compared.quantized.cpu(), first_images),
         "inexact_layers": inexact,
         "session_options": {onnx_session.EXACT_PRODUCTS: "1"} if exact_products else {},
         "inexact_layers_with_options": still_inexact,
@@ -86,8 +94,8 @@ def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
         "images_per_second": measure_speed(model, compared, test, dataset, exact_products),
         "bytes": {
             "file": len(model),
-            "packed": packed_bytes(compared.integers.integers()),
-            "float32": 4 * sum(p.numel() for p in compared.float_net.parameters()),
+            "packed": packed_bytes(integers.integers()),
+            "float32": 4 * sum(each.numel() for each in compared.float_net.buffers()),
         },
         "onnxruntime": require("onnxruntime", "--verify").__version__,
         "environment": describe_environment(),
@@ -103,7 +111,7 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """Return accuracies, and how far each simulation is from the engine.
 
-    Differences of logits are in units of the last layer's scale: its integers' own step. With
+    Differences of logits are in units of the last layer's scale. With
     `exact_products`, the engine with default options is compared with the integer simulation, too.
     """
     engines = _sessions(model, exact_products)
@@ -118,14 +126,14 @@ def compare_predictions(
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
     logits, labels = {name: torch.cat(parts[name]) for name in parts}, test.labels.cpu()
     last = compared.integers.layers()[-1].integers
-    step = last.product_scale(last.parts[0])
+    scale = last.product_scale(last.parts[0])
     real = logits["engine"]
     measured = {
         "n_images": len(labels),
         "accuracy": {k: (v.argmax(1) == labels).double().mean().item() for k, v in logits.items()},
         "differing_predictions": {name: _n_differing(logits[name], real) for name in nets},
         "largest_logit_difference": {
-            name: ((logits[name] - real).abs() / step).max().item() for name in nets
+            name: ((logits[name] - real).abs() / scale).max().item() for name in nets
         },
     }
     if exact_products:
@@ -169,7 +177,7 @@ def measure_speed(
         return run_network(float_net, x.mul_(scale).add_(shift))[0]
 
     runs = {**_sessions(model, exact_products), "float32 PyTorch": in_pytorch}
-    for name, other in other_models(compared, test, dataset).items():
+    for name, other in other_models(compared, dataset).items():
         runs[name] = onnx_session.open_session(other, name, exact_products=exact_products)
     speeds = {}
     for n in BATCHES:
@@ -179,13 +187,12 @@ def measure_speed(
     return speeds
 
 
-def other_models(compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, bytes]:
+def other_models(compared: Compared, dataset: ImageDataset) -> dict[str, bytes]:
     """Return the models whose speed says something beside that of the engine's.
 
     The float32 one and, where layers have two weights, those without the second.
     """
-    x = next(test.batches(0))[0][:2].cpu()
-    float_net = build(trace(compared.float_net.cpu(), x), {}, {})
+    float_net = IntegerNetwork.from_graph(compared.float_net.cpu())
     models = {"float32 ONNX Runtime": to_model(float_net, dataset, {})}
     if any(len(layer.parts) > 1 for layer in compared.integers.integers().values()):
         models["without the second sums"] = to_model(
@@ -199,13 +206,13 @@ def other_models(compared: Compared, test: Loader, dataset: ImageDataset) -> dic
 
 def _first_parts(net: IntegerNetwork) -> IntegerNetwork:
     """Return the network with the first weight of each layer only."""
-    steps = [
-        replace(s, integers=replace(s.integers, parts=s.integers.parts[:1]))
-        if isinstance(s, Layer)
-        else s
-        for s in net.steps
+    operations = [
+        replace(each, integers=replace(each.integers, parts=each.integers.parts[:1]))
+        if isinstance(each, Layer)
+        else each
+        for each in net.operations
     ]
-    return IntegerNetwork(steps, net.output)
+    return IntegerNetwork(operations, net.output)
 
 
 def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]:
@@ -285,6 +292,8 @@ def warnings(measured: Mapping[str, Any]) -> list[str]:
         )
     if names := measured["inexact_layers_with_options"]:
         lines.append(f"{_some_of(names)}: not computed exactly on this processor")
+    if line := measured["disagreement"]:
+        lines.append(line)
     if n := measured["differing_predictions"]["integer"]:
         lines.append(f"{n} of {measured['n_images']} predictions differ from the simulation")
     return lines

@@ -1,0 +1,130 @@
+"""Nodes and constants of an ONNX model, and its Q/DQ pairs.
+
+Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers, and two
+`DequantizeLinear → Add → QuantizeLinear` to a sum of integers. A grid of fewer than 8 bits is
+`QuantizeLinear → Clip` on uint8, which does not stand in the way of that.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.quantization.grids import Grid
+
+try:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+except ImportError:  # an extra; see engine/system/extras.py
+    onnx = None
+
+OPSET, IR_VERSION = 13, 7  # the first opset with scales per channel, and its format
+Bounds = tuple[float, float]
+UNBOUNDED: Bounds = (-np.inf, np.inf)
+RELU: Bounds = (0.0, np.inf)
+
+
+class Emitter:
+    """Nodes and constants so far.
+
+    Attributes:
+        n_parts: how many weights of layers that have several to write; None: all.
+        grids: of the values that are codes, by name.
+    """
+
+    def __init__(self, n_parts: int | None = None) -> None:
+        self.n_parts = n_parts
+        self.nodes: list = []
+        self.initializers: list = []
+        self.grids: dict[str, Grid] = {}
+        self.known: set[str] = set()
+
+    def model(
+        self, sources: "Sequence[onnx.ValueInfoProto]", target: "onnx.ValueInfoProto"
+    ) -> "onnx.ModelProto":
+        """Return the model of all nodes so far."""
+        graph = helper.make_graph(self.nodes, "network", sources, [target], self.initializers)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="RegulQuant",
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+        """Add a node and return the name of its output."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
+        self.known.add(output)
+        return output
+
+    def constant(self, name: str, value: object) -> str:
+        """Add a constant, a tensor or what NumPy makes one of, once, and return its name."""
+        if name not in self.known:
+            value = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+            self.initializers.append(numpy_helper.from_array(value, name))
+            self.known.add(name)
+        return name
+
+    def cast_to_float(self, x: str, name: str) -> str:
+        """Add integers → float32 and return the name of the result."""
+        return self.node("Cast", [x], name, to=TensorProto.FLOAT)
+
+    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Add what makes the network's input of uint8 images."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+        scale = self.constant("normalize.scale", (1 / (255 * std)).float())
+        shift = self.constant("normalize.shift", (-mean / std).float())
+        scaled = self.node("Mul", [self.cast_to_float("images", "pixels"), scale], "scaled")
+        self.node("Add", [scaled, shift], "input")
+
+    def grid_constants(self, name: str, grid: Grid) -> list[str]:
+        """Return the names of scale and zero point of a value."""
+        return [
+            self.constant(f"{name}.scale", np.float32(grid.scale)),
+            self.constant(f"{name}.zero_point", np.uint8(grid.zero_point)),
+        ]
+
+    def quantize(self, x: str, name: str, grid: Grid, bounds: Bounds = UNBOUNDED) -> None:
+        """Add float → codes called `name`, of values within the bounds."""
+        low, high = grid.code_range(bounds)
+        clipped = (low, high) != (0, 255)
+        target = f"{name}.rounded" if clipped else name
+        self.node("QuantizeLinear", [x, *self.grid_constants(name, grid)], target)
+        self.grids[name] = grid
+        if clipped:
+            limits = [self.constant(f"code.{n}", np.uint8(n)) for n in (low, high)]
+            self.node("Clip", [target, *limits], name)
+
+    def finish(self, y: str, name: str, grid: Grid | None, bounds: Bounds) -> None:
+        """Add what comes after a result y: rounding within its bounds, or these alone."""
+        if grid:
+            self.quantize(y, name, grid, bounds)
+        elif bounds == RELU:
+            self.node("Relu", [y], name)
+        elif bounds == UNBOUNDED:
+            if y != name:
+                self.node("Identity", [y], name)
+        else:
+            limits = [self.constant(f"bound.{bound}", np.float32(bound)) for bound in bounds]
+            self.node("Clip", [y, *limits], name)
+
+    def as_float(self, name: str) -> str:
+        """Return the name of the value in float32, dequantized where it is codes."""
+        grid = self.grids.get(name)
+        if grid is None or f"{name}.float" in self.known:
+            return f"{name}.float" if grid else name
+        constants = self.grid_constants(name, grid)
+        return self.node("DequantizeLinear", [name, *constants], f"{name}.float")
+
+    def dequantize_constant(self, name: str, codes: Tensor, scale: Tensor) -> str:
+        """Return the name of a constant codes·scale; one scale, or one for each codes[i]."""
+        scale = scale if len(scale) > 1 else scale.squeeze()
+        inputs = [
+            self.constant(f"{name}.codes", codes),
+            self.constant(f"{name}.scale", scale),
+            self.constant(f"{name}.zero_point", torch.zeros_like(scale, dtype=codes.dtype)),
+        ]
+        return self.node("DequantizeLinear", inputs, name, axis=0)

@@ -1,0 +1,316 @@
+"""Which of PyTorch's operations have an integer form: OPERATIONS, each with what it becomes.
+
+A reader takes a node of an exported network and returns the integer operations, a class and its
+options each, that compute the node's value one after the other; none where the value stays the
+same. It raises NetworkError, in one line with the reason, for arguments that have no such form.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from engine.deploy.integer_moves import Concat, MaxPool, Pad, Reshape, Slice, Transpose
+from engine.deploy.integer_operations import GlobalPool, IntegerOperation, Layer, Rescale, Sum
+from engine.deploy.onnx_emitter import RELU
+from engine.networks.exported import BATCH, KINDS, aten, get_tensor
+from engine.quantization.grids import OnGrid
+from engine.system.errors import NetworkError
+
+Stage = tuple[type[IntegerOperation], dict[str, Any]]
+Reader = Callable[[fx.Node], list[Stage]]
+# Nodes whose results are numbers, or lists of which `operator.getitem` takes a part.
+NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)
+SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+REASONS = {
+    "batch_norm": "is not right behind a layer that it alone reads, into which it could be folded",
+    "mul": "would need a product of two quantized values, or of one and a number",
+    "matmul": "multiplies two quantized values",
+}
+
+
+def refuse(node: fx.Node, reason: str) -> NetworkError:
+    """Return the error of an operation that cannot be exported."""
+    return NetworkError(f"--export: {name_of(node)}: {reason}")
+
+
+def kind_of(node: fx.Node) -> str:
+    """Return the operation's name in PyTorch, such as "batch_norm"."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.removeprefix("aten::") if schema else node.target.__name__
+
+
+def name_of(node: fx.Node) -> str:
+    """Return what to call the operation: after its module where that is one operation."""
+    path, kind = node.meta["path"], kind_of(node)
+    if node.meta["type"].startswith("torch.nn.modules."):
+        return node.meta.get("name", path)
+    return node.meta.get("name", f"{path}.{kind}".lstrip("."))
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Return the values that the operation combines; weights are none."""
+    if node.target is aten.cat.default:
+        return list(node.args[0])
+    if node.target is aten.add.Tensor:
+        return list(node.args[:2])
+    return operands(node.args[0]) if node.target is operator.getitem else [node.args[0]]
+
+
+def check_supported(nodes: list[fx.Node]) -> None:
+    """Raise NetworkError, naming the first, where operations have no integer form."""
+    unsupported = [node for node in nodes if node.target not in OPERATIONS]
+    if not unsupported:
+        return
+    first, kinds = unsupported[0], {kind_of(node) for node in unsupported}
+    kind = kind_of(first)
+    others = ", ".join(sorted(kinds - {kind}))
+    raise NetworkError(
+        f"--export: {first.meta['path'] or 'the network'} calls {kind}, which "
+        + REASONS.get(KINDS.get(first.target, kind), "has no integer form")
+        + (f" (nor can be exported: {others})" if others else "")
+    )
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a value without the batch."""
+    return tuple(node.meta["shape"][1:])
+
+
+def _arguments(node: fx.Node, *defaults: object) -> tuple:
+    """Return the arguments after the first, with defaults for those that are left out."""
+    return (*node.args[1:], *defaults[len(node.args) - 1 :])
+
+
+def _pair(value: int | list[int]) -> list[int]:
+    """Return a number for each of two dimensions."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values
+
+
+def _identity(node: fx.Node) -> list[Stage]:
+    dtypes = {a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)}
+    if dtypes - {torch.float32}:
+        raise refuse(node, "values of another type than float32 are not supported")
+    return []
+
+
+def _dropout(node: fx.Node) -> list[Stage]:
+    if node.args[2]:
+        raise refuse(node, "dropout that is active in evaluation mode is not supported")
+    return []
+
+
+def _layer(node: fx.Node) -> list[Stage]:
+    if node.meta.get("name") is None:
+        raise refuse(node, "its weight depends on the images")
+    if KINDS[node.target] == "linear" and len(_shape(node)) != 1:
+        raise refuse(node, "linear layers of more than one vector an image are not supported")
+    module = node.graph.owning_module
+    weight, bias = (
+        get_tensor(module, arg.target) if arg is not None else None
+        for arg in (*node.args[1:], None)[:2]
+    )
+    options = {"layer": node.meta["name"], "product": node.target, "geometry": node.args[3:]}
+    return [(Layer, {**options, "weight": weight, "bias": bias})]
+
+
+def _rectifier(node: fx.Node, low: float = 0.0, high: float = float("inf")) -> list[Stage]:
+    low, high = _arguments(node, low, high)
+    bounds = (RELU[0] - RELU[1] if low is None else low, RELU[1] if high is None else high)
+    return [(Rescale, {"bounds": tuple(map(float, bounds))})]
+
+
+def _sum(node: fx.Node) -> list[Stage]:
+    a, b = node.args[:2]
+    if node.kwargs or not isinstance(b, fx.Node) or "get_attr" in (a.op, b.op):
+        raise refuse(node, "only sums of two tensors are supported, not of parameters or numbers")
+    if a.meta["shape"] != b.meta["shape"]:
+        raise refuse(node, "only sums of tensors of one shape are supported")
+    return [(Sum, {})]
+
+
+def _average(node: fx.Node, kernel: list[int], stride: list[int], padding: list[int]) -> Stage:
+    """Return average pooling as a layer of ones, or as global pooling."""
+    channels, *size = _shape(node.args[0])
+    if kernel == size and not any(padding):
+        return GlobalPool, {}
+    ones = torch.ones(channels, 1, *kernel)
+    n = ones[0].numel()
+    geometry = (stride, padding, [1, 1], channels)
+    options = {"product": aten.conv2d.default, "geometry": geometry, "weight": ones / n}
+    return Layer, {**options, "parts": (OnGrid(ones, torch.tensor(1 / n)),)}
+
+
+def _avg_pool(node: fx.Node) -> list[Stage]:
+    kernel, stride, padding, ceil, with_padding, divisor = _arguments(node, 0, [], 0, 0, True, None)
+    kernel, padding = _pair(kernel), _pair(padding)
+    stride = _pair(stride or kernel)
+    size = [
+        (n + 2 * p - k) // s + 1
+        for n, p, k, s in zip(_shape(node.args[0])[1:], padding, kernel, stride, strict=True)
+    ]
+    if divisor or size != list(_shape(node)[1:]) or (any(padding) and not with_padding):
+        reason = "average pooling of windows that differ in their number of pixels"
+        raise refuse(node, f"{reason} (ceil_mode, count_include_pad, divisor) is not supported")
+    return [] if kernel == stride == [1, 1] else [_average(node, kernel, stride, padding)]
+
+
+def _adaptive_pool(node: fx.Node) -> list[Stage]:
+    before, after = _shape(node.args[0])[1:], _shape(node)[1:]
+    if any(b % a for b, a in zip(before, after, strict=True)):
+        sizes = " × ".join(map(str, before)), " × ".join(map(str, after))
+        reason = "pooling of {} to {} pixels is not supported: these do not divide those"
+        raise refuse(node, reason.format(*sizes))
+    if before == after:
+        return []
+    kernel = [b // a for b, a in zip(before, after, strict=True)]
+    return [_average(node, kernel, kernel, [0, 0])]
+
+
+def _mean(node: fx.Node) -> list[Stage]:
+    dims = {d % len(node.args[0].meta["shape"]) for d in node.args[1] or ()}
+    if dims != {2, 3} or len(_shape(node.args[0])) != 3:
+        raise refuse(node, "only means over all pixels, (2, 3), are supported")
+    keeps_dims = _arguments(node, None, False)[1]
+    return [(GlobalPool, {})] + [(Reshape, {"shape": _shape(node)})] * (not keeps_dims)
+
+
+def _max_pool(node: fx.Node) -> list[Stage]:
+    kernel, stride, padding, dilation, ceil = _arguments(node, 0, [], [0], [1], False)
+    before, after = _shape(node.args[0])[1:], _shape(node)[1:]
+    kernel, stride, padding, dilation = (
+        list(v) * (len(before) // len(v)) for v in (kernel, stride or kernel, padding, dilation)
+    )
+    ends = [  # what ONNX has to pad for the last window, which ceil_mode adds, to be whole
+        max(p, (out - 1) * s + d * (k - 1) + 1 - size - p)
+        for size, out, k, s, p, d in zip(
+            before, after, kernel, stride, padding, dilation, strict=True
+        )
+    ]
+    geometry = (kernel, stride, padding, dilation, ceil)
+    return [
+        (MaxPool, {"pool": node.target, "geometry": geometry, "pads": tuple([*padding, *ends])})
+    ]
+
+
+def _reshape(node: fx.Node) -> list[Stage]:
+    shape = _shape(node)
+    if node.meta["shape"][:1] != (BATCH,):
+        raise refuse(node, "the batch has to stay the first dimension")
+    return [] if shape == _shape(node.args[0]) else [(Reshape, {"shape": shape})]
+
+
+def _transpose(node: fx.Node) -> list[Stage]:
+    n = len(node.meta["shape"])
+    order = list(range(n))
+    if node.target is aten.permute.default:
+        order = [d % n for d in node.args[1]]
+    else:
+        a, b = (d % n for d in node.args[1:])
+        order[a], order[b] = b, a
+    if order[0] != 0:
+        raise refuse(node, "the batch has to stay the first dimension")
+    return [(Transpose, {"order": tuple(order)})]
+
+
+def _slice(node: fx.Node) -> list[Stage]:
+    dim, start, end, size = _arguments(node, 0, None, None, 1)
+    if node.meta["shape"] == node.args[0].meta["shape"]:
+        return []
+    dim %= len(node.meta["shape"])
+    if dim == 0:
+        raise refuse(node, "parts of the batch are not supported")
+    end = torch.iinfo(torch.int64).max if end is None else end
+    return [(Slice, {"dim": dim, "start": start or 0, "stop": end, "stride": size})]
+
+
+def _part(node: fx.Node) -> list[Stage]:
+    """Return one part of what was split."""
+    split, i = node.args
+    if split.target not in SPLITS:
+        raise refuse(split, "has no integer form")
+    n = len(node.meta["shape"])
+    sizes, dim = split.args[1], (split.args[2] if len(split.args) > 2 else 0) % n
+    if dim == 0:
+        raise refuse(split, "parts of the batch are not supported")
+    size = split.args[0].meta["shape"][dim]
+    if split.target is aten.split_with_sizes.default:
+        start = sum(sizes[:i])
+    else:
+        start = i * (-(-size // sizes) if split.target is aten.chunk.default else sizes)
+    return [(Slice, {"dim": dim, "start": start, "stop": start + node.meta["shape"][dim]})]
+
+
+def _pad(node: fx.Node) -> list[Stage]:
+    is_constant = node.target is aten.constant_pad_nd.default
+    widths, *rest = node.args[1:]
+    mode, value = ("constant", *rest, None)[:2] if is_constant else (*rest, "constant", None)[:2]
+    if is_constant is False and len(rest) == 1:
+        mode, value = rest[0], None
+    if mode != "constant" or value or node.kwargs.get("value") or min(widths) < 0:
+        raise refuse(node, "only padding by zeros is supported")
+    return [(Pad, {"rank": len(node.meta["shape"]), "widths": tuple(widths)})]
+
+
+def _concat(node: fx.Node) -> list[Stage]:
+    dim = (node.args[1] if len(node.args) > 1 else 0) % len(node.meta["shape"])
+    if dim == 0 or any(each.op == "get_attr" for each in node.args[0]):
+        raise refuse(node, "only values of the network side by side can be concatenated")
+    return [(Concat, {"dim": dim})]
+
+
+OPERATIONS: dict[Callable, Reader] = {
+    aten.conv1d.default: _layer,
+    aten.conv2d.default: _layer,
+    aten.conv2d.padding: _layer,
+    aten.linear.default: _layer,
+    aten.add.Tensor: _sum,
+    aten.cat.default: _concat,
+    aten.relu.default: _rectifier,
+    aten.relu6.default: lambda node: _rectifier(node, 0.0, 6.0),
+    aten.hardtanh.default: lambda node: _rectifier(node, -1.0, 1.0),
+    aten.clamp.default: lambda node: _rectifier(node, None, None),
+    aten.clamp_min.default: lambda node: _rectifier(node, None, None),
+    aten.avg_pool2d.default: _avg_pool,
+    aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    aten.mean.dim: _mean,
+    aten.max_pool1d.default: _max_pool,
+    aten.max_pool2d.default: _max_pool,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _pad,
+    aten.slice.Tensor: _slice,
+    operator.getitem: _part,
+    aten.permute.default: _transpose,
+    aten.transpose.int: _transpose,
+    **dict.fromkeys(
+        (
+            aten.view.default,
+            aten.reshape.default,
+            aten.flatten.using_ints,
+            aten.unflatten.int,
+            aten.squeeze.dims,
+            aten.squeeze.dim,
+            aten.unsqueeze.default,
+        ),
+        _reshape,
+    ),
+    **dict.fromkeys(
+        (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _dropout
+    ),
+    **dict.fromkeys(
+        (
+            aten.clone.default,
+            aten.contiguous.default,
+            aten.detach.default,
+            aten.alias.default,
+            aten.to.dtype,
+            aten.to.device,
+            aten.to.dtype_layout,
+            aten._to_copy.default,
+        ),
+        _identity,
+    ),
+}
