@@ -45,6 +45,7 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     name = type(net).__name__
     net = plain_copy(net).cpu().eval()
     images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(net.parameters(), images).dtype)
     try:
         graph = _exported(net, images[:BATCH])
         with torch.no_grad():
