@@ -19,7 +19,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -576,6 +576,16 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
             set_tensor(copied, node.target, get_tensor(graph, node.target))
     copied.recompile()
     return copied
+
+
+def returning_inputs(graph: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
+    """Return a copy that returns the inputs of these layers, a list, and runs nothing else."""
+    cut = copy_graph(graph)
+    found = layers(cut)
+    [output] = cut.graph.find_nodes(op="output")
+    output.args = ([found[name].node.args[0] for name in names],)
+    cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return copy_graph(cut)
 
 
 def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:

@@ -16,7 +16,7 @@ coefficients, and a step is a product of matrices with the exact gradient over a
 is drawn at random, and no layer's inputs are kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from engine.networks.exported import Operation, aten, copy_graph, get_tensor, layers, set_tensor
+from engine.networks.exported import (
+    Operation,
+    aten,
+    copy_graph,
+    get_tensor,
+    layers,
+    returning_inputs,
+    set_tensor,
+)
 from engine.networks.folding import output_gains
 from engine.system import distributed
 from engine.system.progress import StepDisplay
@@ -67,32 +75,23 @@ def learn_rounding(
     """
     full = copy_graph(graph).to(device)
     graph_q, gains, round_up = copy_graph(full), output_gains(graph), {}
-    found = layers(full)
     with StepDisplay(len(names) * n_steps, "step") as display:
         for name in names:
             display.describe(f"rounding of {name}")
-            layer = found[name]
-            w = get_tensor(full, layer.weight)
-            trials = [
-                {kind: t.to(device) for kind, t in quantized(name, up).items()}
-                for up in (None, 0, 1)
-            ]
-            # While its weight is learned, a layer already has the bias that it will have.
-            _set_tensors(graph_q, layer, trials[0] | {"weight": w})
+            trials = [quantized(name, up) for up in (None, 0, 1)]
+            # While its weight is learned, the layer has the bias already that it will have.
+            for kind, tensor in trials[0].items():
+                set_tensor(graph_q, f"{name}.{kind}", tensor.to(device))
+            w = get_tensor(full, f"{name}.weight")
+            set_tensor(graph_q, f"{name}.weight", w)
             gain = gains.get(name, torch.ones(len(w))).to(device)
             error = output_error(full, graph_q, name, batches, gain)
-            weights = (w, *(trial["weight"] for trial in trials))
+            weights = (w, *(trial["weight"].to(device) for trial in trials))
             learn = partial(learn_layer, *weights, error, n_steps, display.step)
             round_up[name] = distributed.run_on_rank0_and_broadcast(learn)
-            learned = quantized(name, round_up[name])
-            _set_tensors(graph_q, layer, {kind: t.to(device) for kind, t in learned.items()})
+            learned = quantized(name, round_up[name])["weight"]
+            set_tensor(graph_q, f"{name}.weight", learned.to(device))
     return round_up
-
-
-def _set_tensors(graph: fx.GraphModule, layer: Operation, tensors: Mapping[str, Tensor]) -> None:
-    """Give a layer of a graph that has the same layers these tensors."""
-    for kind, tensor in tensors.items():
-        set_tensor(graph, f"{layer.name}.{kind}", tensor)
 
 
 # --- the error of a layer's output -----------------------------------------------------------
@@ -139,15 +138,15 @@ def output_error(
     `gain` (output channels) multiplies the output's channels. Images are read twice at a time, one
     batch in each network, and only as far as the layer.
     """
-    graphs = (full, graph_q)
-    layer = layers(full)[name]
-    gain, w = gain.double().view(n_groups(layer), -1, 1), get_tensor(full, layer.weight)
+    layer, w = layers(full)[name], get_tensor(full, f"{name}.weight")
+    gain = gain.double().view(n_groups(layer), -1, 1)
     (groups, c_out, _), k = gain.shape, w[0].numel()
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
     constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
-    # Images are not kept, and each batch goes through both networks up to the layer's input.
-    for x, x_q in zip(*(layer_inputs(g, name, batches()) for g in graphs), strict=True):
-        y, y_q = (apply_layer(g, layer, v) for g, v in zip(graphs, (x, x_q), strict=True))
+    before, before_q = (returning_inputs(graph, [name]) for graph in (full, graph_q))
+    for images in batches():
+        [x], [x_q] = before(images), before_q(images)
+        y, y_q = apply_layer(full, layer, x), apply_layer(graph_q, layer, x_q)
         e = to_columns(y - y_q, layer) * gain.to(x.dtype)  # a·e: (groups, C_out/groups, positions)
         patches = to_columns(
             receptive_fields(x_q, layer, w.shape[2:]), layer
@@ -159,16 +158,6 @@ def output_error(
         n_positions += e.shape[-1]
     sums = [distributed.all_reduce_sum(t) for t in (gram, cross, constant, n_positions)]
     return OutputError(*(t / sums[-1] for t in sums[:-1]), gain)
-
-
-def layer_inputs(graph: fx.GraphModule, name: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield what the named layer takes of each batch; nothing that it does not need is run."""
-    cut = copy_graph(graph)
-    [output] = cut.graph.find_nodes(op="output")
-    output.args = (layers(cut)[name].node.args[0],)
-    # also what has no result, such as an assertion about a later value
-    cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    return map(copy_graph(cut), batches)
 
 
 def apply_layer(graph: fx.GraphModule, layer: Operation, x: Tensor) -> Tensor:

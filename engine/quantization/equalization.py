@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, fx
 
 from engine.networks.exported import (
-    BATCH,
     KINDS,
     Operation,
     aten,
@@ -38,7 +37,7 @@ from engine.networks.exported import (
 )
 from engine.system.errors import NetworkError
 
-TOLERANCE = 2e-4  # of log s: with less to change, ranges count as equal (1 : 1.0004)
+TOLERANCE = 1e-3  # of log s: with less to change, ranges count as equal
 MAX_CHANGE = 1e-3  # of logits by rounding, relative to the largest
 
 POINTWISE = {  # positively homogeneous, or the identity in evaluation mode
@@ -98,14 +97,18 @@ def equalize(
     pairs, left_alone = find_pairs(equalized, across_relu6)
     scales, n_sweeps = equal_ranges(equalized, pairs)
     _scale(equalized, pairs, scales)
-    [images] = graph.graph.find_nodes(op="placeholder")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, *images.meta["shape"][1:], generator=generator)
-    x = x.to(next(graph.buffers(), x))
-    before, after = graph(x), equalized(x)
-    if not (after - before).abs().max() <= MAX_CHANGE * before.abs().max():
+    if pairs and not _max_change(graph, equalized, pairs[0]) <= MAX_CHANGE:
         raise NetworkError("--equalize: logits change: weights are too large or small to be scaled")
     return equalized, Equalization(len(pairs), n_sweeps, left_alone)
+
+
+def _max_change(graph: fx.GraphModule, equalized: fx.GraphModule, pair: Pair) -> float:
+    """Return how much the logits of random images change, relative to the largest."""
+    [images] = graph.graph.find_nodes(op="placeholder")
+    generator, w = torch.Generator().manual_seed(0), get_tensor(graph, pair.first.weight)
+    x = torch.randn(images.meta["shape"], generator=generator).to(w)
+    before, after = graph(x), equalized(x)
+    return ((after - before).abs().max() / before.abs().max()).item()
 
 
 # --- which layers ----------------------------------------------------------------------------
@@ -196,6 +199,8 @@ def _keeps_channels(node: fx.Node, axis: int, n_channels: int) -> bool:
         return all(d % len(old) > 1 for d in node.args[1] or (0,))
     if node.target in RESHAPINGS:
         return len(shape) > 1 and shape[0] == old[0] and shape[1] % n_channels == 0
+    if node.target is aten.pad.default:  # with zeros or pixels
+        return len(node.args[1]) <= 2 * (len(old) - 2) and not any(node.args[3:])
     return node.target in OF_PIXELS and len(old) == 4
 
 
@@ -209,20 +214,6 @@ def _fits(second: Operation, shape: Sequence[int], axis: int, n_channels: int) -
 # --- scales ----------------------------------------------------------------------------------
 
 
-@dataclass
-class _Ranges:
-    """The logarithms of a layer's ranges, in float32; −∞ stands for weights that are all 0.
-
-    Attributes:
-        weight: log max|w| between channels, (groups, outputs of a group, inputs of a group); 1 in
-            place of a number of channels whose scales stay.
-        bias: log(|b|/√K), (output channels).
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-
 def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Tensor], int]:
     """Return log s (channels) of each pair, with which all ranges are equal, and how many sweeps.
 
@@ -231,92 +222,79 @@ def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Ten
     both ends of a chain nothing changes. The change from a sweep to the next shrinks by about
     cos²(π / (L + 1)) for a chain of L pairs.
     """
-    n_outputs = {pair.first.name: pair.n_channels for pair in pairs}
-    n_inputs = {pair.second.name: pair.n_channels for pair in pairs}
     # Only the largest weight between two channels matters: kernels are read once, not each sweep.
-    ranges = {
-        name: _ranges(graph, layer, n_inputs.get(name), n_outputs.get(name))
-        for name, layer in layers(graph).items()
-        if name in n_outputs or name in n_inputs
+    largest = {  # log max|w|, (groups, outputs of a group, inputs of a group)
+        name: view.abs().amax(3).float().log_()
+        for name, view in _channel_views(graph, pairs).items()
     }
+    biases = [_bias_range(graph, pair) for pair in pairs]
     scales, n_sweeps = [torch.zeros(pair.n_channels) for pair in pairs], 0
     while pairs:
-        n_sweeps += 1
-        changes = [_equalize_pair(ranges[p.first.name], ranges[p.second.name]) for p in pairs]
+        n_sweeps, changes = n_sweeps + 1, []
+        for pair, bias, scale in zip(pairs, biases, scales, strict=True):
+            w1, w2 = largest[pair.first.name], largest[pair.second.name]
+            r1, r2 = torch.maximum(w1.amax(2).flatten(), bias - scale), w2.amax(1).flatten()
+            # log s = (log r1 − log r2)/2; where all are 0 a logarithm is −∞, and the scale stays
+            changes.append(torch.where(r1.isfinite() & r2.isfinite(), (r1 - r2) / 2, 0))
+            w1 -= changes[-1].view(len(w1), -1, 1)
+            w2 += changes[-1].view(len(w2), 1, -1)
         if max(change.abs().max().item() for change in changes) <= TOLERANCE:
             break  # without these last changes: what is equal already stays as it is, to the bit
         scales = [scale + change for scale, change in zip(scales, changes, strict=True)]
     return scales, n_sweeps
 
 
-def _equalize_pair(first: _Ranges, second: _Ranges) -> Tensor:
-    """Scale the ranges of a pair, and return log s = (log r1 − log r2)/2 (channels)."""
-    r1 = torch.maximum(first.weight.amax(2).flatten(), first.bias)
-    r2 = second.weight.amax(1).flatten()
-    log_s = torch.where(r1.isfinite() & r2.isfinite(), (r1 - r2) / 2, 0)
-    first.weight -= log_s.view(len(first.weight), -1, 1)
-    first.bias = first.bias - log_s
-    second.weight += log_s.view(len(second.weight), 1, -1)
-    return log_s
+def _bias_range(graph: fx.GraphModule, pair: Pair) -> Tensor:
+    """Return log(|b|/√K) of the first layer, (channels)."""
+    w = get_tensor(graph, pair.first.weight)
+    bias = w.new_zeros(()) if pair.first.bias is None else get_tensor(graph, pair.first.bias)
+    fan_in = w.numel() // pair.n_channels
+    return (bias.abs() / math.sqrt(fan_in)).float().log()
 
 
-def _ranges(
-    graph: fx.GraphModule, layer: Operation, n_inputs: int | None, n_outputs: int | None
-) -> _Ranges:
-    """Return the ranges of a layer's weight and bias; None: that side of it is in no pair."""
-    view = _channel_view(get_tensor(graph, layer.weight), layer, n_inputs)
-    largest, fan_in = view.abs().amax(3).float(), view[0, 0].numel()
-    if n_inputs is None:
-        largest = largest.amax(2, keepdim=True)
-    if n_outputs is None:
-        largest = largest.amax(1, keepdim=True)
-    bias = view.new_zeros(()) if layer.bias is None else get_tensor(graph, layer.bias)
-    return _Ranges(largest.log_(), (bias.abs() / math.sqrt(fan_in)).float().log_())
+def _channel_views(graph: fx.GraphModule, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """Return each layer's weight by name, as (groups, outputs, inputs of a group, elements).
 
-
-def _channel_view(w: Tensor, layer: Operation, n_inputs: int | None) -> Tensor:
-    """Return a view of a weight as (groups, outputs of a group, inputs of a group, elements).
-
-    The elements are those of a kernel or, of a linear layer of n_inputs channels, the pixels that
-    were flattened.
+    Elements are those of a kernel; of a linear layer, the pixels of a channel that were flattened.
     """
-    if layer.kind == "linear":
-        return w.view(1, len(w), n_inputs or w.shape[1], -1)
-    view = w.flatten(2).unflatten(0, (layer.argument(6, "groups", 1), -1))
-    return view.transpose(1, 2) if layer.kind == "conv_transpose" else view
+    n_inputs = {pair.second.name: pair.n_channels for pair in pairs}
+    views = {}
+    for layer in (layer for pair in pairs for layer in (pair.first, pair.second)):
+        w = get_tensor(graph, layer.weight)
+        if layer.kind == "linear":
+            view = w.reshape(1, len(w), n_inputs.get(layer.name, 1), -1)
+        else:
+            view = w.flatten(2).unflatten(0, (layer.argument(6, "groups", 1), -1))
+        is_transposed = layer.kind == "conv_transpose"  # (in, out / groups, …) in the graph
+        views[layer.name] = view.transpose(1, 2) if is_transposed else view
+    return views
 
 
 def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Tensor]) -> None:
-    """Scale weights, biases and bounds of the graph, in float64: each is rounded once."""
-    weights: dict[str, Tensor] = {}
-
-    def view(layer: Operation, n_inputs: int | None = None) -> Tensor:
-        w = get_tensor(graph, layer.weight)
-        if layer.weight not in weights:
-            w = get_tensor(graph, layer.weight)
-            layout = torch.contiguous_format  # of which all dimensions can be viewed as others
-            weights[layer.weight] = w.to(torch.float64, memory_format=layout, copy=True)
-        return _channel_view(weights[layer.weight], layer, n_inputs)
-
+    """Scale weights, biases and bounds of the graph; in float64, so that each is rounded once."""
+    weights = {w: get_tensor(graph, w) for p in pairs for w in (p.first.weight, p.second.weight)}
+    for name, w in weights.items():  # copies, whose dimensions can all be viewed as others
+        layout = torch.contiguous_format
+        set_tensor(graph, name, w.to(torch.float64, memory_format=layout, copy=True))
+    views = _channel_views(graph, pairs)
     for pair, log_s in zip(pairs, log_scales, strict=True):
-        s = log_s.double().exp()
-        w1, w2 = view(pair.first), view(pair.second, pair.n_channels)
-        w1.div_(s.view(len(w1), -1, 1, 1))
-        w2.mul_(s.view(len(w2), 1, -1, 1))
+        s, w1, w2 = log_s.double().exp(), views[pair.first.name], views[pair.second.name]
+        w1 /= s.view(len(w1), -1, 1, 1)
+        w2 *= s.view(len(w2), 1, -1, 1)
         if pair.first.bias is not None:
             bias = get_tensor(graph, pair.first.bias)
             set_tensor(graph, pair.first.bias, (bias / s).to(bias.dtype))
         for clamp in pair.clamps:
-            _scale_bounds(graph, clamp, s)
+            _scale_bounds(graph, clamp, s, weights[pair.first.weight].dtype)
     for name, w in weights.items():
-        set_tensor(graph, name, w.to(get_tensor(graph, name).dtype))
+        set_tensor(graph, name, get_tensor(graph, name).to(w.dtype))
     graph.recompile()
 
 
-def _scale_bounds(graph: fx.GraphModule, clamp: fx.Node, s: Tensor) -> None:
-    """Divide the bounds of a clamp by s, in place: a tensor with a bound for each channel."""
+def _scale_bounds(graph: fx.GraphModule, clamp: fx.Node, s: Tensor, dtype: torch.dtype) -> None:
+    """Divide the bounds of a clamp by s (channels), in place: they become tensors."""
     per_channel = s.view(-1, *[1] * (len(clamp.meta["shape"]) - 2))  # (C, 1, 1) for (B, C, H, W)
-    dtype, bounds = next(graph.buffers()).dtype, []
+    bounds = []
     with graph.graph.inserting_before(clamp):
         for bound, kind in zip(_bounds(clamp), ("min", "max"), strict=True):
             if bound is not None:
