@@ -273,12 +273,17 @@ QUANTIZATION: Table = [
     "activations",
     Flag("act_bits", act_bit_widths_or_same, None, "of inputs of layers and pooling; same: as the "
          "weights; None: full precision", "{2..16,same}", requires="--precision fp32", nargs="+"),
-    switch("quantize_sums", "also quantize both inputs of every residual sum", "--act_bits"),
+    switch("quantize_sums", "also quantize the inputs of additions, multiplications and "
+           "concatenations", "--act_bits"),
+    Flag("act_symmetry", ("symmetric", "asymmetric"), "symmetric", "grids of inputs that may be "
+         "negative: about 0, or, with a zero point, from their least to their largest value",
+         needs="--act_bits"),
     Flag("calibration", qu.CALIBRATIONS, "topk_median", "range of an input: median of its 10 "
          "largest and smallest values, all but 0.01 %% on each side, the extremes, or least "
          "squared error (mse)", needs="--act_bits"),
     Flag("calibration_images", count, 512, "training images for --calibration", needs="--act_bits"),
     "what is measured",
+    switch("strict", "refuse a network of which a product or a weight would stay in float"),
     switch("avg_in_layer", "divide each layer's squared error by its number of weights"),
     switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last, "
            "and expand the loss in their change", requires=["--precision fp32", BY_LAYER]),

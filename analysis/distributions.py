@@ -8,11 +8,10 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from analysis.figures import COLOURS, HISTOGRAM_STYLE, save_png, wrap
 from analysis.report import Row
-from engine.networks.layers import quantizable_layers
 
 COLUMNS = ("checkpoint", "layer", "n_weights", "mean", "std", "kurtosis", "max_over_std")
 N_LAYERS = 5  # in the figure, where none are named
@@ -21,11 +20,11 @@ N_BINS = 81
 Weights = Mapping[str, Mapping[str, Tensor]]  # of each network, by name: of each layer, by name
 
 
-def layer_weights(nets: Mapping[str, nn.Module]) -> Weights:
-    """Return the weights of every quantizable layer of every network, flat and in float64."""
+def flat_weights(networks: Mapping[str, Mapping[str, Tensor]]) -> Weights:
+    """Return the weights of every layer of every network, by their names, flat and in float64."""
     return {
-        name: {key: layer.weight.detach().double().flatten() for key, layer in layers.items()}
-        for name, layers in ((name, quantizable_layers(net)) for name, net in nets.items())
+        name: {key: w.detach().double().flatten() for key, w in of_layers.items()}
+        for name, of_layers in networks.items()
     }
 
 

@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Formatter
-from torch import Tensor, nn
+from torch import Tensor
 
 from analysis.report import UNQUANTIZED, Row
-from engine.networks.layers import quantizable_layers
 from engine.system.io import atomic_write
 
 # --- style -----------------------------------------------------------------------------------
@@ -247,7 +246,7 @@ def grid_values(quantizer: Callable[..., Tensor], w: Tensor, n_bits: int) -> Ten
 
 def weights_plot(
     name: str,
-    net: nn.Module,
+    weights: Mapping[str, Tensor],
     quantizers: Mapping[str, Callable[..., Tensor]],
     n_bits: int,
     per_channel: bool,
@@ -255,9 +254,9 @@ def weights_plot(
 ) -> None:
     """Draw a histogram of each layer's weights above the values that each scheme can give them.
 
-    `per_channel`: only the first output channel of each layer, which has a range of its own.
+    `weights` are by the layer's name, with output channels first. `per_channel`: only the first
+    output channel of each layer, which has a range of its own.
     """
-    weights = {key: layer.weight.detach() for key, layer in quantizable_layers(net).items()}
     title = f"{name}: weights, and the values that quantization leaves"
     if per_channel:
         weights = {f"{key}[0]": w[:1] for key, w in weights.items()}

@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 
 from analysis.report import FLOAT_BITS, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
-from engine.deploy.integer_network import IntegerNetwork, build, shared_ranges
+from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
 from engine.networks.exported import copy_graph, get_tensor, layers
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
 from engine.quantization import activations as acts
-from engine.quantization.adaround import learn_rounding
+from engine.quantization.adaround import learn_rounding, learnable_layers
 from engine.quantization.coverage import Coverage, coverage
 from engine.quantization.weights import (
     NO_EXCEPTIONS,
@@ -47,6 +47,7 @@ class Quantization:
         n_trials: how often it is repeated.
         bias_range, correction: see `quantize_layer`.
         learns: whether the rounding of weights is learned.
+        n_levels: how many values a quantized weight can take; None: it depends.
     """
 
     scheme: str
@@ -57,6 +58,7 @@ class Quantization:
     bias_range: str | None
     correction: Correction | None
     learns: bool
+    n_levels: int | None = None
 
     def layer_options(self) -> dict[str, Any]:
         """Return the options of `quantize_layer`."""
@@ -173,6 +175,13 @@ class MeasuredNetwork:
         inputs = None if in_float else acts.quantized_inputs(self.graph, self.conditions.sums)
         return coverage(self.graph, inputs)
 
+    def learned_coverage(self, steps: LearnedSteps) -> Coverage:
+        """Return what of the network is quantized with learned step sizes."""
+        inputs = None
+        if steps.act_bits:
+            inputs = {name for name, kinds in steps.layers.items() if "input" in kinds}
+        return coverage(self.graph, inputs)
+
     # --- measuring ---------------------------------------------------------------------------
 
     def prepared(self, graph: fx.GraphModule) -> fx.GraphModule:
@@ -261,6 +270,7 @@ class MeasuredNetwork:
                 key,
                 learn_rounding(
                     self.graph,
+                    learnable_layers(self.graph),
                     quantized,
                     lambda: batches(self.images.rounding, rank, world_size),
                     self.conditions.rounding_iterations,
@@ -277,7 +287,7 @@ class MeasuredNetwork:
         """
         _, quantized = self.quantized_weights(how, trial)
         parts = {layer.name: layer.parts for layer in quantized}
-        return build(self.graph, self.grids(how.act_bits), parts)
+        return IntegerNetwork.from_graph(self.graph, self.grids(how.act_bits), parts)
 
     # --- one layer at a time -----------------------------------------------------------------
 

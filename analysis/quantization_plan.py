@@ -1,57 +1,61 @@
 """What is quantized of a network: a row for each tensor, in the order in which layers run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import nn
-
-from analysis.report import Row
+from analysis.measured_network import MeasuredNetwork, Quantization
+from analysis.report import FLOAT_BITS, Row
+from engine.networks.exported import get_tensor, operations
+from engine.quantization.activations import Range, quantized_inputs
+from engine.quantization.grids import Grid
 
 COLUMNS = ("operation", "tensor", "shape", "bits", "range")
 FLOAT = "float"
 
 
 def plan_rows(
-    checkpoint: str,
-    net: nn.Module,
-    inputs: Mapping[str, Sequence[int]],
-    weight_bits: Mapping[str, Sequence[int]],
-    input_bits: Mapping[str, Sequence[int]],
-    ranges: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    biases: bool,
-    per_channel: bool,
+    network: MeasuredNetwork, quantizations: Sequence[Quantization], per_channel: bool
 ) -> list[Row]:
-    """Return the rows of one network.
-
-    `inputs` are the shapes of what each operation takes, without the batch, in the order in which
-    they run. `weight_bits` and `input_bits` have the bits by name, one for each quantized network;
-    what is not there stays in floating point. `ranges` are the calibrated ones of inputs, one for
-    each of their bits.
-    """
+    """Return what the quantizations make of each input, weight and bias of the network."""
+    weight_bits = list(dict.fromkeys(how.n_bits for how in quantizations))
+    act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
+    with_biases = any(how.bias_range for how in quantizations)
+    inputs = quantized_inputs(network.graph, network.conditions.sums)
     rows = []
-
-    def add(tensor: str, shape: Sequence[int], bits: Sequence[int], extent: str) -> None:
-        text = "/".join(map(str, dict.fromkeys(bits))) or FLOAT
-        row = {"checkpoint": checkpoint, "operation": name, "tensor": tensor}
-        rows.append({**row, "shape": "×".join(map(str, shape)), "bits": text, "range": extent})
-
-    for name, shape in inputs.items():
-        extents = dict.fromkeys(map(_range, ranges.get(name, ())))
-        add("input", shape, input_bits.get(name, ()), "/".join(extents))
-        if name not in weight_bits:
-            continue
-        layer = net.get_submodule(name)
-        bits = weight_bits[name]
-        largest = layer.weight.detach().abs().max().item()
-        extent = "per channel" if per_channel else _range((-largest, largest))
-        add("weight", layer.weight.shape, bits, extent)
-        if layer.bias is not None:
-            quantized = (bits, "weight's") if biases else ((), "")
-            add("bias", layer.bias.shape, *quantized)
-    return rows
+    for operation in operations(network.graph):
+        for name in operation.inputs.keys() & inputs.keys():
+            shape = operation.source(name).meta["shape"][1:]
+            grids = [network.grids(n)[name] for n in act_bits if n != FLOAT_BITS]
+            ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
+            bits = [grid.n_bits for grid in grids]
+            rows.append(_row(name, "input", shape, bits, "/".join(ranges)))
+        if operation.weight:
+            name, w = operation.name, get_tensor(network.graph, operation.weight)
+            bits = [network.layer_bits(n).get(name, n) for n in weight_bits]
+            limit = w.abs().max().item()
+            extent = "per channel" if per_channel else _range((-limit, limit))
+            rows.append(_row(name, "weight", w.shape, bits, extent))
+        if operation.bias:
+            shape = get_tensor(network.graph, operation.bias).shape
+            extent = "weight's" if with_biases else ""
+            rows.append(_row(name, "bias", shape, bits if with_biases else (), extent))
+    return [{"checkpoint": network.name, **row} for row in rows]
 
 
-def _range(limits: tuple[float, float]) -> str:
+def _row(name: str, tensor: str, shape: Sequence[int], bits: Sequence[int], extent: str) -> Row:
+    text = "/".join(map(str, dict.fromkeys(bits))) or FLOAT
+    size = "×".join(map(str, shape))
+    return {"operation": name, "tensor": tensor, "shape": size, "bits": text, "range": extent}
+
+
+def _grid_range(grid: Grid) -> str:
+    """Return the range of a grid of inputs as text."""
+    if grid.zero_point == 2 ** (grid.n_bits - 1):  # symmetric about 0
+        return _range((-1, grid.scale * grid.max_code / 2))
+    low, high = (grid.scale * (code - grid.zero_point) for code in (0, grid.max_code))
+    return _range((0, high)) if grid.zero_point == 0 else f"{low:.4g} … {high:.4g}"
+
+
+def _range(limits: Range) -> str:
     """Return a range as text: from 0 where the grid is unsigned, else as far on either side."""
     low, high = limits
     return f"0 … {high:.4g}" if low >= 0 else f"±{max(high, -low):.4g}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from engine.quantization.coverage import Coverage
 from engine.system.environment import describe_environment
 from engine.system.io import atomic_write, backup_existing, save_json
 
@@ -16,13 +17,13 @@ UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained
 FLOAT_BITS = 32  # of what is not quantized
 MEASURED = (
     "checkpoint", "scheme", "bits", "levels", "accuracy", "accuracy_change", "squared_error",
-    "accuracy_std", "trials", "loss", "act_bits",
+    "accuracy_std", "trials", "loss", "act_bits", "quantized_macs", "quantized_weights",
 )  # fmt: skip
 PROVENANCE = (
     "per_channel", "fold_bn", "equalize", "rounding", "run_id", "regularizer", "lmbda", "seed"
 )  # fmt: skip
 COLUMNS = MEASURED + PROVENANCE
-PRINTED_COLUMNS = COLUMNS[:7]
+PRINTED_COLUMNS = (*COLUMNS[:7], "quantized_macs", "quantized_weights")
 LAYER_COLUMNS = (
     "checkpoint", "scheme", "bits", "layer", "accuracy_change", "squared_error", "loss_change",
     "first_order", "first_order_bound", "second_order",
@@ -54,8 +55,12 @@ def make_row(
     *,
     levels: int | None = None,
     act_bits: int = FLOAT_BITS,
+    coverage: Coverage | None = None,
 ) -> Row:
-    """Return a row with the means over the trials; `full_accuracy` is that without quantizing."""
+    """Return a row with the means over the trials; `full_accuracy` is that without quantizing.
+
+    `coverage` says which shares of multiply-adds and of weights are quantized.
+    """
     accuracies, losses, errors = zip(*trials, strict=True)
     accuracy = fmean(accuracies)
     return {
@@ -70,6 +75,8 @@ def make_row(
         "trials": len(trials),
         "loss": fmean(losses),
         "act_bits": act_bits,
+        "quantized_macs": coverage and coverage.multiply_adds,
+        "quantized_weights": coverage and coverage.weights,
     }
 
 
@@ -101,6 +108,8 @@ def format_cell(key: str, value: Any, row: Row) -> str:
         return f"{value:.2%} ± {row['accuracy_std'] * 100:.2f}"
     if key == "accuracy":
         return f"{value:.2%}"
+    if key in ("quantized_macs", "quantized_weights"):
+        return f"{value:.1%}"
     if key == "accuracy_change":
         return f"{value * 100:+.2f} pp"  # percentage points
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -19,7 +19,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,6 +46,7 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     name = type(net).__name__
     net = plain_copy(net).cpu().eval()
     images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(net.parameters(), images).dtype)
     try:
         graph = _exported(net, images[:BATCH])
         with torch.no_grad():
@@ -480,6 +481,14 @@ def layers(graph: fx.GraphModule) -> dict[str, Operation]:
     return {each.name: each for each in operations(graph) if each.is_layer}
 
 
+def weights(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the weight of each layer by the layer's name, with the output channels first."""
+    return {
+        name: by_channel(get_tensor(graph, layer.weight), layer)
+        for name, layer in layers(graph).items()
+    }
+
+
 def _name_operations(module: fx.GraphModule) -> None:
     """Put the name of each operation into its `meta`."""
     constant, taken = _constants(module), Counter()
@@ -560,6 +569,16 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
             set_tensor(copied, node.target, get_tensor(graph, node.target))
     copied.recompile()
     return copied
+
+
+def returning_inputs(graph: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
+    """Return a copy that returns the inputs of these layers, a list, and runs nothing else."""
+    cut = copy_graph(graph)
+    found = layers(cut)
+    [output] = cut.graph.find_nodes(op="output")
+    output.args = ([found[name].node.args[0] for name in names],)
+    cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return copy_graph(cut)
 
 
 def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:

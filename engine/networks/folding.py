@@ -62,6 +62,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
         )
         set_constant(graph, layer, "weight", folded_w.detach().to(w.dtype))
         set_constant(graph, layer, "bias", folded_b.detach().to(w.dtype))
+        layer.node.meta["stored"] = {}  # the network has no such tensors
         norm.replace_all_uses_with(layer.node)
         graph.graph.erase_node(norm)
     return copy_graph(graph)
