@@ -112,9 +112,9 @@ def shared_ranges(
     """
     values = _Values(graph)
     readers: dict[fx.Node, list[str]] = defaultdict(list)
-    for name, source in values.inputs():
+    for _, name, tensor in values.inputs():
         if name in ranges:
-            readers[values.tensor[source]].append(name)
+            readers[tensor].append(name)
     shared = dict(ranges)
     for names in readers.values():
         low, high = zip(*(ranges[name] for name in names), strict=True)
@@ -149,10 +149,12 @@ class _Values:
         for node in self.nodes:
             self._add(node)
 
-    def inputs(self) -> list[tuple[str, fx.Node]]:
-        """Return the names of all inputs of operations, and the values that they are."""
+    def inputs(self) -> list[tuple[Operation, str, fx.Node]]:
+        """Return each operation with the name of an input, and the tensor that this is."""
         named = [Operation(node) for node in self.nodes if "name" in node.meta]
-        return [(name, each.source(name)) for each in named for name in each.inputs]
+        return [
+            (each, name, self.tensor[each.source(name)]) for each in named for name in each.inputs
+        ]
 
     def _add(self, node: fx.Node) -> None:
         stages = OPERATIONS[node.target](node)
@@ -217,15 +219,17 @@ class _Builder:
     def _grids_of_tensors(self, grids: Mapping[str, Grid]) -> dict[fx.Node, Grid]:
         """Return the grid of each tensor that is quantized, by the node that stands for it."""
         found: dict[fx.Node, Grid] = {}
-        inputs = [(name, self.values.tensor[source]) for name, source in self.values.inputs()]
-        for name, tensor in inputs:
+        inputs = self.values.inputs()
+        if unused := grids.keys() - {name for _, name, _ in inputs}:
+            raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
+        for each, name, tensor in inputs:
+            if each.kind == "add" and grids and name not in grids:
+                raise refuse(each.node, "the sum would stay in float: --quantize_sums is needed")
             if name in grids and found.setdefault(tensor, grids[name]) != grids[name]:
                 raise _conflict(name)
-        for name, tensor in inputs:
-            if name not in grids and tensor in found and ".cat" not in f".{name}":
+        for each, name, tensor in inputs:
+            if name not in grids and tensor in found and each.kind != "cat":
                 raise _conflict(name)
-        if unused := grids.keys() - {name for name, _ in inputs}:
-            raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
         if self._grid(self.values.output, found):
             raise refuse(self.values.output, "the logits are quantized for another operation")
         return found
@@ -276,8 +280,6 @@ class _Builder:
         """Raise NetworkError where a value would stay in float."""
         if kind is Rescale:
             return
-        if None in in_grids and kind is Sum:
-            raise refuse(node, "the sum would stay in float: --quantize_sums is needed")
         if None in in_grids:
             raise refuse(node, "nothing quantizes its input")
         if kind is Sum and names[0] == names[1]:

@@ -264,6 +264,7 @@ def _concat(node: fx.Node) -> list[Stage]:
 
 OPERATIONS: dict[Callable, Reader] = {
     aten.conv1d.default: _layer,
+    aten.conv1d.padding: _layer,
     aten.conv2d.default: _layer,
     aten.conv2d.padding: _layer,
     aten.linear.default: _layer,
