@@ -70,20 +70,17 @@ class IntegerNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
+        return self.values(x, keep_all=False)[self.output], []
+
+    def values(self, x: Tensor, keep_all: bool = True) -> dict[str, Tensor]:
+        """Return all values by name, or those that nothing reads; codes are in float32."""
         values = {"input": x}
         last_reader = {name: each for each in self.operations for name in each.sources}
         for each in self.operations:
             values[each.name] = each.run(*(values[name] for name in each.sources))
-            for name in each.sources:
+            for name in () if keep_all else each.sources:
                 if last_reader[name] is each:  # a batch's values of all layers are gigabytes
                     values.pop(name, None)
-        return values[self.output], []
-
-    def values(self, x: Tensor) -> dict[str, Tensor]:
-        """Return all values by name; codes are in float32."""
-        values = {"input": x}
-        for each in self.operations:
-            values[each.name] = each.run(*(values[name] for name in each.sources))
         return values
 
     def layers(self) -> list[Layer]:

@@ -1,5 +1,8 @@
 """Networks as everybody writes them: exported, and right in integers."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,7 @@ from test_integer_network import quantize
 from test_residual_export import MEAN, STD, normalized, pixels
 from torch import nn
 
-from engine.deploy import onnx_export, onnx_session
+from engine.deploy import onnx_export, onnx_session, supported
 from engine.deploy.comparison import first_disagreement
 
 pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
@@ -137,3 +140,19 @@ def test_what_everybody_writes_is_exported(spelling, n_bits, asymmetric):
     torch.testing.assert_close(run(images[:1]), logits[:1], rtol=0, atol=0)
     assert onnx_session.inexact_operations(integers, exact_products=True) == []
     assert not onnx_session.FLOAT_KERNELS & set(onnx_session.optimized_nodes(model, "m").values())
+
+
+def test_the_operation_of_the_page_is_exported(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(# in engine/deploy/supported.py\n.*?)```", page, re.DOTALL)
+    monkeypatch.setitem(supported.OPERATIONS, torch.ops.aten.flip.default, None)  # and undo it
+    exec(compile(block, "page", "exec", dont_inherit=True), dict(vars(supported)))
+    torch.manual_seed(0)
+    net, images = Net(lambda net, x: whole(net, net.a(stem(net, x).flip(3, 1)))), pixels(8, 12)
+    x = normalized(images)
+    net.eval()(x[:2])
+    integers, graph, _ = quantize(net, x, 8, 8)
+    assert first_disagreement(integers, graph, x) is None
+    model = onnx_export.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
+    run = onnx_session.open_session(model, "m", exact_products=True)
+    torch.testing.assert_close(run(images), integers(x)[0], rtol=0, atol=0)
