@@ -57,6 +57,8 @@ class _Comparison(fx.Interpreter):
         self, graph: fx.GraphModule, net: IntegerNetwork, values: dict[str, Tensor]
     ) -> None:
         super().__init__(graph)
+        if missing := net.values_of.keys() - {node.name for node in graph.graph.nodes}:
+            raise ValueError(f"another network's graph: it has no {', '.join(sorted(missing))}")
         self.net, self.values, self.found = net, values, None
 
     def run_node(self, node: fx.Node) -> object:

@@ -120,15 +120,10 @@ def _layer(node: fx.Node) -> list[Stage]:
     return [(Layer, {**options, "layer": node.meta["name"], "weight": weight, "bias": bias})]
 
 
-def _convolution(
-    product: Callable,
-    w: Tensor,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] | str = (0,),
-    dilation: Sequence[int] = (1,),
-    groups: int = 1,
-) -> dict[str, Any]:
+def _convolution(product: Callable, w: Tensor, *geometry: object) -> dict[str, Any]:
     """Return the options of a convolution: for PyTorch its arguments, for ONNX attributes."""
+    defaults = ([1], [0], [1], 1)
+    stride, padding, dilation, groups = (*geometry, *defaults[len(geometry) :])
     n, kernel = w.dim() - 2, list(w.shape[2:])
     strides, dilations = _repeated(stride, n), _repeated(dilation, n)
     if isinstance(padding, str):
@@ -137,11 +132,8 @@ def _convolution(
     else:
         pads = _repeated(padding, n) * 2
     attributes = {"strides": strides, "pads": pads, "dilations": dilations, "group": groups}
-    return {
-        "product": product,
-        "geometry": (stride, padding, dilation, groups),
-        "attributes": attributes | {"kernel_shape": kernel},
-    }
+    attributes["kernel_shape"] = kernel
+    return {"product": product, "geometry": geometry, "attributes": attributes}
 
 
 def _sum(node: fx.Node) -> list[Stage]:

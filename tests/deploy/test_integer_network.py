@@ -12,8 +12,9 @@ from torch import nn
 
 from engine.deploy.comparison import first_disagreement
 from engine.deploy.integer_layers import MAX_BIAS, make_integer_layer, n_bits_needed, with_integers
-from engine.deploy.integer_network import IntegerNetwork, shared_ranges
+from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.packing import pack, save_integers, unpack
+from engine.deploy.values import shared_ranges
 from engine.networks.exported import export_network, get_tensor, layers, set_constant, with_inputs
 from engine.networks.folding import fold_batch_norms
 from engine.quantization.grids import Grid, OnGrid, activation_grid

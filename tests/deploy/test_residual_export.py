@@ -9,9 +9,10 @@ import data
 import models
 from engine.deploy import onnx_export, onnx_session
 from engine.deploy.comparison import first_disagreement
-from engine.deploy.integer_network import IntegerNetwork, shared_ranges
+from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Sum
 from engine.deploy.onnx_emitter import RELU, UNBOUNDED
+from engine.deploy.values import shared_ranges
 from engine.quantization.grids import Grid
 from engine.system.errors import NetworkError
 
