@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.networks.exported import operations, with_inputs
+from engine.quantization.grids import OnGrid
+
 
 class SmoothNet(nn.Module):
     """Two convolutions, batch norm and Softplus: a small net whose derivatives have no kinks."""
@@ -211,3 +214,39 @@ def go_through(training, after_batch=None, after_epoch=None):
         if callback := after_batch if progress.batch else after_epoch:
             callback(progress)
     return history
+
+
+# --- quantized networks, without the quantizers of quant_utils -------------------------------
+
+
+def uniform_parts(w: Tensor, n_bits: int, per_channel: bool = False) -> tuple[OnGrid]:
+    """The nearest points of the symmetric grid of the step 2m / (2^n_bits − 1)."""
+    m = w.abs().amax(dim=tuple(range(1, w.dim())), keepdim=True) if per_channel else w.abs().max()
+    scale = torch.where(m > 0, 2 * m / (2**n_bits - 1), 1)
+    codes = (w / scale).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1)
+    return (OnGrid(codes, scale),)
+
+
+def two_parts(w: Tensor, n_bits: int, per_channel: bool = False) -> tuple[OnGrid, OnGrid]:
+    """A fine grid for the values up to a third of the largest, and a coarse one beyond."""
+    is_small = w.abs() < w.abs().max() / 3
+    [fine] = uniform_parts(w * is_small, n_bits, per_channel)
+    [coarse] = uniform_parts(w * ~is_small, n_bits, per_channel)
+    return fine, coarse
+
+
+def input_ranges(graph, x: Tensor, sums: bool = True) -> dict[str, tuple[float, float]]:
+    """The least and the largest value of the input of each operation, by name."""
+    ranges = {}
+
+    def watching(name):
+        def watch(value: Tensor) -> Tensor:
+            ranges[name] = value.min().item(), value.max().item()
+            return value
+
+        return watch
+
+    quantized = [each for each in operations(graph) if sums or not each.is_sum]
+    with torch.no_grad():
+        with_inputs(graph, {name: watching(name) for each in quantized for name in each.inputs})(x)
+    return ranges

@@ -5,7 +5,7 @@ from torch import Tensor, fx
 
 from engine.deploy.integer_layers import MAX_BIAS, IntegerLayer, with_integers
 from engine.deploy.integer_network import IntegerNetwork
-from engine.networks.exported import copy_graph, get_tensor, layers
+from engine.networks.exported import aten, copy_graph, get_tensor, layers
 from engine.quantization.grids import Grid
 
 MAX_ROUNDING = 0.501  # of a scale: what rounding to the nearest code explains
@@ -57,10 +57,14 @@ class _Comparison(fx.Interpreter):
         self, graph: fx.GraphModule, net: IntegerNetwork, values: dict[str, Tensor]
     ) -> None:
         super().__init__(graph)
+        if missing := net.values_of.keys() - {node.name for node in graph.graph.nodes}:
+            raise ValueError(f"another network's graph: it has no {', '.join(sorted(missing))}")
         self.net, self.values, self.found = net, values, None
 
     def run_node(self, node: fx.Node) -> object:
         """Return the value that the integers stand for, where they have the node's."""
+        if node.target is aten._assert_tensor_metadata.default:  # of float32
+            return None
         result = super().run_node(node)
         if node.name not in self.net.values_of:
             return result
@@ -68,7 +72,10 @@ class _Comparison(fx.Interpreter):
         value = self.values[name].double()
         value = grid.dequantize(value) if grid else value
         if self.found is None and (error := _largest_error(result, value, grid)) > 1:
-            self.found = f"{name}: integers and the network's own operation differ by {error:.3g} times what rounding explains"
+            self.found = (
+                f"{name}: its integers differ from what the network's own operation gives, by "
+                f"{error:.3g} times what rounding explains"
+            )
         return value
 
 

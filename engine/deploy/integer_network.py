@@ -3,27 +3,16 @@
 What the operations compute is defined in engine/deploy/integer_operations.py.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import count
 from types import MappingProxyType
 
 from torch import Tensor, fx, nn
 
 from engine.deploy.integer_layers import IntegerLayer, make_integer_layer
-from engine.deploy.integer_moves import Move, Pad
 from engine.deploy.integer_operations import Arithmetic, IntegerOperation, Layer, Rescale, Sum
-from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
-from engine.deploy.supported import (
-    NO_VALUES,
-    OPERATIONS,
-    SPLITS,
-    Stage,
-    check_supported,
-    name_of,
-    operands,
-    refuse,
-)
-from engine.networks.exported import Operation
+from engine.deploy.supported import name_of, operands, refuse
+from engine.deploy.values import Values
 from engine.quantization.grids import Grid, OnGrid
 from engine.system.errors import NetworkError
 
@@ -66,24 +55,21 @@ class IntegerNetwork(nn.Module):
         and for a value that is needed on two grids; ValueError, naming the layer, where a quantized
         weight has no integers of 8 bits.
         """
-        return _Builder(_Values(graph), grids, parts).network()
+        return _Builder(Values(graph), grids, parts).network()
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
+        return self.values(x, keep_all=False)[self.output], []
+
+    def values(self, x: Tensor, keep_all: bool = True) -> dict[str, Tensor]:
+        """Return all values by name, or those that nothing reads; codes are in float32."""
         values = {"input": x}
         last_reader = {name: each for each in self.operations for name in each.sources}
         for each in self.operations:
             values[each.name] = each.run(*(values[name] for name in each.sources))
-            for name in each.sources:
+            for name in () if keep_all else each.sources:
                 if last_reader[name] is each:  # a batch's values of all layers are gigabytes
                     values.pop(name, None)
-        return values[self.output], []
-
-    def values(self, x: Tensor) -> dict[str, Tensor]:
-        """Return all values by name; codes are in float32."""
-        values = {"input": x}
-        for each in self.operations:
-            values[each.name] = each.run(*(values[name] for name in each.sources))
         return values
 
     def layers(self) -> list[Layer]:
@@ -103,129 +89,35 @@ class IntegerNetwork(nn.Module):
         return {each.layer: each.integers for each in self.layers()}
 
 
-def shared_ranges(
-    graph: fx.GraphModule, ranges: Mapping[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
-    """Return the ranges, by name, with one for all inputs that are, or are part of, one tensor.
-
-    It holds all of theirs: an engine keeps a tensor on one grid, whoever reads it.
-    """
-    values = _Values(graph)
-    readers: dict[fx.Node, list[str]] = defaultdict(list)
-    for name, source in values.inputs():
-        if name in ranges:
-            readers[values.tensor[source]].append(name)
-    shared = dict(ranges)
-    for names in readers.values():
-        low, high = zip(*(ranges[name] for name in names), strict=True)
-        shared |= dict.fromkeys(names, (min(low), max(high)))
-    return shared
-
-
-class _Values:
-    """The values of a graph, and which of them an engine keeps on one grid.
-
-    Attributes:
-        nodes: whose values are tensors computed from images, in the order in which they run.
-        stages: the integer operations of each node; a ReLU that is part of others has none.
-        tensor: by node, the one that stands for all whose values are on its grid.
-        bounds: of the ReLUs that are part of an operation, by its node.
-        unrectified: the nodes whose own value does not exist, as a ReLU is applied before.
-    """
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.output: fx.Node = next(iter(reversed(graph.graph.nodes))).args[0]
-        [self.images] = graph.graph.find_nodes(op="placeholder")
-        self.nodes = [
-            node
-            for node in graph.graph.nodes
-            if node.op == "call_function" and node.target not in (*NO_VALUES, *SPLITS)
-        ]
-        check_supported(self.nodes)
-        self.stages: dict[fx.Node, list[Stage]] = {}
-        self.tensor = {self.images: self.images}
-        self.bounds: dict[fx.Node, Bounds] = {}
-        self.unrectified: set[fx.Node] = set()
-        for node in self.nodes:
-            self._add(node)
-
-    def inputs(self) -> list[tuple[str, fx.Node]]:
-        """Return the names of all inputs of operations, and the values that they are."""
-        named = [Operation(node) for node in self.nodes if "name" in node.meta]
-        return [(name, each.source(name)) for each in named for name in each.inputs]
-
-    def _add(self, node: fx.Node) -> None:
-        stages = OPERATIONS[node.target](node)
-        if stages and stages[0][0] is Rescale and self._join(node, stages[0][1]["bounds"]):
-            stages = []
-        self.stages[node] = stages
-        self.tensor[node] = node
-        if all(issubclass(kind, Move) for kind, _ in stages):
-            joined = {self.tensor[source] for source in operands(node)} | {node}
-            first, *_ = (each for each in self.tensor if each in joined)
-            self.tensor |= {k: first for k, each in self.tensor.items() if each in joined}
-
-    def _join(self, node: fx.Node, bounds: Bounds) -> bool:
-        """Make a ReLU part of the operations whose values it alone reads, or tell that it is not.
-
-        Values may be moved between: max-pooling and ReLU are the same in either order.
-        """
-        passed: set[fx.Node] = set()
-        makers = self._makers(node.args[0], passed, bounds[0] <= 0 <= bounds[1])
-        joined = {}
-        for maker in makers:
-            own = self.stages[maker][0][1].get("bounds", UNBOUNDED)
-            low, high = self.bounds.get(maker, own)
-            joined[maker] = max(low, bounds[0]), min(high, bounds[1])
-        if not makers or any(low > high for low, high in joined.values()):
-            return False
-        self.bounds |= joined
-        self.unrectified |= passed
-        return True
-
-    def _makers(self, node: fx.Node, passed: set[fx.Node], has_zero: bool) -> list[fx.Node]:
-        """Return what computes the value; none where others read it, too.
-
-        `passed` gains these and what moves their values; `has_zero`: the ReLU keeps zeros.
-        """
-        readers = [user for user in node.users if user.target not in NO_VALUES]
-        if len(readers) != 1 or node not in self.stages:
-            return []
-        passed.add(node)
-        kinds = [kind for kind, _ in self.stages[node]]
-        if kinds and issubclass(kinds[0], Arithmetic):
-            return [node]
-        makers = [self._makers(source, passed, has_zero) for source in operands(node)]
-        return sum(makers, []) if all(makers) and (has_zero or Pad not in kinds) else []
-
-
 class _Builder:
     """From values to operations."""
 
     def __init__(
         self,
-        values: _Values,
+        values: Values,
         grids: Mapping[str, Grid],
         parts: Mapping[str, tuple[OnGrid, ...] | None],
     ) -> None:
         self.values, self.parts, self.is_float = values, parts, not grids
         self.operations: list[IntegerOperation] = []
         self.names = {values.images: "input"}
-        self.taken = Counter(RESERVED)
+        self.taken = set(RESERVED)
         self.grids = self._grids_of_tensors(grids)
 
     def _grids_of_tensors(self, grids: Mapping[str, Grid]) -> dict[fx.Node, Grid]:
         """Return the grid of each tensor that is quantized, by the node that stands for it."""
         found: dict[fx.Node, Grid] = {}
-        inputs = [(name, self.values.tensor[source]) for name, source in self.values.inputs()]
-        for name, tensor in inputs:
+        inputs = self.values.inputs()
+        if unused := grids.keys() - {name for _, name, _ in inputs}:
+            raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
+        for each, name, tensor in inputs:
+            if each.kind == "add" and grids and name not in grids:
+                raise refuse(each.node, "the sum would stay in float: --quantize_sums is needed")
             if name in grids and found.setdefault(tensor, grids[name]) != grids[name]:
                 raise _conflict(name)
-        for name, tensor in inputs:
-            if name not in grids and tensor in found and ".cat" not in f".{name}":
+        for each, name, tensor in inputs:
+            if name not in grids and tensor in found and each.kind != "cat":
                 raise _conflict(name)
-        if unused := grids.keys() - {name for name, _ in inputs}:
-            raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
         if self._grid(self.values.output, found):
             raise refuse(self.values.output, "the logits are quantized for another operation")
         return found
@@ -268,16 +160,15 @@ class _Builder:
 
     def _name(self, node: fx.Node) -> str:
         """Return a name for the node's value that no other has."""
-        name = name_of(node)
-        self.taken[name] += 1
-        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"
+        numbered = (f"{name_of(node)}{'' if n == 1 else f'_{n}'}" for n in count(1))
+        name = next(name for name in numbered if name not in self.taken)
+        self.taken.add(name)
+        return name
 
     def _check(self, node: fx.Node, kind: type, names: tuple, in_grids: tuple) -> None:
         """Raise NetworkError where a value would stay in float."""
         if kind is Rescale:
             return
-        if None in in_grids and kind is Sum:
-            raise refuse(node, "the sum would stay in float: --quantize_sums is needed")
         if None in in_grids:
             raise refuse(node, "nothing quantizes its input")
         if kind is Sum and names[0] == names[1]:

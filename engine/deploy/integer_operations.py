@@ -17,8 +17,9 @@ do in another way (all in float32, rounding half to even):
 - what moves or selects values does it with codes; padding is the code of 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,8 @@ class Layer(Arithmetic):
     Attributes:
         layer: its name in the graph; None for average pooling.
         product: PyTorch's function of (x, weight, bias, *geometry).
-        geometry: stride, padding, dilation and groups, as far as they are given.
+        geometry: stride, padding, dilation and groups of a convolution.
+        attributes: the same as ONNX has them; None for a linear layer.
         weight, bias: those of the float network.
         integers: None in a float network.
     """
@@ -108,6 +110,7 @@ class Layer(Arithmetic):
     layer: str | None = None
     product: Callable[..., Tensor] = F.linear
     geometry: tuple = ()
+    attributes: Mapping[str, Any] | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     integers: IntegerLayer | None = None
@@ -129,10 +132,11 @@ class Layer(Arithmetic):
 
     def trial_codes(self, generator: torch.Generator) -> list[Tensor]:
         """Return inputs, uint8, whose sums are large: all of the largest code, and half of them."""
-        _, _, dilation, groups = self._conv_options()
-        w = self.weight
-        sizes = [d * k + TRIAL_SIZE - 1 for d, k in zip(dilation, w.shape[2:], strict=True)]
-        codes = torch.randint(0, 2, (4, w.shape[1] * groups, *sizes), generator=generator)
+        n_inputs, *kernel = self.weight.shape[1:]
+        geometry = self.attributes or {"dilations": [], "group": 1}
+        sizes = [d * k + TRIAL_SIZE for d, k in zip(geometry["dilations"], kernel, strict=True)]
+        shape = (4, n_inputs * geometry["group"], *sizes)
+        codes = torch.randint(0, 2, shape, generator=generator)
         codes[0] = 1
         return [(codes * self.in_grids[0].max_code).to(torch.uint8)]
 
@@ -144,34 +148,6 @@ class Layer(Arithmetic):
         dtype = torch.float32 if is_exact else torch.float64
         x = (x - grid.zero_point if grid.zero_point else x).to(dtype)
         return self.product(x, part.codes.to(x.device, dtype), None, *self.geometry).round()
-
-    def _conv_options(self) -> tuple[list[int], list[tuple[int, int]], list[int], int]:
-        """Return strides, padding before and after, and dilations of each dimension, and groups."""
-        kernel = self.weight.shape[2:]
-        defaults = ([1], [0], [1], 1)
-        stride, padding, dilation, groups = (*self.geometry, *defaults[len(self.geometry) :])
-        stride, dilation = (
-            list(v) * len(kernel) if len(v) == 1 else list(v) for v in (stride, dilation)
-        )
-        if isinstance(padding, str):
-            is_same = padding == "same"
-            totals = [is_same * d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            return stride, [(n // 2, n - n // 2) for n in totals], dilation, groups
-        padding = list(padding) * len(kernel) if len(padding) == 1 else padding
-        return stride, [(n, n) for n in padding], dilation, groups
-
-    def _attributes(self) -> dict[str, object]:
-        """Return the attributes of a convolution's node."""
-        stride, padding, dilation, groups = self._conv_options()
-        pads = [before for before, _ in padding] + [after for _, after in padding]
-        kernel = list(self.weight.shape[2:])
-        return {
-            "strides": stride,
-            "pads": pads,
-            "dilations": dilation,
-            "group": groups,
-            "kernel_shape": kernel,
-        }
 
     def emit(self, onnx: Emitter) -> None:
         """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
@@ -189,9 +165,8 @@ class Layer(Arithmetic):
             w = onnx.constant(f"{name}.weight", self.weight.detach().cpu().contiguous())
             b = onnx.constant(f"{name}.bias", bias.detach().cpu())
         inputs = [onnx.as_float(self.sources[0]), w, b]
-        is_linear = self.weight.dim() == 2
-        options = {"transB": 1} if is_linear else self._attributes()
-        y = onnx.node("Gemm" if is_linear else "Conv", inputs, self.result_name(), **options)
+        op, options = ("Conv", self.attributes) if self.attributes else ("Gemm", {"transB": 1})
+        y = onnx.node(op, inputs, self.result_name(), **options)
         onnx.finish(y, name, self.out_grid, self.bounds)
 
     def _emit_integer_sums(self, onnx: Emitter) -> None:
@@ -217,14 +192,14 @@ class Layer(Arithmetic):
         """
         [source] = self.sources
         zero_point = onnx.grid_constants(source, self.in_grids[0])[1]
-        if self.weight.dim() == 2:
+        if self.attributes is None:
             codes = onnx.constant(f"{name}.codes", part.codes.T.contiguous())
             return onnx.node("MatMulInteger", [source, codes, zero_point], f"{name}.sum")
         unsigned = (part.codes.int() + MAX_CODE).to(torch.uint8)
         codes = onnx.constant(f"{name}.codes", unsigned)
         middle = onnx.constant("code.middle", np.uint8(MAX_CODE))
         inputs = [source, codes, zero_point, middle]
-        return onnx.node("ConvInteger", inputs, f"{name}.sum", **self._attributes())
+        return onnx.node("ConvInteger", inputs, f"{name}.sum", **self.attributes)
 
 
 @dataclass

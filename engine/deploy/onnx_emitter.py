@@ -26,14 +26,10 @@ RELU: Bounds = (0.0, np.inf)
 
 
 class Emitter:
-    """Nodes and constants so far.
-
-    Attributes:
-        n_parts: how many weights of layers that have several to write; None: all.
-        grids: of the values that are codes, by name.
-    """
+    """Nodes and constants so far; `grids` are those of the values that are codes, by name."""
 
     def __init__(self, n_parts: int | None = None) -> None:
+        """Write n_parts weights of layers that have several; None: all."""
         self.n_parts = n_parts
         self.nodes: list = []
         self.initializers: list = []

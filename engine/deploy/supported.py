@@ -6,15 +6,15 @@ same. It raises NetworkError, in one line with the reason, for arguments that ha
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from engine.deploy.integer_moves import Concat, MaxPool, Pad, Reshape, Slice, Transpose
 from engine.deploy.integer_operations import GlobalPool, IntegerOperation, Layer, Rescale, Sum
-from engine.deploy.onnx_emitter import RELU
 from engine.networks.exported import BATCH, KINDS, aten, get_tensor
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError
@@ -84,10 +84,9 @@ def _arguments(node: fx.Node, *defaults: object) -> tuple:
     return (*node.args[1:], *defaults[len(node.args) - 1 :])
 
 
-def _pair(value: int | list[int]) -> list[int]:
-    """Return a number for each of two dimensions."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * 2 if len(values) == 1 else values
+def _repeated(values: Sequence[int], n: int) -> list[int]:
+    """Return a number for each of n dimensions."""
+    return list(values) * (n // len(values))
 
 
 def _identity(node: fx.Node) -> list[Stage]:
@@ -106,21 +105,35 @@ def _dropout(node: fx.Node) -> list[Stage]:
 def _layer(node: fx.Node) -> list[Stage]:
     if node.meta.get("name") is None:
         raise refuse(node, "its weight depends on the images")
-    if KINDS[node.target] == "linear" and len(_shape(node)) != 1:
-        raise refuse(node, "linear layers of more than one vector an image are not supported")
     module = node.graph.owning_module
     weight, bias = (
         get_tensor(module, arg.target) if arg is not None else None
         for arg in (*node.args[1:], None)[:2]
     )
-    options = {"layer": node.meta["name"], "product": node.target, "geometry": node.args[3:]}
-    return [(Layer, {**options, "weight": weight, "bias": bias})]
+    if KINDS[node.target] == "linear":
+        if len(_shape(node)) != 1:
+            reason = "linear layers of more than one vector an image are not supported"
+            raise refuse(node, reason)
+        options = {"product": node.target}
+    else:
+        options = _convolution(node.target, weight, *node.args[3:])
+    return [(Layer, {**options, "layer": node.meta["name"], "weight": weight, "bias": bias})]
 
 
-def _rectifier(node: fx.Node, low: float = 0.0, high: float = float("inf")) -> list[Stage]:
-    low, high = _arguments(node, low, high)
-    bounds = (RELU[0] - RELU[1] if low is None else low, RELU[1] if high is None else high)
-    return [(Rescale, {"bounds": tuple(map(float, bounds))})]
+def _convolution(product: Callable, w: Tensor, *geometry: object) -> dict[str, Any]:
+    """Return the options of a convolution: for PyTorch its arguments, for ONNX attributes."""
+    defaults = ([1], [0], [1], 1)
+    stride, padding, dilation, groups = (*geometry, *defaults[len(geometry) :])
+    n, kernel = w.dim() - 2, list(w.shape[2:])
+    strides, dilations = _repeated(stride, n), _repeated(dilation, n)
+    if isinstance(padding, str):
+        totals = [d * (k - 1) * (padding == "same") for d, k in zip(dilations, kernel, strict=True)]
+        pads = [total // 2 for total in totals] + [total - total // 2 for total in totals]
+    else:
+        pads = _repeated(padding, n) * 2
+    attributes = {"strides": strides, "pads": pads, "dilations": dilations, "group": groups}
+    attributes["kernel_shape"] = kernel
+    return {"product": product, "geometry": geometry, "attributes": attributes}
 
 
 def _sum(node: fx.Node) -> list[Stage]:
@@ -139,15 +152,14 @@ def _average(node: fx.Node, kernel: list[int], stride: list[int], padding: list[
         return GlobalPool, {}
     ones = torch.ones(channels, 1, *kernel)
     n = ones[0].numel()
-    geometry = (stride, padding, [1, 1], channels)
-    options = {"product": aten.conv2d.default, "geometry": geometry, "weight": ones / n}
-    return Layer, {**options, "parts": (OnGrid(ones, torch.tensor(1 / n)),)}
+    options = _convolution(aten.conv2d.default, ones, stride, padding, [1], channels)
+    return Layer, {**options, "weight": ones / n, "parts": (OnGrid(ones, torch.tensor(1 / n)),)}
 
 
 def _avg_pool(node: fx.Node) -> list[Stage]:
-    kernel, stride, padding, ceil, with_padding, divisor = _arguments(node, 0, [], 0, 0, True, None)
-    kernel, padding = _pair(kernel), _pair(padding)
-    stride = _pair(stride or kernel)
+    arguments = _arguments(node, [], [], [0], False, True, None)
+    kernel, stride, padding = (_repeated(v or arguments[0], 2) for v in arguments[:3])
+    _, with_padding, divisor = arguments[3:]
     size = [
         (n + 2 * p - k) // s + 1
         for n, p, k, s in zip(_shape(node.args[0])[1:], padding, kernel, stride, strict=True)
@@ -179,10 +191,10 @@ def _mean(node: fx.Node) -> list[Stage]:
 
 
 def _max_pool(node: fx.Node) -> list[Stage]:
-    kernel, stride, padding, dilation, ceil = _arguments(node, 0, [], [0], [1], False)
+    *arguments, ceil = _arguments(node, [], [], [0], [1], False)
     before, after = _shape(node.args[0])[1:], _shape(node)[1:]
     kernel, stride, padding, dilation = (
-        list(v) * (len(before) // len(v)) for v in (kernel, stride or kernel, padding, dilation)
+        _repeated(v or arguments[0], len(before)) for v in arguments
     )
     ends = [  # what ONNX has to pad for the last window, which ceil_mode adds, to be whole
         max(p, (out - 1) * s + d * (k - 1) + 1 - size - p)
@@ -245,12 +257,9 @@ def _part(node: fx.Node) -> list[Stage]:
 
 
 def _pad(node: fx.Node) -> list[Stage]:
-    is_constant = node.target is aten.constant_pad_nd.default
     widths, *rest = node.args[1:]
-    mode, value = ("constant", *rest, None)[:2] if is_constant else (*rest, "constant", None)[:2]
-    if is_constant is False and len(rest) == 1:
-        mode, value = rest[0], None
-    if mode != "constant" or value or node.kwargs.get("value") or min(widths) < 0:
+    values = {*rest, *node.kwargs.values()} - {"constant", None, 0}  # "reflect", or a number
+    if values or min(widths) < 0:
         raise refuse(node, "only padding by zeros is supported")
     return [(Pad, {"rank": len(node.meta["shape"]), "widths": tuple(widths)})]
 
@@ -262,55 +271,34 @@ def _concat(node: fx.Node) -> list[Stage]:
     return [(Concat, {"dim": dim})]
 
 
-OPERATIONS: dict[Callable, Reader] = {
-    aten.conv1d.default: _layer,
-    aten.conv2d.default: _layer,
-    aten.conv2d.padding: _layer,
-    aten.linear.default: _layer,
-    aten.add.Tensor: _sum,
-    aten.cat.default: _concat,
-    aten.relu.default: _rectifier,
-    aten.relu6.default: lambda node: _rectifier(node, 0.0, 6.0),
-    aten.hardtanh.default: lambda node: _rectifier(node, -1.0, 1.0),
-    aten.clamp.default: lambda node: _rectifier(node, None, None),
-    aten.clamp_min.default: lambda node: _rectifier(node, None, None),
-    aten.avg_pool2d.default: _avg_pool,
-    aten.adaptive_avg_pool2d.default: _adaptive_pool,
-    aten.mean.dim: _mean,
-    aten.max_pool1d.default: _max_pool,
-    aten.max_pool2d.default: _max_pool,
-    aten.pad.default: _pad,
-    aten.constant_pad_nd.default: _pad,
-    aten.slice.Tensor: _slice,
-    operator.getitem: _part,
-    aten.permute.default: _transpose,
-    aten.transpose.int: _transpose,
-    **dict.fromkeys(
-        (
-            aten.view.default,
-            aten.reshape.default,
-            aten.flatten.using_ints,
-            aten.unflatten.int,
-            aten.squeeze.dims,
-            aten.squeeze.dim,
-            aten.unsqueeze.default,
-        ),
-        _reshape,
-    ),
-    **dict.fromkeys(
-        (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _dropout
-    ),
-    **dict.fromkeys(
-        (
-            aten.clone.default,
-            aten.contiguous.default,
-            aten.detach.default,
-            aten.alias.default,
-            aten.to.dtype,
-            aten.to.device,
-            aten.to.dtype_layout,
-            aten._to_copy.default,
-        ),
-        _identity,
-    ),
+def _clamp(node: fx.Node) -> list[Stage]:
+    low, high = _arguments(node, *CLAMPS.get(kind_of(node), (None, None)))
+    bounds = (-inf if low is None else float(low), inf if high is None else float(high))
+    return [(Rescale, {"bounds": bounds})]
+
+
+CLAMPS = {"relu": (0.0, None), "relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)}
+# A line for each reader: the names in `torch.ops.aten` of what it reads.
+READERS: dict[Reader, str] = {
+    _layer: "conv1d.default conv1d.padding conv2d.default conv2d.padding linear.default",
+    _sum: "add.Tensor",
+    _concat: "cat.default",
+    _clamp: "relu.default relu6.default hardtanh.default clamp.default clamp_min.default",
+    _avg_pool: "avg_pool2d.default",
+    _adaptive_pool: "adaptive_avg_pool2d.default",
+    _mean: "mean.dim",
+    _max_pool: "max_pool1d.default max_pool2d.default",
+    _pad: "pad.default constant_pad_nd.default",
+    _slice: "slice.Tensor",
+    _transpose: "permute.default transpose.int",
+    _reshape: "view.default reshape.default flatten.using_ints unflatten.int squeeze.dims "
+    "squeeze.dim unsqueeze.default",
+    _dropout: "dropout.default feature_dropout.default alpha_dropout.default",
+    _identity: "clone.default contiguous.default detach.default alias.default to.dtype to.device "
+    "to.dtype_layout _to_copy.default",
+}
+OPERATIONS: dict[Callable, Reader] = {operator.getitem: _part} | {
+    operator.attrgetter(name)(aten): reader
+    for reader, names in READERS.items()
+    for name in names.split()
 }

@@ -349,6 +349,7 @@ def get_tensor(module: nn.Module, name: str) -> Tensor:
 
 PRODUCTS = {
     aten.conv1d.default: "conv",
+    aten.conv1d.padding: "conv",
     aten.conv2d.default: "conv",
     aten.conv2d.padding: "conv",
     aten.conv3d.default: "conv",

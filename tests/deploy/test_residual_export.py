@@ -2,22 +2,24 @@ import numpy as np
 import pytest
 import reference
 import torch
-from test_integer_network import quantize
+from test_integer_network import folded, quantize
 from torch import nn
 
 import data
 import models
 from engine.deploy import onnx_export, onnx_session
-from engine.deploy.integer_layers import Grid
-from engine.deploy.integer_network import build, shared_ranges
-from engine.deploy.integer_operations import RELU, RELU6, UNBOUNDED, Sum
-from engine.networks.batch_norm import fold_batch_norm
-from engine.networks.graph import trace
+from engine.deploy.comparison import first_disagreement
+from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.integer_operations import Sum
+from engine.deploy.onnx_emitter import RELU, UNBOUNDED
+from engine.deploy.values import shared_ranges
+from engine.quantization.grids import Grid
 from engine.system.errors import NetworkError
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
 pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.3)
+RELU6 = (0.0, 6.0)
 
 BLOCKS = {
     "padded": lambda: [
@@ -37,7 +39,7 @@ BLOCKS = {
 
 
 def randomize(net, seed):
-    """Give the network random weights, a few of them large, and random statistics; fold it."""
+    """Give the network random weights, a few of them large, and random statistics."""
     torch.manual_seed(seed)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -47,11 +49,11 @@ def randomize(net, seed):
                 nn.init.uniform_(t, 0.5, 2)
         elif isinstance(m, nn.Conv2d | nn.Linear):
             nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
-    return fold_batch_norm(net.eval())
+    return net.eval()
 
 
 def residual_net(kind, seed):
-    """Return a small folded network with blocks of that kind."""
+    """Return a small network with blocks of that kind."""
     stem = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU6()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5)]
     net = nn.Sequential(*stem, *BLOCKS[kind](), *head)
@@ -75,12 +77,13 @@ def normalized(pixels):
 def assert_engine_agrees(net, images, *options, **named):
     """Quantize the network and compare all logits of ONNX Runtime with the simulation's."""
     x = normalized(images)
-    integers, _ = quantize(net, x[:16], *options, **named)
+    integers, graph, _ = quantize(net, x[:16], *options, **named)
     model = onnx_export.to_onnx(integers, images.shape[1:], MEAN, STD, {})
     logits = onnx_session.open_session(model, "m", exact_products=True)(images)
     expected = integers(x)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
     assert expected.unique().numel() > 20
+    assert first_disagreement(integers, graph, x[:4]) is None
     return integers, model
 
 
@@ -92,9 +95,11 @@ def test_every_logit_of_a_residual_network_is_that_of_the_simulation(kind, seed,
         net, pixels(32, 10, seed), n_bits, n_bits, per_channel=per_channel
     )
     operators = list(onnx_session.optimized_nodes(model, "m").values())
-    assert operators.count("QLinearAdd") == sum(isinstance(s, Sum) for s in integers.steps)
+    assert operators.count("QLinearAdd") == sum(
+        isinstance(each, Sum) for each in integers.operations
+    )
     assert not onnx_session.FLOAT_KERNELS & set(operators)
-    assert onnx_session.inexact_steps(integers, exact_products=True) == []
+    assert onnx_session.inexact_operations(integers, exact_products=True) == []
 
 
 def random_sum(seed, n_bits):
@@ -103,13 +108,15 @@ def random_sum(seed, n_bits):
     scales = generator.uniform(0.01, 0.05, 3).astype(np.float32)
     if seed % 3 == 0:
         scales[1:] = scales[0], 2 * scales[0]
-    zero_points = generator.choice([0, 2 ** (n_bits - 1)], 3)
+    zero_points = generator.integers(0, 2**n_bits, 3)
+    if seed % 2 == 0:
+        zero_points = generator.choice([0, 2 ** (n_bits - 1)], 3)
     a, b, c = (
         Grid(float(scale), int(zero), n_bits)
         for scale, zero in zip(scales, zero_points, strict=True)
     )
     bounds = (UNBOUNDED, RELU, RELU6)[generator.integers(3)]
-    return Sum("c", "a", a, c, bounds=bounds, other="b", other_grid=b)
+    return Sum("c", ("a", "b"), (a, b), c, bounds)
 
 
 @pytest.mark.parametrize("n_bits", [8, 4, 3])
@@ -118,29 +125,29 @@ def test_a_sum_of_all_pairs_of_codes_is_that_of_the_engine(n_bits):
     pairs = torch.cartesian_prod(codes, codes).T.to(torch.uint8)
     a, b = pairs.reshape(2, 1, 1, -1, 2**n_bits).contiguous()
     for seed in range(6):
-        step = random_sum(seed, n_bits)
-        run = onnx_session.open_session(onnx_export.step_to_onnx(step, (a, b)), "m")
+        each = random_sum(seed, n_bits)
+        run = onnx_session.open_session(onnx_export.operation_to_onnx(each, (a, b)), "m")
         torch.testing.assert_close(
-            run(a, b).float(), step.run(a.float(), b.float()), rtol=0, atol=0
+            run(a, b).float(), each.run(a.float(), b.float()), rtol=0, atol=0
         )
 
 
 def test_a_sum_of_codes_is_that_of_their_values():
     for seed in range(6):
-        step = random_sum(seed, 8)
-        a, b = (codes.double() for codes in step.trial_codes(torch.Generator().manual_seed(seed)))
+        each = random_sum(seed, 8)
+        a, b = (codes.double() for codes in each.trial_codes(torch.Generator().manual_seed(seed)))
         real = sum(
             (x - grid.zero_point) * grid.scale
-            for x, (_, grid) in zip((a, b), step.inputs(), strict=True)
+            for x, grid in zip((a, b), each.in_grids, strict=True)
         )
-        codes = real.clamp(*step.bounds) / step.out_grid.scale + step.out_grid.zero_point
-        expected = codes.clamp(*step.out_grid.code_range(step.bounds))
-        assert (step.run(a.float(), b.float()) - expected).abs().max() < 0.501
+        codes = real.clamp(*each.bounds) / each.out_grid.scale + each.out_grid.zero_point
+        expected = codes.clamp(*each.out_grid.code_range(each.bounds))
+        assert (each.run(a.float(), b.float()) - expected).abs().max() < 0.501
 
 
 def test_inputs_that_are_one_tensor_share_the_wider_range():
     net = residual_net("padded", 0)
-    graph = trace(net, torch.zeros(1, 3, 10, 10))
+    graph = folded(net, (3, 10, 10))
     ranges = {"4.conv1": (0.0, 2.0), "4.add[1]": (0.0, 1.0), "4.add[0]": (-1.0, 1.0)}
     shared = shared_ranges(graph, ranges)
     assert shared == {"4.conv1": (0.0, 2.0), "4.add[1]": (0.0, 2.0), "4.add[0]": (-1.0, 1.0)}
@@ -177,7 +184,9 @@ def test_a_relu6_ends_at_the_code_of_6():
 def test_the_float_network_with_sums_is_the_same_in_onnx(kind):
     net, images = residual_net(kind, 0), pixels(4, 10)
     x = normalized(images)
-    model = onnx_export.to_onnx(build(trace(net, x), {}, {}), (3, 10, 10), MEAN, STD, {})
+    model = onnx_export.to_onnx(
+        IntegerNetwork.from_graph(folded(net, (3, 10, 10))), (3, 10, 10), MEAN, STD, {}
+    )
     with torch.no_grad():
         torch.testing.assert_close(
             onnx_session.open_session(model, "m")(images), net(x), rtol=1e-3, atol=1e-3

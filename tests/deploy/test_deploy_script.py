@@ -1,0 +1,235 @@
+import json
+import sys
+from pathlib import Path
+
+import deploy_table
+import pytest
+import torch
+from test_onnx_export import without_vnni
+from torch import nn
+
+import data
+import models
+import quant_inference as qi
+from engine.deploy import verify
+from engine.networks.layers import BatchNormReLU
+from engine.system.io import save_weights, torch_load
+
+onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+
+
+class Folding(nn.Module):
+    """A small network with batch norms."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormReLU(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 8, 3, stride=2, bias=False), BatchNormReLU(8)
+        self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        return self.classifier(self.pool(x).flatten(1)), []
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Work in an empty folder with 40 images for each purpose and a small network's weights."""
+    whole = data.synthetic()
+    small = data.ImageDataset(
+        whole.train_images[:40, :, :12, :12].clone(),
+        whole.train_labels[:40],
+        whole.test_images[:40, :, :12, :12].clone(),
+        whole.test_labels[:40],
+        classes=tuple("abcdefghij"),
+    )
+    monkeypatch.setitem(data.DATASETS, "Synthetic", lambda data_dir, seed: small)
+    monkeypatch.setitem(models.MODELS, "Folding", Folding)
+    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
+    monkeypatch.setattr(verify, "ROUNDS", 1)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_weights(Folding(), Path("net.pt"))
+
+
+FLAGS = "--bits 4 --act_bits 4 --fold_bn --schemes uniform --no_plots"
+
+
+def main(flags):
+    """Run the script in this process; return its exit code."""
+    words = ["net.pt", "--model", "Folding", "--dataset", "Synthetic", "--device", "cpu"]
+    with pytest.raises(SystemExit) as caught:
+        qi.main([*words, *flags.split()])
+    return caught.value.code
+
+
+def test_export_and_verify(tiny, capsys):
+    files = "--export net.onnx --verify --save_quantized q.pt --save_integers net.safetensors"
+    pytest.importorskip("safetensors", reason="requirements-export.txt is not installed")
+    assert main(f"{FLAGS} {files}") == 0
+    printed = capsys.readouterr()
+    assert "simulated (integer): " in printed.out and "0 of 40 predictions differ" in printed.out
+    assert "warning" not in printed.err
+    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
+    assert found["differing_predictions"]["integer"] == 0
+    assert found["largest_logit_difference"]["integer"] == 0
+    assert found["inexact_layers"] == [] and found["session_options"] == {}
+    row = json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"][1]
+    assert row["accuracy"] == found["accuracy"]["engine"]
+    assert set(found["images_per_second"]["1"]) == {
+        "engine",
+        "float32 ONNX Runtime",
+        "float32 PyTorch",
+    }
+    row = "| net | 4 | 4 | uniform |"
+    assert row in deploy_table.table(deploy_table.read_records(Path(".")))
+    assert found["bytes"]["file"] == Path("net.onnx").stat().st_size
+    metadata = {p.key: p.value for p in onnx.load("net.onnx").metadata_props}
+    assert json.loads(metadata["class_names"]) == list("abcdefghij")
+    assert (metadata["bits"], metadata["act_bits"], metadata["checkpoint"]) == ("4", "4", "net.pt")
+    assert len(metadata["checkpoint_sha256"]) == 64
+    net = qi.fold_batch_norm(Folding().eval())
+    net.load_state_dict(torch_load(Path("q.pt")))
+    assert net.conv1.weight.unique().numel() <= 16
+
+
+def test_a_processor_without_vnni_is_verified_with_the_option_that_it_needs(
+    tiny, monkeypatch, capsys
+):
+    without_vnni(monkeypatch, "conv1", "the model")
+    flags = FLAGS.replace("bits 4", "bits 8")
+    assert main(f"{flags} --export net.onnx --verify") == 0
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
+    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
+    assert found["session_options"] == {"session.x64quantprecision": "1"}
+    assert found["inexact_layers"] == ["conv1"] and found["inexact_layers_with_options"] == []
+    assert found["differing_predictions"]["integer"] == 0 < found["differing_by_default"]
+    assert f"without it {found['differing_by_default']} of 40 predictions differ" in line
+    assert "engine, default options" in found["images_per_second"]["1"]
+    by_default = f"| 0 ({found['differing_by_default']} by default) |"
+    assert by_default in deploy_table.table(deploy_table.read_records(Path(".")))
+
+
+def test_the_file_names_the_network_of_the_record(tiny):
+    record = {"settings": {"model": "Folding"}}
+    Path("net.json").write_text(json.dumps(record), encoding="utf-8")
+    flags = f"net.pt --dataset Synthetic --device cpu {FLAGS} --export net.onnx"
+    with pytest.raises(SystemExit, match="0"):
+        qi.main(flags.split())
+    metadata = {p.key: p.value for p in onnx.load("net.onnx").metadata_props}
+    assert metadata["model"] == "Folding"
+
+
+def test_without_export_the_simulation_stays_as_it_was(tiny):
+    assert main(FLAGS) == 0
+    plain = json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"]
+    assert main(f"{FLAGS} --save_quantized q.pt") == 0
+    assert json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"] == plain
+    assert main(f"{FLAGS} --export net.onnx") == 0
+    exact = json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"]
+    assert exact[0] == plain[0] and exact[1]["loss"] != plain[1]["loss"]
+
+
+def test_pwlq_reports_what_its_second_sums_cost(tiny, capsys):
+    flags = FLAGS.replace("uniform", "pwlq --overlapping")
+    assert main(f"{flags} --export net.onnx --verify") == 0
+    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
+    text = deploy_table.table({"net": found})
+    assert "net.pt, batch 1: the time is" in text and "times without the second sums" in text
+    assert {"without the second sums", "one fused convolution a layer"} < set(
+        found["images_per_second"]["1"]
+    )
+    assert "4 ConvInteger" in capsys.readouterr().out
+
+
+def test_files_that_are_not_of_this_network_get_a_line_each(tiny, capsys):
+    assert main(f"{FLAGS} --export net.onnx") == 0
+    content = Path("net.onnx").read_bytes()
+    Path("cut.onnx").write_bytes(content[: len(content) // 2])
+    Path("text.onnx").write_text("no model")
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]
+    foreign = onnx.helper.make_graph([node], "g", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(foreign), "foreign.onnx")
+    cases = [
+        ("cut.onnx", FLAGS, "damaged or not an ONNX model"),
+        ("text.onnx", FLAGS, "damaged or not an ONNX model"),
+        ("missing.onnx", FLAGS, "No such file"),
+        ("foreign.onnx", FLAGS, "not one that this version's --export makes"),
+        ("net.onnx", FLAGS.replace("--bits 4", "--bits 5"), "was made with bits 4, and this is 5"),
+    ]
+    for name, flags, message in cases:
+        capsys.readouterr()
+        assert main(f"{flags} --verify {name}") == 1
+        [line] = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+        assert name in line and message in line
+    assert main(f"{FLAGS} --verify net.onnx") == 0
+
+
+def test_an_unsupported_layer_is_named(tiny, monkeypatch, capsys):
+    class Averaging(Folding):
+        def forward(self, x):
+            x = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+            return self.classifier(x.tanh().mean(dim=(2, 3))), []
+
+    monkeypatch.setitem(models.MODELS, "Folding", Averaging)
+    monkeypatch.setattr(qi, "measure", None)  # it is refused before anything is measured
+    assert main(f"{FLAGS} --export net.onnx") == 1
+    assert "--export: the network calls tanh, which has no integer form" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(f"{FLAGS} --export net.onnx --verify") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "requirements-export.txt" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--bits 4 5 --act_bits 4 --fold_bn --schemes uniform", "one of --bits"),
+        ("--bits 4 --act_bits 4 --fold_bn", "one of --schemes"),
+        ("--bits 4 --act_bits 4 --schemes uniform", "--export needs --fold_bn"),
+        ("--bits 4 --fold_bn --schemes uniform", "--export needs --act_bits from 2 to 8"),
+        ("--bits 4 --fold_bn --schemes uniform --act_bits 9", "--act_bits from 2 to 8"),
+        ("--bits 9 --fold_bn --schemes uniform --act_bits 8", "--bits from 2 to 8"),
+        ("--bits 4 --fold_bn --schemes pwlq --act_bits 8", "--overlapping"),
+        (f"{FLAGS} --mean_correction", "--mean_correction"),
+        (f"{FLAGS} --export net.pt", "that is the file to quantize"),
+        (f"{FLAGS} --save_quantized ../{{here}}/net.pt", "that is the file to quantize"),
+        (f"{FLAGS} --save_quantized trained.pt", "that is a file of a training"),
+        (f"{FLAGS} --export net.pt/net.onnx", "not a folder"),
+        (f"{FLAGS} --save_quantized net.onnx", "that is the file of --export"),
+        (f"{FLAGS} --export trained.json", "that is a file of a training"),
+        (f"{FLAGS} --export .", "is a folder: give the name of a file"),
+    ],
+)
+def test_flags_that_no_file_can_have_end_with_one_line(tiny, capsys, flags, message):
+    Path("trained.pt").touch()
+    Path("trained.json").write_text('{"settings": {}}')
+    assert main(f"--export net.onnx {flags.format(here=Path.cwd().name)}") == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and message in printed
+
+
+def test_verify_needs_a_file(tiny, capsys):
+    assert main(f"{FLAGS} --verify") == 2
+    assert "--verify needs --export, or the file to verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"x"])
+def test_a_file_to_verify_is_read_before_anything_is_measured(tiny, content, capsys):
+    if content:
+        Path("other.onnx").write_bytes(content)
+    assert main(f"{FLAGS} --verify other.onnx") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "other.onnx" in message
+    assert not Path("results.json").exists()
+
+
+def test_apples_gpus_have_no_integers_in_float64(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 1)
+    assert main(f"{FLAGS} --export net.onnx --device mps") == 2
+    assert "--export needs --device cpu or cuda, which have float64" in capsys.readouterr().err
