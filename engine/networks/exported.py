@@ -19,7 +19,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,6 +46,7 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     name = type(net).__name__
     net = plain_copy(net).cpu().eval()
     images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(net.parameters(), images).dtype)
     try:
         graph = _exported(net, images[:BATCH])
         with torch.no_grad():
@@ -514,7 +515,8 @@ def _operation_name(node: fx.Node) -> str:
         return path
     if kind in LAYERS:
         weight = node.args[1]
-        parameter = path if "computed" in weight.meta else weight.target.removesuffix("weight")
+        is_stored = "computed" not in weight.meta and weight.target.endswith("weight")
+        parameter = weight.target.removesuffix("weight") if is_stored else path
         if own := parameter.rstrip("._"):
             return own
     return f"{path}.{kind}".lstrip(".")
@@ -560,6 +562,16 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
             set_tensor(copied, node.target, get_tensor(graph, node.target))
     copied.recompile()
     return copied
+
+
+def returning_values(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
+    """Return a copy that returns the values of these nodes, a list, and runs nothing else."""
+    cut = copy_graph(graph)
+    same = {node.name: node for node in cut.graph.nodes}
+    [output] = cut.graph.find_nodes(op="output")
+    output.args = ([same[node.name] for node in nodes],)
+    cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return copy_graph(cut)
 
 
 def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:

@@ -16,63 +16,83 @@ coefficients, and a step is a product of matrices with the exact gradient over a
 is drawn at random, and no layer's inputs are kept.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx
 
-from engine.networks.batch_norm import output_gains
+from engine.networks.exported import (
+    Operation,
+    aten,
+    copy_graph,
+    get_tensor,
+    layers,
+    returning_values,
+    set_tensor,
+)
+from engine.networks.folding import output_gains
 from engine.system import distributed
 from engine.system.progress import StepDisplay
 
 # (name of a layer, where its weights are rounded up: a bool each, 0 or 1 for all, None: to
-# nearest) → a quantized copy of the layer, on the CPU
-QuantizeLayer = Callable[[str, Tensor | int | None], nn.Module]
+# nearest) → its quantized tensors, "weight" and "bias" if it has one, on the CPU
+Quantized = Callable[[str, Tensor | int | None], Mapping[str, Tensor]]
 Batches = Callable[[], Iterable[Tensor]]  # images (B, 3, H, W), the same ones at every call
 
+LEARNED = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
 LAMBDA = 0.01  # of the term that drives h to 0 and 1
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 WARM_UP = 0.2  # share of the steps
 LEARNING_RATE = 0.1  # of Adam: in 500 steps a tenth less error than 0.03 (ConvNet, layer2, 3 bits)
 
 
+def learnable_layers(graph: fx.GraphModule) -> list[str]:
+    """Return the names of the layers whose rounding can be learned, in the order they run.
+
+    Those are 2-d convolutions and linear layers. Weights of others go to nearest.
+    """
+    return [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
+
+
 @torch.no_grad()
 def learn_rounding(
-    net: nn.Module,
-    layers: Sequence[str],
-    quantize_layer: QuantizeLayer,
+    graph: fx.GraphModule,
+    names: Sequence[str],
+    quantized: Quantized,
     batches: Batches,
     n_steps: int,
     device: str,
 ) -> dict[str, Tensor]:
     """Return where the weights of each layer are rounded up, by its name: bools of their shape.
 
-    `net` is in evaluation mode on the CPU, and so is what is returned. `layers` are those that run,
-    in that order; of one that runs several times, the first run counts. Each is learned in n_steps
-    steps; where that has no less error on the images than rounding to nearest, the latter is
-    returned. In a run of N processes, `batches` are this process's, and rank 0 learns.
+    `graph` is an exported network on the CPU, and `names` are among its `learnable_layers`, in that
+    order. Each is learned in n_steps steps; where that has no less error on the images than
+    rounding to nearest, the latter is returned. What is returned is on the CPU. In a run of N
+    processes, `batches` are this process's, and rank 0 learns.
     """
-    full = copy.deepcopy(net).to(device)
-    net_q, gains, round_up = copy.deepcopy(full), output_gains(net), {}
-    with StepDisplay(len(layers) * n_steps, "step") as display:
-        for name in layers:
+    full = copy_graph(graph).to(device)
+    graph_q, gains, round_up = copy_graph(full), output_gains(graph), {}
+    with StepDisplay(len(names) * n_steps, "step") as display:
+        for name in names:
             display.describe(f"rounding of {name}")
             # to nearest, all down and all up: the two neighbours of each weight, for any quantizer
-            quantized = [quantize_layer(name, up) for up in (None, 0, 1)]
-            layer, layer_q = net.get_submodule(name), net_q.get_submodule(name)
-            # bias and ranges quantized, the weight not yet: what is left is the change D to learn
-            layer_q.load_state_dict(quantized[0].state_dict() | {"weight": layer.weight})
-            gain = gains.get(name, torch.ones(len(layer.weight))).to(device)
-            error = output_error(full, net_q, name, batches, gain)
-            weights = [each.weight.to(device) for each in (layer, *quantized)]
+            trials = [quantized(name, up) for up in (None, 0, 1)]
+            # While its weight is learned, the layer has the bias already that it will have.
+            for kind, tensor in trials[0].items():
+                set_tensor(graph_q, f"{name}.{kind}", tensor.to(device))
+            w = get_tensor(full, f"{name}.weight")
+            set_tensor(graph_q, f"{name}.weight", w)
+            gain = gains.get(name, torch.ones(len(w))).to(device)
+            error = output_error(full, graph_q, name, batches, gain)
+            weights = (w, *(trial["weight"].to(device) for trial in trials))
             learn = partial(learn_layer, *weights, error, n_steps, display.step)
             # on one rank: a tie that two broke differently would be two networks
             round_up[name] = distributed.run_on_rank0_and_broadcast(learn)
-            layer_q.load_state_dict(quantize_layer(name, round_up[name]).state_dict())
+            learned = quantized(name, round_up[name])["weight"]
+            set_tensor(graph_q, f"{name}.weight", learned.to(device))
     return round_up
 
 
@@ -113,23 +133,30 @@ class OutputError:
 
 
 def output_error(
-    full: nn.Module, net_q: nn.Module, name: str, batches: Batches, gain: Tensor
+    full: fx.GraphModule, graph_q: fx.GraphModule, name: str, batches: Batches, gain: Tensor
 ) -> OutputError:
-    """Return the error of the named layer of net_q, whose weight is still that of `full`.
+    """Return the error of the named layer of graph_q, whose weight is still that of `full`.
 
     `gain` (output channels) multiplies the output's channels. Images are read twice at a time, one
     batch in each network, and only as far as the layer.
     """
-    layer, layer_q = full.get_submodule(name), net_q.get_submodule(name)
-    gain = gain.double().view(getattr(layer, "groups", 1), -1, 1)
-    (groups, c_out, _), k = gain.shape, layer.weight[0].numel()  # c_out of each group
+    layer, w = layers(full)[name], get_tensor(full, f"{name}.weight")
+    gain = gain.double().view(layer.argument(6, "groups", 1), -1, 1)
+    (groups, c_out, _), k = gain.shape, w[0].numel()
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
     constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
-    for x, x_q in zip(*(layer_inputs(n, name, batches()) for n in (full, net_q)), strict=True):
-        e = to_columns(layer.forward(x) - layer_q.forward(x_q), layer) * gain.to(x.dtype)
-        patches = to_columns(receptive_fields(x_q, layer), layer)  # (groups, K, B·positions)
+    before, before_q = (
+        returning_values(graph, [layers(graph)[name].node.args[0]]) for graph in (full, graph_q)
+    )
+    for images in batches():
+        [x], [x_q] = before(images), before_q(images)
+        y, y_q = apply_layer(full, layer, x), apply_layer(graph_q, layer, x_q)
+        # a·e, (groups, output channels / groups, positions), and x̂, (groups, K, positions)
+        e = to_columns(y - y_q, layer) * gain.to(x.dtype)
+        patches = to_columns(receptive_fields(x_q, layer, w.shape[2:]), layer)
         gram += patches @ patches.mT  # sums over images: no layer's inputs are kept
         cross += (e * gain.to(x.dtype)) @ patches.mT
+        # ‖a·e‖² is not needed for the gradient, and is summed in float64: E(D) is a difference
         constant += e.double().square().sum()
         n_positions += e.shape[-1]
     # each process has read its own images; positions make means of the sums
@@ -137,46 +164,39 @@ def output_error(
     return OutputError(*(t / sums[-1] for t in sums[:-1]), gain)
 
 
-class _Reached(Exception):
-    """Ends a pass through the network at a layer."""
+def apply_layer(graph: fx.GraphModule, layer: Operation, x: Tensor) -> Tensor:
+    """Return what the layer makes of x with the weight and the bias that it has in the graph."""
+    tensors = [None if t is None else get_tensor(graph, t) for t in (layer.weight, layer.bias)]
+    return layer.node.target(x, *tensors, *layer.node.args[3:], **layer.node.kwargs)
 
 
-def layer_inputs(net: nn.Module, name: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield what the named layer takes of each batch, at its first run."""
-    taken = []
-
-    def stop(module: nn.Module, args: tuple) -> None:
-        taken.append(args[0])
-        raise _Reached
-
-    handle = net.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        for images in batches:
-            try:
-                net(images)
-            except _Reached:
-                yield taken.pop()
-    finally:
-        handle.remove()
-
-
-def receptive_fields(x: Tensor, layer: nn.Module) -> Tensor:
+def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tensor:
     """Return what each output of a convolution is a sum over, (B, groups·K, positions).
 
-    Of a linear layer, its input.
+    `kernel` is its height and width. Of a linear layer, the input itself.
     """
-    if not isinstance(layer, nn.Conv2d):
+    if layer.kind == "linear":
         return x
-    mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)  # as its own forward pads
-    return F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)
+    stride, dilation = (_pair(layer.argument(*a, 1)) for a in ((3, "stride"), (5, "dilation")))
+    padding = layer.argument(4, "padding", 0)
+    if padding == "same":  # one more at the end where the sum is odd, as PyTorch pads
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
+        sides = [(p, p) for p in _pair(0 if padding == "valid" else padding)]
+    x = F.pad(x, [*sides[1], *sides[0]])  # F.pad begins with the last dimension
+    return F.unfold(x, tuple(kernel), dilation, stride=stride)
 
 
-def to_columns(t: Tensor, layer: nn.Module) -> Tensor:
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return the argument for height and width, which may be one number for both."""
+    return (value, value) if isinstance(value, int) else (*value, *value)[:2]
+
+
+def to_columns(t: Tensor, layer: Operation) -> Tensor:
     """Return inputs or outputs of a layer as (groups, channels / groups, all positions)."""
-    groups = getattr(layer, "groups", 1)
-    t = t.flatten(2) if isinstance(layer, nn.Conv2d) else t.reshape(1, -1, t.shape[-1]).mT
-    columns = t.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    t = t.reshape(1, -1, t.shape[-1]).mT if layer.kind == "linear" else t.flatten(2)
+    columns = t.unflatten(1, (layer.argument(6, "groups", 1), -1)).permute(1, 2, 0, 3)
     return columns.reshape(*columns.shape[:2], -1)
 
 

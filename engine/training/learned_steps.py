@@ -3,8 +3,9 @@
 v̂ = s·round(clip(v/s, −Q_N, Q_P)) of every convolution's and linear layer's weight and input, with a
 step size s for each tensor that is trained like a weight. Source: Esser et al., ICLR 2020, arXiv
 1902.08153. Q_N = 2^(b−1) and Q_P = 2^(b−1) − 1 for weights, and for inputs that may be negative;
-Q_N = 0 and Q_P = 2^b − 1 for the others. The network keeps the full-precision weights; hooks put
-the quantized ones in their place while a layer runs.
+Q_N = 0 and Q_P = 2^b − 1 for the others. Layers are those of the exported graph, but the network
+itself is trained, with its full-precision weights: hooks on the module in whose forward a layer
+runs put the quantized ones in their place. An input is quantized where it is that module's own.
 """
 
 import itertools
@@ -16,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from engine.networks.layers import LAYER_TYPES, quantizable_layers, trainable_parameters
-from engine.networks.operation_inputs import transformed_inputs
-from engine.networks.outputs import every_module_in
+from engine.networks.exported import Operation, aten, export_network, layers, returning_values
+from engine.networks.layers import LAYER_TYPES, trainable_parameters
 from engine.quantization.bit_widths import check_bits
 from engine.system import distributed
 from engine.system.errors import FileError, NetworkError, StepSizeError
@@ -84,13 +84,33 @@ class LearnedStep:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the network runs a layer: in the forward of a module, with a tensor of an owner."""
+
+    module: str
+    owner: str
+    tensor: str  # the owner's name for it
+    takes_input: bool  # the module's input is the layer's
+
+    def weight(self, net: nn.Module) -> Tensor:
+        """Return the weight as the network has it."""
+        return getattr(net.get_submodule(self.owner), self.tensor)
+
+
+@dataclass(frozen=True)
 class LearnedSteps:
     """The quantizers of a network's layers, by the layer's name and "weight" or "input"."""
 
     layers: Mapping[str, Mapping[str, LearnedStep]]
+    places: Mapping[str, Place]
     weight_bits: int
     act_bits: int | None  # None: inputs are not quantized
     first_epoch: int = 0  # from which on the network is quantized
+
+    @property
+    def float_inputs(self) -> list[str]:
+        """Return the layers whose inputs stay in float, as no module takes them, with act_bits."""
+        return [name for name, kinds in self.layers.items() if self.act_bits and len(kinds) == 1]
 
     def steps(self) -> dict[str, LearnedStep]:
         """Return every quantizer, by layer and what it quantizes: "conv1.weight"."""
@@ -106,7 +126,7 @@ class LearnedSteps:
         handles = []
         try:
             for name, quantizers in self.layers.items():
-                handles += _quantize_layer(net.get_submodule(name), quantizers)
+                handles += _quantize_layer(net, self.places[name], quantizers)
             yield
         finally:
             for handle in handles:
@@ -116,7 +136,7 @@ class LearnedSteps:
     def quantized_weights(self, net: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield each layer's name, its weight w and ŵ."""
         for name, quantizers in self.layers.items():
-            w = net.get_submodule(name).weight
+            w = self.places[name].weight(net)
             yield name, w, quantizers["weight"](w)
 
     def check(self) -> None:
@@ -150,22 +170,27 @@ class LearnedSteps:
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
 
 
-def _quantize_layer(layer: nn.Module, quantizers: Mapping[str, LearnedStep]) -> list[Any]:
+def _quantize_layer(
+    net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]
+) -> list[Any]:
     """Have the layer run with its weight quantized, and its input where that has a quantizer."""
-    weights = []  # the full-precision one while the layer runs
+    owner, name = net.get_submodule(place.owner), place.tensor
+    tensors = owner._parameters if name in owner._parameters else owner._buffers
+    weights = []  # the full-precision one while the module runs
 
     def begin(module: nn.Module, args: tuple) -> tuple:
-        weights.append(module._parameters["weight"])
-        module._parameters["weight"] = quantizers["weight"](weights[-1])
+        weights.append(tensors[name])
+        tensors[name] = quantizers["weight"](weights[-1])
         return (quantizers["input"](args[0]), *args[1:]) if "input" in quantizers else args
 
-    def end(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
         if weights:
-            module._parameters["weight"] = weights.pop()
+            tensors[name] = weights.pop()
 
+    module = net.get_submodule(place.module)
     return [
-        layer.register_forward_pre_hook(begin),
-        layer.register_forward_hook(end, always_call=True),
+        module.register_forward_pre_hook(begin),
+        module.register_forward_hook(end, always_call=True),
     ]
 
 
@@ -183,26 +208,29 @@ def make_steps(
 ) -> LearnedSteps:
     """Give the layers of a network step sizes, in place, as parameters that its files do not have.
 
-    Layers are those that run as modules, for images of `image_shape` (3, H, W); the first and the
-    last of them have at least 8 bits if `keep_first_last`. Inputs are signed where, of random
-    images, some are negative. Raises NetworkError where two layers share a weight.
+    Layers are those of its graph for images of `image_shape` (3, H, W); the first and the last of
+    them have at least 8 bits if `keep_first_last`. Inputs are signed where, of random images, some
+    are negative. Raises NetworkError where it cannot be exported, and for weights that are computed
+    or of several layers.
     """
-    inputs = _layer_inputs(net, image_shape)
-    ends = (next(iter(inputs)), next(reversed(inputs))) if keep_first_last else ()
-    layers = {}
-    for name, x in inputs.items():
-        layer, least = net.get_submodule(name), FIRST_LAST_BITS if name in ends else 0
-        w = layer.weight
-        quantizers = {"weight": _make_step(w, max(weight_bits, least), True, w.numel())}
-        if act_bits:
-            is_signed = bool((x < 0).any())
-            quantizers["input"] = _make_step(w, max(act_bits, least), is_signed, x[0].numel())
-        for kind, quantizer in quantizers.items():
-            layer.register_parameter(PARAMETERS[kind], quantizer.step)
-        layers[name] = quantizers
+    graph = export_network(net, image_shape)
+    places = find_places(graph, net)
+    inputs = _layer_inputs(graph, image_shape, next(net.parameters()).dtype)
+    ends = (next(iter(places)), next(reversed(places))) if keep_first_last else ()
+    quantizers: dict[str, dict[str, LearnedStep]] = {}
+    for name, place in places.items():
+        least = FIRST_LAST_BITS if name in ends else 0
+        w, x = place.weight(net), inputs[name]
+        quantizers[name] = {"weight": _make_step(w, max(weight_bits, least), True, w.numel())}
+        if act_bits and place.takes_input:
+            is_signed, n_bits = bool((x < 0).any()), max(act_bits, least)
+            quantizers[name]["input"] = _make_step(w, n_bits, is_signed, x[0].numel())
+        for kind, quantizer in quantizers[name].items():
+            parameter = place.tensor.removesuffix("weight") + PARAMETERS[kind]
+            net.get_submodule(place.owner).register_parameter(parameter, quantizer.step)
     net.register_state_dict_post_hook(_remove_steps)
     net.register_load_state_dict_post_hook(_allow_missing_steps)
-    return LearnedSteps(layers, weight_bits, act_bits, first_epoch)
+    return LearnedSteps(quantizers, places, weight_bits, act_bits, first_epoch)
 
 
 def _make_step(w: Tensor, n_bits: int, is_signed: bool, n_values: int) -> LearnedStep:
@@ -216,28 +244,58 @@ def _integers(n_bits: int, is_signed: bool) -> tuple[int, int]:
     return int_min, int_min + 2**n_bits - 1
 
 
-def _layer_inputs(net: nn.Module, image_shape: Sequence[int]) -> dict[str, Tensor]:
-    """Return the input of each layer, by its name, in the order in which they first run.
+def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
+    """Return where the network runs each layer of its graph, in the order in which they first run.
 
-    Of two random images, in evaluation mode.
+    A module that runs several times counts once. Raises NetworkError, naming them, for weights
+    that are computed, or read in the forward of several modules.
     """
-    layers = {name for name, m in net.named_modules() if isinstance(m, LAYER_TYPES)}
-    inputs: dict[str, Tensor] = {}
+    places: dict[str, Place] = {}
+    first_readers: dict[int, str] = {}  # of a weight, by its id
+    refused = []
+    for name, layer in layers(graph).items():
+        stored = layer.node.meta["stored"].get("weight")
+        if stored is None:
+            refused.append(f"the weight of {name} is computed")
+            continue
+        owner, _, tensor = stored.rpartition(".")
+        module = layer.node.meta["path"]
+        place = Place(module, owner, tensor, _takes_input(net.get_submodule(module), layer))
+        first = first_readers.setdefault(id(place.weight(net)), name)
+        if first == name:
+            places[name] = place
+        elif places[first].module != module:
+            refused.append(f"{name} shares its weight with {first}")
+    if refused:
+        raise NetworkError(f"--qat_bits: {type(net).__name__}: {', '.join(refused)}")
+    return places
 
-    def record(name: str, x: Tensor) -> Tensor:
-        if name in layers:
-            inputs.setdefault(name, x)
-        return x
 
+def _takes_input(module: nn.Module, layer: Operation) -> bool:
+    """Tell whether the module is that one layer, and what it is given is the layer's input."""
+    if not isinstance(module, LAYER_TYPES | nn.ConvTranspose2d):
+        return False
+    value = _before_padding(layer)
+    return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
+
+
+def _before_padding(layer: Operation) -> fx.Node:
+    """Return what a convolution pads, or the layer's input: the same values, with as many signs."""
+    value = layer.node.args[0]
+    while value.target is aten.pad.default:
+        value = value.args[0]
+    return value
+
+
+@torch.no_grad()
+def _layer_inputs(
+    graph: fx.GraphModule, image_shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return what each layer of the graph takes of two random images, by its name, unpadded."""
+    found = layers(graph)
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(net.parameters()))
-    with torch.no_grad(), every_module_in(net, training=False), transformed_inputs(net, record):
-        net(images)
-    if shared := inputs.keys() - quantizable_layers(net).keys():
-        raise NetworkError(
-            f"--qat_bits: {type(net).__name__}: {min(shared)} shares its weight with another layer"
-        )
-    return inputs
+    returning = returning_values(graph, [_before_padding(layer) for layer in found.values()])
+    return dict(zip(found, returning(images.to(dtype)), strict=True))
 
 
 def _remove_steps(net: nn.Module, state: dict, prefix: str, metadata: object) -> None:
@@ -265,11 +323,13 @@ def parameter_groups(net: nn.Module, steps: LearnedSteps | None) -> list[dict[st
 # --- of saved weights ------------------------------------------------------------------------
 
 
-def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
+def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedSteps:
     """Return the quantizers in the record of a training, for a network with its weights.
 
-    Raises FileError where the file is no such record, or is of another network.
+    `graph` is what `export_network` returns of it. Raises FileError where the file is no such
+    record, or is of another network.
     """
+    places = find_places(graph, net)
     with read_json(path) as content:
         if KEY not in content:
             raise FileError(
@@ -282,26 +342,30 @@ def read_steps(path: Path, net: nn.Module) -> LearnedSteps:
             if not isinstance(n_bits, int):
                 raise ValueError(f"{n_bits} bits is no whole number")
             check_bits(n_bits)
-        layers = {
+        modules = {name: net.get_submodule(place.module) for name, place in places.items()}
+        # earlier versions had steps of convolutions and linear layers that ran as modules alone
+        least = {name for name, module in modules.items() if isinstance(module, LAYER_TYPES)}
+        if not least <= saved["layers"].keys() <= places.keys():
+            raise FileError(f"{path}: its learned steps are not of the layers of this network")
+        quantizers = {
             name: {
-                kind: _read_step(step, bits[kind], net.get_submodule(name))
+                kind: _read_step(step, bits[kind], places[name].weight(net))
                 for kind, step in kinds.items()
             }
             for name, kinds in saved["layers"].items()
         }
-        if not all(kinds.keys() == bits.keys() for kinds in layers.values()):
-            raise ValueError(f"a layer has not one step for each of {', '.join(bits)}")
-        return LearnedSteps(layers, bits["weight"], bits.get("input"))
+        for name, kinds in quantizers.items():
+            if kinds.keys() != (bits.keys() if places[name].takes_input else {"weight"}):
+                raise ValueError(f"{name} has not one step for each of {', '.join(bits)}")
+        return LearnedSteps(quantizers, places, bits["weight"], bits.get("input"))
 
 
-def _read_step(saved: Mapping[str, Any], n_bits: int, layer: nn.Module) -> LearnedStep:
-    """Return a quantizer of a layer to n_bits, or to those of the first and last layer.
+def _read_step(saved: Mapping[str, Any], n_bits: int, w: Tensor) -> LearnedStep:
+    """Return a quantizer to n_bits, or to those of the first and last layer, like the weight w.
 
     Whatever is raised says that it is not one.
     """
-    if not isinstance(layer, LAYER_TYPES):
-        raise ValueError(f"a {type(layer).__name__} has no learned steps")
-    step = layer.weight.new_tensor(float(saved["step"]))  # as the network has it: it may round to 0
+    step = w.new_tensor(float(saved["step"]))  # as the network has it: it may round to 0
     integers = saved["int_min"], saved["int_max"]
     possible = itertools.product((n_bits, max(n_bits, FIRST_LAST_BITS)), (False, True))
     if not 0 < step < math.inf or integers not in itertools.starmap(_integers, possible):
