@@ -439,6 +439,9 @@ def make_state(
         bits = utils.qat_bit_widths(args.qat_bits)
         options = {"keep_first_last": args.keep_first_last, "first_epoch": args.qat_from}
         steps = make_steps(net, image_shape, *bits, **options)
+        if steps.float_inputs:
+            names = ", ".join(steps.float_inputs)
+            print(f"--qat_bits: inputs that no module of their own takes stay in float: {names}")
     optimizer = torch.optim.SGD(
         parameter_groups(net, steps),
         args.lr,

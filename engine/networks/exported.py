@@ -524,7 +524,8 @@ def _operation_name(node: fx.Node) -> str:
         return path
     if kind in LAYERS:
         weight = node.args[1]
-        parameter = path if "computed" in weight.meta else weight.target.removesuffix("weight")
+        is_stored = "computed" not in weight.meta and weight.target.endswith("weight")
+        parameter = weight.target.removesuffix("weight") if is_stored else path
         if own := parameter.rstrip("._"):
             return own
     return f"{path}.{kind}".lstrip(".")
@@ -572,12 +573,12 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def returning_inputs(graph: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
-    """Return a copy that returns the inputs of these layers, a list, and runs nothing else."""
+def returning_values(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
+    """Return a copy that returns the values of these nodes, a list, and runs nothing else."""
     cut = copy_graph(graph)
-    found = layers(cut)
+    same = {node.name: node for node in cut.graph.nodes}
     [output] = cut.graph.find_nodes(op="output")
-    output.args = ([found[name].node.args[0] for name in names],)
+    output.args = ([same[node.name] for node in nodes],)
     cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return copy_graph(cut)
 

@@ -30,7 +30,7 @@ from engine.networks.exported import (
     copy_graph,
     get_tensor,
     layers,
-    returning_inputs,
+    returning_values,
     set_tensor,
 )
 from engine.networks.folding import output_gains
@@ -78,6 +78,7 @@ def learn_rounding(
     with StepDisplay(len(names) * n_steps, "step") as display:
         for name in names:
             display.describe(f"rounding of {name}")
+            # to nearest, all down and all up: the two neighbours of each weight, for any quantizer
             trials = [quantized(name, up) for up in (None, 0, 1)]
             # While its weight is learned, the layer has the bias already that it will have.
             for kind, tensor in trials[0].items():
@@ -88,6 +89,7 @@ def learn_rounding(
             error = output_error(full, graph_q, name, batches, gain)
             weights = (w, *(trial["weight"].to(device) for trial in trials))
             learn = partial(learn_layer, *weights, error, n_steps, display.step)
+            # on one rank: a tie that two broke differently would be two networks
             round_up[name] = distributed.run_on_rank0_and_broadcast(learn)
             learned = quantized(name, round_up[name])["weight"]
             set_tensor(graph_q, f"{name}.weight", learned.to(device))
@@ -119,7 +121,7 @@ class OutputError:
 
     def __call__(self, change: Tensor) -> float:
         """Return E(D)."""
-        d = change.double()
+        d = change.double()  # c − 2⟨D, C⟩ + ⟨a²D, D G⟩ cancels: not in float32
         quadratic = (d * self.gain.square()) @ self.gram - 2 * self.cross
         return (self.constant + (d * quadratic).sum()).item()
 
@@ -139,23 +141,25 @@ def output_error(
     batch in each network, and only as far as the layer.
     """
     layer, w = layers(full)[name], get_tensor(full, f"{name}.weight")
-    gain = gain.double().view(n_groups(layer), -1, 1)
+    gain = gain.double().view(layer.argument(6, "groups", 1), -1, 1)
     (groups, c_out, _), k = gain.shape, w[0].numel()
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
     constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
-    before, before_q = (returning_inputs(graph, [name]) for graph in (full, graph_q))
+    before, before_q = (
+        returning_values(graph, [layers(graph)[name].node.args[0]]) for graph in (full, graph_q)
+    )
     for images in batches():
         [x], [x_q] = before(images), before_q(images)
         y, y_q = apply_layer(full, layer, x), apply_layer(graph_q, layer, x_q)
-        e = to_columns(y - y_q, layer) * gain.to(x.dtype)  # a·e: (groups, C_out/groups, positions)
-        patches = to_columns(
-            receptive_fields(x_q, layer, w.shape[2:]), layer
-        )  # (groups, K, positions)
-        gram += patches @ patches.mT
+        # a·e, (groups, output channels / groups, positions), and x̂, (groups, K, positions)
+        e = to_columns(y - y_q, layer) * gain.to(x.dtype)
+        patches = to_columns(receptive_fields(x_q, layer, w.shape[2:]), layer)
+        gram += patches @ patches.mT  # sums over images: no layer's inputs are kept
         cross += (e * gain.to(x.dtype)) @ patches.mT
         # ‖a·e‖² is not needed for the gradient, and is summed in float64: E(D) is a difference
         constant += e.double().square().sum()
         n_positions += e.shape[-1]
+    # each process has read its own images; positions make means of the sums
     sums = [distributed.all_reduce_sum(t) for t in (gram, cross, constant, n_positions)]
     return OutputError(*(t / sums[-1] for t in sums[:-1]), gain)
 
@@ -192,13 +196,8 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 def to_columns(t: Tensor, layer: Operation) -> Tensor:
     """Return inputs or outputs of a layer as (groups, channels / groups, all positions)."""
     t = t.reshape(1, -1, t.shape[-1]).mT if layer.kind == "linear" else t.flatten(2)
-    columns = t.unflatten(1, (n_groups(layer), -1)).permute(1, 2, 0, 3)
+    columns = t.unflatten(1, (layer.argument(6, "groups", 1), -1)).permute(1, 2, 0, 3)
     return columns.reshape(*columns.shape[:2], -1)
-
-
-def n_groups(layer: Operation) -> int:
-    """Return in how many groups of channels a layer computes."""
-    return layer.argument(6, "groups", 1)  # which a linear layer does not have
 
 
 # --- learning --------------------------------------------------------------------------------
@@ -219,10 +218,11 @@ def learn_layer(
     nearest to either. V starts where h = (w − low) / (high − low).
     """
     shape = w.shape
+    # (groups, output channels / groups, K), as the error has them
     w, nearest, low, high = (t.reshape(error.cross.shape) for t in (w, nearest, low, high))
     step = high - low
     h = ((w - low) / torch.where(step > 0, step, 1)).clamp_(0, 1)
-    v = ((h + 0.1) / 1.2).logit_()
+    v = ((h + 0.1) / 1.2).logit_()  # the inverse of soft_rounding: Ŵ starts at W
     output_gradient = error.gradient(v.dtype)
     optimizer = torch.optim.Adam([v], LEARNING_RATE)
     for i in range(n_steps):
@@ -230,7 +230,7 @@ def learn_layer(
         v.grad = objective_gradient(v, low - w, step, output_gradient, beta)
         optimizer.step()
         on_step()
-    up = soft_rounding(v)[0] >= 0.5
+    up = soft_rounding(v)[0] >= 0.5  # h need not have reached 0 or 1
     is_better = error(torch.where(up, high, low) - w) < error(nearest - w)
     return (up if is_better else nearest == high).reshape(shape).cpu()
 
@@ -260,6 +260,6 @@ def objective_gradient(
     h, slope = soft_rounding(v)
     gradient = step * output_gradient(low + step * h)
     if beta:
-        u = 2 * h - 1
+        u = 2 * h - 1  # d|u|^β/dh = 2β·|u|^(β−1)·sign(u)
         gradient -= (2 * LAMBDA * beta) * u.abs().pow_(beta - 1).copysign_(u)
     return gradient * slope

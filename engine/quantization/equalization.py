@@ -9,12 +9,14 @@ so that a network computes the same with other weights. s_i = √(r1_i·r2_i)/r2
 output channel i of W1 and r2_i = max|W2| of input channel i, makes both of them √(r1_i·r2_i): a
 grid for the whole tensor then serves every channel. The bounds of a ReLU6 have to be scaled, too.
 
-A bias counts in its channel's range: r1_i = max(max|W1_i|, |b1_i|/√K), K the number of inputs of an
-output. Without it a channel that weight decay has killed but for its bias gets a tiny s_i, and b1_i
-divided by that dwarfs all other activations. |b1_i|/√K is the size that K independent weights
-must have for their sum to vary as much as the bias is large. In a trained network nearly all
-channels have larger weights than that, and keep the scales of the paper, which |b1_i| alone
-would change in most of them.
+A bias counts in its channel's range: r1_i = max(max|W1_i|, |b1_i|). Without it a channel that
+weight decay has killed but for its bias gets a tiny s_i, and b1_i divided by that dwarfs all other
+activations. It helps ordinary networks, too: a channel's values are about as large as its bias, and
+multiply the rounding errors of W2. Held-out accuracy in % at 4 bits, of weights alone and with
+activations: control.pt (2,000 images) 84.6 and 82.1, l2grad.pt (1,200) 85.3 and 83.7. Without
+biases control.pt has 81.8 and 77.7; with |b1_i|/√K in place of |b1_i|, K the inputs of an output,
+81.8 and 78.0, l2grad.pt 75.6 and 73.8. At 3 bits, where none is of use, counting |b1_i| costs
+points: 26.8 and 27.0, not 30.8 and 34.4.
 """
 
 import math
@@ -40,18 +42,11 @@ from engine.system.errors import NetworkError
 TOLERANCE = 1e-3  # of log s: with less to change, ranges count as equal
 MAX_CHANGE = 1e-3  # of logits by rounding, relative to the largest
 
-POINTWISE = {  # positively homogeneous, or the identity in evaluation mode
-    aten.relu.default, aten.leaky_relu.default, aten.prelu.default, aten.dropout.default,
-    aten.feature_dropout.default, aten.to.dtype, aten.contiguous.default, aten.clone.default,
-}  # fmt: skip
-OF_PIXELS = {  # the same, of feature maps (B, C, …): channels stay apart and in order
-    aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
-}  # fmt: skip
-RESHAPINGS = {
-    aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims,
-    aten.squeeze.dim, aten.unsqueeze.default,
-}  # fmt: skip
-READ_NO_VALUES = {aten.sym_size.int, aten._assert_tensor_metadata.default}
+# Operations by name: positively homogeneous, or the identity in evaluation mode.
+POINTWISE = set("relu leaky_relu prelu dropout feature_dropout to contiguous clone".split())
+OF_PIXELS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}  # the same, of maps (B, C, H, W)
+RESHAPINGS = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
+READ_NO_VALUES = {"sym_size", "_assert_tensor_metadata"}
 
 
 @dataclass(frozen=True)
@@ -149,13 +144,13 @@ def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
     axis = -1 if first.kind == "linear" else 1  # of channels
     n_channels = first.node.meta["shape"][axis]
     while True:
-        readers = [reader for reader in value.users if reader.target not in READ_NO_VALUES]
+        readers = [reader for reader in value.users if _name(reader) not in READ_NO_VALUES]
         if len(readers) != 1:
             return "read in several places"
         [reader] = readers
         if reader.op == "output":
             return None
-        name = KINDS.get(reader.target) or reader.target.__name__.partition(".")[0]
+        name = KINDS.get(reader.target) or _name(reader)
         is_layer = "name" in reader.meta and Operation(reader).is_layer
         if is_layer and _fits(Operation(reader), value.meta["shape"], axis, n_channels):
             return Pair(first, Operation(reader), n_channels, clamps)
@@ -170,17 +165,22 @@ def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
         value = reader
 
 
+def _name(node: fx.Node) -> str:
+    """Return the name of an operation without that of its overload: "relu"."""
+    return getattr(node.target, "__name__", "").partition(".")[0]
+
+
 def _bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
     """Return the least and the largest number that the node lets through; None: no such node."""
     arguments = node.args[1:]
-    match node.target:
-        case aten.relu6.default:
+    match _name(node):
+        case "relu6":
             return 0, 6
-        case aten.hardtanh.default:
+        case "hardtanh":
             return (*arguments, *(-1, 1)[len(arguments) :])
-        case aten.clamp.default:
+        case "clamp" if not any(isinstance(bound, fx.Node) for bound in arguments):
             return (*arguments, None)[:2]
-        case aten.clamp_min.default:
+        case "clamp_min":
             return arguments[0], None
     return None
 
@@ -190,18 +190,19 @@ def _keeps_channels(node: fx.Node, axis: int, n_channels: int) -> bool:
 
     A reshaping may put the pixels of a channel beside each other, for a linear layer.
     """
-    if node.target in POINTWISE:
+    name = _name(node)
+    if name in POINTWISE:
         return True
     shape, old = node.meta["shape"], node.args[0].meta["shape"]
     if axis != 1 or len(old) < 2:
         return False
-    if node.target is aten.mean.dim:
+    if name == "mean":
         return all(d % len(old) > 1 for d in node.args[1] or (0,))
-    if node.target in RESHAPINGS:
+    if name in RESHAPINGS:
         return len(shape) > 1 and shape[0] == old[0] and shape[1] % n_channels == 0
-    if node.target is aten.pad.default:  # with zeros or pixels
+    if name == "pad":  # with zeros or pixels
         return len(node.args[1]) <= 2 * (len(old) - 2) and not any(node.args[3:])
-    return node.target in OF_PIXELS and len(old) == 4
+    return name in OF_PIXELS and len(old) == 4
 
 
 def _fits(second: Operation, shape: Sequence[int], axis: int, n_channels: int) -> bool:
@@ -227,7 +228,12 @@ def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Ten
         name: view.abs().amax(3).float().log_()
         for name, view in _channel_views(graph, pairs).items()
     }
-    biases = [_bias_range(graph, pair) for pair in pairs]
+    biases = [
+        torch.tensor(-math.inf)
+        if pair.first.bias is None
+        else get_tensor(graph, pair.first.bias).abs().float().log()
+        for pair in pairs
+    ]
     scales, n_sweeps = [torch.zeros(pair.n_channels) for pair in pairs], 0
     while pairs:
         n_sweeps, changes = n_sweeps + 1, []
@@ -242,14 +248,6 @@ def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Ten
             break  # without these last changes: what is equal already stays as it is, to the bit
         scales = [scale + change for scale, change in zip(scales, changes, strict=True)]
     return scales, n_sweeps
-
-
-def _bias_range(graph: fx.GraphModule, pair: Pair) -> Tensor:
-    """Return log(|b|/√K) of the first layer, (channels)."""
-    w = get_tensor(graph, pair.first.weight)
-    bias = w.new_zeros(()) if pair.first.bias is None else get_tensor(graph, pair.first.bias)
-    fan_in = w.numel() // pair.n_channels
-    return (bias.abs() / math.sqrt(fan_in)).float().log()
 
 
 def _channel_views(graph: fx.GraphModule, pairs: Sequence[Pair]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ runs put the quantized ones in their place. An input is quantized where it is th
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from engine.networks.exported import Operation, aten, export_network, layers, returning_inputs
+from engine.networks.exported import Operation, aten, export_network, layers, returning_values
 from engine.networks.layers import LAYER_TYPES, trainable_parameters
 from engine.quantization.bit_widths import check_bits
 from engine.system import distributed
@@ -224,7 +224,7 @@ def make_steps(
         quantizers[name] = {"weight": _make_step(w, max(weight_bits, least), True, w.numel())}
         if act_bits and place.takes_input:
             is_signed, n_bits = bool((x < 0).any()), max(act_bits, least)
-            quantizers[name]["input"] = _make_step(w, n_bits, is_signed, x.numel() // 2)
+            quantizers[name]["input"] = _make_step(w, n_bits, is_signed, x[0].numel())
         for kind, quantizer in quantizers[name].items():
             parameter = place.tensor.removesuffix("weight") + PARAMETERS[kind]
             net.get_submodule(place.owner).register_parameter(parameter, quantizer.step)
@@ -275,21 +275,27 @@ def _takes_input(module: nn.Module, layer: Operation) -> bool:
     """Tell whether the module is that one layer, and what it is given is the layer's input."""
     if not isinstance(module, LAYER_TYPES | nn.ConvTranspose2d):
         return False
+    value = _before_padding(layer)
+    return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
+
+
+def _before_padding(layer: Operation) -> fx.Node:
+    """Return what a convolution pads, or the layer's input: the same values, with as many signs."""
     value = layer.node.args[0]
     while value.target is aten.pad.default:
         value = value.args[0]
-    return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
+    return value
 
 
 @torch.no_grad()
 def _layer_inputs(
     graph: fx.GraphModule, image_shape: Sequence[int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return what each layer of the graph takes of two random images, by its name."""
+    """Return what each layer of the graph takes of two random images, by its name, unpadded."""
+    found = layers(graph)
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    names = [*layers(graph)]
-    inputs = returning_inputs(graph, names)(images.to(dtype))
-    return dict(zip(names, inputs, strict=True))
+    returning = returning_values(graph, [_before_padding(layer) for layer in found.values()])
+    return dict(zip(found, returning(images.to(dtype)), strict=True))
 
 
 def _remove_steps(net: nn.Module, state: dict, prefix: str, metadata: object) -> None:
@@ -336,7 +342,11 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
             if not isinstance(n_bits, int):
                 raise ValueError(f"{n_bits} bits is no whole number")
             check_bits(n_bits)
-        _check_layers(path, saved["layers"], places, net)
+        modules = {name: net.get_submodule(place.module) for name, place in places.items()}
+        # earlier versions had steps of convolutions and linear layers that ran as modules alone
+        least = {name for name, module in modules.items() if isinstance(module, LAYER_TYPES)}
+        if not least <= saved["layers"].keys() <= places.keys():
+            raise FileError(f"{path}: its learned steps are not of the layers of this network")
         quantizers = {
             name: {
                 kind: _read_step(step, bits[kind], places[name].weight(net))
@@ -348,22 +358,6 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
             if kinds.keys() != (bits.keys() if places[name].takes_input else {"weight"}):
                 raise ValueError(f"{name} has not one step for each of {', '.join(bits)}")
         return LearnedSteps(quantizers, places, bits["weight"], bits.get("input"))
-
-
-def _check_layers(
-    path: Path, names: Collection[str], places: Mapping[str, Place], net: nn.Module
-) -> None:
-    """Raise FileError where a record has steps of layers that are not those of the network.
-
-    Earlier versions had steps of convolutions and linear layers that ran as modules alone.
-    """
-    earlier = {
-        name
-        for name, place in places.items()
-        if isinstance(net.get_submodule(place.module), LAYER_TYPES)
-    }
-    if not earlier <= set(names) <= places.keys():
-        raise FileError(f"{path}: its learned steps are not of the layers of this network")
 
 
 def _read_step(saved: Mapping[str, Any], n_bits: int, w: Tensor) -> LearnedStep:

@@ -5,7 +5,6 @@ from test_integer_network import Small, folded, quantize, small_net
 
 from engine.deploy import onnx_export, onnx_session, verify
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.integer_operations import RELU, UNBOUNDED
 from engine.deploy.onnx_emitter import RELU, UNBOUNDED
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")

@@ -13,7 +13,15 @@ from torch import nn
 
 import quant_inference as qi
 import quant_utils as qu
-from engine.networks.batch_norm import fold_batch_norm, output_gains
+from engine.networks.exported import (
+    copy_graph,
+    export_network,
+    get_tensor,
+    layers,
+    returning_values,
+    set_tensor,
+)
+from engine.networks.folding import fold_batch_norms, output_gains
 from engine.quantization import adaround
 
 LAYERS = {
@@ -46,6 +54,17 @@ def regularizer(h, beta):
     return 0.01 * (1 - (2 * h - 1).abs() ** beta).sum()
 
 
+class Half(nn.Module):
+    """A layer that reads one half of its input's channels."""
+
+    def __init__(self, layer, i, n):
+        super().__init__()
+        self.layer, self.channels = layer, slice(i * n, (i + 1) * n)
+
+    def forward(self, x):
+        return self.layer(x[:, self.channels])
+
+
 # --- the loss and its derivative -------------------------------------------------------------
 
 
@@ -60,12 +79,14 @@ def test_the_loss_and_its_derivative_are_those_of_autograd(name, beta):
     gain = torch.rand(len(layer.weight), generator=seeded(), dtype=torch.float64) + 0.5
     x = inputs(layer)
     x_q = x + 0.1 * inputs(layer, seed=1)
-    nets = nn.Sequential(layer), nn.Sequential(layer_q)
-    for net in nets:  # each reads images of its own: its layer's input
-        net.inputs = iter(x.split(3) if net is nets[0] else x_q.split(3))
-        net[0].register_forward_pre_hook(lambda m, args, net=net: (next(net.inputs),))
+    # two images side by side: each network reads its own half, its layer's input
+    graphs = [
+        export_network(Half(m, i, x.shape[1]), (2 * x.shape[1], *x.shape[2:]))
+        for i, m in enumerate((layer, layer_q))
+    ]
+    both = torch.cat([x, x_q], dim=1)
     with torch.no_grad():
-        error = adaround.output_error(*nets, "0", lambda: [None] * 4, gain)
+        error = adaround.output_error(*graphs, "layer", lambda: both.split(3), gain)
     low = qu.uniform(layer.weight, 3, round_up=0)
     step = qu.uniform(layer.weight, 3, round_up=1) - low
     v = torch.randn(low.shape, generator=seeded(), dtype=torch.float64).mul_(2).requires_grad_()
@@ -75,8 +96,6 @@ def test_the_loss_and_its_derivative_are_those_of_autograd(name, beta):
     def on_inputs(x):
         return torch.func.functional_call(layer_q, {"weight": low + step * h}, (x,))
 
-    for m in (layer, layer_q):
-        m._forward_pre_hooks.clear()
     loss = squared_error(layer, on_inputs, x, x_q, gain)
     change = (low + step * h - layer.weight).detach().reshape(error.cross.shape)
     assert error(change) == pytest.approx(loss.item(), rel=1e-10)
@@ -99,10 +118,11 @@ def test_gains_are_those_of_folding():
     net = reference.SmoothNet().eval()
     net.norm1.running_var.uniform_(0.1, 3)
     net.norm1.weight.data.normal_()
-    [(name, gain)] = output_gains(net).items()
-    folded = fold_batch_norm(net).get_submodule(name).weight
+    graph = export_network(net, (3, 8, 8))
+    [(name, gain)] = output_gains(graph).items()
+    folded = get_tensor(fold_batch_norms(graph), f"{name}.weight")
     torch.testing.assert_close(
-        net.get_submodule(name).weight * gain.view(-1, 1, 1, 1), folded.double()
+        net.get_submodule(name).weight.detach() * gain.view(-1, 1, 1, 1), folded.double()
     )
 
 
@@ -167,47 +187,63 @@ def images():
     return torch.randn(24, 3, 8, 8, generator=seeded(3))
 
 
-def learn(net, n_bits=3, n_steps=60, quantizer=qu.uniform, order=None):
-    def quantize_layer(name, round_up):
+def make_graph():
+    return export_network(make_net(), (3, 8, 8))
+
+
+def quantized(graph, name, n_bits=3, round_up=None):
+    """The layer's tensors, the bias on the grid of the weight."""
+    w = get_tensor(graph, f"{name}.weight")
+    tensors = {"weight": qu.uniform(w, n_bits, **qu.rounding_option(round_up))}
+    if bias := layers(graph)[name].bias:
+        tensors["bias"] = qu.uniform(get_tensor(graph, bias), n_bits, range_source=w)
+    return tensors
+
+
+def learn(graph, n_bits=3, n_steps=60, order=None):
+    def quantize(name, round_up):
         if order is not None and round_up is None:
             order.append(name)
-        layer = copy.deepcopy(net.get_submodule(name))
-        qu.quantize_layer(layer, quantizer, n_bits, round_up=round_up)
-        return layer
+        return quantized(graph, name, n_bits, round_up)
 
-    names = qu.running_layers(net, images()[:1])
+    names = adaround.learnable_layers(graph)
     return adaround.learn_rounding(
-        net, names, quantize_layer, lambda: images().split(7), n_steps, "cpu"
+        graph, names, quantize, lambda: images().split(7), n_steps, "cpu"
     )
 
 
-def captured_inputs(net, name):
-    taken = []
-    handle = net.get_submodule(name).register_forward_pre_hook(lambda m, args: taken.append(args))
-    with torch.no_grad():
-        net(images())
-    handle.remove()
-    return taken[0][0].double()
+def captured_inputs(graph, name):
+    [x] = returning_values(graph, [layers(graph)[name].node.args[0]])(images())
+    return x.double()
+
+
+def as_module(layer, tensors, net):
+    """The layer of the plain network with these tensors, in float64."""
+    module = copy.deepcopy(net.get_submodule(layer)).double()
+    module.load_state_dict({kind: t.double() for kind, t in tensors.items()})
+    return module
 
 
 @pytest.mark.parametrize("n_bits", [2, 4])
 def test_no_layer_is_worse_than_rounded_to_nearest_on_the_images(n_bits):
-    net, order = make_net(), []
-    before, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    round_up = learn(net, n_bits, order=order)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net, graph, order = make_net(), make_graph(), []
+    before, rng = copy.deepcopy(dict(graph.named_buffers())), torch.get_rng_state()
+    round_up = learn(graph, n_bits, order=order)
+    assert all(torch.equal(v, before[k]) for k, v in graph.named_buffers())
     assert torch.equal(torch.get_rng_state(), rng)
     assert order == list(round_up) == ["conv1", "conv2", "conv3", "down", "fc"]  # as they run
-    net_q, gains, better = copy.deepcopy(net), output_gains(net), []
+    graph_q, gains, better = copy_graph(graph), output_gains(graph), []
     for name, up in round_up.items():
-        x, x_q = captured_inputs(net, name), captured_inputs(net_q, name)
-        layer, layer_q = net.get_submodule(name), net_q.get_submodule(name)
+        x, x_q = captured_inputs(graph, name), captured_inputs(graph_q, name)
+        tensors = dict(net.get_submodule(name).named_parameters())
         errors = []
         for how in (None, up):
-            layer_q.load_state_dict(layer.state_dict())
-            qu.quantize_layer(layer_q, qu.uniform, n_bits, round_up=how)
-            pair = copy.deepcopy(layer).double(), copy.deepcopy(layer_q).double()
-            errors.append(squared_error(*pair, x, x_q, gains.get(name, 1)).item())
+            tensors_q = quantized(graph, name, n_bits, how)
+            for kind, t in tensors_q.items():
+                set_tensor(graph_q, f"{name}.{kind}", t)
+            pair = as_module(name, tensors, net), as_module(name, tensors_q, net)
+            with torch.no_grad():
+                errors.append(squared_error(*pair, x, x_q, gains.get(name, 1)).item())
         assert errors[1] <= errors[0] * (1 + 1e-6)
         better.append(errors[1] / errors[0])
     assert min(better) < 0.7 and sorted(better)[2] < 0.99, better
@@ -234,25 +270,53 @@ def test_it_comes_near_the_best_of_all_combinations():
 
 
 def test_repeated_it_is_the_same_to_the_bit():
-    first, second = learn(make_net()), learn(make_net())
+    first, second = learn(make_graph()), learn(make_graph())
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_layer_that_would_be_worse_is_rounded_to_nearest(monkeypatch):
     monkeypatch.setattr(adaround, "objective_gradient", lambda v, *_: torch.ones_like(v))
-    net = make_net()
-    for name, up in learn(net, n_steps=900).items():  # all weights would go down
-        w = net.get_submodule(name).weight.detach()
+    graph = make_graph()
+    for name, up in learn(graph, n_steps=900).items():  # all weights would go down
+        w = get_tensor(graph, f"{name}.weight")
         assert torch.equal(qu.uniform(w, 3, round_up=up), qu.uniform(w, 3))
 
 
 def test_constant_and_zero_layers_stay():
-    net = make_net()
-    net.conv1.weight.data.zero_()
-    net.conv2.weight.data.fill_(0.5)
-    net_q, _ = qu.quantize_model(net, qu.uniform, 4, round_up=learn(net, 4))
-    assert (net_q.conv1.weight == 0).all() and net_q.conv2.weight.isfinite().all()
+    graph = make_graph()
+    set_tensor(graph, "conv1.weight", torch.zeros_like(graph.conv1.weight))
+    set_tensor(graph, "conv2.weight", torch.full_like(graph.conv2.weight, 0.5))
+    round_up = learn(graph, 4)
+    weights = {name: quantized(graph, name, 4, round_up[name])["weight"] for name in round_up}
+    assert (weights["conv1"] == 0).all() and weights["conv2"].isfinite().all()
+
+
+class OfEveryKind(nn.Module):
+    """Layers of kinds that are not learned, tokens, and a function with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 4, 2, stride=2), nn.ConvTranspose2d(4, 4, 2)
+        self.same, self.along = nn.Conv2d(4, 6, (2, 3), padding="same"), nn.Conv1d(6, 6, 3)
+        self.w = nn.Parameter(torch.randn(5, 6))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.same(self.up(self.conv(x)).relu()).flatten(2)  # (B, 6, tokens)
+        x = nn.functional.linear(self.along(x).transpose(1, 2), self.w)
+        return self.head((x @ x.transpose(1, 2) @ x).mean(1))
+
+
+def test_layers_of_other_kinds_go_to_nearest():
+    torch.manual_seed(0)
+    graph = export_network(OfEveryKind(), (3, 8, 8))
+    round_up = learn(graph)
+    assert list(round_up) == ["conv", "same", "linear", "head"]
+    assert layers(graph).keys() - round_up.keys() == {"up", "along"}
+    for name, up in round_up.items():
+        w = get_tensor(graph, layers(graph)[name].weight)
+        assert up.dtype == torch.bool and up.shape == w.shape
 
 
 # --- the command line ------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import models
 import quant_inference as qi
 from engine.deploy import deployed_files, onnx_export, verify
 from engine.networks.batch_norm import fold_batch_norm
-from engine.networks.exported import aten, copy_graph, export_network, get_tensor, set_tensor
+from engine.networks.exported import aten, export_network, get_tensor
+from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
-from engine.networks.outputs import use_fast_layers
 from engine.quantization import equalization
 from engine.quantization.equalization import equalize, find_pairs
 from engine.system.errors import FileError, NetworkError
@@ -140,13 +140,13 @@ def shape_for(name):
 
 
 def ranges(graph, pair):
-    """r1 and r2 of a pair, channel by channel: a bias counts as |b|/√K in the first layer."""
+    """r1 and r2 of a pair, channel by channel: a bias counts in the first layer."""
     w1, w2 = (get_tensor(graph, layer.weight) for layer in (pair.first, pair.second))
     groups, n = pair.second.argument(6, "groups", 1), len(w1)
     b1 = torch.zeros(n) if pair.first.bias is None else get_tensor(graph, pair.first.bias)
     r1, r2 = [], []
     for i in range(n):
-        r1.append(max(w1[i].abs().max().item(), b1[i].abs().item() / math.sqrt(w1[i].numel())))
+        r1.append(max(w1[i].abs().max().item(), b1[i].abs().item()))
         if w2.dim() == 2:
             size = w2.shape[1] // n
             part = w2[:, i * size : (i + 1) * size]
@@ -244,14 +244,9 @@ def test_a_channel_that_has_only_a_bias_does_not_grow_beyond_all_others():
         graph = folded(net, torch.float32)
         equalized, _ = equalize(graph)
         b, b_e = (get_tensor(g, "0.bias").abs() for g in (graph, equalized))
-        w, w_e = (get_tensor(g, "0.weight").abs().amax((1, 2, 3)) for g in (graph, equalized))
+        w_e = get_tensor(equalized, "0.weight").abs().amax((1, 2, 3))
         others = w_e[[i for i in range(16) if i != 5]]
-        assert b[5] == pytest.approx(0.3) and b_e[5] / math.sqrt(27) <= others.max()
-        # channels that live have the scales that they have without a bias
-        unbiased = copy_graph(graph)
-        set_tensor(unbiased, "0.bias", torch.zeros(16))
-        expected = get_tensor(equalize(unbiased)[0], "0.weight").abs().amax((1, 2, 3))
-        assert others == pytest.approx(expected[[i for i in range(16) if i != 5]], rel=0.02)
+        assert b[5] == pytest.approx(0.3) and b_e[5] <= 2 * others.max() < 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -313,7 +308,7 @@ def test_shared_layers_and_values_read_twice_are_left_alone():
         **dict.fromkeys(["a", "twice", "twice_2", "b", "c", "d"], shared),
         "e": "read in several places",
         "f": "read by chunk",
-        "g": "read in several places",
+        "g": "read by chunk",
     }
     assert found.n_pairs == 0 and "pairs of layers equalized: 0, in" in str(found)
     for name, t in tensors(graph).items():
@@ -373,7 +368,7 @@ def test_clamps_of_every_kind_are_scaled(clip):
 
 
 def test_logits_that_change_are_found(monkeypatch):
-    monkeypatch.setattr(equalization, "POINTWISE", {aten.gelu.default})
+    monkeypatch.setattr(equalization, "POINTWISE", {"gelu"})
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.Conv2d(3, 3, 8), nn.Flatten())
     with pytest.raises(NetworkError, match="--equalize: logits change"):
         equalize(folded(randomize(net)))

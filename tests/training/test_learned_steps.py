@@ -16,6 +16,7 @@ from torch import nn
 import train
 import utils
 from engine.images.loader import Loader
+from engine.networks.exported import export_network
 from engine.networks.layers import quantizable_layers
 from engine.system import distributed
 from engine.system.errors import FileError, NetworkError, StepSizeError
@@ -103,6 +104,10 @@ def test_quantized_values_are_on_the_grid_and_stay_there(n_bits, s, seed):
 
 
 # --- a network -------------------------------------------------------------------------------
+
+
+def graph_of(net):
+    return export_network(net, (3, 8, 8))
 
 
 class Plain(nn.Module):
@@ -199,6 +204,87 @@ def test_layers_that_share_a_weight_are_refused():
     net[1].weight = net[0].weight
     with pytest.raises(NetworkError, match="1 shares its weight"):
         make_steps(net, (3, 4, 4), 4)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "standardized", "transposed"])
+def test_computed_weights_are_refused(kind):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            w = self[0].weight
+            x = nn.functional.conv2d(x, w - w.mean() if kind == "standardized" else w.flip(0))
+            return self[1](x).mean((2, 3))
+
+    net = Net(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    if kind == "weight_norm":
+        net = nn.Sequential(nn.utils.parametrizations.weight_norm(net[0]), *net[1:], nn.Flatten())
+    with pytest.raises(NetworkError, match="--qat_bits: .*the weight of .* is computed$"):
+        make_steps(net, (3, 4, 4), 4)
+
+
+class Attention(nn.Module):
+    """Patches, attention, upsampling, a weight of a function, a layer that runs twice."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, stride=2, padding=1, padding_mode="reflect")
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.twice = nn.ConvTranspose2d(8, 8, 2), nn.Linear(8, 8)
+        self.w, self.head = nn.Parameter(torch.randn(6, 8)), nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        x = self.up(self.patches(x).relu()).flatten(2).transpose(1, 2)
+        x = self.twice(self.twice(self.attention(x, x, x)[0]))
+        return self.head(nn.functional.linear(x, self.w).mean(1))
+
+
+ATTENTION = ["patches", "up", "attention.in_proj", "attention.out_proj", "twice", "linear", "head"]
+
+
+def test_layers_in_attention_and_functions_have_steps():
+    torch.manual_seed(0)
+    net, x = Attention(), torch.randn(5, 3, 8, 8)
+    plain, parameters = copy.deepcopy(net), dict(net.named_parameters())
+    steps = make_steps(net, (3, 8, 8), 3, 4)
+    assert list(steps.layers) == ATTENTION
+    assert steps.float_inputs == ["attention.in_proj", "attention.out_proj", "linear"]
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    assert steps.steps()["up.input"].int_min == 0
+    assert steps.steps()["patches.input"].n_values == 3 * 8 * 8  # before padding
+    with steps.quantized(net):
+        net(x).sum().backward()
+        names = {k for k, q in steps.steps().items() if q.step.grad is None or not q.step.grad}
+        assert not names
+        net.eval()
+        with torch.no_grad():
+            quantized = net(x)
+    assert all(dict(net.named_parameters())[k] is p for k, p in parameters.items())
+
+    weights_alone = make_steps(copy.deepcopy(plain), (3, 8, 8), 3)
+    for name, w, w_q in weights_alone.quantized_weights(plain):
+        assert w_q.unique().numel() <= 8, name
+        w.data.copy_(w_q)
+    quantize = {n: steps.layers[n]["input"] for n in steps.layers if n not in steps.float_inputs}
+    for name, quantizer in quantize.items():
+        plain.get_submodule(name).register_forward_pre_hook(lambda m, a, q=quantizer: q(a[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(x), quantized)
+
+
+def test_records_of_attention_are_read_and_those_of_earlier_versions(tmp_path):
+    net, path = Attention(), tmp_path / "r.json"
+    steps = make_steps(net, (3, 8, 8), 3, 4)
+    record = steps.record()
+    path.write_text(json.dumps({"learned_steps": record}))
+    found = learned_steps.read_steps(path, net, graph_of(net))
+    assert found.record() == record and found.float_inputs == steps.float_inputs
+    for name in ("up", "attention.in_proj", "attention.out_proj", "linear"):
+        del record["layers"][name]  # which earlier versions did not see
+    path.write_text(json.dumps({"learned_steps": record}))
+    assert learned_steps.read_steps(path, net, graph_of(net)).record() == record
+    del record["layers"]["twice"]["input"]
+    path.write_text(json.dumps({"learned_steps": record}))
+    with pytest.raises(FileError, match="twice has not one step for each of weight, input"):
+        learned_steps.read_steps(path, net, graph_of(net))
 
 
 def test_a_step_that_is_no_longer_positive_is_named():
@@ -355,7 +441,7 @@ def test_saved_weights_with_their_steps_are_what_was_trained(bits, monkeypatch, 
     assert learned["scheme"] == "lsq" and learned["bits"] == int(w_bits)
     assert learned["act_bits"] == int(a_bits or 32) and learned["levels"] == 2 ** int(w_bits)
 
-    steps = learned_steps.read_steps(tmp_path / "r.json", plain)
+    steps = learned_steps.read_steps(tmp_path / "r.json", plain, graph_of(plain))
     error = 0.0
     for name, quantizers in record["learned_steps"]["layers"].items():
         grid = quantizers["weight"]
@@ -508,12 +594,13 @@ def test_a_file_that_has_no_steps_of_this_network_is_refused(content, message, t
             content = record
         path.write_text(json.dumps({"learned_steps": content}))
     with pytest.raises(FileError, match=message):
-        learned_steps.read_steps(path, net)
+        learned_steps.read_steps(path, net, graph_of(net))
 
 
 def test_steps_of_another_network_are_refused(tmp_path):
     path = tmp_path / "r.json"
     record = make_steps(nn.Sequential(nn.Conv2d(3, 3, 1)), (3, 8, 8), 4).record()
     path.write_text(json.dumps({"learned_steps": record}))
-    with pytest.raises(FileError, match="not what was saved"):
-        learned_steps.read_steps(path, tiny_scripts.TinyFused())
+    net = tiny_scripts.TinyFused()
+    with pytest.raises(FileError, match="not of the layers of this network"):
+        learned_steps.read_steps(path, net, graph_of(net))
