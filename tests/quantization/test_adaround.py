@@ -194,7 +194,7 @@ def make_graph():
 def quantized(graph, name, n_bits=3, round_up=None):
     """The layer's tensors, the bias on the grid of the weight."""
     w = get_tensor(graph, f"{name}.weight")
-    tensors = {"weight": qu.uniform(w, n_bits, **qu.rounding_option(round_up))}
+    tensors = {"weight": qu.uniform(w, n_bits, round_up=round_up)}
     if bias := layers(graph)[name].bias:
         tensors["bias"] = qu.uniform(get_tensor(graph, bias), n_bits, range_source=w)
     return tensors
