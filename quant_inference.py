@@ -8,7 +8,6 @@ worked out for one network in analysis/measured_network.py.
 import argparse
 import inspect
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
@@ -17,48 +16,52 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from tqdm import tqdm
 
 import flags
 import quant_utils as qu
 import utils
 from analysis import dashboard, distributions, figures, report
+from analysis.checks import (
+    check_accuracy,
+    check_coverage,
+    check_deployed_files,
+    check_layers,
+    check_n_images,
+    choose_dataset,
+    describe_biases,
+    find_recorded_network,
+    make_output_folder,
+    print_error,
+    print_unfolded,
+    print_warning,
+    read_learned_steps,
+)
 from analysis.measured_network import Conditions, Images, MeasuredNetwork, Quantization
 from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
-from analysis.report import FLOAT_BITS, UNQUANTIZED, Results, Row
-from analysis.weights_files import (
-    WeightsFile,
-    common_dataset,
-    common_image_size,
-    find_paths,
-    find_weights,
-    read_record,
-    read_training_record,
-)
+from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Results, Row
+from analysis.weights_files import WeightsFile, find_weights
 from data import DATASETS, ImageDataset, accepts
 from engine.deploy import deployed_files, verify
 from engine.deploy.integer_layers import with_integers
 from engine.networks.exported import export_network, layers, weights, write_back
-from engine.networks.folding import batch_norms, fold_batch_norms, foldable
+from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.outputs import check_network
 from engine.quantization.equalization import equalize
 from engine.system import distributed
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
-from engine.system.errors import DataError, FileError, NetworkError
+from engine.system.errors import FileError, NetworkError
 from engine.system.hardware import MEMORY_FORMATS, print_device, resolve_precision, use_ieee_float32
-from engine.system.io import check_writable, load_weights
+from engine.system.io import load_weights
 from engine.system.progress import StepDisplay
 from engine.system.signals import GracefulShutdown
-from engine.training.learned_steps import LearnedSteps, read_steps
+from engine.training.learned_steps import LearnedSteps
 from flags import FILE_FLAGS, INTEGER_FLAGS
 from models import is_model, make_model
 
 FLAGS_OF_RECORDS = [*flags.NETWORK[1:], *flags.DATA[1:]]  # known when records have been read
-LEARNED = "lsq"  # as a row's scheme: the step sizes that --steps_from gives
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
 ROUNDING_BATCH = 32  # images: what is learned must not depend on --batch_size
-MAX_ACCURACY_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
 
 
 class LoadedNetwork(NamedTuple):
@@ -176,6 +179,9 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
 # --- networks --------------------------------------------------------------------------------
 
 
+recorded_network = partial(find_recorded_network, is_model=is_model, parse_width=utils.parse_width)
+
+
 def load_networks(
     files: Mapping[str, WeightsFile],
     args: argparse.Namespace,
@@ -190,7 +196,7 @@ def load_networks(
     loaded = {}
     for name, file in files.items():
         try:
-            model, width = recorded_network(file, args.model, args.width, explicit_flags)
+            model, width = recorded_network(file, args, explicit_flags)
             net = make_model(model, dataset.num_classes, width).eval()
             image_shape = dataset.test_images.shape[1:]
             check_network(net, image_shape, dataset.num_classes)
@@ -235,150 +241,6 @@ def prepare_graph(graph: fx.GraphModule, path: Path, args: argparse.Namespace) -
     return graph
 
 
-def print_unfolded(graph: fx.GraphModule, path: Path) -> None:
-    """Print that there is nothing to fold or, if any do, which batch norms stay unfolded."""
-    norms = batch_norms(graph)
-    folded = [norm for _, norm in foldable(graph)]
-    left = [norm.meta["path"] for norm in norms if norm not in folded]
-    if not norms:
-        print(f"--fold_bn has no effect: {path} has no batch norms")
-    if left:
-        some = ", ".join(left[:3]) + ", …" * (len(left) > 3)
-        print(f"{path}: {len(left)} batch norms do not follow a layer alone: they stay ({some})")
-
-
-def recorded_network(
-    file: WeightsFile, model: str, width: float, explicit_flags: Set[str]
-) -> tuple[str, float]:
-    """Return name and width of the network in the file's record, unless the flags are given.
-
-    The width is the record's where that names this network. Raises FileError for one that no
-    network can have.
-    """
-    recorded, recorded_width = file.setting("model"), file.setting("width")
-    if "model" not in explicit_flags and is_model(recorded):
-        model = recorded
-    if "width" not in explicit_flags and recorded == model and recorded_width is not None:
-        place = f"the record of {file.path}: width"
-        width = parse_recorded(utils.parse_width, recorded_width, place)
-    return model, width
-
-
-def parse_recorded(parse, value: object, place: str) -> float:  # noqa: ANN001
-    """Return a number of a record as the flag's type reads it; FileError where that refuses it."""
-    try:
-        return parse(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise FileError(f"{place} {error}") from error
-
-
-# --- what is said before and beside the numbers ------------------------------------------------
-
-
-def choose_dataset(
-    files: Mapping[str, WeightsFile], args: argparse.Namespace, explicit_flags: Set[str]
-) -> None:
-    """Set --dataset to what the files were trained on, unless it is given: then warn of others.
-
-    And --image_size to that of their images.
-    """
-    if "dataset" not in explicit_flags:
-        args.dataset = common_dataset(files.values(), DATASETS) or args.dataset
-    if "image_size" not in explicit_flags:
-        size = common_image_size(files.values(), args.dataset) or args.image_size
-        args.image_size = parse_recorded(utils.parse_image_size, size, "the record's image_size")
-    for file in files.values():
-        trained_on = file.setting("dataset") or args.dataset
-        if trained_on != args.dataset:
-            print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
-        size = file.image_size() or args.image_size
-        if size != args.image_size and accepts(args.dataset, "image_size"):
-            pixels = f"images of {size} pixels, not of {args.image_size}"
-            print_warning(f"{file.path} was trained on {pixels}: --image_size")
-
-
-def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: int) -> None:
-    """Raise DataError where a flag asks for more training images than there are.
-
-    A default that does is lowered to their number.
-    """
-    for flag in ("recalibrate_bn", "calibration", "per_layer", "rounding"):
-        name = f"{flag}_images"
-        n_images = getattr(args, name)
-        if n_images and n_images > n_train:
-            if name in explicit_flags:
-                raise DataError(f"--{name} {n_images}: there are {n_train} training images")
-            setattr(args, name, n_train)
-
-
-def check_layers(loaded: Mapping[str, LoadedNetwork], names: Sequence[str]) -> None:
-    """Raise NetworkError where a layer to show is not in all of the networks."""
-    try:
-        distributions.shared_layers([layers(network.graph) for network in loaded.values()], names)
-    except ValueError as error:
-        raise NetworkError(str(error)) from error
-
-
-def check_coverage(
-    network: MeasuredNetwork, quantizations: Sequence[Quantization], strict: bool
-) -> None:
-    """Print what stays in float, if anything does; with --strict that is a NetworkError."""
-    for act_bits in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
-        covered = network.coverage(FLOAT_BITS if act_bits else 8)
-        if covered.is_whole:
-            continue
-        if strict:
-            raise ValueError(f"--strict: {covered}")
-        print_warning(f"{network.name}: {covered}")
-
-
-def check_accuracy(row: Row, file: WeightsFile, dataset: str, is_whole_test_set: bool) -> None:
-    """Warn where a row is not as accurate as the network was when it had been trained.
-
-    That is known of the unquantized network, and of one with the steps that it has learned.
-    """
-    key = {UNQUANTIZED: "final_accuracy", LEARNED: "quantized_accuracy"}.get(row["scheme"])
-    expected = file.expected_accuracy(dataset, is_whole_test_set, key) if key else None
-    if expected is not None and abs(row["accuracy"] - expected) > MAX_ACCURACY_CHANGE:
-        how = "without quantizing" if key == "final_accuracy" else "with the learned steps"
-        print_warning(
-            f"{file.path}: accuracy {row['accuracy']:.2%} {how}, but its record "
-            f"says {expected:.2%}: are these its data and weights?"
-        )
-
-
-def read_learned_steps(
-    path: str | None, loaded: Mapping[str, LoadedNetwork]
-) -> tuple[LearnedSteps | None, WeightsFile | None]:
-    """Return the step sizes of --steps_from and the record they are in; None without the flag.
-
-    Raises FileError where they do not fit the one network, and warns where the record is of another
-    training than its weights.
-    """
-    if not path or not loaded:
-        return None, None
-    [network] = loaded.values()
-    steps = read_steps(Path(path), network.net, network.graph)
-    record = read_training_record(Path(path))
-    if steps.layers.keys() != layers(network.graph).keys():
-        raise FileError(f"{path}: its learned steps are not of the layers of this network")
-    ids = [each.record.get("run_id") for each in (network.file, record)]
-    if None not in ids and ids[0] != ids[1]:
-        print_warning(f"{path} has the steps of another training than that of {network.file.path}")
-    return steps, record
-
-
-def print_error(message: object) -> None:
-    """Print one line about a file on rank 0; the others are evaluated all the same."""
-    print_warning(f"error: {message}")
-
-
-def print_warning(message: str) -> None:
-    """Print one line about a file on rank 0."""
-    if distributed.get_rank() == 0:
-        tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
-
-
 # --- a run -----------------------------------------------------------------------------------
 
 
@@ -388,9 +250,13 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     files, results = find_weights(args.checkpoints), Results()
     if not any(file.path.exists() for file in files.values()):
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
-    choose_dataset(files, args, explicit_flags)
-    recorded = [recorded_network(f, args.model, 1.0, {"width"}) for f in files.values()]
-    warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=[model for model, _ in recorded])
+    has_size = partial(accepts, option="image_size")
+    choose_dataset(files.values(), args, explicit_flags, DATASETS, has_size, utils.parse_image_size)
+    models = [
+        args.model if "model" in explicit_flags else f.setting("model") for f in files.values()
+    ]
+    models = [model if is_model(model) else args.model for model in models]
+    warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=models)
     dataset = utils.load_dataset(args)
     check_n_images(args, explicit_flags, len(dataset.train_images))
     use_ieee_float32()
@@ -398,8 +264,13 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
         lambda: load_networks(files, args, explicit_flags, dataset)
     )
     if args.layers and loaded:
-        check_layers(loaded, args.layers)
-    steps, record = read_learned_steps(args.steps_from, loaded)
+        check_layers([network.graph for network in loaded.values()], args.layers)
+    steps = record = None
+    if args.steps_from and loaded:
+        [network] = loaded.values()
+        steps, record = read_learned_steps(
+            Path(args.steps_from), network.net, network.graph, network.file
+        )
     quantizations = make_quantizations(args)
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
@@ -408,7 +279,8 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
             deployed_files.read_model(Path(args.verify), source)
     networks = {}
     try:
-        with StepDisplay(n_measurements(args, quantizations, loaded), "network") as display:
+        total = n_measurements(quantizations, loaded, args.per_layer) + bool(steps)
+        with StepDisplay(total, "network") as display:
             conditions = make_conditions(args, display)
             images = make_images(args, dataset)
             for name, each in loaded.items():
@@ -479,15 +351,13 @@ def deploy(
 
 
 def n_measurements(
-    args: argparse.Namespace,
-    quantizations: Sequence[Quantization],
-    loaded: Mapping[str, LoadedNetwork],
+    quantizations: Sequence[Quantization], loaded: Mapping[str, LoadedNetwork], per_layer: bool
 ) -> int:
     """Return how often a network will be measured."""
-    n_each = 1 + sum(how.n_trials for how in quantizations) + bool(args.steps_from)
+    n_each = 1 + sum(how.n_trials for how in quantizations)
     n_layers = sum(len(layers(network.graph)) for network in loaded.values())
-    by_layer = 2 * len(args.schemes) * len(args.bits) * n_layers + len(loaded)
-    return n_each * len(loaded) + (by_layer if args.per_layer else 0)
+    ways = {(how.scheme, how.n_bits) for how in quantizations}
+    return n_each * len(loaded) + per_layer * (2 * len(ways) * n_layers + len(loaded))
 
 
 def measure_network(
@@ -545,25 +415,14 @@ def report_results(
     if len(measured) > 1 or args.layers:
         plots |= draw_distributions(layer_weights, args, folder)
     if not args.no_plots:
-        plots |= draw_plots(results, layer_weights, args, folder)
+        n_bits = 4 if 4 in args.bits else min(args.bits)
+        quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
+        plots |= draw_plots(results, layer_weights, quantizers, n_bits, args.per_channel, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print("plots:   " + ", ".join(map(str, plots.values())))
     files = {name: network.file for name, network in measured.items()}
     print(dashboard.log_quantizations(args, settings, files, results, plots))
-
-
-def describe_biases(quantizations: Sequence[Quantization]) -> str:
-    """Return how biases are quantized, as the report says it."""
-    words = {
-        None: "in full precision",
-        "weight": "on their weights' grids",
-        "own": "with a range of their own",
-    }
-    schemes: dict[str, dict[str, None]] = {}
-    for how in quantizations:
-        schemes.setdefault(words[how.bias_range], {})[how.scheme] = None
-    return "; ".join(f"{text} ({', '.join(names)})" for text, names in schemes.items())
 
 
 def draw_distributions(
@@ -591,7 +450,9 @@ def draw_distributions(
 def draw_plots(
     results: Results,
     layer_weights: Mapping[str, Mapping[str, torch.Tensor]],
-    args: argparse.Namespace,
+    quantizers: Mapping[str, qu.Quantizer],
+    n_bits: int,
+    per_channel: bool,
     folder: Path,
 ) -> dict[str, Path]:
     """Draw the plots into the folder and return their paths by title."""
@@ -602,11 +463,9 @@ def draw_plots(
     if results.layer_rows:
         plots["per_layer"] = folder / "per_layer.png"
         figures.per_layer_plot(results.layer_rows, plots["per_layer"])
-    n_bits = 4 if 4 in args.bits else min(args.bits)
-    quantizers = {name: bind_options(qu.QUANTIZERS[name], vars(args)) for name in args.schemes}
     for name, of_layers in layer_weights.items():
         path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
-        figures.weights_plot(name, of_layers, quantizers, n_bits, args.per_channel, path)
+        figures.weights_plot(name, of_layers, quantizers, n_bits, per_channel, path)
     return plots
 
 
@@ -626,43 +485,6 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
         print_warning(f"--rounding adaround has no effect on {', '.join(others)}")
     check_deployed_files(parser, args)
-
-
-def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse names of files to deploy that cannot be written, or that another file has."""
-    paths = find_paths(args.checkpoints).values()
-    taken = {path.resolve(): "the file to quantize" for path in paths}
-    for flag in ("export", "save_quantized", "save_integers"):
-        if not getattr(args, flag):
-            continue
-        path = Path(getattr(args, flag))
-        try:
-            check_writable(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            parser.error(f"--{flag}: {error}")
-        target = path.resolve()
-        if path.suffix in (".pt", ".ckpt", ".json") and path.exists() and read_record(path):
-            taken.setdefault(target, "a file of a training")
-        if target in taken:
-            parser.error(f"--{flag} {path}: that is {taken[target]}")
-        taken[target] = f"the file of --{flag}"
-
-
-def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
-    """Return the folder for results, made where it is missing; end with one line if it cannot be.
-
-    Without --output it is that of the first file that exists.
-    """
-    paths = find_paths(args.checkpoints).values()
-    first = next(filter(os.path.exists, paths), Path("."))
-    folder = Path(args.output) if args.output else first.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder / "results.csv")
-    except (OSError, ValueError) as error:
-        parser.error(f"--output: {error}")
-    return folder
 
 
 def make_parser() -> Parser:

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from analysis.report import FLOAT_BITS, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
-from engine.deploy.integer_network import IntegerNetwork, shared_ranges
+from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.values import shared_ranges
 from engine.images.loader import Loader
 from engine.networks.exported import copy_graph, get_tensor, layers
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics

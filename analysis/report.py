@@ -14,6 +14,7 @@ from engine.system.io import atomic_write, backup_existing, save_json
 
 Row = dict[str, Any]
 UNQUANTIZED = "none"  # as a row's scheme: the weights as they were trained
+LEARNED = "lsq"  # as a row's scheme: the step sizes that --steps_from gives
 FLOAT_BITS = 32  # of what is not quantized
 MEASURED = (
     "checkpoint", "scheme", "bits", "levels", "accuracy", "accuracy_change", "squared_error",

@@ -1,0 +1,231 @@
+"""What is checked and said before and beside the numbers of quant_inference.py."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+from tqdm import tqdm
+
+from analysis import distributions
+from analysis.measured_network import MeasuredNetwork, Quantization
+from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Row
+from analysis.weights_files import (
+    WeightsFile,
+    common_dataset,
+    common_image_size,
+    find_paths,
+    read_record,
+    read_training_record,
+)
+from engine.networks.exported import layers
+from engine.networks.folding import batch_norms, foldable
+from engine.system import distributed
+from engine.system.cli import Parser
+from engine.system.errors import DataError, FileError, NetworkError
+from engine.system.io import check_writable
+from engine.training.learned_steps import LearnedSteps, read_steps
+
+MAX_ACCURACY_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
+
+
+def print_error(message: object) -> None:
+    """Print one line about a file on rank 0; the others are evaluated all the same."""
+    print_warning(f"error: {message}")
+
+
+def print_warning(message: str) -> None:
+    """Print one line about a file on rank 0."""
+    if distributed.get_rank() == 0:
+        tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
+
+
+# --- files and flags ---------------------------------------------------------------------------
+
+
+def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse names of files to deploy that cannot be written, or that another file has."""
+    paths = find_paths(args.checkpoints).values()
+    taken = {path.resolve(): "the file to quantize" for path in paths}
+    for flag in ("export", "save_quantized", "save_integers"):
+        if not getattr(args, flag):
+            continue
+        path = Path(getattr(args, flag))
+        try:
+            check_writable(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            parser.error(f"--{flag}: {error}")
+        target = path.resolve()
+        if path.suffix in (".pt", ".ckpt", ".json") and path.exists() and read_record(path):
+            taken.setdefault(target, "a file of a training")
+        if target in taken:
+            parser.error(f"--{flag} {path}: that is {taken[target]}")
+        taken[target] = f"the file of --{flag}"
+
+
+def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
+    """Return the folder for results, made where it is missing; end with one line if it cannot be.
+
+    Without --output it is that of the first file that exists.
+    """
+    paths = find_paths(args.checkpoints).values()
+    first = next(filter(os.path.exists, paths), Path("."))
+    folder = Path(args.output) if args.output else first.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / "results.csv")
+    except (OSError, ValueError) as error:
+        parser.error(f"--output: {error}")
+    return folder
+
+
+def find_recorded_network(
+    file: WeightsFile,
+    args: argparse.Namespace,
+    explicit_flags: Set[str],
+    *,
+    is_model: Callable[[Any], bool],
+    parse_width: Callable[[str], float],
+) -> tuple[str, float]:
+    """Return name and width of the network in the file's record, unless the flags are given.
+
+    The width is the record's where that names this network. Raises FileError for one that no
+    network can have.
+    """
+    model, width = args.model, args.width
+    recorded, recorded_width = file.setting("model"), file.setting("width")
+    if "model" not in explicit_flags and is_model(recorded):
+        model = recorded
+    if "width" not in explicit_flags and recorded == model and recorded_width is not None:
+        place = f"the record of {file.path}: width"
+        width = parse_recorded(parse_width, recorded_width, place)
+    return model, width
+
+
+def parse_recorded(parse: Callable[[str], float], value: object, place: str) -> float:
+    """Return a number of a record as the flag's type reads it; FileError where that refuses it."""
+    try:
+        return parse(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise FileError(f"{place} {error}") from error
+
+
+def choose_dataset(
+    files: Iterable[WeightsFile],
+    args: argparse.Namespace,
+    explicit_flags: Set[str],
+    datasets: Collection[str],
+    has_size: Callable[[str], bool],
+    parse_size: Callable[[str], float],
+) -> None:
+    """Set --dataset to what the files were trained on, unless it is given: then warn of others.
+
+    And --image_size to that of their images; `has_size` tells whether a data set has one.
+    """
+    if "dataset" not in explicit_flags:
+        args.dataset = common_dataset(files, datasets) or args.dataset
+    if "image_size" not in explicit_flags:
+        size = common_image_size(files, args.dataset) or args.image_size
+        args.image_size = parse_recorded(parse_size, size, "the record's image_size")
+    for file in files:
+        trained_on = file.setting("dataset") or args.dataset
+        if trained_on != args.dataset:
+            print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
+        size = file.image_size() or args.image_size
+        if size != args.image_size and has_size(args.dataset):
+            pixels = f"images of {size} pixels, not of {args.image_size}"
+            print_warning(f"{file.path} was trained on {pixels}: --image_size")
+
+
+def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: int) -> None:
+    """Raise DataError where a flag asks for more training images than there are.
+
+    A default that does is lowered to their number.
+    """
+    for flag in ("recalibrate_bn", "calibration", "per_layer", "rounding"):
+        name = f"{flag}_images"
+        n_images = getattr(args, name)
+        if n_images and n_images > n_train:
+            if name in explicit_flags:
+                raise DataError(f"--{name} {n_images}: there are {n_train} training images")
+            setattr(args, name, n_train)
+
+
+def check_layers(graphs: Iterable[fx.GraphModule], names: Sequence[str]) -> None:
+    """Raise NetworkError where a layer to show is not in all of the networks."""
+    try:
+        distributions.shared_layers(map(layers, graphs), names)
+    except ValueError as error:
+        raise NetworkError(str(error)) from error
+
+
+def check_coverage(
+    network: MeasuredNetwork, quantizations: Sequence[Quantization], strict: bool
+) -> None:
+    """Print what stays in float, if anything does; with --strict that is a NetworkError."""
+    for act_bits in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
+        covered = network.coverage(FLOAT_BITS if act_bits else 8)
+        if covered.is_whole:
+            continue
+        if strict:
+            raise ValueError(f"--strict: {covered}")
+        print_warning(f"{network.name}: {covered}")
+
+
+def check_accuracy(row: Row, file: WeightsFile, dataset: str, is_whole_test_set: bool) -> None:
+    """Warn where a row is not as accurate as the network was when it had been trained.
+
+    That is known of the unquantized network, and of one with the steps that it has learned.
+    """
+    key = {UNQUANTIZED: "final_accuracy", LEARNED: "quantized_accuracy"}.get(row["scheme"])
+    expected = file.expected_accuracy(dataset, is_whole_test_set, key) if key else None
+    if expected is not None and abs(row["accuracy"] - expected) > MAX_ACCURACY_CHANGE:
+        how = "without quantizing" if key == "final_accuracy" else "with the learned steps"
+        print_warning(
+            f"{file.path}: accuracy {row['accuracy']:.2%} {how}, but its record "
+            f"says {expected:.2%}: are these its data and weights?"
+        )
+
+
+def read_learned_steps(
+    path: Path, net: nn.Module, graph: fx.GraphModule, file: WeightsFile
+) -> tuple[LearnedSteps, WeightsFile]:
+    """Return the step sizes of --steps_from and the record that they are in.
+
+    Raises FileError where they are not of the network, and warns where the record is of another
+    training than the weights in `file`.
+    """
+    steps, record = read_steps(path, net, graph), read_training_record(path)
+    ids = [each.record.get("run_id") for each in (file, record)]
+    if None not in ids and ids[0] != ids[1]:
+        print_warning(f"{path} has the steps of another training than that of {file.path}")
+    return steps, record
+
+
+def print_unfolded(graph: fx.GraphModule, path: Path) -> None:
+    """Print that there is nothing to fold or, if any do, which batch norms stay unfolded."""
+    norms = batch_norms(graph)
+    folded = [norm for _, norm in foldable(graph)]
+    left = [norm.meta["path"] for norm in norms if norm not in folded]
+    if not norms:
+        print(f"--fold_bn has no effect: {path} has no batch norms")
+    if left:
+        some = ", ".join(left[:3]) + ", …" * (len(left) > 3)
+        print(f"{path}: {len(left)} batch norms do not follow a layer alone: they stay ({some})")
+
+
+def describe_biases(quantizations: Sequence[Quantization]) -> str:
+    """Return how biases are quantized, as the report says it."""
+    words = {
+        None: "in full precision",
+        "weight": "on their weights' grids",
+        "own": "with a range of their own",
+    }
+    schemes: dict[str, dict[str, None]] = {}
+    for how in quantizations:
+        schemes.setdefault(words[how.bias_range], {})[how.scheme] = None
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in schemes.items())
