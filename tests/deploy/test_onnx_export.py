@@ -1,11 +1,17 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_integer_network import Small, folded, quantize, small_net
 
-from engine.deploy import onnx_export, onnx_session, verify
+from engine.deploy import deployed_files, onnx_export, onnx_session, verify
+from engine.deploy.integer_layers import with_integers
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import RELU, UNBOUNDED
+from engine.images.loader import Loader
+from engine.networks.exported import set_tensor
+from engine.system.errors import FileError
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
 pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
@@ -129,3 +135,60 @@ def test_everything_that_is_not_as_it_should_be_is_one_line():
     assert inexact == "add: not computed exactly on this processor"
     assert disagreement == "conv3: differs"
     assert differing.startswith("3 of 5 predictions differ")
+
+
+# --- a whole file ----------------------------------------------------------------------------
+
+
+class Images:
+    """What is needed of data.ImageDataset."""
+
+    test_images, mean, std, classes = pixels(40), MEAN, STD, ("a", "b", "c", "d")
+
+
+SETTINGS = {
+    "rounding": "nearest",
+    "per_channel": True,
+    "keep_first_last": False,
+    "equalize": False,
+    "clip_p": 2.4,
+    "distribution": "norm",
+    "approximate": False,
+    "overlapping": True,
+    "calibration": "minmax",
+    "calibration_images": 8,
+}
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "pwlq"])
+def test_a_file_is_written_and_verified(scheme, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
+    monkeypatch.setattr(verify, "ROUNDS", 1)
+    net = small_net()
+    integers, quantized, _ = quantize(net, normalized(pixels(8)), 4, 4, scheme, per_channel=True)
+    checkpoint, path = tmp_path / "net.pt", tmp_path / "net.onnx"
+    checkpoint.write_bytes(b"weights")
+    made_from = {"model": "Small", "scheme": scheme, "n_bits": 4, "act_bits": 4}
+    classes = Images.classes
+    source = deployed_files.describe_source(checkpoint, SETTINGS, **made_from, classes=classes)
+    rounded = with_integers(quantized, integers.integers())
+    deployed_files.write_files(
+        net_q=rounded, integers=integers, dataset=Images, source=source, export=str(path)
+    )
+    test = Loader(Images.test_images, torch.zeros(40, dtype=torch.long), 16, MEAN, STD)
+    simulations = {"float32": rounded}
+    compared = verify.Compared(integers, simulations, quantized, folded(net))
+    options = {"test": test, "dataset": Images, "source": source}
+    assert verify.verify_file(path, compared, **options)
+    record = path.with_suffix(".verified.json")
+    measured = json.loads(record.read_text(encoding="utf-8"))
+    assert measured["disagreement"] is None and measured["inexact_layers"] == []
+    assert measured["largest_logit_difference"]["integer"] == 0
+    capsys.readouterr()
+    first = quantized.get_buffer("conv1.weight")
+    set_tensor(quantized, "conv1.weight", first + 0.3 * first.abs().max())
+    assert not verify.verify_file(path, compared, **options)
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
+    assert "conv1: its integers are not those of its quantized weights" in line
+    with pytest.raises(FileError, match="was made with bits 4, and this is 5"):
+        deployed_files.read_model(path, source | {"bits": "5"})
