@@ -242,6 +242,11 @@ def _spell_one_way(module: fx.GraphModule) -> None:
                 shape = x.meta["shape"]
                 ones = [i for i, n in enumerate(shape) if i and n == 1]
                 _replace(module, node, aten.squeeze.dims, (x, ones))
+            case (aten.view.default | aten.reshape.default, (x, _)):
+                # len(x) is the number of images that were exported; -1 is any
+                (n, *before), (n_after, *after) = x.meta["shape"], node.meta["shape"]
+                if n == n_after == BATCH and math.prod(before) == math.prod(after):
+                    node.args = (x, [-1, *after])
             case (aten.matmul.default | aten.mm.default, (x, w)) if w in constant:
                 if len(w.meta["shape"]) == 2:
                     _to_linear(module, node, x, w)

@@ -81,6 +81,7 @@ SPELLINGS = {
     "mean, dimensions kept": lambda net, x: stem(net, x).mean([-1, -2], keepdim=True).flatten(1),
     "pooling over the whole map": lambda net, x: F.avg_pool2d(stem(net, x), 6).flatten(1),
     "view": lambda net, x: net.pool(stem(net, x)).view(x.size(0), -1),
+    "view of len": lambda net, x: net.pool(stem(net, x)).view(len(x), -1),
     "view of -1": lambda net, x: net.pool(stem(net, x)).view(-1, 8),
     "reshape": lambda net, x: net.pool(stem(net, x)).reshape(x.shape[0], 8),
     "squeeze": lambda net, x: net.pool(stem(net, x)).squeeze(-1).squeeze(-1),
