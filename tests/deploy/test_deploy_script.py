@@ -12,7 +12,7 @@ import data
 import models
 import quant_inference as qi
 from engine.deploy import verify
-from engine.networks.layers import BatchNormReLU
+from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.system.io import save_weights, torch_load
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
