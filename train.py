@@ -37,7 +37,6 @@ from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flag
 from engine.system.environment import describe_environment
 from engine.system.errors import DataError, NetworkError, NotFiniteError, SetupError
 from engine.system.hardware import (
-    choose_precision,
     print_device,
     resolve_precision,
     seed_rng,
@@ -61,7 +60,7 @@ from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_aver
 from engine.training.checkpoints import CheckpointClock, save_checkpoint
 from engine.training.learned_steps import make_steps, parameter_groups
 from engine.training.phases import Phase, describe_plan, phase_at
-from engine.training.resume import continue_from, find_checkpoint, read_settings
+from engine.training.resume import continue_from, find_checkpoint, settled_precision
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import Regularizer, accepted_options, make_regularizer
 
@@ -245,9 +244,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
         lambda: find_checkpoint(args, out, schedule)
     )
-    if args.precision == "auto" and checkpoint:  # another machine goes on with the precision it had
-        args.precision = read_settings(checkpoint).get("precision", "auto")
-    args.precision = choose_precision(args.precision, args.device)
+    args.precision = settled_precision(args.precision, args.device, checkpoint)
     dataset = utils.load_dataset(args)
     loaders = make_loaders(dataset, args)
     config = make_config(args)

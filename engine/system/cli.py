@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.flags: list[Flag] = []
         self.explicit_flags: set[str] = set()
+        self.ignored: dict[str, str] = {}  # flags of earlier versions, and why they do nothing
 
     def add_flags(self, table: Iterable["str | Flag"]) -> None:
         """Add flags; a text begins a group of --help with that title."""
@@ -52,7 +53,12 @@ class Parser(argparse.ArgumentParser):
                 stream.reconfigure(errors="backslashreplace")
         words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)}
         self.explicit_flags = {a.dest for a in self._actions if words & set(a.option_strings)}
-        return super().parse_args(args, namespace)
+        self.ignored.clear()
+        parsed = super().parse_args(args, namespace)
+        if distributed.get_rank() == 0:
+            for flag, reason in self.ignored.items():
+                print(f"{self.prog}: {flag} is ignored: {reason}", file=sys.stderr)
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with 2; of several processes rank 0 prints."""
@@ -164,11 +170,10 @@ class StoreFlat(argparse.Action):
 
 
 class Ignore(argparse.Action):
-    """Answers a flag of an earlier version with one line, which ends with `const`: why."""
+    """Notes a flag of an earlier version, which is answered by one line that says why: `const`."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001, D102
-        if distributed.get_rank() == 0:
-            print(f"{parser.prog}: {option_string} is ignored: {self.const}", file=sys.stderr)
+        parser.ignored[option_string] = self.const
 
 
 # --- flags, and what they need ---------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.step.gradients import DIFFERENCE_STEP
 from engine.system.errors import FileError
+from engine.system.hardware import choose_precision
 from engine.system.io import file_boundary
 from engine.training.checkpoints import load_checkpoint
 from engine.training.phases import Phase
@@ -63,6 +64,16 @@ def find_checkpoint(
         raise FileError(f"--init_from {args.init_from}: there is no such checkpoint")
     check_settings(args, checkpoint, args.init_from, MUST_MATCH_INIT_FROM | set(schedule))
     return {**checkpoint, "run_id": None}, False
+
+
+def settled_precision(precision: str, device: str, checkpoint: dict[str, Any] | None) -> str:
+    """Return the precision that "auto" means: the checkpoint's, or what the device is fast at.
+
+    So a run that goes on with another machine keeps its precision.
+    """
+    if precision == AUTO and checkpoint:
+        precision = read_settings(checkpoint).get("precision", AUTO)
+    return choose_precision(precision, device)
 
 
 def read_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:

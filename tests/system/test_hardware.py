@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train
 from engine.system import environment, hardware
+from engine.training.resume import settled_precision
 
 
 def test_float32_is_not_tf32(monkeypatch):
@@ -59,9 +59,8 @@ def test_streams_of_random_numbers_of_apples_gpus_have_no_index(monkeypatch):
 )
 def test_auto_is_what_the_checkpoint_has_or_the_device_is_fast_at(monkeypatch, flag, saved, chosen):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    args = argparse.Namespace(precision=flag, device="cpu")
     checkpoint = saved and {"settings": {"precision": saved}}
-    assert train.with_settled_precision(args, checkpoint).precision == chosen
+    assert settled_precision(flag, "cpu", checkpoint) == chosen
 
 
 def test_a_record_names_what_a_gpu_runs_on(monkeypatch):
