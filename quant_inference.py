@@ -375,6 +375,8 @@ def measure_network(
     learners = utils.learned_schemes(args)
     try:
         check_coverage(network, quantizations, args.strict)
+        if network.conditions.in_integers:
+            network.check_integer_form(quantizations[0].act_bits)
         if args.show_plan and distributed.get_rank() == 0:
             rows = plan_rows(network, quantizations, args.per_channel)
             print(report.table(rows, PLAN_COLUMNS), end="\n\n")

@@ -290,6 +290,16 @@ class MeasuredNetwork:
         parts = {layer.name: layer.parts for layer in quantized}
         return IntegerNetwork.from_graph(self.graph, self.grids(how.act_bits), parts)
 
+    def check_integer_form(self, act_bits: int) -> None:
+        """Raise NetworkError, naming it, where an operation has no integer form.
+
+        Nothing is measured for that: the ranges of inputs do not matter to it.
+        """
+        inputs = acts.quantized_inputs(self.graph, self.conditions.sums)
+        ranges = dict.fromkeys(inputs, (0.0, 1.0))
+        grids = acts.activation_grids(ranges, act_bits, self.layer_bits(act_bits))
+        IntegerNetwork.from_graph(self.graph, grids, {})
+
     # --- one layer at a time -----------------------------------------------------------------
 
     def per_layer(self, quantizations: Sequence[Quantization]) -> Iterator[Row]:

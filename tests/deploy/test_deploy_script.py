@@ -11,8 +11,11 @@ from torch import nn
 import data
 import models
 import quant_inference as qi
+from analysis.measured_network import MeasuredNetwork
 from engine.deploy import verify
+from engine.networks.exported import export_network
 from engine.networks.fast_batch_norm import BatchNormReLU
+from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
@@ -89,9 +92,9 @@ def test_export_and_verify(tiny, capsys):
     assert json.loads(metadata["class_names"]) == list("abcdefghij")
     assert (metadata["bits"], metadata["act_bits"], metadata["checkpoint"]) == ("4", "4", "net.pt")
     assert len(metadata["checkpoint_sha256"]) == 64
-    net = qi.fold_batch_norm(Folding().eval())
-    net.load_state_dict(torch_load(Path("q.pt")))
-    assert net.conv1.weight.unique().numel() <= 16
+    folded = fold_batch_norms(export_network(Folding(), (3, 12, 12)))
+    folded.load_state_dict(torch_load(Path("q.pt")))
+    assert folded.conv1.weight.unique().numel() <= 16
 
 
 def test_a_processor_without_vnni_is_verified_with_the_option_that_it_needs(
@@ -174,7 +177,9 @@ def test_an_unsupported_layer_is_named(tiny, monkeypatch, capsys):
             return self.classifier(x.tanh().mean(dim=(2, 3))), []
 
     monkeypatch.setitem(models.MODELS, "Folding", Averaging)
-    monkeypatch.setattr(qi, "measure", None)  # it is refused before anything is measured
+    monkeypatch.setattr(
+        MeasuredNetwork, "measure", None
+    )  # it is refused before anything is measured
     assert main(f"{FLAGS} --export net.onnx") == 1
     assert "--export: the network calls tanh, which has no integer form" in capsys.readouterr().err
 
