@@ -24,7 +24,7 @@ import flags
 import utils
 from data import ImageDataset
 from engine.images.loader import Loader
-from engine.networks.batch_norm import check_folding, freeze_batch_norms
+from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
 from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
 from engine.networks.layers import penalized_weights, trainable_parameters
@@ -451,7 +451,8 @@ def make_state(
     )
     inputs = {name for regularizer in penalized for name in regularizer.inputs}
     if "folded_weights" in inputs:
-        utils.print_unfolded(net, check_folding(net, image_shape), args.model)
+        if unfolded := describe_unfolded(net, image_shape):
+            print(f"{args.model}: {unfolded}")
     if distributed.get_world_size() > 1:
         set_sync_bn(net, args.sync_bn)
     if "a_grads" in inputs and args.penalty_gradient == "difference":

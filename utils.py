@@ -16,7 +16,6 @@ import data
 import quant_utils as qu
 from analysis.report import FLOAT_BITS
 from engine.images.loader import Loader
-from engine.networks.batch_norm import has_batch_norms
 from engine.networks.fast_layers import use_fast_layers
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
@@ -193,14 +192,6 @@ def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callab
 def make_criterion(name: str, label_smoothing: float = 0.0) -> nn.Module:
     """Make the loss of that name in CRITERIA: a mean over the batch."""
     return CRITERIA[name](label_smoothing=label_smoothing)
-
-
-def print_unfolded(net: nn.Module, n_left: int, model: str) -> None:
-    """Print that there is nothing to fold or, if any do, how many batch norms stay unfolded."""
-    if not has_batch_norms(net):
-        print(f"--fold_bn has no effect: {model} has no batch norms")
-    if n_left:
-        print(f"{n_left} batch norms of {model} do not follow a convolution alone: they stay")
 
 
 def make_net(

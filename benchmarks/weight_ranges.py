@@ -11,8 +11,6 @@ from pathlib import Path
 import _root  # noqa: F401
 
 import quant_utils as qu
-from engine.networks import batch_norm
-from engine.networks.layers import quantizable_layers
 from engine.system import cli
 from engine.system.errors import FileError
 from engine.system.io import load_weights
@@ -32,13 +30,13 @@ def main() -> None:
         net = MODELS[args.model]()
         try:
             load_weights(net, path)
-            net = batch_norm.fold_batch_norm(net) if args.fold_bn else net
+            graph = export_network(net, (3, 32, 32))
+            graph = fold_batch_norms(graph) if args.fold_bn else graph
         except (FileError, OSError, ValueError) as error:
             parser.exit_with(1, f"error: {error}")
         print(f"{path}: layer, m/σ, relative squared error at {args.bits} bits")
         rows = []
-        for name, layer in quantizable_layers(net).items():
-            w = layer.weight.detach()
+        for name, w in weights(graph).items():
             error = (qu.uniform(w, args.bits) - w).square().sum() / w.square().sum()
             rows.append(((w.abs().max() / w.std()).item(), error.item()))
             print(f"{name:12}  {rows[-1][0]:6.2f}  {rows[-1][1]:.5f}")

@@ -1,13 +1,14 @@
 """Fast layers in place of PyTorch's own, in any network: same parameters, keys and outputs."""
 
 import copy
+from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from engine.networks.convolution import Conv2d
 from engine.networks.fast_batch_norm import BatchNorm2d, BatchNormReLU
-from engine.networks.outputs import successive_modules
+from engine.networks.outputs import BATCH_NORMS, every_module_in
 
 
 class BatchNormBeforeRectifier(BatchNorm2d):
@@ -53,9 +54,7 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
     same names; a batch norm does the work of the `nn.ReLU` or `nn.ReLU6` that alone reads it.
     Subclasses and all other modules stay as they are: autograd differentiates them.
     """
-    pairs = successive_modules(
-        net, lambda m: type(m) is nn.BatchNorm2d, lambda m: type(m) in RECTIFIERS
-    )
+    pairs = rectified_norms(net)
     followers = {net.get_submodule(name) for _, name in pairs}  # one may follow several
     for norm_name, activation_name in pairs:
         norm = net.get_submodule(norm_name)
@@ -93,3 +92,49 @@ def plain_copy(net: nn.Module) -> nn.Module:
     for m in net.modules():
         m.__class__ = PLAIN.get(type(m), type(m))
     return net
+
+
+# --- which module runs right after which -----------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Traces down to modules without children and to PyTorch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_container = isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        own = type(m).__module__.startswith("torch.nn") and not is_container
+        return own or isinstance(m, BATCH_NORMS) or next(m.children(), None) is None
+
+
+def rectified_norms(net: nn.Module) -> list[tuple[str, str]]:
+    """Return each batch norm, by name, whose output only a ReLU or ReLU6 reads, and that one.
+
+    In training and in evaluation mode; none where the network's order cannot be traced in both.
+    Training needs this alone of a network's structure: `torch.export`, which quantizing goes
+    through, would cost it seconds.
+    """
+    first, second = (_only_readers(net, training) for training in (True, False))
+    return [
+        (norm, reader)
+        for norm, reader in first.items()
+        if second.get(norm) == reader
+        and type(net.get_submodule(norm)) is nn.BatchNorm2d
+        and type(net.get_submodule(reader)) in RECTIFIERS
+    ]
+
+
+def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
+    """Return the module that alone reads another's output, by the name of the latter."""
+    try:
+        with every_module_in(net, training=training):
+            nodes = [n for n in _Tracer().trace(net).nodes if n.op == "call_module"]
+    except Exception:  # what a foreign forward raises on symbols is of any kind
+        return {}
+    n_runs = Counter(node.target for node in nodes)
+    readers = {}
+    for node in nodes:
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if isinstance(source, fx.Node) and source.op == "call_module":
+            if len(source.users) == 1 and n_runs[source.target] == 1:
+                readers[source.target] = node.target
+    return readers

@@ -5,14 +5,12 @@ activations A_l are the outputs of its activation modules in the order in which 
 """
 
 import itertools
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.system.errors import NetworkError
@@ -181,76 +179,3 @@ def every_module_in(net: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
-
-
-# --- which module runs right after which -----------------------------------------------------
-
-
-class Order:
-    """Which leaf modules run, read off the network's symbolic trace.
-
-    Attributes:
-        n_runs: how often each runs, by name.
-        successor: name → name of the module that alone reads its output.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        """Read the graph."""
-        nodes = [node for node in graph.nodes if node.op == "call_module"]
-        self.n_runs = Counter(node.target for node in nodes)
-        self.successor = {}
-        for node in nodes:
-            source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-            if isinstance(source, fx.Node) and source.op == "call_module":
-                if len(source.users) == 1 and self.n_runs[source.target] == 1:
-                    self.successor[source.target] = node.target
-
-
-class _Tracer(fx.Tracer):
-    """Traces down to modules without children and to PyTorch's own."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_container = isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        own = type(m).__module__.startswith("torch.nn") and not is_container
-        return own or isinstance(m, BATCH_NORMS) or next(m.children(), None) is None
-
-
-_orders: weakref.WeakKeyDictionary[nn.Module, Order | None] = weakref.WeakKeyDictionary()
-
-
-def module_order(net: nn.Module) -> Order | None:
-    """Return the order of the network's modules, the same in training and evaluation mode.
-
-    None where it has no fixed one, or none that can be traced. A network is traced once.
-    """
-    if net not in _orders:
-        orders = []
-        for training in (True, False):
-            try:
-                with every_module_in(net, training=training):
-                    orders.append(Order(_Tracer().trace(net)))
-            except Exception:  # what a foreign forward raises on symbols is of any kind
-                orders.append(None)
-        train, evaluation = orders
-        if train and evaluation:
-            common = train.successor.items() & evaluation.successor.items()
-            train.successor = {a: b for a, b in train.successor.items() if (a, b) in common}
-            train.n_runs |= evaluation.n_runs
-        _orders[net] = train if evaluation else None
-    return _orders[net]
-
-
-def successive_modules(
-    net: nn.Module, is_first: Callable[[Any], bool], is_second: Callable[[Any], bool]
-) -> list[tuple[str, str]]:
-    """Return the names of modules of which the second alone reads the first's output.
-
-    Each first one runs once. Where the order cannot be traced, none.
-    """
-    order = module_order(net)
-    pairs = order.successor.items() if order else ()
-    return [
-        (a, b)
-        for a, b in pairs
-        if is_first(net.get_submodule(a)) and is_second(net.get_submodule(b))
-    ]
