@@ -11,6 +11,8 @@ from pathlib import Path
 import _root  # noqa: F401
 
 import quant_utils as qu
+from engine.networks.exported import export_network, weights
+from engine.networks.folding import fold_batch_norms
 from engine.system import cli
 from engine.system.errors import FileError
 from engine.system.io import load_weights
