@@ -27,7 +27,7 @@ from engine.images.loader import Loader
 from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
 from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
-from engine.networks.layers import penalized_weights, trainable_parameters
+from engine.networks.layers import computed_weights, penalized_weights, trainable_parameters
 from engine.networks.outputs import check_movable_activations, check_network
 from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
@@ -430,6 +430,8 @@ def make_state(
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
     if penalized and not penalized_weights(net):
         raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
+    if penalized and (computed := computed_weights(net)):
+        print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     n_activations = check_network(net, image_shape, dataset.num_classes)
     steps = None
     if args.qat_bits is not None:
