@@ -46,6 +46,7 @@ def run_recorded(
 
     The A_l are others than these where the network returns its activations itself.
     """
+    x = x.clone()  # a network may write into its input
     if not with_activations:
         return *split_output(net, net(x), []), []
     with recorded_activations(net) as recorded:

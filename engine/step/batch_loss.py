@@ -101,7 +101,9 @@ class BatchLoss:
             rng_from(self.rng_state, x.device),
             moved_activations(net, offsets),
         ):
-            logits, _ = split_output(net, functional_call(net, {**buffers, **params}, (x,)), [])
+            logits, _ = split_output(
+                net, functional_call(net, {**buffers, **params}, (x.clone(),)), []
+            )
             return distributed.to_global_mean(self.criterion(logits, self.y), len(x))
 
     def change(self, loss: Tensor, grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
