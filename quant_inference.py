@@ -25,14 +25,15 @@ from analysis.checks import (
     check_accuracy,
     check_coverage,
     check_deployed_files,
+    check_folding,
     check_layers,
     check_n_images,
+    check_sums,
     choose_dataset,
     describe_biases,
     find_recorded_network,
     make_output_folder,
     print_error,
-    print_unfolded,
     print_warning,
     read_learned_steps,
 )
@@ -225,7 +226,7 @@ def prepare_graph(graph: fx.GraphModule, path: Path, args: argparse.Namespace) -
             "are vast"
         )
     if args.fold_bn:
-        print_unfolded(graph, path)
+        check_folding(graph, path)
         graph = folded
     if not args.equalize:
         return graph
@@ -375,6 +376,7 @@ def measure_network(
     learners = utils.learned_schemes(args)
     try:
         check_coverage(network, quantizations, args.strict)
+        check_sums(network, file.path)
         if network.conditions.in_integers:
             network.check_integer_form(quantizations[0].act_bits)
         if args.show_plan and distributed.get_rank() == 0:

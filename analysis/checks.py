@@ -21,7 +21,7 @@ from analysis.weights_files import (
     read_record,
     read_training_record,
 )
-from engine.networks.exported import layers
+from engine.networks.exported import layers, operations
 from engine.networks.folding import batch_norms, foldable
 from engine.system import distributed
 from engine.system.cli import Parser
@@ -176,6 +176,12 @@ def check_coverage(
         print_warning(f"{network.name}: {covered}")
 
 
+def check_sums(network: MeasuredNetwork, path: Path) -> None:
+    """Warn where --quantize_sums finds no sum to quantize."""
+    if network.conditions.sums and not any(each.is_sum for each in operations(network.graph)):
+        print_warning(f"{path}: --quantize_sums has no effect: the network adds nothing up")
+
+
 def check_accuracy(row: Row, file: WeightsFile, dataset: str, is_whole_test_set: bool) -> None:
     """Warn where a row is not as accurate as the network was when it had been trained.
 
@@ -206,13 +212,18 @@ def read_learned_steps(
     return steps, record
 
 
-def print_unfolded(graph: fx.GraphModule, path: Path) -> None:
-    """Print that there is nothing to fold or, if any do, which batch norms stay unfolded."""
+def check_folding(graph: fx.GraphModule, path: Path) -> None:
+    """Print that there is nothing to fold or, if any do, which batch norms stay unfolded.
+
+    Raises NetworkError where all do.
+    """
     norms = batch_norms(graph)
     folded = [norm for _, norm in foldable(graph)]
     left = [norm.meta["path"] for norm in norms if norm not in folded]
     if not norms:
         print(f"--fold_bn has no effect: {path} has no batch norms")
+    elif not folded:
+        raise NetworkError(f"--fold_bn: no batch norm after a convolution in {path}: cannot fold")
     if left:
         some = ", ".join(left[:3]) + ", …" * (len(left) > 3)
         print(f"{path}: {len(left)} batch norms do not follow a layer alone: they stay ({some})")

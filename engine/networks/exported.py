@@ -239,6 +239,8 @@ def _spell_one_way(module: fx.GraphModule) -> None:
                 arguments = (x, gamma, beta, mean, var, False, momentum, eps, False)
                 [result] = node.users
                 _replace(module, result, aten.batch_norm.default, arguments)
+            case (aten._assert_tensor_metadata.default, _):  # of the precision it was exported in
+                module.graph.erase_node(node)
             case (aten.squeeze.default, (x,)):  # which would squeeze a batch of one image as well
                 shape = x.meta["shape"]
                 ones = [i for i, n in enumerate(shape) if i and n == 1]
