@@ -376,6 +376,7 @@ def measure_network(
     learners = utils.learned_schemes(args)
     try:
         check_coverage(network, quantizations, args.strict)
+        check_sums(network, file.path)
         if network.conditions.in_integers:
             network.check_integer_form(quantizations[0].act_bits)
         check_sums(network, file.path)

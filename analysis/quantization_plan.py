@@ -50,7 +50,7 @@ def _row(name: str, tensor: str, shape: Sequence[int], bits: Sequence[int], exte
 def _grid_range(grid: Grid) -> str:
     """Return the range of a grid of inputs as text."""
     if grid.zero_point == 2 ** (grid.n_bits - 1):  # symmetric about 0
-        return _range((-1, grid.scale * grid.max_code / 2))
+        return f"±{grid.scale * grid.max_code / 2:.4g}"
     low, high = (grid.scale * (code - grid.zero_point) for code in (0, grid.max_code))
     return _range((0, high)) if grid.zero_point == 0 else f"{low:.4g} … {high:.4g}"
 

@@ -26,6 +26,8 @@ from engine.networks import (
     layers,
     outputs,
 )
+from engine.networks.exported import export_network
+from engine.networks.folding import batch_norms, fold_batch_norms
 from engine.step.gradients import compute_gradients
 from engine.system.errors import NetworkError
 from regularizers import KurtosisNorm, StepNoise, make_regularizer
@@ -295,9 +297,10 @@ def test_layers_that_share_a_weight_count_once():
 def test_folding(name):
     net = fast_layers.use_fast_layers(make(name)).eval()
     size = 32 if "torchvision" in name else 16
-    assert batch_norm.check_folding(copy.deepcopy(net).float(), (3, size, size)) == 0
-    folded = batch_norm.fold_batch_norm(net)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert batch_norm.describe_unfolded(net, (3, size, size)) is None
+    graph = export_network(net, (3, size, size))
+    folded = fold_batch_norms(graph)
+    assert batch_norms(graph) and not batch_norms(folded)
     x, _ = batch(size)
     torch.testing.assert_close(folded(x), net(x))
 
@@ -305,7 +308,7 @@ def test_folding(name):
 def test_batch_norms_that_stay():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).float()
     net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert batch_norm.check_folding(net, (3, 4, 4)) == 1
+    assert batch_norm.describe_unfolded(net, (3, 4, 4)).startswith("1 batch norms do not follow")
 
 
 # --- scripts ---------------------------------------------------------------------------------
@@ -357,7 +360,7 @@ def test_batch_norms_that_stay_are_counted_before_training(capsys, tmp_path, mon
     flags = "--run_name r --model staying --no-compile --precision fp32 --regularizer RangeNorm"
     train.main([*flags.split(), "--fold_bn", *TINY.split()])
     printed = capsys.readouterr().out
-    assert "1 batch norms of Staying do not follow a convolution alone: they stay" in printed
+    assert "Staying: 1 batch norms do not follow a layer alone: they stay" in printed
 
 
 # --- quantizing ------------------------------------------------------------------------------
@@ -367,8 +370,9 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
     net = reference.Stranger().eval()
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     names = ["conv1", "conv2", "conv3", "down", "pool", "fc"]
-    assert list(qu.calibrate(net, [x])) == names
-    ranges = qu.calibrate(net, [x], "minmax", sums=True)
+    graph = export_network(net, (3, 8, 8))
+    assert list(qu.calibrate(graph, [x])) == names
+    ranges = qu.calibrate(graph, [x], "minmax", sums=True)
     sums = ["add[0]", "add[1]", "add_2[0]", "add_2[1]"]
     assert sorted(ranges) == sorted(names + sums)
     with torch.no_grad():
@@ -376,17 +380,16 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
         assert ranges["add[0]"] == pytest.approx((a.min().item(), a.max().item()))
         exact = net(x)
         for bits, tolerance in ((16, 1e-3), (3, 1.0)):
-            net_q = copy.deepcopy(net)
-            qu.quantize_activations(net_q, bits, ranges)
+            net_q = qu.quantize_activations(graph, qu.activation_grids(ranges, bits))
             change = (net_q(x) - exact).abs().max()
             assert 0 < change < tolerance
-        only_sums = copy.deepcopy(net)
-        qu.quantize_activations(only_sums, 4, {name: ranges[name] for name in sums})
-        a = qu.quantize_activation(a, 4, *ranges["add[0]"])
+        grids = qu.activation_grids({name: ranges[name] for name in sums}, 4)
+        only_sums = qu.quantize_activations(graph, grids)
+        a = grids["add[0]"].round(a)
         b = net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x)))))
-        y = net.act(a + qu.quantize_activation(b, 4, *ranges["add[1]"]))
-        c = qu.quantize_activation(net.bn3(net.conv3(y)), 4, *ranges["add_2[0]"])
-        d = qu.quantize_activation(net.bn_down(net.down(y)), 4, *ranges["add_2[1]"])
+        y = net.act(a + grids["add[1]"].round(b))
+        c = grids["add_2[0]"].round(net.bn3(net.conv3(y)))
+        d = grids["add_2[1]"].round(net.bn_down(net.down(y)))
         torch.testing.assert_close(only_sums(x), net.fc((c + d).relu().mean((2, 3))))
 
 
@@ -416,21 +419,21 @@ def test_functions_of_modules_without_children_are_quantized_too():
 def test_sums_and_pooling_of_our_networks_are_modules():
     for name, n_sums in (("ResNet20", 9), ("ResNet18", 8), ("MobileNetV2", 10), ("VGGSmall", 0)):
         net = models.make_model(name, 10, SMALL[name]).eval()
-        shapes = qu.input_shapes(net, torch.zeros(1, 3, 32, 32), sums=True)
+        graph = export_network(net, (3, 32, 32))
+        inputs = qu.quantized_inputs(graph, sums=True)
         modules = dict(net.named_modules())
-        assert sum(map(qu.is_of_sum, shapes)) == 2 * n_sums
-        assert all(key.partition("[")[0] in modules for key in shapes)
-        assert qu.first_and_last(net, torch.zeros(1, 3, 32, 32)) == (
-            next(iter(shapes)),
-            next(reversed(shapes)),
-        )
+        assert sum(each.is_sum for each in inputs.values()) == 2 * n_sums
+        assert all(key.partition("[")[0] in modules for key in inputs)
+        assert qu.first_and_last(graph) == (next(iter(inputs)), next(reversed(inputs)))
 
 
 def test_first_and_last_layer_keep_8_bits():
     net = reference.Stranger().eval()
-    first_last = dict.fromkeys(qu.first_and_last(net, torch.zeros(1, 3, 8, 8)), 8)
+    first_last = dict.fromkeys(qu.first_and_last(export_network(net, (3, 8, 8))), 8)
     assert list(first_last) == ["conv1", "fc"]
-    net_q, _ = qu.quantize_model(net, qu.uniform, 3, layer_bits=first_last)
+    net_q, _ = qu.quantize_model(
+        net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last
+    )
     for name, layer in layers.quantizable_layers(net).items():
         expected = qu.uniform(layer.weight, first_last.get(name, 3))
         assert torch.equal(net_q.get_submodule(name).weight, expected)
