@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from engine.deploy.integer_moves import Move, Pad
-from engine.deploy.integer_operations import Arithmetic, Rescale
+from engine.deploy.integer_operations import Arithmetic, Move, Pad, Rescale
 from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
 from engine.deploy.supported import NO_VALUES, OPERATIONS, SPLITS, Stage, check_supported, operands
 from engine.networks.exported import Operation
