@@ -31,9 +31,8 @@ from engine.system.errors import NetworkError
 Stage = tuple[type[IntegerOperation], dict[str, Any]]
 Reader = Callable[[fx.Node], list[Stage]]
 NONE: Mapping = MappingProxyType({})
-# Nodes whose results are numbers, or lists of which `operator.getitem` takes a part.
+# Nodes whose results are numbers.
 NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)
-SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 REASONS = {
     "batch_norm": "is not right behind a layer that it alone reads, into which it could be folded",
     "mul": "would need a product of two quantized values, or of one and a number",
@@ -64,9 +63,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
     """Return the values that the operation combines; weights are none."""
     if node.target is aten.cat.default:
         return list(node.args[0])
-    if node.target is aten.add.Tensor:
-        return list(node.args[:2])
-    return operands(node.args[0]) if node.target is operator.getitem else [node.args[0]]
+    return list(node.args[:2]) if node.target is aten.add.Tensor else [node.args[0]]
 
 
 def check_supported(nodes: list[fx.Node]) -> None:
@@ -243,38 +240,13 @@ def _to_shape(shape: tuple[int, ...]) -> list[Stage]:
     return _move("Reshape", lambda x: x.reshape(len(x), *shape), {"shape": [0, *shape]})
 
 
-def _transpose(node: fx.Node) -> list[Stage]:
-    # of sizes 0, 1, …: they end up in the order that ONNX is told
-    order = _applied(node)(torch.empty(*range(len(node.meta["shape"])))).shape
-    if order[0] != 0:
-        raise refuse(node, "the batch has to stay whole, as the first dimension")
-    return _move("Transpose", _applied(node), perm=list(order))
-
-
 def _slice(node: fx.Node) -> list[Stage]:
     dim, start, end, stride = _arguments(node, 0, None, None, 1)
     if node.meta["shape"] == node.args[0].meta["shape"]:
         return []
     end = torch.iinfo(torch.int64).max if end is None else end
-    return _cut(_dimension(node, dim), start or 0, end, stride)
-
-
-def _cut(dim: int, start: int, end: int, stride: int = 1) -> list[Stage]:
-    """Return what takes every `stride`-th element of a dimension, from `start` and before `end`."""
-    kept = (slice(None),) * dim + (slice(start, end, stride),)
-    constants = {"starts": [start], "ends": [end], "axes": [dim], "steps": [stride]}
-    return _move("Slice", lambda x: x[kept], constants)
-
-
-def _part(node: fx.Node) -> list[Stage]:
-    """Return one part of what was split."""
-    split, i = node.args
-    if split.target not in SPLITS:
-        raise refuse(split, "has no integer form")
-    dim = _dimension(node, split.args[2] if len(split.args) > 2 else 0)
-    positions = torch.arange(split.args[0].meta["shape"][dim])
-    part = split.target(positions, split.args[1])[i].tolist()
-    return _cut(dim, part[0], part[-1] + 1)
+    ranges = {"starts": [start or 0], "ends": [end], "axes": [_dimension(node, dim)]}
+    return _move("Slice", _applied(node), {**ranges, "steps": [stride]})
 
 
 def _pad(node: fx.Node) -> list[Stage]:
@@ -315,14 +287,13 @@ READERS: dict[Reader, str] = {
     _max_pool: "max_pool1d.default max_pool2d.default",
     _pad: "pad.default constant_pad_nd.default",
     _slice: "slice.Tensor",
-    _transpose: "permute.default transpose.int",
     _reshape: "view.default reshape.default flatten.using_ints unflatten.int squeeze.dims "
     "squeeze.dim unsqueeze.default",
     _dropout: "dropout.default feature_dropout.default alpha_dropout.default",
     _identity: "clone.default contiguous.default detach.default alias.default to.dtype to.device "
     "to.dtype_layout _to_copy.default",
 }
-OPERATIONS: dict[Callable, Reader] = {operator.getitem: _part} | {
+OPERATIONS: dict[Callable, Reader] = {
     operator.attrgetter(name)(aten): reader
     for reader, names in READERS.items()
     for name in names.split()
