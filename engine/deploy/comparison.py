@@ -38,7 +38,7 @@ def first_disagreement(
 def _is_rounded(layer: IntegerLayer, w: Tensor, bias: Tensor | None) -> bool:
     """Tell whether the integers are the weight w, and the bias to half of its scale."""
     rows = (layer.weight() - w.cpu()).double().abs().flatten(1).amax(1)
-    scale = layer.parts[0].scale.double()
+    scale = layer.parts[0].scale.double().flatten()
     is_coarser = layer.bias.abs() > MAX_BIAS / 2  # see make_integer_layer
     weights_fit = rows <= torch.where(
         is_coarser, scale * MAX_ROUNDING, RELATIVE_ERROR * w.abs().max()

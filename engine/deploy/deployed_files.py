@@ -13,7 +13,7 @@ from engine.deploy.integer_network import IntegerNetwork
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
-from engine.system.io import save_weights
+from engine.system.io import atomic_write, save_weights
 
 PACKAGES = {
     "export": ("onnx",),
@@ -103,7 +103,8 @@ def write_files(
     OSError.
     """
     if export:
-        onnx_export.save_model(to_model(integers, dataset, source), Path(export))
+        model = to_model(integers, dataset, source)
+        atomic_write(Path(export), lambda temporary: temporary.write_bytes(model))
         print(f"integers as ONNX:  {export}")
     if save_quantized:
         save_weights(net_q, Path(save_quantized))

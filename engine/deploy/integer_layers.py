@@ -1,8 +1,4 @@
-"""Integers of layers: weights as int8 codes, biases on the int32 grid.
-
-A code q of an input stands for (q − zero_point)·scale, see engine/quantization/grids.py. Codes of
-weights are signed, with the zero point 0.
-"""
+"""Integers of layers: weights as int8 codes, biases on the int32 grid."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,32 +15,20 @@ MAX_BIAS = 2**30  # |bias| in units of its scale: what int32 holds beside the su
 
 
 @dataclass(frozen=True)
-class WeightCodes:
-    """A weight as scale·codes: int8 codes of its shape, float32 scales (1) or (output channels)."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """Return the weight in float32."""
-        return self.codes.float() * self.scale.view(-1, *[1] * (self.codes.dim() - 1))
-
-
-@dataclass(frozen=True)
 class IntegerLayer:
     """The integers of a convolution or linear layer.
 
-    Its output is Σ_parts scale_x·scale_part·(Σ codes_part·(q_x − zero_point)); the int32 `bias`
-    (output channels) is inside the first of these sums.
+    Its output is Σ_parts scale_x·scale_part·(Σ codes_part·(q_x − zero_point)), codes in int8 and
+    scales in float32; the int32 `bias` (output channels) is inside the first of these sums.
     """
 
     in_grid: Grid
-    parts: tuple[WeightCodes, ...]
+    parts: tuple[OnGrid, ...]
     bias: Tensor
 
-    def product_scale(self, part: WeightCodes) -> Tensor:
-        """Return scale_x·scale_part, rounded to float32 as engines do."""
-        return torch.tensor(self.in_grid.scale) * part.scale
+    def product_scale(self, part: OnGrid) -> Tensor:
+        """Return scale_x·scale_part, (1) or (C), rounded to float32 as engines do."""
+        return torch.tensor(self.in_grid.scale) * part.scale.flatten()
 
     def weight(self) -> Tensor:
         """Return the dequantized weight."""
@@ -63,25 +47,24 @@ def make_integer_layer(parts: Sequence[OnGrid], bias: Tensor | None, in_grid: Gr
     beside it. Raises ValueError where codes do not fit into 8 bits.
     """
     bias = torch.zeros(len(parts[0].codes)) if bias is None else bias.detach().cpu()
-    most = bias.double().abs()
-    most = most if parts[0].scale.dim() else most.max().view(1)
+    scale, most = parts[0].scale, bias.double().abs()
+    most = most.view_as(scale) if scale.dim() else most.max()
     min_scale = most / (in_grid.scale * MAX_BIAS)
-    codes = tuple(_weight_codes(part, 0.0 if i else min_scale) for i, part in enumerate(parts))
+    codes = tuple(_in_8_bits(part, min_scale * (i == 0)) for i, part in enumerate(parts))
     layer = IntegerLayer(in_grid, codes, bias)
     bias_codes = (bias.double() / layer.product_scale(codes[0]).double()).round()
     return IntegerLayer(in_grid, codes, bias_codes.to(torch.int32))
 
 
-def _weight_codes(part: OnGrid, min_scale: Tensor | float) -> WeightCodes:
-    """Return codes as int8 and scales as float32, at least `min_scale`, (1) or (C)."""
-    codes, given = part.codes.detach().cpu().double(), part.scale.detach().cpu().double().view(-1)
+def _in_8_bits(part: OnGrid, min_scale: Tensor) -> OnGrid:
+    """Return codes as int8, and scales as float32 of at least `min_scale`."""
+    codes, given = (t.detach().cpu().double() for t in (part.codes, part.scale))
     if codes.min() < -MAX_CODE or codes.max() >= MAX_CODE or (codes != codes.round()).any():
         raise ValueError("its weights are on no grid of 8 bits or fewer")
-    scale = torch.maximum(given, torch.as_tensor(min_scale).double())
+    scale = torch.maximum(given, min_scale)
     scale = torch.where(scale > 0, scale, 1).float()
     coarser = (given / scale).where(scale > given * (1 + 1e-6), 1)
-    codes = (codes * coarser.view(-1, *[1] * (codes.dim() - 1))).round()
-    return WeightCodes(codes.to(torch.int8), scale)
+    return OnGrid((codes * coarser).round().to(torch.int8), scale)
 
 
 def n_bits_needed(codes: Tensor) -> int:

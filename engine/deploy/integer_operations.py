@@ -19,16 +19,16 @@ do in another way (all in float32, rounding half to even):
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.deploy.integer_layers import MAX_CODE, IntegerLayer, WeightCodes
+from engine.deploy.integer_layers import MAX_CODE, IntegerLayer
 from engine.deploy.onnx_emitter import UNBOUNDED, Bounds, Emitter
-from engine.quantization.grids import Grid
+from engine.quantization.grids import Grid, OnGrid
 
 EXACT_IN_FLOAT32 = 2**24  # integers up to this are sums without rounding
 TRIAL_SIZE = 6  # pixels of images that an operation is tried on alone
@@ -38,8 +38,7 @@ TRIAL_SIZE = 6  # pixels of images that an operation is tried on alone
 class IntegerOperation:
     """One operation: `run` makes the value `name` of the values `sources`, `emit` adds it to ONNX.
 
-    `in_grids` are those of the sources and `out_grid` that of the result: codes, in float32. None:
-    values in float32.
+    Values with a grid are codes, in float32; those without are what they are, in float32.
     """
 
     name: str
@@ -57,12 +56,54 @@ class IntegerOperation:
 
 
 @dataclass
-class Arithmetic(IntegerOperation):
-    """An operation that computes and then rounds once.
+class Move(IntegerOperation):
+    """An operation that moves or selects values: codes of its sources' grid, or floats.
 
-    `bounds` are those of the ReLU or ReLU6 that is part of it.
+    Attributes:
+        function: what it is in PyTorch.
+        op, constants, attributes: what it is in ONNX; constants are lists of whole numbers by name.
     """
 
+    function: Callable[..., Tensor]
+    op: str
+    constants: Mapping[str, list[int]]
+    attributes: Mapping[str, Any]
+
+    def run(self, *values: Tensor) -> Tensor:
+        """Return what the function makes of the values."""
+        return self.function(*values)
+
+    def emit(self, onnx: Emitter, *others: str) -> None:
+        """Add the operator, which gives codes where it takes codes; `others` are more constants."""
+        names = [
+            onnx.constant(f"{self.name}.{key}", np.array(value, np.int64))
+            for key, value in self.constants.items()
+        ]
+        onnx.node(self.op, [*self.sources, *names, *others], self.name, **self.attributes)
+        if self.out_grid:
+            onnx.grids[self.name] = self.out_grid
+
+
+@dataclass
+class Pad(Move):
+    """Zeros around values."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the values with zeros, or codes of 0, around them."""
+        zero = self.out_grid.zero_point if self.out_grid else 0
+        return self.function(x - zero) + zero
+
+    def emit(self, onnx: Emitter) -> None:
+        """Add the operator, with the code of 0."""
+        zero = np.uint8(self.out_grid.zero_point) if self.out_grid else np.float32(0)
+        super().emit(onnx, onnx.constant(f"{self.name}.zero", zero))
+
+
+@dataclass
+class Arithmetic(IntegerOperation):
+    """An operation that computes and then rounds once; `bounds` are those of a ReLU in it."""
+
+    op: ClassVar[str]  # in ONNX, on floats
     bounds: Bounds = UNBOUNDED
 
     def trial_codes(self, generator: torch.Generator) -> list[Tensor]:
@@ -73,10 +114,17 @@ class Arithmetic(IntegerOperation):
             for grid in self.in_grids
         ]
 
-    def result_name(self) -> str:
-        """Return the name of the result before rounding, or before its ReLU."""
+    def emit(self, onnx: Emitter) -> None:
+        """Add the operator between dequantizing and rounding, which engines fuse."""
+        self.emit_node(onnx, self.op)
+
+    def emit_node(self, onnx: Emitter, op: str, *constants: str, **attributes: object) -> None:
+        """Add an operator on dequantized values, and the rounding of its result."""
+        sources = [onnx.as_float(name) for name in self.sources]
         is_last = not self.out_grid and self.bounds == UNBOUNDED
-        return self.name if is_last else f"{self.name}.result"
+        target = self.name if is_last else f"{self.name}.result"
+        y = onnx.node(op, [*sources, *constants], target, **attributes)
+        onnx.finish(y, self.name, self.out_grid, self.bounds)
 
 
 @dataclass
@@ -140,7 +188,7 @@ class Layer(Arithmetic):
         codes[0] = 1
         return [(codes * self.in_grids[0].max_code).to(torch.uint8)]
 
-    def _sum(self, x: Tensor, part: WeightCodes) -> Tensor:
+    def _sum(self, x: Tensor, part: OnGrid) -> Tensor:
         """Return the sum of products of integers, exact."""
         [grid] = self.in_grids
         most = part.codes.float().abs().flatten(1).sum(1).max() * grid.max_abs
@@ -164,10 +212,8 @@ class Layer(Arithmetic):
             bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
             w = onnx.constant(f"{name}.weight", self.weight.detach().cpu().contiguous())
             b = onnx.constant(f"{name}.bias", bias.detach().cpu())
-        inputs = [onnx.as_float(self.sources[0]), w, b]
         op, options = ("Conv", self.attributes) if self.attributes else ("Gemm", {"transB": 1})
-        y = onnx.node(op, inputs, self.result_name(), **options)
-        onnx.finish(y, name, self.out_grid, self.bounds)
+        self.emit_node(onnx, op, w, b, **options)
 
     def _emit_integer_sums(self, onnx: Emitter) -> None:
         """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
@@ -184,7 +230,7 @@ class Layer(Arithmetic):
             total = onnx.node("Add", [total, y], f"{name}.total") if total else y
         onnx.finish(total, self.name, self.out_grid, self.bounds)
 
-    def _emit_integer_sum(self, onnx: Emitter, name: str, part: WeightCodes) -> str:
+    def _emit_integer_sum(self, onnx: Emitter, name: str, part: OnGrid) -> str:
         """Add the sum of products of one part and return its name.
 
         Codes of a convolution are uint8 with the zero point 128: ONNX Runtime's kernel for those is
@@ -206,6 +252,8 @@ class Layer(Arithmetic):
 class Sum(Arithmetic):
     """The sum of two values of one shape: of codes, or both of floats."""
 
+    op = "Add"
+
     def run(self, a: Tensor, b: Tensor) -> Tensor:
         """Map codes, in float32, to codes or floats."""
         if self.out_grid is None:
@@ -220,16 +268,12 @@ class Sum(Arithmetic):
         low, high = self.out_grid.code_range(self.bounds)
         return y.round().clamp_(low, high)
 
-    def emit(self, onnx: Emitter) -> None:
-        """Add an Add of dequantized values."""
-        operands = [onnx.as_float(name) for name in self.sources]
-        y = onnx.node("Add", operands, self.result_name())
-        onnx.finish(y, self.name, self.out_grid, self.bounds)
-
 
 @dataclass
 class GlobalPool(Arithmetic):
     """The mean over all pixels."""
+
+    op = "GlobalAveragePool"
 
     def run(self, x: Tensor) -> Tensor:
         """Map codes (B, C, H, W) to codes or floats (B, C, 1, 1)."""
@@ -241,12 +285,6 @@ class GlobalPool(Arithmetic):
             return (total * (scale / n_pixels)).clamp(*self.bounds)
         scale = scale / (self.out_grid.scale * n_pixels)
         return _to_codes(total * scale, self.out_grid, self.bounds)
-
-    def emit(self, onnx: Emitter) -> None:
-        """Add a GlobalAveragePool of dequantized values."""
-        source = onnx.as_float(self.sources[0])
-        y = onnx.node("GlobalAveragePool", [source], self.result_name())
-        onnx.finish(y, self.name, self.out_grid, self.bounds)
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

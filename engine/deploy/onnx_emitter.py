@@ -117,7 +117,7 @@ class Emitter:
 
     def dequantize_constant(self, name: str, codes: Tensor, scale: Tensor) -> str:
         """Return the name of a constant codes·scale; one scale, or one for each codes[i]."""
-        scale = scale if len(scale) > 1 else scale.squeeze()
+        scale = scale.flatten() if scale.numel() > 1 else scale.squeeze()
         inputs = [
             self.constant(f"{name}.codes", codes),
             self.constant(f"{name}.scale", scale),

@@ -12,7 +12,7 @@ from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Arithmetic
 from engine.deploy.onnx_emitter import Emitter
 from engine.system.errors import FileError
-from engine.system.io import atomic_write
+from engine.system.io import file_boundary
 
 try:
     import onnx
@@ -52,12 +52,12 @@ def to_onnx(
 
 def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
     """Return a model of one quantized operation alone: inputs such as `codes` → its output."""
-    emitter, sources = Emitter(), []
-    named = zip(operation.sources, operation.in_grids, codes, strict=True)
-    for name, grid, example in named:
-        emitter.grids[name] = grid
-        shape = ["batch", *example.shape[1:]]
-        sources.append(helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
+    emitter = Emitter()
+    emitter.grids |= zip(operation.sources, operation.in_grids, strict=True)
+    sources = [
+        helper.make_tensor_value_info(name, TensorProto.UINT8, ["batch", *example.shape[1:]])
+        for name, example in zip(operation.sources, codes, strict=True)
+    ]
     operation.emit(emitter)
     kind = TensorProto.UINT8 if operation.out_grid else TensorProto.FLOAT
     sizes = ["batch", *(f"out{i}" for i in range(codes[0].dim() - 1))]
@@ -65,20 +65,11 @@ def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
     return emitter.model(sources, target).SerializeToString()
 
 
-def save_model(content: bytes, path: Path) -> None:
-    """Write a model. Raises OSError."""
-    atomic_write(path, lambda temporary: temporary.write_bytes(content))
-
-
 def load_model(path: Path) -> "onnx.ModelProto":
     """Read a model that was exported here; FileError, in one line, for any other file."""
-    try:
+    with file_boundary(path, "is damaged or not an ONNX model"):
         model = onnx.load_from_string(path.read_bytes())
         onnx.checker.check_model(model)
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # protobuf and the checker raise kinds of their own
-        raise FileError(f"{path} is damaged or not an ONNX model") from error
     made_as = {p.key: p.value for p in model.metadata_props}.get(FORMAT_KEY)
     if made_as != FORMAT:
         raise FileError(f"{path} is an ONNX model, but not one that this version's --export makes")

@@ -9,30 +9,17 @@ from torch import Tensor
 
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_export import operation_to_onnx
-from engine.system.errors import FileError
 from engine.system.extras import require
+from engine.system.io import file_boundary
 
 # What sums products, or numbers, in integers; and the same in float32.
-INTEGER_KERNELS = {
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "QLinearGlobalAveragePool",
-    "QLinearAdd",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-}
-FLOAT_KERNELS = {
-    "Conv",
-    "FusedConv",
-    "Gemm",
-    "FusedGemm",
-    "MatMul",
-    "FusedMatMul",
-    "GlobalAveragePool",
-    "AveragePool",
-}
+INTEGER_KERNELS = set(
+    "QLinearConv QGemm QLinearMatMul QLinearGlobalAveragePool QLinearAdd ConvInteger MatMulInteger "
+    "MatMulIntegerToFloat".split()
+)
+FLOAT_KERNELS = set(
+    "Conv FusedConv Gemm FusedGemm MatMul FusedMatMul GlobalAveragePool AveragePool".split()
+)
 ERRORS_ONLY = 3  # of ONNX Runtime's log
 # Session option with which sums of 8-bit products do not saturate on processors without VNNI.
 EXACT_PRODUCTS = "session.x64quantprecision"
@@ -56,11 +43,8 @@ def open_session(
         options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
-    try:
+    with file_boundary(f"{name}:", f"ONNX Runtime {ort.__version__} refuses it"):
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of kinds that the package does not export
-        reason = str(error).splitlines()[0]
-        raise FileError(f"{name}: ONNX Runtime {ort.__version__} refuses it: {reason}") from error
     names = [source.name for source in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:

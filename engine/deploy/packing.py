@@ -54,7 +54,7 @@ def save_integers(
         bits = [n_bits_needed(part.codes) for part in layer.parts]
         for i, part in enumerate(layer.parts):
             tensors[f"{name}.codes{i}"] = pack(part.codes, bits[i])
-            tensors[f"{name}.scale{i}"] = part.scale.numpy()
+            tensors[f"{name}.scale{i}"] = part.scale.flatten().numpy()
         tensors[f"{name}.bias"] = layer.bias.numpy()
         described[name] = {
             "shape": list(layer.parts[0].codes.shape),

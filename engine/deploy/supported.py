@@ -6,24 +6,33 @@ same. It raises NetworkError, in one line with the reason, for arguments that ha
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from engine.deploy.integer_moves import Concat, MaxPool, Pad, Reshape, Slice, Transpose
-from engine.deploy.integer_operations import GlobalPool, IntegerOperation, Layer, Rescale, Sum
+from engine.deploy.integer_operations import (
+    GlobalPool,
+    IntegerOperation,
+    Layer,
+    Move,
+    Pad,
+    Rescale,
+    Sum,
+)
+from engine.networks.convolution import padding_widths
 from engine.networks.exported import BATCH, KINDS, aten, get_tensor
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError
 
 Stage = tuple[type[IntegerOperation], dict[str, Any]]
 Reader = Callable[[fx.Node], list[Stage]]
-# Nodes whose results are numbers, or lists of which `operator.getitem` takes a part.
+NONE: Mapping = MappingProxyType({})
+# Nodes whose results are numbers.
 NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)
-SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 REASONS = {
     "batch_norm": "is not right behind a layer that it alone reads, into which it could be folded",
     "mul": "would need a product of two quantized values, or of one and a number",
@@ -54,9 +63,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
     """Return the values that the operation combines; weights are none."""
     if node.target is aten.cat.default:
         return list(node.args[0])
-    if node.target is aten.add.Tensor:
-        return list(node.args[:2])
-    return operands(node.args[0]) if node.target is operator.getitem else [node.args[0]]
+    return list(node.args[:2]) if node.target is aten.add.Tensor else [node.args[0]]
 
 
 def check_supported(nodes: list[fx.Node]) -> None:
@@ -89,6 +96,22 @@ def _repeated(values: Sequence[int], n: int) -> list[int]:
     return list(values) * (n // len(values))
 
 
+def _dimension(node: fx.Node, dim: int) -> int:
+    """Return which of the value's dimensions is meant, counted from the first."""
+    dim %= len(node.meta["shape"])
+    if dim == 0:
+        raise refuse(node, "the batch has to stay whole, as the first dimension")
+    return dim
+
+
+def _move(
+    op: str, function: Callable[..., Tensor], constants: Mapping = NONE, **attributes: object
+) -> list[Stage]:
+    """Return a Move, with the constants and attributes that ONNX's operator `op` has."""
+    options = {"function": function, "op": op, "constants": constants, "attributes": attributes}
+    return [(Move, options)]
+
+
 def _identity(node: fx.Node) -> list[Stage]:
     dtypes = {a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)}
     if dtypes - {torch.float32}:
@@ -110,13 +133,11 @@ def _layer(node: fx.Node) -> list[Stage]:
         get_tensor(module, arg.target) if arg is not None else None
         for arg in (*node.args[1:], None)[:2]
     )
-    if KINDS[node.target] == "linear":
-        if len(_shape(node)) != 1:
-            reason = "linear layers of more than one vector an image are not supported"
-            raise refuse(node, reason)
-        options = {"product": node.target}
-    else:
+    options = {"product": node.target}
+    if KINDS[node.target] == "conv":
         options = _convolution(node.target, weight, *node.args[3:])
+    elif len(_shape(node)) != 1:
+        raise refuse(node, "linear layers of more than one vector an image are not supported")
     return [(Layer, {**options, "layer": node.meta["name"], "weight": weight, "bias": bias})]
 
 
@@ -124,15 +145,11 @@ def _convolution(product: Callable, w: Tensor, *geometry: object) -> dict[str, A
     """Return the options of a convolution: for PyTorch its arguments, for ONNX attributes."""
     defaults = ([1], [0], [1], 1)
     stride, padding, dilation, groups = (*geometry, *defaults[len(geometry) :])
-    n, kernel = w.dim() - 2, list(w.shape[2:])
-    strides, dilations = _repeated(stride, n), _repeated(dilation, n)
-    if isinstance(padding, str):
-        totals = [d * (k - 1) * (padding == "same") for d, k in zip(dilations, kernel, strict=True)]
-        pads = [total // 2 for total in totals] + [total - total // 2 for total in totals]
-    else:
-        pads = _repeated(padding, n) * 2
-    attributes = {"strides": strides, "pads": pads, "dilations": dilations, "group": groups}
-    attributes["kernel_shape"] = kernel
+    kernel = list(w.shape[2:])
+    dilations = _repeated(dilation, len(kernel))
+    before, after = padding_widths(padding, kernel, dilations)
+    attributes = {"pads": before + after, "dilations": dilations, "group": groups}
+    attributes |= {"kernel_shape": kernel, "strides": _repeated(stride, len(kernel))}
     return {"product": product, "geometry": geometry, "attributes": attributes}
 
 
@@ -145,15 +162,19 @@ def _sum(node: fx.Node) -> list[Stage]:
     return [(Sum, {})]
 
 
-def _average(node: fx.Node, kernel: list[int], stride: list[int], padding: list[int]) -> Stage:
+def _average(
+    node: fx.Node, kernel: list[int], stride: list[int], padding: Sequence[int] = (0,)
+) -> list[Stage]:
     """Return average pooling as a layer of ones, or as global pooling."""
     channels, *size = _shape(node.args[0])
+    if kernel == stride == [1, 1]:
+        return []
     if kernel == size and not any(padding):
-        return GlobalPool, {}
+        return [(GlobalPool, {})]
     ones = torch.ones(channels, 1, *kernel)
     n = ones[0].numel()
     options = _convolution(aten.conv2d.default, ones, stride, padding, [1], channels)
-    return Layer, {**options, "weight": ones / n, "parts": (OnGrid(ones, torch.tensor(1 / n)),)}
+    return [(Layer, {**options, "weight": ones / n, "parts": (OnGrid(ones, torch.tensor(1 / n)),)})]
 
 
 def _avg_pool(node: fx.Node) -> list[Stage]:
@@ -167,19 +188,17 @@ def _avg_pool(node: fx.Node) -> list[Stage]:
     if divisor or size != list(_shape(node)[1:]) or (any(padding) and not with_padding):
         reason = "average pooling of windows that differ in their number of pixels"
         raise refuse(node, f"{reason} (ceil_mode, count_include_pad, divisor) is not supported")
-    return [] if kernel == stride == [1, 1] else [_average(node, kernel, stride, padding)]
+    return _average(node, kernel, stride, padding)
 
 
 def _adaptive_pool(node: fx.Node) -> list[Stage]:
     before, after = _shape(node.args[0])[1:], _shape(node)[1:]
     if any(b % a for b, a in zip(before, after, strict=True)):
-        sizes = " × ".join(map(str, before)), " × ".join(map(str, after))
-        reason = "pooling of {} to {} pixels is not supported: these do not divide those"
-        raise refuse(node, reason.format(*sizes))
-    if before == after:
-        return []
+        sizes = " to ".join(" × ".join(map(str, size)) for size in (before, after))
+        reason = f"pooling of {sizes} pixels is not supported: these do not divide those"
+        raise refuse(node, reason)
     kernel = [b // a for b, a in zip(before, after, strict=True)]
-    return [_average(node, kernel, kernel, [0, 0])]
+    return _average(node, kernel, kernel)
 
 
 def _mean(node: fx.Node) -> list[Stage]:
@@ -187,73 +206,47 @@ def _mean(node: fx.Node) -> list[Stage]:
     if dims != {2, 3} or len(_shape(node.args[0])) != 3:
         raise refuse(node, "only means over all pixels, (2, 3), are supported")
     keeps_dims = _arguments(node, None, False)[1]
-    return [(GlobalPool, {})] + [(Reshape, {"shape": _shape(node)})] * (not keeps_dims)
+    return [(GlobalPool, {})] + ([] if keeps_dims else _to_shape(_shape(node)))
 
 
 def _max_pool(node: fx.Node) -> list[Stage]:
-    *arguments, ceil = _arguments(node, [], [], [0], [1], False)
     before, after = _shape(node.args[0])[1:], _shape(node)[1:]
+    arguments = _arguments(node, [], [], [0], [1])[:4]
     kernel, stride, padding, dilation = (
         _repeated(v or arguments[0], len(before)) for v in arguments
     )
+    geometry = zip(before, after, kernel, stride, padding, dilation, strict=True)
     ends = [  # what ONNX has to pad for the last window, which ceil_mode adds, to be whole
-        max(p, (out - 1) * s + d * (k - 1) + 1 - size - p)
-        for size, out, k, s, p, d in zip(
-            before, after, kernel, stride, padding, dilation, strict=True
-        )
+        max(p, (out - 1) * s + d * (k - 1) + 1 - size - p) for size, out, k, s, p, d in geometry
     ]
-    geometry = (kernel, stride, padding, dilation, ceil)
-    return [
-        (MaxPool, {"pool": node.target, "geometry": geometry, "pads": tuple([*padding, *ends])})
-    ]
+    attributes = {"strides": stride, "pads": padding + ends, "dilations": dilation}
+    return _move("MaxPool", _applied(node), kernel_shape=kernel, **attributes)
+
+
+def _applied(node: fx.Node) -> Callable[[Tensor], Tensor]:
+    """Return the node's own function, with its arguments after the first."""
+    return lambda x: node.target(x, *node.args[1:], **node.kwargs)
 
 
 def _reshape(node: fx.Node) -> list[Stage]:
     shape = _shape(node)
     if node.meta["shape"][:1] != (BATCH,):
-        raise refuse(node, "the batch has to stay the first dimension")
-    return [] if shape == _shape(node.args[0]) else [(Reshape, {"shape": shape})]
+        raise refuse(node, "the batch has to stay whole, as the first dimension")
+    return [] if shape == _shape(node.args[0]) else _to_shape(shape)
 
 
-def _transpose(node: fx.Node) -> list[Stage]:
-    n = len(node.meta["shape"])
-    order = list(range(n))
-    if node.target is aten.permute.default:
-        order = [d % n for d in node.args[1]]
-    else:
-        a, b = (d % n for d in node.args[1:])
-        order[a], order[b] = b, a
-    if order[0] != 0:
-        raise refuse(node, "the batch has to stay the first dimension")
-    return [(Transpose, {"order": tuple(order)})]
+def _to_shape(shape: tuple[int, ...]) -> list[Stage]:
+    # in ONNX, 0 stands for the batch
+    return _move("Reshape", lambda x: x.reshape(len(x), *shape), {"shape": [0, *shape]})
 
 
 def _slice(node: fx.Node) -> list[Stage]:
-    dim, start, end, size = _arguments(node, 0, None, None, 1)
+    dim, start, end, stride = _arguments(node, 0, None, None, 1)
     if node.meta["shape"] == node.args[0].meta["shape"]:
         return []
-    dim %= len(node.meta["shape"])
-    if dim == 0:
-        raise refuse(node, "parts of the batch are not supported")
     end = torch.iinfo(torch.int64).max if end is None else end
-    return [(Slice, {"dim": dim, "start": start or 0, "stop": end, "stride": size})]
-
-
-def _part(node: fx.Node) -> list[Stage]:
-    """Return one part of what was split."""
-    split, i = node.args
-    if split.target not in SPLITS:
-        raise refuse(split, "has no integer form")
-    n = len(node.meta["shape"])
-    sizes, dim = split.args[1], (split.args[2] if len(split.args) > 2 else 0) % n
-    if dim == 0:
-        raise refuse(split, "parts of the batch are not supported")
-    size = split.args[0].meta["shape"][dim]
-    if split.target is aten.split_with_sizes.default:
-        start = sum(sizes[:i])
-    else:
-        start = i * (-(-size // sizes) if split.target is aten.chunk.default else sizes)
-    return [(Slice, {"dim": dim, "start": start, "stop": start + node.meta["shape"][dim]})]
+    ranges = {"starts": [start or 0], "ends": [end], "axes": [_dimension(node, dim)]}
+    return _move("Slice", _applied(node), {**ranges, "steps": [stride]})
 
 
 def _pad(node: fx.Node) -> list[Stage]:
@@ -261,14 +254,18 @@ def _pad(node: fx.Node) -> list[Stage]:
     values = {*rest, *node.kwargs.values()} - {"constant", None, 0}  # "reflect", or a number
     if values or min(widths) < 0:
         raise refuse(node, "only padding by zeros is supported")
-    return [(Pad, {"rank": len(node.meta["shape"]), "widths": tuple(widths)})]
+    # PyTorch begins with the last dimension; ONNX has the widths before all, then those after them
+    others = [0] * (len(node.meta["shape"]) - len(widths) // 2)
+    sides = [*others, *widths[-2::-2], *others, *widths[::-2]]
+    [(_, options)] = _move("Pad", _applied(node), {"widths": sides})
+    return [(Pad, options)]
 
 
 def _concat(node: fx.Node) -> list[Stage]:
-    dim = (node.args[1] if len(node.args) > 1 else 0) % len(node.meta["shape"])
-    if dim == 0 or any(each.op == "get_attr" for each in node.args[0]):
+    if any(each.op == "get_attr" for each in node.args[0]):
         raise refuse(node, "only values of the network side by side can be concatenated")
-    return [(Concat, {"dim": dim})]
+    dim = _dimension(node, _arguments(node, 0)[0])
+    return _move("Concat", lambda *values: torch.cat(values, dim), axis=dim)
 
 
 def _clamp(node: fx.Node) -> list[Stage]:
@@ -290,14 +287,13 @@ READERS: dict[Reader, str] = {
     _max_pool: "max_pool1d.default max_pool2d.default",
     _pad: "pad.default constant_pad_nd.default",
     _slice: "slice.Tensor",
-    _transpose: "permute.default transpose.int",
     _reshape: "view.default reshape.default flatten.using_ints unflatten.int squeeze.dims "
     "squeeze.dim unsqueeze.default",
     _dropout: "dropout.default feature_dropout.default alpha_dropout.default",
     _identity: "clone.default contiguous.default detach.default alias.default to.dtype to.device "
     "to.dtype_layout _to_copy.default",
 }
-OPERATIONS: dict[Callable, Reader] = {operator.getitem: _part} | {
+OPERATIONS: dict[Callable, Reader] = {
     operator.attrgetter(name)(aten): reader
     for reader, names in READERS.items()
     for name in names.split()

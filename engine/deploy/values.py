@@ -5,10 +5,9 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from engine.deploy.integer_moves import Move, Pad
-from engine.deploy.integer_operations import Arithmetic, Rescale
+from engine.deploy.integer_operations import Arithmetic, Move, Pad, Rescale
 from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
-from engine.deploy.supported import NO_VALUES, OPERATIONS, SPLITS, Stage, check_supported, operands
+from engine.deploy.supported import NO_VALUES, OPERATIONS, Stage, check_supported, operands
 from engine.networks.exported import Operation
 
 
@@ -30,7 +29,7 @@ class Values:
         self.nodes = [
             node
             for node in graph.graph.nodes
-            if node.op == "call_function" and node.target not in (*NO_VALUES, *SPLITS)
+            if node.op == "call_function" and node.target not in NO_VALUES
         ]
         check_supported(self.nodes)
         self.stages: dict[fx.Node, list[Stage]] = {}

@@ -105,6 +105,18 @@ def conv2d(
     return (y if bias is None else y + bias[:, None, None]).to(out)
 
 
+def padding_widths(
+    padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Return the zeros before and after the input in each of its dimensions."""
+    if padding == "same":  # one more at the end where the sum is odd, as PyTorch pads
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [total // 2 for total in totals], [total - total // 2 for total in totals]
+    padding = [0] if padding == "valid" else padding
+    widths = [*padding] * (len(kernel) // len(padding))
+    return widths, widths
+
+
 def is_strided_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
     """Tell whether a convolution is 1×1, unpadded and strided: it reads every s-th pixel only.
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from engine.networks.convolution import padding_widths
 from engine.networks.exported import (
     Operation,
     aten,
@@ -177,20 +178,13 @@ def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tens
     """
     if layer.kind == "linear":
         return x
-    stride, dilation = (_pair(layer.argument(*a, 1)) for a in ((3, "stride"), (5, "dilation")))
-    padding = layer.argument(4, "padding", 0)
-    if padding == "same":  # one more at the end where the sum is odd, as PyTorch pads
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [(p, p) for p in _pair(0 if padding == "valid" else padding)]
-    x = F.pad(x, [*sides[1], *sides[0]])  # F.pad begins with the last dimension
-    return F.unfold(x, tuple(kernel), dilation, stride=stride)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Return the argument for height and width, which may be one number for both."""
-    return (value, value) if isinstance(value, int) else (*value, *value)[:2]
+    stride = layer.argument(3, "stride", [1])
+    dilation = (*layer.argument(5, "dilation", [1]) * 2,)[:2]  # one number is for both
+    (top, left), (bottom, right) = padding_widths(
+        layer.argument(4, "padding", [0]), kernel, dilation
+    )
+    x = F.pad(x, [left, right, top, bottom])
+    return F.unfold(x, tuple(kernel), dilation, stride=(*stride * 2,)[:2])
 
 
 def to_columns(t: Tensor, layer: Operation) -> Tensor:

@@ -13,7 +13,7 @@ class OnGrid:
     """A tensor on a uniform grid through 0, which is codes·scale.
 
     Attributes:
-        codes: whole numbers of the tensor's shape, in its dtype.
+        codes: whole numbers of the tensor's shape, in its dtype or in int8.
         scale: what one code stands for: of shape (), or (len(codes), 1, …) for each codes[i].
     """
 

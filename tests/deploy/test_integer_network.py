@@ -93,7 +93,7 @@ def test_codes_are_those_of_the_quantizer(n_bits, per_channel):
             assert torch.equal(part.codes.float(), given.codes)
             torch.testing.assert_close(part.dequantize(), given.dequantize(), rtol=3e-7, atol=0)
             assert n_bits_needed(part.codes) <= n_bits
-            assert part.scale.shape == ((5,) if per_channel else (1,))
+            assert part.scale.shape == ((5, 1, 1, 1) if per_channel else ())
 
 
 @pytest.mark.parametrize("codes", [[128.0, 0.0], [-129.0, 3.0], [0.5, 1.0]])
@@ -203,7 +203,7 @@ def test_every_operation_is_that_of_integers_in_64_bits(n_bits, per_channel):
     np.testing.assert_array_equal(values["pool"].numpy(), codes)
     product = values[last.sources[0]].long() @ last.integers.parts[0].codes.long().T
     total = (product + last.integers.bias).float()
-    scale = last.in_grids[0].scale * last.integers.parts[0].scale
+    scale = last.in_grids[0].scale * last.integers.parts[0].scale.flatten()
     torch.testing.assert_close(values["classifier"], total * scale, rtol=1e-6, atol=0)
     assert torch.equal(values["classifier"], integer_net(x)[0])
 
@@ -359,7 +359,7 @@ def shifted(x, w, bias, *geometry):
     [
         ("conv1", {"product": shifted}),
         ("conv2", {"bounds": (0.0, 0.1)}),
-        ("shrink", {"pool": F.avg_pool2d, "geometry": (2,)}),
+        ("shrink", {"function": lambda x: F.avg_pool2d(x, 2)}),
         ("pool", {"in_grids": (Grid(0.01, 0, 4),)}),
     ],
 )

@@ -62,13 +62,6 @@ def dense(net, x):
     return whole(net, F.relu(x))
 
 
-def shuffled(net, x):
-    left, right = stem(net, x).chunk(2, 1)
-    x = torch.cat([left, net.a(torch.cat([right, right], 1))], 1)
-    x = x.view(-1, 2, 6, 6, 6).transpose(1, 2).contiguous().view(-1, 12, 6, 6)
-    return whole(net, x)
-
-
 def residual(net, x):
     x = stem(net, x)
     x = F.relu6(x + net.a(x))
@@ -104,7 +97,6 @@ SPELLINGS = {
     "tied": tied,
     "concatenated": concatenated,
     "concatenated in turn": dense,
-    "shuffled": shuffled,
     "residual": residual,
     "hardtanh": lambda net, x: whole(net, net.a(F.hardtanh(net.stem(x), 0.0, 6.0))),
     "hardtanh of both signs": lambda net, x: whole(net, net.a(F.hardtanh(net.stem(x)))),
