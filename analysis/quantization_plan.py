@@ -22,7 +22,7 @@ def plan_rows(
     inputs = quantized_inputs(network.graph, network.conditions.sums)
     rows = []
     for operation in operations(network.graph):
-        for name in operation.inputs.keys() & inputs.keys():
+        for name in filter(inputs.__contains__, operation.inputs):
             shape = operation.source(name).meta["shape"][1:]
             grids = [network.grids(n)[name] for n in act_bits if n != FLOAT_BITS]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)

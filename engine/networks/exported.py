@@ -44,9 +44,9 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     computes something else than the network.
     """
     name = type(net).__name__
-    net = plain_copy(net).cpu().eval()
+    net = plain_copy(net).eval()
     images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(net.parameters(), images).dtype)
+    images = images.to(next(net.parameters(), images))
     try:
         graph = _exported(net, images[:BATCH])
         with torch.no_grad():
@@ -59,6 +59,8 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
             f"{name} cannot be exported by torch.export, which quantizing needs (training does "
             f"not): {reason}"
         ) from error
+    if images.is_meta:  # nothing is computed
+        return graph
     limit = TOLERANCE * expected.nan_to_num(0, 0, 0).abs().max().item()
     if not torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
@@ -595,7 +597,7 @@ def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> f
     """Return a copy in which each named input of an operation goes through its function first."""
     copied = copy_graph(graph)
     for operation in operations(copied):
-        for name in operation.inputs.keys() & transforms.keys():
+        for name in filter(transforms.__contains__, operation.inputs):
             value = operation.source(name)
             with copied.graph.inserting_before(operation.node):
                 changed = copied.graph.call_function(transforms[name], (value,))

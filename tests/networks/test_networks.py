@@ -431,9 +431,7 @@ def test_first_and_last_layer_keep_8_bits():
     net = reference.Stranger().eval()
     first_last = dict.fromkeys(qu.first_and_last(export_network(net, (3, 8, 8))), 8)
     assert list(first_last) == ["conv1", "fc"]
-    net_q, _ = qu.quantize_model(
-        net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last
-    )
+    net_q, _ = qu.quantize_model(net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last)
     for name, layer in layers.quantizable_layers(net).items():
         expected = qu.uniform(layer.weight, first_last.get(name, 3))
         assert torch.equal(net_q.get_submodule(name).weight, expected)
