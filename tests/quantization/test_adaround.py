@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from test_onnx_export import FLAGS, main, onnx, tiny  # noqa: F401
+from test_deploy_script import FLAGS, main, onnx, tiny  # noqa: F401
 from torch import nn
 
 import quant_inference as qi
