@@ -24,7 +24,10 @@ def make_net(scale=1.0, outlier=0.0, seed=0):
 
 def flat_weights(**nets):
     return distributions.flat_weights(
-        {name: {key: m.weight for key, m in quantizable_layers(net).items()} for name, net in nets.items()}
+        {
+            name: {key: m.weight for key, m in quantizable_layers(net).items()}
+            for name, net in nets.items()
+        }
     )
 
 

@@ -2,7 +2,6 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 import quant_utils as qu
 from analysis import figures

@@ -13,6 +13,7 @@ from torch import nn
 
 import quant_inference as qi
 import quant_utils as qu
+from analysis import measured_network
 from engine.networks.exported import (
     copy_graph,
     export_network,
@@ -337,7 +338,7 @@ def count_learning(monkeypatch):
         calls.append(layers)
         return adaround.learn_rounding(net, layers, *rest)
 
-    monkeypatch.setattr(qi, "learn_rounding", counting)
+    monkeypatch.setattr(measured_network, "learn_rounding", counting)
     return calls
 
 
