@@ -424,7 +424,8 @@ def test_the_quantizer_of_integers_of_the_page_has_them(extended, per_channel):
     net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
     net_q, quantized = quant_utils.quantize_model(net, quantizer, 3, image_shape=(9,))
     for layer, (part,) in zip(net_q, (e.parts for e in quantized), strict=True):
-        assert part.codes.unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
+        assert set(part.codes.unique().tolist()) <= {-3, -2, -1, 0, 1, 2, 3}
+        assert part.codes.abs().max() == 3
         assert (part.codes * part.scale).equal(layer.weight)
         assert len(part.scale.flatten()) == (len(layer.weight) if per_channel else 1)
     assert quant_utils.n_levels("narrow", 3, False) == 7
