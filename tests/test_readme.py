@@ -393,9 +393,7 @@ def test_the_network_of_the_page_trains_in_bfloat16_and_quantizes(extended):
     made = regularizers.make_regularizer("L2Grad", 0.01)
     compute_gradients(net, nn.CrossEntropyLoss(), made, x.float(), y, torch.bfloat16)
     assert all(p.grad.isfinite().all() for p in net.parameters())
-    net_q, errors = quant_utils.quantize_model(
-        net, quant_utils.uniform, 4, image_shape=(3, 8, 8)
-    )
+    net_q, errors = quant_utils.quantize_model(net, quant_utils.uniform, 4, image_shape=(3, 8, 8))
     names = ["stem.0", *(f"blocks.{i}.conv{n}" for i in (0, 1) for n in (1, 2))]
     assert [e.name for e in errors] == [*names, "blocks.1.down.0", "classifier"]
     assert net_q.eval()(x.float()).shape == (6, 4)
