@@ -658,5 +658,8 @@ def _remove_parametrization(net: nn.Module, path: str, kind: str) -> bool:
     module = net.get_submodule(path)
     is_parametrized = parametrize.is_parametrized(module, kind)
     if is_parametrized:
+        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        # a class of the copy's own: removing changes the class, which the original has as well
+        module.__class__ = type(type(module).__name__, type(module).__bases__, own)
         parametrize.remove_parametrizations(module, kind)
     return is_parametrized
