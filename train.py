@@ -30,8 +30,9 @@ from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
 from engine.networks.layers import computed_weights, penalized_weights, trainable_parameters
 from engine.networks.outputs import check_movable_activations, check_network
 from engine.step.evaluation import evaluate
-from engine.step.gradients import compute_gradients
+from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
+from engine.step.penalty_inputs import needs_double_backward
 from engine.system import distributed
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
@@ -248,8 +249,9 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     dataset = utils.load_dataset(args)
     loaders = make_loaders(dataset, args)
     config = make_config(args)
-    compiled = set_compile(args.compile, args.device)
+    set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
+    compiled = set_compile(args.compile, args.device)
     run_id = new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(loaders.train), is_own)
@@ -421,10 +423,11 @@ def make_state(
     args: argparse.Namespace, dataset: ImageDataset, phases: Sequence[Phase]
 ) -> TrainState:
     """Make the network, SGD and the learning-rate schedule that the flags say."""
-    net = utils.make_net(
-        args.model, dataset.num_classes, args.device, args.width, args.memory_format
-    )
     image_shape = dataset.test_images.shape[1:]
+    net = utils.make_net(
+        args.model, dataset.num_classes, args.device, args.width, args.memory_format, image_shape
+    )
+    n_activations = check_network(net, image_shape, dataset.num_classes)
     penalized = [p.regularizer for p in phases if p.regularizer]
     if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
@@ -432,7 +435,8 @@ def make_state(
         raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
     if penalized and (computed := computed_weights(net)):
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
-    n_activations = check_network(net, image_shape, dataset.num_classes)
+    if any(map(needs_double_backward, penalized)):
+        check_derivatives(net, image_shape, second=args.penalty_gradient != "difference")
     steps = None
     if args.qat_bits is not None:
         bits = utils.qat_bit_widths(args.qat_bits)

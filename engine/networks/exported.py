@@ -28,7 +28,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import parametrize
 
 from engine.networks.fast_layers import plain_copy
-from engine.networks.outputs import split_output
+from engine.networks.outputs import network_boundary, split_output
 from engine.system.errors import NetworkError
 
 aten = torch.ops.aten
@@ -47,18 +47,10 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     net = plain_copy(net).eval()
     images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
     images = images.to(next(net.parameters(), images))
-    try:
+    problem = " cannot be exported by torch.export, which quantizing needs (training does not)"
+    with network_boundary(net, problem), torch.no_grad():
         graph = _exported(net, images[:BATCH])
-        with torch.no_grad():
-            expected, logits = _Logits(net)(images.clone()), graph(images)
-    except NetworkError:
-        raise
-    except Exception as error:  # torch.export and foreign code raise errors of every kind
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise NetworkError(
-            f"{name} cannot be exported by torch.export, which quantizing needs (training does "
-            f"not): {reason}"
-        ) from error
+        expected, logits = _Logits(net)(images.clone()), graph(images)
     if images.is_meta:  # nothing is computed
         return graph
     limit = TOLERANCE * expected.nan_to_num(0, 0, 0).abs().max().item()

@@ -16,6 +16,7 @@ from torch.autograd import grad
 
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
+from engine.networks.outputs import blank_images, every_module_in, network_boundary
 from engine.step.batch_loss import BatchLoss, FirstOrderResult
 from engine.step.norms import lp_norms, whole_batch_norms
 from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward
@@ -76,7 +77,7 @@ def compute_gradients(
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
-        _add(params, vector_jacobian_product(params, first, directions))
+        _add(params, vector_jacobian_product(net, first, directions))
     return loss, penalty.detach(), n_correct
 
 
@@ -133,12 +134,14 @@ def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
 
 
 def vector_jacobian_product(
-    params: Sequence[Tensor], first: FirstOrderResult, directions: Directions
+    net: nn.Module, first: FirstOrderResult, directions: Directions
 ) -> list[Tensor | None]:
-    """Return Σ_t d_t · ∂t/∂p of every parameter p: t are gradients with their graph.
+    """Return Σ_t d_t · ∂t/∂p of every trainable parameter p: t are gradients with their graph.
 
     Where the directions d_t are None or the t constants, there is nothing to return but Nones.
+    Raises NetworkError where an operation of the network has no second derivative.
     """
+    params = [*trainable_parameters(net).values()]
     pairs = [
         (t, d)
         for name, ds in directions.items()
@@ -149,8 +152,25 @@ def vector_jacobian_product(
         return [None] * len(params)
     # one backward pass from all of them, however many layers: the price is that of one
     outputs, vectors = zip(*pairs, strict=True)
-    with distributed.overlapped_grad_all_reduce(params) as sum_grads:
-        return sum_grads(grad(outputs, params, vectors, allow_unused=True))
+    problem = " cannot be differentiated twice, which --penalty_gradient difference does without"
+    with network_boundary(net, problem):
+        with distributed.overlapped_grad_all_reduce(params) as sum_grads:
+            return sum_grads(grad(outputs, params, vectors, allow_unused=True))
+
+
+def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) -> None:
+    """Raise NetworkError where the network has no derivative or, with `second`, no second one.
+
+    It is tried on two images of `image_shape` (3, H, W), in evaluation mode.
+    """
+    x = blank_images(net, 2, image_shape)
+    y = torch.zeros(2, dtype=torch.long, device=x.device)
+    with every_module_in(net, training=False):
+        batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, None)
+        first = batch.first_order(("w_grads",), create_graph=second)
+        if second:
+            directions = {name: [t.detach() for t in ts] for name, ts in first.tensors.items()}
+            vector_jacobian_product(net, first, directions)
 
 
 def difference_product(

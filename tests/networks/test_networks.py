@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import models
@@ -471,3 +473,154 @@ def test_train_then_quantize_any_network(name, tmp_path, monkeypatch, capsys):
         assert [words[3] for words in plan if words[:2] == ["conv2", "bias"]] == ["float"]
         assert [words[3:5] for words in plan if words[:2] == ["conv2", "input"]] == [["4/6", "0"]]
         assert sum(words[:1] == ["add_2[1]"] for words in plan) == 1
+
+
+# --- what strangers' networks do -------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """`squeeze()` of everything: one image has no batch left."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, x):
+        return self.layers(x).squeeze()
+
+
+class Checkpointed(nn.Module):
+    """Activations are computed twice, in the way that `torch.autograd.grad` cannot do."""
+
+    def __init__(self, num_classes=10, use_reentrant=True):
+        super().__init__()
+        self.first, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)
+        self.last, self.use_reentrant = nn.Linear(8, num_classes), use_reentrant
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(
+            self.pool, self.first(x), use_reentrant=self.use_reentrant
+        )
+        return self.last(x.flatten(1))
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class OnlyOnce(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.last(OnceDifferentiable.apply(self.first(x)).mean((2, 3)))
+
+
+class Fails(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.layer = nn.Linear(3, num_classes)
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise KeyError("one\nimage")
+        return self.layer(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One block of attention over 4 × 4 patches."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+TRAIN_STRANGER = "--model Stranger --dataset Synthetic --n_epochs 1 --batch_size 64 --no-compile"
+
+
+def train_stranger(net, flags, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.MODELS, "Stranger", net)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train.main([*TRAIN_STRANGER.split(), *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("net", "flags", "message", "is_early"),
+    [
+        (Squeezed, "--train_subset 65", r"Squeezed returned logits \(10,\) of 1 images", False),
+        (Fails, "--train_subset 65", "Fails: KeyError: 'one", False),
+        (Checkpointed, "--train_subset 64", "Checkpointed: .* use_reentrant=False", False),
+        (Checkpointed, "--regularizer L2Grad", "Checkpointed: .* use_reentrant=False", True),
+        (
+            OnlyOnce,
+            "--regularizer L2Grad --first_regularized_epoch 1 --n_epochs 2",
+            "OnlyOnce cannot be differentiated twice, which --penalty_gradient difference does",
+            True,
+        ),
+    ],
+)
+def test_what_a_network_raises_is_one_line(
+    net, flags, message, is_early, monkeypatch, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as stop:
+        train_stranger(net, flags, monkeypatch, tmp_path)
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if "error: " in line]
+    assert stop.value.code == 1 and re.search(f"error: {message}", line)
+    assert ("float32 convolutions" not in out) == is_early
+
+
+@pytest.mark.parametrize(
+    ("net", "flags"),
+    [
+        (OnlyOnce, "--regularizer L2Grad --penalty_gradient difference"),
+        (lambda num_classes: Checkpointed(num_classes, use_reentrant=False), ""),
+    ],
+)
+def test_what_the_lines_say_works(net, flags, monkeypatch, tmp_path):
+    train_stranger(net, f"--train_subset 64 --run_name r {flags}", monkeypatch, tmp_path)
+    assert (tmp_path / "r.pt").exists()
+
+
+def test_attention_is_differentiated_twice():
+    torch.manual_seed(0)
+    net, x, y = Attention().double(), torch.randn(4, 3, 16, 16).double(), torch.arange(4)
+    regularizer = make_regularizer("L2Grad", 0.1)
+    compute_gradients(net, CE, regularizer, x, y, torch.float64)
+    ours = [p.grad for p in net.parameters()]
+    weights = layers.penalized_weights(net)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = CE(net(x), y)
+    w_grads = torch.autograd.grad(loss, weights, create_graph=True)
+    penalty = regularizer(w_grads, [])
+    plain = torch.autograd.grad(loss + penalty, [*net.parameters()])
+    torch.testing.assert_close(ours, [*plain], rtol=1e-9, atol=1e-12)
+
+
+def test_lazy_modules_get_their_sizes_and_fast_layers(monkeypatch, tmp_path):
+    def lazy(num_classes=10):
+        norm = nn.LazyBatchNorm2d()
+        return nn.Sequential(
+            nn.LazyConv2d(4, 3), norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes)
+        )
+
+    flags = "--train_subset 64 --run_name r --regularizer L2Grad"
+    train_stranger(lazy, flags, monkeypatch, tmp_path)
+    net = utils.make_net("Stranger", 10, "cpu", image_shape=(3, 32, 32))
+    assert type(net[0]) is convolution.Conv2d and net[0].in_channels == 3
+    net.load_state_dict(torch.load(tmp_path / "r.pt", weights_only=True))
