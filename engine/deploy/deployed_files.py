@@ -22,12 +22,7 @@ PACKAGES = {
     "save_quantized": (),
 }
 # What the metadata of earlier versions' files do not say.
-NOT_RECORDED = {
-    "act_symmetry": "symmetric",
-    "equalize": "false",
-    "rounding": "nearest",
-    "clip_p": "2.4",
-}
+NOT_RECORDED = dict(act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4")
 
 
 class ImageDataset(Protocol):
@@ -46,9 +41,6 @@ def check_run(flags: Collection[str]) -> None:
             require(package, f"--{flag}")
         if distributed.get_world_size() > 1:
             raise SetupError(f"--{flag} runs in one process: start it without torchrun")
-
-
-# --- files -----------------------------------------------------------------------------------
 
 
 def describe_source(
@@ -77,10 +69,7 @@ def describe_source(
         "bits": str(n_bits),
         "act_bits": str(act_bits),
         "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
-        **{
-            flag: json.dumps(settings[flag])
-            for flag in ("per_channel", "keep_first_last", "equalize")
-        },
+        **{k: json.dumps(settings[k]) for k in ("per_channel", "keep_first_last", "equalize")},
         "clip_p": str(settings["clip_p"]),
         "pwlq": json.dumps(pwlq),
         "calibration": "{calibration} of {calibration_images} images".format(**settings),
@@ -114,12 +103,10 @@ def write_files(
         print(f"packed integers:   {save_integers}")
 
 
-def to_model(
-    net: IntegerNetwork, dataset: ImageDataset, source: Mapping[str, str], **options: bool
-) -> bytes:
+def to_model(net: IntegerNetwork, dataset: ImageDataset, source: Mapping[str, str]) -> bytes:
     """Return the ONNX model of a network of the data set's images."""
     shape = dataset.test_images.shape[1:]
-    return onnx_export.to_onnx(net, shape, dataset.mean, dataset.std, source, **options)
+    return onnx_export.to_onnx(net, shape, dataset.mean, dataset.std, source)
 
 
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:

@@ -40,12 +40,16 @@ class IntegerLayer:
 
 
 @torch.no_grad()
-def make_integer_layer(parts: Sequence[OnGrid], bias: Tensor | None, in_grid: Grid) -> IntegerLayer:
+def make_integer_layer(
+    parts: Sequence[OnGrid], bias: Tensor | None, in_grid: Grid, name: str = "a layer"
+) -> IntegerLayer:
     """Return the integers of a quantized weight, the sum of `parts`, each (C, …).
 
     A channel whose bias would leave int32 gets a coarser scale of weights: they are next to nothing
-    beside it. Raises ValueError where codes do not fit into 8 bits.
+    beside it. Raises ValueError, with the layer's name, where codes do not fit into 8 bits.
     """
+    if not all(_fits(part.codes) for part in parts):
+        raise ValueError(f"{name}: its weights are on no grid of 8 bits or fewer")
     bias = torch.zeros(len(parts[0].codes)) if bias is None else bias.detach().cpu()
     scale, most = parts[0].scale, bias.double().abs()
     most = most.view_as(scale) if scale.dim() else most.max()
@@ -56,11 +60,14 @@ def make_integer_layer(parts: Sequence[OnGrid], bias: Tensor | None, in_grid: Gr
     return IntegerLayer(in_grid, codes, bias_codes.to(torch.int32))
 
 
+def _fits(codes: Tensor) -> bool:
+    """Tell whether codes are whole numbers that int8 holds."""
+    return torch.equal(codes, codes.round().clamp(-MAX_CODE, MAX_CODE - 1))
+
+
 def _in_8_bits(part: OnGrid, min_scale: Tensor) -> OnGrid:
     """Return codes as int8, and scales as float32 of at least `min_scale`."""
     codes, given = (t.detach().cpu().double() for t in (part.codes, part.scale))
-    if codes.min() < -MAX_CODE or codes.max() >= MAX_CODE or (codes != codes.round()).any():
-        raise ValueError("its weights are on no grid of 8 bits or fewer")
     scale = torch.maximum(given, min_scale)
     scale = torch.where(scale > 0, scale, 1).float()
     coarser = (given / scale).where(scale > given * (1 + 1e-6), 1)

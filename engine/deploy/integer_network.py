@@ -5,18 +5,16 @@ What the operations compute is defined in engine/deploy/integer_operations.py.
 
 from collections.abc import Mapping
 from itertools import count
-from types import MappingProxyType
 
 from torch import Tensor, fx, nn
 
 from engine.deploy.integer_layers import IntegerLayer, make_integer_layer
 from engine.deploy.integer_operations import Arithmetic, IntegerOperation, Layer, Rescale, Sum
-from engine.deploy.supported import name_of, operands, refuse
+from engine.deploy.supported import NONE, name_of, operands, refuse
 from engine.deploy.values import Values
 from engine.quantization.grids import Grid, OnGrid
 from engine.system.errors import NetworkError
 
-NONE: Mapping = MappingProxyType({})
 RESERVED = ("images", "pixels", "scaled", "input", "input_codes", "logits")  # of ONNX models
 
 
@@ -78,11 +76,8 @@ class IntegerNetwork(nn.Module):
 
     def arithmetic(self) -> list[Arithmetic]:
         """Return the operations that compute with codes, and round."""
-        return [
-            each
-            for each in self.operations
-            if isinstance(each, Arithmetic) and None not in each.in_grids
-        ]
+        computing = (each for each in self.operations if isinstance(each, Arithmetic))
+        return [each for each in computing if None not in each.in_grids]
 
     def integers(self) -> dict[str, IntegerLayer]:
         """Return the integers of every layer by name."""
@@ -92,12 +87,7 @@ class IntegerNetwork(nn.Module):
 class _Builder:
     """From values to operations."""
 
-    def __init__(
-        self,
-        values: Values,
-        grids: Mapping[str, Grid],
-        parts: Mapping[str, tuple[OnGrid, ...] | None],
-    ) -> None:
+    def __init__(self, values: Values, grids: Mapping[str, Grid], parts: Mapping) -> None:
         self.values, self.parts, self.is_float = values, parts, not grids
         self.operations: list[IntegerOperation] = []
         self.names = {values.images: "input"}
@@ -150,7 +140,7 @@ class _Builder:
         names = tuple(self.names[source] for source in sources)
         in_grids = tuple(self._grid(source) for source in sources)
         for i, (kind, options) in enumerate(stages):
-            if issubclass(kind, Arithmetic) and not self.is_float:
+            if issubclass(kind, Arithmetic) and kind is not Rescale and not self.is_float:
                 self._check(node, kind, names, in_grids)
             options = self._options(node, options, in_grids) if i == 0 else options
             own = name if i == 0 else f"{name}.{kind.__name__.lower()}"
@@ -167,8 +157,6 @@ class _Builder:
 
     def _check(self, node: fx.Node, kind: type, names: tuple, in_grids: tuple) -> None:
         """Raise NetworkError where a value would stay in float."""
-        if kind is Rescale:
-            return
         if None in in_grids:
             raise refuse(node, "nothing quantizes its input")
         if kind is Sum and names[0] == names[1]:
@@ -179,20 +167,16 @@ class _Builder:
 
     def _options(self, node: fx.Node, options: dict, in_grids: tuple) -> dict:
         """Return the options of an operation, with its ReLU and a layer's integers."""
-        if node in self.values.bounds:
-            options = options | {"bounds": self.values.bounds[node]}
-        if "product" not in options or self.is_float:
-            return {key: value for key, value in options.items() if key != "parts"}
         options = dict(options)
+        if node in self.values.bounds:
+            options["bounds"] = self.values.bounds[node]
         name = options.get("layer")
         parts = options.pop("parts", self.parts.get(name, ()))
         if parts is None:
             raise ValueError(f"{name}: its quantizer returns floats only: they cannot be exported")
-        if parts:
-            try:
-                options["integers"] = make_integer_layer(parts, options.get("bias"), *in_grids)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+        if parts and not self.is_float:
+            [in_grid] = in_grids
+            options["integers"] = make_integer_layer(parts, options.get("bias"), in_grid, name)
         return options
 
 

@@ -153,6 +153,7 @@ class Layer(Arithmetic):
         attributes: the same as ONNX has them; None for a linear layer.
         weight, bias: those of the float network.
         integers: None in a float network.
+        is_fused: with one weight, whether engines fuse it to one convolution of integers.
     """
 
     layer: str | None = None
@@ -162,6 +163,7 @@ class Layer(Arithmetic):
     weight: Tensor | None = None
     bias: Tensor | None = None
     integers: IntegerLayer | None = None
+    is_fused: bool = True
 
     def run(self, x: Tensor) -> Tensor:
         """Map codes, in float32, to codes or floats."""
@@ -200,7 +202,7 @@ class Layer(Arithmetic):
     def emit(self, onnx: Emitter) -> None:
         """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
         name, integers = self.name, self.integers
-        if integers and len(integers.parts) > 1:
+        if integers and (len(integers.parts) > 1 or not self.is_fused):
             self._emit_integer_sums(onnx)
             return
         if integers:
@@ -218,7 +220,7 @@ class Layer(Arithmetic):
     def _emit_integer_sums(self, onnx: Emitter) -> None:
         """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
         total, shape = None, [-1] + [1] * (self.weight.dim() - 2)
-        for i, part in enumerate(self.integers.parts[: onnx.n_parts]):
+        for i, part in enumerate(self.integers.parts):
             name = f"{self.name}.part{i}"
             y = self._emit_integer_sum(onnx, name, part)
             if i == 0:

@@ -28,9 +28,7 @@ RELU: Bounds = (0.0, np.inf)
 class Emitter:
     """Nodes and constants so far; `grids` are those of the values that are codes, by name."""
 
-    def __init__(self, n_parts: int | None = None) -> None:
-        """Write n_parts weights of layers that have several; None: all."""
-        self.n_parts = n_parts
+    def __init__(self) -> None:
         self.nodes: list = []
         self.initializers: list = []
         self.grids: dict[str, Grid] = {}

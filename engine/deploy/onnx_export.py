@@ -29,16 +29,14 @@ def to_onnx(
     mean: Sequence[float],
     std: Sequence[float],
     metadata: Mapping[str, str],
-    first_part_only: bool = False,
 ) -> bytes:
     """Return the model, as a file's content.
 
     It maps "images", uint8 (batch, *image_shape), to "logits", (batch, classes). Images are
     normalized by mean and std, of pixels scaled to 0..1, as in engine/images/loader.py. The output
-    of every quantized operation is a value with the operation's name. `first_part_only` leaves out
-    the other weights of layers that have several: to measure what those cost.
+    of every quantized operation is a value with the operation's name.
     """
-    emitter = Emitter(n_parts=1 if first_part_only else None)
+    emitter = Emitter()
     emitter.normalize(mean, std)
     for operation in net.operations:
         operation.emit(emitter)

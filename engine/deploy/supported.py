@@ -240,6 +240,14 @@ def _to_shape(shape: tuple[int, ...]) -> list[Stage]:
     return _move("Reshape", lambda x: x.reshape(len(x), *shape), {"shape": [0, *shape]})
 
 
+def _transpose(node: fx.Node) -> list[Stage]:
+    # of sizes 0, 1, …: they end up in the order that ONNX is told
+    order = _applied(node)(torch.empty(*range(len(node.meta["shape"])))).shape
+    if order[0] != 0:
+        raise refuse(node, "the batch has to stay whole, as the first dimension")
+    return _move("Transpose", _applied(node), perm=list(order))
+
+
 def _slice(node: fx.Node) -> list[Stage]:
     dim, start, end, stride = _arguments(node, 0, None, None, 1)
     if node.meta["shape"] == node.args[0].meta["shape"]:
@@ -287,6 +295,7 @@ READERS: dict[Reader, str] = {
     _max_pool: "max_pool1d.default max_pool2d.default",
     _pad: "pad.default constant_pad_nd.default",
     _slice: "slice.Tensor",
+    _transpose: "permute.default transpose.int",
     _reshape: "view.default reshape.default flatten.using_ints unflatten.int squeeze.dims "
     "squeeze.dim unsqueeze.default",
     _dropout: "dropout.default feature_dropout.default alpha_dropout.default",

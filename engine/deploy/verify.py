@@ -1,12 +1,12 @@
 """What `quant_inference.py --verify` measures: an ONNX file against simulations and float32."""
 
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from timeit import Timer
 from typing import Any
 
 import torch
@@ -143,10 +143,11 @@ def compare_predictions(
 
 def _sessions(model: bytes, exact_products: bool) -> dict[str, Run]:
     """Return the engine and, if it needs an option, what it is without that."""
-    engine = onnx_session.open_session(model, "the model", exact_products=exact_products)
-    if not exact_products:
-        return {"engine": engine}
-    return {"engine": engine, DEFAULT_ENGINE: onnx_session.open_session(model, "the model")}
+    options = {"engine": True, DEFAULT_ENGINE: False} if exact_products else {"engine": False}
+    return {
+        name: onnx_session.open_session(model, "the model", exact_products=is_exact)
+        for name, is_exact in options.items()
+    }
 
 
 def _n_differing(logits: Tensor, others: Tensor) -> int:
@@ -195,19 +196,20 @@ def other_models(compared: Compared, dataset: ImageDataset) -> dict[str, bytes]:
     float_net = IntegerNetwork.from_graph(compared.float_net.cpu())
     models = {"float32 ONNX Runtime": to_model(float_net, dataset, {})}
     if any(len(layer.parts) > 1 for layer in compared.integers.integers().values()):
-        models["without the second sums"] = to_model(
-            compared.integers, dataset, {}, first_part_only=True
-        )
-        models["one fused convolution a layer"] = to_model(
-            _first_parts(compared.integers), dataset, {}
-        )
+        names = {"without the second sums": False, "one fused convolution a layer": True}
+        for name, is_fused in names.items():
+            models[name] = to_model(first_parts(compared.integers, is_fused), dataset, {})
     return models
 
 
-def _first_parts(net: IntegerNetwork) -> IntegerNetwork:
-    """Return the network with the first weight of each layer only."""
+def first_parts(net: IntegerNetwork, is_fused: bool) -> IntegerNetwork:
+    """Return the network with the first weight of each layer only, fused or as it was."""
     operations = [
-        replace(each, integers=replace(each.integers, parts=each.integers.parts[:1]))
+        replace(
+            each,
+            integers=replace(each.integers, parts=each.integers.parts[:1]),
+            is_fused=is_fused or len(each.integers.parts) == 1,
+        )
         if isinstance(each, Layer)
         else each
         for each in net.operations
@@ -217,22 +219,16 @@ def _first_parts(net: IntegerNetwork) -> IntegerNetwork:
 
 def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]:
     """Return the median over rounds of each function's mean time; in each round all take turns."""
-    n_calls, rounds = {}, {name: [] for name in runs}
-    for name, run in runs.items():
-        run(batch)  # which allocates
-        n_calls[name] = max(1, round(SECONDS_PER_ROUND / _seconds(run, batch, 1)))
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            rounds[name].append(_seconds(run, batch, n_calls[name]))
-    return {name: median(seconds) for name, seconds in rounds.items()}
-
-
-def _seconds(run: Run, batch: Tensor, n_calls: int) -> float:
-    """Return the mean time of a call."""
-    start = time.perf_counter()
-    for _ in range(n_calls):
-        run(batch)
-    return (time.perf_counter() - start) / n_calls
+    timers = {name: Timer(lambda run=run: run(batch)) for name, run in runs.items()}
+    n_calls = {}
+    for name, timer in timers.items():
+        timer.timeit(1)  # which allocates
+        n_calls[name] = max(1, round(SECONDS_PER_ROUND / timer.timeit(1)))
+    rounds = [
+        {name: timer.timeit(n_calls[name]) / n_calls[name] for name, timer in timers.items()}
+        for _ in range(ROUNDS)
+    ]
+    return {name: median(seconds[name] for seconds in rounds) for name in runs}
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -267,13 +263,12 @@ def format_report(measured: Mapping[str, Any]) -> str:
 
 def format_kernels(nodes: Mapping[str, str]) -> list[str]:
     """Return which nodes run in integers, and what is around them."""
-    kernels = onnx_session.INTEGER_KERNELS
-    integer = Counter(op for op in nodes.values() if op in kernels)
-    other = Counter(op for op in nodes.values() if op not in kernels)
-    return [
-        f"{title}: " + ", ".join(f"{n} {op}" for op, n in counts.most_common())
-        for title, counts in (("integer kernels", integer), ("around them", other))
-    ]
+    lines = []
+    for title, is_integer in (("integer kernels", True), ("around them", False)):
+        kernels = onnx_session.INTEGER_KERNELS
+        counts = Counter(op for op in nodes.values() if (op in kernels) == is_integer)
+        lines.append(f"{title}: " + ", ".join(f"{n} {op}" for op, n in counts.most_common()))
+    return lines
 
 
 def warnings(measured: Mapping[str, Any]) -> list[str]:

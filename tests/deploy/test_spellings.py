@@ -62,6 +62,11 @@ def dense(net, x):
     return whole(net, F.relu(x))
 
 
+def shuffled(net, x):
+    x = stem(net, x).view(-1, 2, 4, 6, 6).transpose(1, 2).contiguous().view(-1, 8, 6, 6)
+    return whole(net, net.a(x).permute(0, 1, 3, 2))
+
+
 def residual(net, x):
     x = stem(net, x)
     x = F.relu6(x + net.a(x))
@@ -97,6 +102,7 @@ SPELLINGS = {
     "tied": tied,
     "concatenated": concatenated,
     "concatenated in turn": dense,
+    "shuffled": shuffled,
     "residual": residual,
     "hardtanh": lambda net, x: whole(net, net.a(F.hardtanh(net.stem(x), 0.0, 6.0))),
     "hardtanh of both signs": lambda net, x: whole(net, net.a(F.hardtanh(net.stem(x)))),
