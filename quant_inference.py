@@ -409,7 +409,7 @@ def report_results(
         plots |= draw_plots(results, layer_weights, quantizers, n_bits, args.per_channel, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
-        print("plots:   " + ", ".join(map(str, plots.values())))
+        print(f"plots:   {', '.join(map(str, plots.values()))}")
     files = {name: network.file for name, network in measured.items()}
     print(dashboard.log_quantizations(args, settings, files, results, plots))
 
@@ -478,10 +478,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
 
 def make_parser() -> Parser:
     """Make the parser of quant_inference.py."""
-    description = (
-        "Quantize saved weights with every scheme at every bit-width and report the accuracy drop."
-    )
-    return flags.make_parser(description, flags.QUANTIZATION, batch_size=500)
+    return flags.make_parser(__doc__.splitlines()[0], flags.QUANTIZATION, batch_size=500)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -395,8 +395,10 @@ class Loaders:
 def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
     """Return the loaders; SetupError or DataError where the flags ask for too many images."""
     make_loader = utils.loader_maker(args, dataset)
-    images, labels = dataset.train_images, dataset.train_labels
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    images = dataset.train_images
+    labels = dataset.train_labels
+    rank = distributed.get_rank()
+    world_size = distributed.get_world_size()
     ranks = {"rank": rank, "world_size": world_size}
     train = make_loader(images, labels, seed=args.seed, augment=True, shuffle=True, **ranks)
     if (smallest := train.n_images_in_batch(len(train) - 1)) < world_size:

@@ -96,7 +96,8 @@ def find_recorded_network(
     The width is the record's where that names this network. Raises FileError for one that no
     network can have.
     """
-    model, width = args.model, args.width
+    model = args.model
+    width = args.width
     recorded, recorded_width = file.setting("model"), file.setting("width")
     if "model" not in explicit_flags and is_model(recorded):
         model = recorded
@@ -205,7 +206,8 @@ def read_learned_steps(
     Raises FileError where they are not of the network, and warns where the record is of another
     training than the weights in `file`.
     """
-    steps, record = read_steps(path, net, graph), read_training_record(path)
+    steps = read_steps(path, net, graph)
+    record = read_training_record(path)
     ids = [each.record.get("run_id") for each in (file, record)]
     if None not in ids and ids[0] != ids[1]:
         print_warning(f"{path} has the steps of another training than that of {file.path}")

@@ -50,7 +50,8 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     problem = " cannot be exported by torch.export, which quantizing needs (training does not)"
     with network_boundary(net, problem), torch.no_grad():
         graph = _exported(net, images[:BATCH])
-        expected, logits = _Logits(net)(images.clone()), graph(images)
+        expected = _Logits(net)(images.clone())
+        logits = graph(images)
     if images.is_meta:  # nothing is computed
         return graph
     limit = TOLERANCE * expected.nan_to_num(0, 0, 0).abs().max().item()
@@ -241,7 +242,8 @@ def _spell_one_way(module: fx.GraphModule) -> None:
                 _replace(module, node, aten.squeeze.dims, (x, ones))
             case (aten.view.default | aten.reshape.default, (x, _)):
                 # len(x) is the number of images that were exported; -1 is any
-                (n, *before), (n_after, *after) = x.meta["shape"], node.meta["shape"]
+                (n, *before) = x.meta["shape"]
+                (n_after, *after) = node.meta["shape"]
                 if n == n_after == BATCH and math.prod(before) == math.prod(after):
                     node.args = (x, [-1, *after])
             case (aten.matmul.default | aten.mm.default, (x, w)) if w in constant:
@@ -266,7 +268,8 @@ def _split_attention(module: fx.GraphModule) -> None:
         is_plain = not (dropout or is_causal or node.kwargs.get("enable_gqa"))
         if not is_plain or (mask is not None and mask.meta["is_bool"]):
             continue
-        q_shape, k_shape = query.meta["shape"], key.meta["shape"]
+        q_shape = query.meta["shape"]
+        k_shape = key.meta["shape"]
         scale = node.kwargs.get("scale") or q_shape[-1] ** -0.5
         shape = (*q_shape[:-1], k_shape[-2])
         transposed = (*k_shape[:-2], k_shape[-1], k_shape[-2])
@@ -314,7 +317,8 @@ def _constants(module: fx.GraphModule) -> set[fx.Node]:
 @torch.no_grad()
 def _fold_constants(module: fx.GraphModule) -> None:
     """Compute once what depends on weights and buffers alone, and read the results as constants."""
-    constant, values = _constants(module), {}
+    constant = _constants(module)
+    values = {}
     for node in [*module.graph.nodes]:
         if node not in constant:
             continue
@@ -494,7 +498,8 @@ def weights(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 def _name_operations(module: fx.GraphModule) -> None:
     """Put the name of each operation into its `meta`."""
-    constant, taken = _constants(module), Counter()
+    constant = _constants(module)
+    taken = Counter()
     for node in module.graph.nodes:
         if _is_operation(node, constant):
             name = _operation_name(node)
@@ -521,7 +526,8 @@ def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:
 
 def _operation_name(node: fx.Node) -> str:
     """Return what to call an operation, see `Operation`; a layer in a function after its weight."""
-    path, kind = node.meta["path"], KINDS[node.target]
+    path = node.meta["path"]
+    kind = KINDS[node.target]
     if node.meta["type"].startswith(OPERATION_MODULES):
         return path
     if kind in LAYERS:
@@ -628,12 +634,14 @@ def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
     The graph where the network computes a weight in its `forward`, or has one parameter for layers
     whose tensors now differ: then no copy computes what the graph does.
     """
-    copied, written = copy.deepcopy(net), {}
+    copied = copy.deepcopy(net)
+    written = {}
     for layer in layers(graph).values():
         for kind, name in (("weight", layer.weight), ("bias", layer.bias)):
             if name is None:
                 continue
-            tensor, stored = get_tensor(graph, name), layer.node.meta["stored"].get(kind)
+            tensor = get_tensor(graph, name)
+            stored = layer.node.meta["stored"].get(kind)
             if stored is None and not _remove_parametrization(
                 copied, layer.node.meta["path"], kind
             ):
