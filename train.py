@@ -430,6 +430,9 @@ def make_state(
         args.model, dataset.num_classes, args.device, args.width, args.memory_format, image_shape
     )
     n_activations = check_network(net, image_shape, dataset.num_classes)
+    n_left_over = [len(x) % args.batch_size for x in (dataset.train_images, dataset.test_images)]
+    if 1 in n_left_over:
+        check_network(net, image_shape, dataset.num_classes, n_images=1)
     penalized = [p.regularizer for p in phases if p.regularizer]
     if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")

@@ -174,19 +174,21 @@ def blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
     return torch.zeros(n, *image_shape, dtype=p.dtype, device=p.device)
 
 
-def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) -> int:
+def check_network(
+    net: nn.Module, image_shape: Sequence[int], num_classes: int, n_images: int = 2
+) -> int:
     """Return how many activations A_l the network has for images of `image_shape` (3, H, W).
 
-    Raises NetworkError where it cannot map such images to num_classes logits: it is tried, in
+    Raises NetworkError where it cannot map n_images of these to num_classes logits: it is tried, in
     evaluation mode. Lazy modules of PyTorch get their sizes and first weights by it.
     """
     size, name = " × ".join(map(str, image_shape)), type(net).__name__
-    x = blank_images(net, 2, image_shape)
+    x = blank_images(net, n_images, image_shape)
     with torch.no_grad(), every_module_in(net, training=False):
         logits, activations, _ = run_recorded(net, x, problem=f" cannot take images of {size}")
     if logits.shape[1] < num_classes:
-        shape = tuple(logits.shape)
-        raise NetworkError(f"{name} returned logits {shape} of 2 images, not (2, {num_classes})")
+        shape, wanted = tuple(logits.shape), (n_images, num_classes)
+        raise NetworkError(f"{name} returned logits {shape} of {n_images} images, not {wanted}")
     return len(activations)
 
 

@@ -24,6 +24,7 @@ from engine.system import distributed
 from engine.system.errors import PenaltyError
 from engine.system.hardware import get_rng_state
 
+NOT_TWICE = " cannot be differentiated twice, which --penalty_gradient difference does without"
 DIFFERENCE_STEP = 0.01  # relative size of a difference; docs/fast_step.md says why
 
 
@@ -77,7 +78,9 @@ def compute_gradients(
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
-        _add(params, vector_jacobian_product(net, first, directions))
+        with network_boundary(net, NOT_TWICE):
+            products = vector_jacobian_product(params, first, directions)
+        _add(params, products)
     return loss, penalty.detach(), n_correct
 
 
@@ -134,14 +137,12 @@ def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
 
 
 def vector_jacobian_product(
-    net: nn.Module, first: FirstOrderResult, directions: Directions
+    params: Sequence[Tensor], first: FirstOrderResult, directions: Directions
 ) -> list[Tensor | None]:
-    """Return Σ_t d_t · ∂t/∂p of every trainable parameter p: t are gradients with their graph.
+    """Return Σ_t d_t · ∂t/∂p of every parameter p: t are gradients with their graph.
 
     Where the directions d_t are None or the t constants, there is nothing to return but Nones.
-    Raises NetworkError where an operation of the network has no second derivative.
     """
-    params = [*trainable_parameters(net).values()]
     pairs = [
         (t, d)
         for name, ds in directions.items()
@@ -152,25 +153,28 @@ def vector_jacobian_product(
         return [None] * len(params)
     # one backward pass from all of them, however many layers: the price is that of one
     outputs, vectors = zip(*pairs, strict=True)
-    problem = " cannot be differentiated twice, which --penalty_gradient difference does without"
-    with network_boundary(net, problem):
-        with distributed.overlapped_grad_all_reduce(params) as sum_grads:
-            return sum_grads(grad(outputs, params, vectors, allow_unused=True))
+    with distributed.overlapped_grad_all_reduce(params) as sum_grads:
+        return sum_grads(grad(outputs, params, vectors, allow_unused=True))
 
 
 def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) -> None:
     """Raise NetworkError where the network has no derivative or, with `second`, no second one.
 
-    It is tried on two images of `image_shape` (3, H, W), in evaluation mode.
+    It is tried on two images of `image_shape` (3, H, W), in evaluation mode, before there are any
+    gradients in .grad.
     """
     x = blank_images(net, 2, image_shape)
     y = torch.zeros(2, dtype=torch.long, device=x.device)
     with every_module_in(net, training=False):
         batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, None)
         first = batch.first_order(("w_grads",), create_graph=second)
-        if second:
-            directions = {name: [t.detach() for t in ts] for name, ts in first.tensors.items()}
-            vector_jacobian_product(net, first, directions)
+        gradients = [t for t in first.tensors["w_grads"] if t.requires_grad]
+        if second and gradients:
+            with network_boundary(net, NOT_TWICE):
+                # unlike `grad`, this goes to the ends of the graph: a function that is
+                # `once_differentiable` may end it, and `grad` then returns too little in silence
+                torch.autograd.backward(gradients, [torch.ones_like(t) for t in gradients])
+            net.zero_grad()
 
 
 def difference_product(
