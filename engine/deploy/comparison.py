@@ -76,7 +76,7 @@ class _Comparison(fx.Interpreter):
                 f"{name}: its integers differ from what the network's own operation gives, by "
                 f"{error:.3g} times what rounding explains"
             )
-        return value
+        return torch.empty_like(result).copy_(value)  # in the memory layout that a view needs
 
 
 def _largest_error(result: Tensor, value: Tensor, grid: Grid | None) -> float:
