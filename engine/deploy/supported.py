@@ -25,6 +25,7 @@ from engine.deploy.integer_operations import (
 )
 from engine.networks.convolution import padding_widths
 from engine.networks.exported import BATCH, KINDS, aten, get_tensor
+from engine.quantization.equalization import clamp_bounds
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError
 
@@ -277,12 +278,11 @@ def _concat(node: fx.Node) -> list[Stage]:
 
 
 def _clamp(node: fx.Node) -> list[Stage]:
-    low, high = _arguments(node, *CLAMPS.get(kind_of(node), (None, None)))
+    low, high = clamp_bounds(node)
     bounds = (-inf if low is None else float(low), inf if high is None else float(high))
     return [(Rescale, {"bounds": bounds})]
 
 
-CLAMPS = {"relu": (0.0, None), "relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)}
 # A line for each reader: the names in `torch.ops.aten` of what it reads.
 READERS: dict[Reader, str] = {
     _layer: "conv1d.default conv1d.padding conv2d.default conv2d.padding linear.default",
