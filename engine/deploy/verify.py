@@ -26,7 +26,8 @@ from engine.system.extras import require
 from engine.system.io import save_json
 
 BATCHES = (1, 128)  # images at once whose times are measured
-ROUNDS, SECONDS_PER_ROUND = 5, 0.3
+ROUNDS = 5
+SECONDS_PER_ROUND = 0.3
 DEFAULT_ENGINE = "engine, default options"
 N_COMPARED = 16  # images on which operations are compared one by one
 Run = Callable[[Tensor], Any]
@@ -124,7 +125,8 @@ def compare_predictions(
         n_done += len(x)
         for name, net in nets.items():
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
-    logits, labels = {name: torch.cat(parts[name]) for name in parts}, test.labels.cpu()
+    logits = {name: torch.cat(parts[name]) for name in parts}
+    labels = test.labels.cpu()
     last = compared.integers.layers()[-1].integers
     scale = last.product_scale(last.parts[0])
     real = logits["engine"]
@@ -236,7 +238,8 @@ def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]
 
 def format_report(measured: Mapping[str, Any]) -> str:
     """Return the report as text."""
-    n, accuracy = measured["n_images"], measured["accuracy"]
+    n = measured["n_images"]
+    accuracy = measured["accuracy"]
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
         f"{measured['file']} in ONNX Runtime {measured['onnxruntime']} on {machine}",

@@ -130,7 +130,8 @@ def find_pairs(
 
 def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
     """Return the pair that the layer is the first of, why there is none, or None at the end."""
-    value, clamps = first.node, []
+    value = first.node
+    clamps = []
     axis = -1 if first.kind == "linear" else 1  # of channels
     n_channels = first.node.meta["shape"][axis]
     while True:
@@ -217,12 +218,15 @@ def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Ten
         else get_tensor(graph, pair.first.bias).abs().float().log()
         for pair in pairs
     ]
-    scales, n_sweeps = [torch.zeros(pair.n_channels) for pair in pairs], 0
+    scales = [torch.zeros(pair.n_channels) for pair in pairs]
+    n_sweeps = 0
     while pairs:
-        n_sweeps, changes = n_sweeps + 1, []
+        n_sweeps += 1
+        changes = []
         for pair, bias, scale in zip(pairs, biases, scales, strict=True):
-            w1, w2 = largest[pair.first.name], largest[pair.second.name]
-            r1, r2 = torch.maximum(w1.amax(2).flatten(), bias - scale), w2.amax(1).flatten()
+            w1, w2 = (largest[layer.name] for layer in (pair.first, pair.second))
+            r1 = torch.maximum(w1.amax(2).flatten(), bias - scale)
+            r2 = w2.amax(1).flatten()
             # log s = (log r1 − log r2)/2; where all are 0 a logarithm is −∞, and the scale stays
             changes.append(torch.where(r1.isfinite() & r2.isfinite(), (r1 - r2) / 2, 0))
             w1 -= changes[-1].view(len(w1), -1, 1)
@@ -260,7 +264,7 @@ def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Te
     views = _channel_views(graph, pairs)
     for pair, log_s in zip(pairs, log_scales, strict=True):
         s = log_s.double().exp()
-        w1, w2 = views[pair.first.name], views[pair.second.name]
+        w1, w2 = (views[layer.name] for layer in (pair.first, pair.second))
         w1 /= s.view(len(w1), -1, 1, 1)
         w2 *= s.view(len(w2), 1, -1, 1)
         if pair.first.bias is not None:
@@ -283,4 +287,5 @@ def _scale_bounds(graph: fx.GraphModule, clamp: fx.Node, s: Tensor, dtype: torch
             else read_tensor(graph, f"{clamp.name}.{kind}", (bound / per_channel).to(dtype))
             for bound, kind in zip(clamp_bounds(clamp), ("min", "max"), strict=True)
         ]
-    clamp.target, clamp.args = aten.clamp.Tensor, (clamp.args[0], *bounds)
+    clamp.target = aten.clamp.Tensor
+    clamp.args = (clamp.args[0], *bounds)
