@@ -40,14 +40,11 @@ def _is_rounded(layer: IntegerLayer, w: Tensor, bias: Tensor | None) -> bool:
     rows = (layer.weight() - w.cpu()).double().abs().flatten(1).amax(1)
     scale = layer.parts[0].scale.double().flatten()
     is_coarser = layer.bias.abs() > MAX_BIAS / 2  # see make_integer_layer
-    weights_fit = rows <= torch.where(
-        is_coarser, scale * MAX_ROUNDING, RELATIVE_ERROR * w.abs().max()
-    )
-    error = layer.dequantized_bias().double() - (0 if bias is None else bias.cpu().double())
-    bias_scale = layer.product_scale(layer.parts[0]).double()
-    largest = 0 if bias is None else bias.cpu().double().abs()
-    biases_fit = error.abs() <= MAX_ROUNDING * bias_scale + 1e-6 * largest
-    return bool(weights_fit.all() and biases_fit.all())
+    allowed = torch.where(is_coarser, scale * MAX_ROUNDING, RELATIVE_ERROR * w.abs().max())
+    bias = torch.zeros(len(w)).double() if bias is None else bias.cpu().double()
+    errors = (layer.dequantized_bias() - bias).abs()
+    allowed_of_bias = MAX_ROUNDING * layer.product_scale(layer.parts[0]) + 1e-6 * bias.abs()
+    return bool((rows <= allowed).all() and (errors <= allowed_of_bias).all())
 
 
 class _Comparison(fx.Interpreter):
@@ -59,7 +56,8 @@ class _Comparison(fx.Interpreter):
         super().__init__(graph)
         if missing := net.values_of.keys() - {node.name for node in graph.graph.nodes}:
             raise ValueError(f"another network's graph: it has no {', '.join(sorted(missing))}")
-        self.net, self.values, self.found = net, values, None
+        self.net, self.values = net, values
+        self.found: str | None = None
 
     def run_node(self, node: fx.Node) -> object:
         """Return the value that the integers stand for, where they have the node's."""
@@ -76,7 +74,7 @@ class _Comparison(fx.Interpreter):
                 f"{name}: its integers differ from what the network's own operation gives, by "
                 f"{error:.3g} times what rounding explains"
             )
-        return value
+        return torch.empty_like(result).copy_(value)  # in the memory layout that a view needs
 
 
 def _largest_error(result: Tensor, value: Tensor, grid: Grid | None) -> float:

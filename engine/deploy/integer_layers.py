@@ -51,8 +51,8 @@ def make_integer_layer(
     if not all(_fits(part.codes) for part in parts):
         raise ValueError(f"{name}: its weights are on no grid of 8 bits or fewer")
     bias = torch.zeros(len(parts[0].codes)) if bias is None else bias.detach().cpu()
-    scale, most = parts[0].scale, bias.double().abs()
-    most = most.view_as(scale) if scale.dim() else most.max()
+    most = bias.double().abs()
+    most = most.view_as(parts[0].scale) if parts[0].scale.dim() else most.max()
     min_scale = most / (in_grid.scale * MAX_BIAS)
     codes = tuple(_in_8_bits(part, min_scale * (i == 0)) for i, part in enumerate(parts))
     layer = IntegerLayer(in_grid, codes, bias)

@@ -34,7 +34,6 @@ class IntegerNetwork(nn.Module):
         output: str,
         values_of: Mapping[str, tuple[str, Grid | None]] = NONE,
     ) -> None:
-        """Keep the operations."""
         super().__init__()
         self.operations, self.output, self.values_of = operations, output, values_of
 
@@ -108,12 +107,12 @@ class _Builder:
         for each, name, tensor in inputs:
             if name not in grids and tensor in found and each.kind != "cat":
                 raise _conflict(name)
-        if self._grid(self.values.output, found):
+        if self.values.tensor[self.values.output] in found:
             raise refuse(self.values.output, "the logits are quantized for another operation")
         return found
 
-    def _grid(self, node: fx.Node, grids: Mapping[fx.Node, Grid] | None = None) -> Grid | None:
-        return (self.grids if grids is None else grids).get(self.values.tensor[node])
+    def _grid(self, node: fx.Node) -> Grid | None:
+        return self.grids.get(self.values.tensor[node])
 
     def network(self) -> IntegerNetwork:
         """Return the network."""
@@ -132,21 +131,20 @@ class _Builder:
 
     def _add(self, node: fx.Node) -> None:
         """Add the operations of a node."""
-        sources, stages = operands(node), self.values.stages[node]
-        self.names[node] = self.names[sources[0]]
-        if not stages:
-            return
-        grid, name = self._grid(node), self._name(node)
+        sources = operands(node)
+        grid = self._grid(node)
         names = tuple(self.names[source] for source in sources)
         in_grids = tuple(self._grid(source) for source in sources)
-        for i, (kind, options) in enumerate(stages):
-            if issubclass(kind, Arithmetic) and kind is not Rescale and not self.is_float:
+        for i, (kind, options) in enumerate(self.values.stages[node]):
+            if i == 0:
                 self._check(node, kind, names, in_grids)
-            options = self._options(node, options, in_grids) if i == 0 else options
-            own = name if i == 0 else f"{name}.{kind.__name__.lower()}"
+                options = self._options(node, options, in_grids)
+                own = self._name(node)
+            else:
+                own = f"{own}.{kind.__name__.lower()}"
             self.operations.append(kind(own, names, in_grids, grid, **options))
             names, in_grids = (own,), (grid,)
-        self.names[node] = own
+        self.names[node] = names[0]
 
     def _name(self, node: fx.Node) -> str:
         """Return a name for the node's value that no other has."""
@@ -157,6 +155,8 @@ class _Builder:
 
     def _check(self, node: fx.Node, kind: type, names: tuple, in_grids: tuple) -> None:
         """Raise NetworkError where a value would stay in float."""
+        if self.is_float or not issubclass(kind, Arithmetic) or kind is Rescale:
+            return
         if None in in_grids:
             raise refuse(node, "nothing quantizes its input")
         if kind is Sum and names[0] == names[1]:

@@ -201,7 +201,8 @@ class Layer(Arithmetic):
 
     def emit(self, onnx: Emitter) -> None:
         """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
-        name, integers = self.name, self.integers
+        name = self.name
+        integers = self.integers
         if integers and (len(integers.parts) > 1 or not self.is_fused):
             self._emit_integer_sums(onnx)
             return
@@ -219,7 +220,8 @@ class Layer(Arithmetic):
 
     def _emit_integer_sums(self, onnx: Emitter) -> None:
         """Add a layer of several weights: a sum in int32 for each, which are added in float32."""
-        total, shape = None, [-1] + [1] * (self.weight.dim() - 2)
+        total = None
+        shape = [-1] + [1] * (self.weight.dim() - 2)
         for i, part in enumerate(self.integers.parts):
             name = f"{self.name}.part{i}"
             y = self._emit_integer_sum(onnx, name, part)

@@ -17,9 +17,10 @@ try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 except ImportError:  # an extra; see engine/system/extras.py
-    onnx = None
+    onnx = TensorProto = helper = numpy_helper = None
 
-OPSET, IR_VERSION = 13, 7  # the first opset with scales per channel, and its format
+OPSET = 13  # the first with scales per channel
+IR_VERSION = 7  # its format
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-np.inf, np.inf)
 RELU: Bounds = (0.0, np.inf)

@@ -10,17 +10,12 @@ from torch import Tensor
 
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Arithmetic
-from engine.deploy.onnx_emitter import Emitter
+from engine.deploy.onnx_emitter import Emitter, TensorProto, helper, onnx
 from engine.system.errors import FileError
 from engine.system.io import file_boundary
 
-try:
-    import onnx
-    from onnx import TensorProto, helper
-except ImportError:  # an extra; see engine/system/extras.py
-    onnx = None
-
-FORMAT_KEY, FORMAT = "regulquant_format", "1"  # in a model's metadata
+FORMAT_KEY = "regulquant_format"  # in a model's metadata
+FORMAT = "1"
 
 
 def to_onnx(

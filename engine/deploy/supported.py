@@ -14,21 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from engine.deploy.integer_operations import (
-    GlobalPool,
-    IntegerOperation,
-    Layer,
-    Move,
-    Pad,
-    Rescale,
-    Sum,
-)
+from engine.deploy import integer_operations as integer
 from engine.networks.convolution import padding_widths
 from engine.networks.exported import BATCH, KINDS, aten, get_tensor
+from engine.quantization.equalization import clamp_bounds
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError
 
-Stage = tuple[type[IntegerOperation], dict[str, Any]]
+Stage = tuple[type[integer.IntegerOperation], dict[str, Any]]
 Reader = Callable[[fx.Node], list[Stage]]
 NONE: Mapping = MappingProxyType({})
 # Nodes whose results are numbers.
@@ -53,10 +46,10 @@ def kind_of(node: fx.Node) -> str:
 
 def name_of(node: fx.Node) -> str:
     """Return what to call the operation: after its module where that is one operation."""
-    path, kind = node.meta["path"], kind_of(node)
-    if node.meta["type"].startswith("torch.nn.modules."):
-        return node.meta.get("name", path)
-    return node.meta.get("name", f"{path}.{kind}".lstrip("."))
+    path = node.meta["path"]
+    if not node.meta["type"].startswith("torch.nn.modules."):
+        path = f"{path}.{kind_of(node)}".lstrip(".")
+    return node.meta.get("name", path)
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -71,9 +64,9 @@ def check_supported(nodes: list[fx.Node]) -> None:
     unsupported = [node for node in nodes if node.target not in OPERATIONS]
     if not unsupported:
         return
-    first, kinds = unsupported[0], {kind_of(node) for node in unsupported}
+    first = unsupported[0]
     kind = kind_of(first)
-    others = ", ".join(sorted(kinds - {kind}))
+    others = ", ".join(sorted({kind_of(node) for node in unsupported} - {kind}))
     raise NetworkError(
         f"--export: {first.meta['path'] or 'the network'} calls {kind}, which "
         + REASONS.get(KINDS.get(first.target, kind), "has no integer form")
@@ -109,7 +102,7 @@ def _move(
 ) -> list[Stage]:
     """Return a Move, with the constants and attributes that ONNX's operator `op` has."""
     options = {"function": function, "op": op, "constants": constants, "attributes": attributes}
-    return [(Move, options)]
+    return [(integer.Move, options)]
 
 
 def _identity(node: fx.Node) -> list[Stage]:
@@ -138,7 +131,8 @@ def _layer(node: fx.Node) -> list[Stage]:
         options = _convolution(node.target, weight, *node.args[3:])
     elif len(_shape(node)) != 1:
         raise refuse(node, "linear layers of more than one vector an image are not supported")
-    return [(Layer, {**options, "layer": node.meta["name"], "weight": weight, "bias": bias})]
+    options |= {"layer": node.meta["name"], "weight": weight, "bias": bias}
+    return [(integer.Layer, options)]
 
 
 def _convolution(product: Callable, w: Tensor, *geometry: object) -> dict[str, Any]:
@@ -159,7 +153,7 @@ def _sum(node: fx.Node) -> list[Stage]:
         raise refuse(node, "only sums of two tensors are supported, not of parameters or numbers")
     if a.meta["shape"] != b.meta["shape"]:
         raise refuse(node, "only sums of tensors of one shape are supported")
-    return [(Sum, {})]
+    return [(integer.Sum, {})]
 
 
 def _average(
@@ -170,11 +164,12 @@ def _average(
     if kernel == stride == [1, 1]:
         return []
     if kernel == size and not any(padding):
-        return [(GlobalPool, {})]
+        return [(integer.GlobalPool, {})]
     ones = torch.ones(channels, 1, *kernel)
     n = ones[0].numel()
     options = _convolution(aten.conv2d.default, ones, stride, padding, [1], channels)
-    return [(Layer, {**options, "weight": ones / n, "parts": (OnGrid(ones, torch.tensor(1 / n)),)})]
+    options |= {"weight": ones / n, "parts": (OnGrid(ones, torch.tensor(1 / n)),)}
+    return [(integer.Layer, options)]
 
 
 def _avg_pool(node: fx.Node) -> list[Stage]:
@@ -192,7 +187,7 @@ def _avg_pool(node: fx.Node) -> list[Stage]:
 
 
 def _adaptive_pool(node: fx.Node) -> list[Stage]:
-    before, after = _shape(node.args[0])[1:], _shape(node)[1:]
+    before, after = (_shape(each)[1:] for each in (node.args[0], node))
     if any(b % a for b, a in zip(before, after, strict=True)):
         sizes = " to ".join(" × ".join(map(str, size)) for size in (before, after))
         reason = f"pooling of {sizes} pixels is not supported: these do not divide those"
@@ -206,11 +201,11 @@ def _mean(node: fx.Node) -> list[Stage]:
     if dims != {2, 3} or len(_shape(node.args[0])) != 3:
         raise refuse(node, "only means over all pixels, (2, 3), are supported")
     keeps_dims = _arguments(node, None, False)[1]
-    return [(GlobalPool, {})] + ([] if keeps_dims else _to_shape(_shape(node)))
+    return [(integer.GlobalPool, {})] + ([] if keeps_dims else _to_shape(_shape(node)))
 
 
 def _max_pool(node: fx.Node) -> list[Stage]:
-    before, after = _shape(node.args[0])[1:], _shape(node)[1:]
+    before, after = (_shape(each)[1:] for each in (node.args[0], node))
     arguments = _arguments(node, [], [], [0], [1])[:4]
     kernel, stride, padding, dilation = (
         _repeated(v or arguments[0], len(before)) for v in arguments
@@ -266,7 +261,7 @@ def _pad(node: fx.Node) -> list[Stage]:
     others = [0] * (len(node.meta["shape"]) - len(widths) // 2)
     sides = [*others, *widths[-2::-2], *others, *widths[::-2]]
     [(_, options)] = _move("Pad", _applied(node), {"widths": sides})
-    return [(Pad, options)]
+    return [(integer.Pad, options)]
 
 
 def _concat(node: fx.Node) -> list[Stage]:
@@ -277,12 +272,11 @@ def _concat(node: fx.Node) -> list[Stage]:
 
 
 def _clamp(node: fx.Node) -> list[Stage]:
-    low, high = _arguments(node, *CLAMPS.get(kind_of(node), (None, None)))
+    low, high = clamp_bounds(node)
     bounds = (-inf if low is None else float(low), inf if high is None else float(high))
-    return [(Rescale, {"bounds": bounds})]
+    return [(integer.Rescale, {"bounds": bounds})]
 
 
-CLAMPS = {"relu": (0.0, None), "relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0)}
 # A line for each reader: the names in `torch.ops.aten` of what it reads.
 READERS: dict[Reader, str] = {
     _layer: "conv1d.default conv1d.padding conv2d.default conv2d.padding linear.default",

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,14 +20,15 @@ from engine.deploy.integer_operations import Layer
 from engine.deploy.packing import packed_bytes
 from engine.images.loader import Loader
 from engine.networks.outputs import run_network
+from engine.quantization.coverage import first_names
 from engine.system.environment import describe_environment, processor_name
 from engine.system.extras import require
 from engine.system.io import save_json
 
 BATCHES = (1, 128)  # images at once whose times are measured
-ROUNDS, SECONDS_PER_ROUND = 5, 0.3
+ROUNDS = 5
+SECONDS_PER_ROUND = 0.3
 DEFAULT_ENGINE = "engine, default options"
-N_NAMES = 3  # of layers in a line of the report
 N_COMPARED = 16  # images on which operations are compared one by one
 Run = Callable[[Tensor], Any]
 
@@ -124,7 +125,8 @@ def compare_predictions(
         n_done += len(x)
         for name, net in nets.items():
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
-    logits, labels = {name: torch.cat(parts[name]) for name in parts}, test.labels.cpu()
+    logits = {name: torch.cat(parts[name]) for name in parts}
+    labels = test.labels.cpu()
     last = compared.integers.layers()[-1].integers
     scale = last.product_scale(last.parts[0])
     real = logits["engine"]
@@ -236,7 +238,8 @@ def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]
 
 def format_report(measured: Mapping[str, Any]) -> str:
     """Return the report as text."""
-    n, accuracy = measured["n_images"], measured["accuracy"]
+    n = measured["n_images"]
+    accuracy = measured["accuracy"]
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
         f"{measured['file']} in ONNX Runtime {measured['onnxruntime']} on {machine}",
@@ -279,22 +282,16 @@ def warnings(measured: Mapping[str, Any]) -> list[str]:
     if measured["session_options"]:
         [(option, value)] = measured["session_options"].items()
         lines.append(
-            f"8-bit sums of {_some_of(measured['inexact_layers'])} saturate on this processor, "
+            f"8-bit sums of {first_names(measured['inexact_layers'])} saturate on this processor, "
             "which lacks VNNI: set ONNX Runtime's session option "
             f"{option}={value}, as was done here; without it "
             f"{measured['differing_by_default']} of {measured['n_images']} predictions "
             "differ (7 bits for weights do not need it)"
         )
     if names := measured["inexact_layers_with_options"]:
-        lines.append(f"{_some_of(names)}: not computed exactly on this processor")
+        lines.append(f"{first_names(names)}: not computed exactly on this processor")
     if line := measured["disagreement"]:
         lines.append(line)
     if n := measured["differing_predictions"]["integer"]:
         lines.append(f"{n} of {measured['n_images']} predictions differ from the simulation")
     return lines
-
-
-def _some_of(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = len(names) - N_NAMES
-    return ", ".join(names[:N_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -45,7 +45,8 @@ Batches = Callable[[], Iterable[Tensor]]  # images (B, 3, H, W), the same ones a
 
 LEARNED = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
 LAMBDA = 0.01  # of the term that drives h to 0 and 1
-FIRST_BETA, LAST_BETA = 20.0, 2.0
+FIRST_BETA = 20.0
+LAST_BETA = 2.0
 WARM_UP = 0.2  # share of the steps
 LEARNING_RATE = 0.1  # of Adam: in 500 steps a tenth less error than 0.03 (ConvNet, layer2, 3 bits)
 
@@ -75,7 +76,9 @@ def learn_rounding(
     processes, `batches` are this process's, and rank 0 learns.
     """
     full = copy_graph(graph).to(device)
-    graph_q, gains, round_up = copy_graph(full), output_gains(graph), {}
+    graph_q = copy_graph(full)
+    gains = output_gains(graph)
+    round_up = {}
     with StepDisplay(len(names) * n_steps, "step") as display:
         for name in names:
             display.describe(f"rounding of {name}")
@@ -151,9 +154,9 @@ def output_error(
     )
     for images in batches():
         [x], [x_q] = before(images), before_q(images)
-        y, y_q = apply_layer(full, layer, x), apply_layer(graph_q, layer, x_q)
         # a·e, (groups, output channels / groups, positions), and x̂, (groups, K, positions)
-        e = to_columns(y - y_q, layer) * gain.to(x.dtype)
+        e = apply_layer(full, layer, x) - apply_layer(graph_q, layer, x_q)
+        e = to_columns(e, layer) * gain.to(x.dtype)
         patches = to_columns(receptive_fields(x_q, layer, w.shape[2:]), layer)
         gram += patches @ patches.mT  # sums over images: no layer's inputs are kept
         cross += (e * gain.to(x.dtype)) @ patches.mT
@@ -178,13 +181,13 @@ def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tens
     """
     if layer.kind == "linear":
         return x
-    stride = layer.argument(3, "stride", [1])
-    dilation = (*layer.argument(5, "dilation", [1]) * 2,)[:2]  # one number is for both
-    (top, left), (bottom, right) = padding_widths(
-        layer.argument(4, "padding", [0]), kernel, dilation
+    stride, dilation = (  # one number is for height and width
+        (layer.argument(*each, [1]) * 2)[:2] for each in ((3, "stride"), (5, "dilation"))
     )
+    padding = layer.argument(4, "padding", [0])
+    (top, left), (bottom, right) = padding_widths(padding, kernel, dilation)
     x = F.pad(x, [left, right, top, bottom])
-    return F.unfold(x, tuple(kernel), dilation, stride=(*stride * 2,)[:2])
+    return F.unfold(x, tuple(kernel), dilation, stride=stride)
 
 
 def to_columns(t: Tensor, layer: Operation) -> Tensor:

@@ -6,14 +6,14 @@ scales of channels; not biases and batch norms).
 """
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import fx
 
 from engine.networks.exported import Operation, aten, operations
 
-MAX_NAMES = 4  # of what stays in float, in a line
+MAX_NAMES = 4  # of layers, in a line
 MOVES = {
     aten.expand.default,
     aten.view.default,
@@ -43,18 +43,21 @@ class Coverage(NamedTuple):
         shares = (
             f"quantized: {self.multiply_adds:.1%} of multiply-adds, {self.weights:.1%} of weights"
         )
-        return shares + (f"; in float: {self._left()}" if self.in_float else "")
+        return shares + (f"; in float: {by_reason(self.in_float)}" if self.in_float else "")
 
-    def _left(self) -> str:
-        """Return names by reason, a few of each."""
-        names: dict[str, list[str]] = {}
-        for name, reason in self.in_float.items():
-            names.setdefault(reason, []).append(name)
-        return "; ".join(
-            f"{', '.join(each[:MAX_NAMES])}"
-            f"{f' and {len(each) - MAX_NAMES} more' if len(each) > MAX_NAMES else ''} ({reason})"
-            for reason, each in names.items()
-        )
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Return what `reasons` gives for names as one line: the first names of each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{first_names(each)} ({reason})" for reason, each in names.items())
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:

@@ -12,11 +12,9 @@ grid for the whole tensor then serves every channel. The bounds of a ReLU6 have 
 A bias counts in its channel's range: r1_i = max(max|W1_i|, |b1_i|). Without it a channel that
 weight decay has killed but for its bias gets a tiny s_i, and b1_i divided by that dwarfs all other
 activations. It helps ordinary networks, too: a channel's values are about as large as its bias, and
-multiply the rounding errors of W2. Held-out accuracy in % at 4 bits, of weights alone and with
-activations: control.pt (2,000 images) 84.3 and 82.1, l2grad.pt (1,200) 85.3 and 83.7. Without
-biases control.pt has 81.8 and 77.7; with |b1_i|/√K in place of |b1_i|, K the inputs of an output,
-81.8 and 78.0, l2grad.pt 75.6 and 73.8. At 3 bits, where none is of use, counting |b1_i| costs
-points: 26.8 and 27.0, not 30.8 and 34.4.
+multiply the rounding errors of W2. Held-out accuracy of control.pt in % at 4 bits, of weights alone
+and with activations: 84.3 and 82.1, without biases 81.8 and 77.7, with |b1_i|/√K in their place, K
+the inputs of an output, 81.8 and 78.0. At 3 bits, where none is of use, biases cost points.
 """
 
 import math
@@ -37,15 +35,19 @@ from engine.networks.exported import (
     read_tensor,
     set_tensor,
 )
+from engine.quantization.coverage import by_reason
 from engine.system.errors import NetworkError
 
 TOLERANCE = 1e-3  # of log s: with less to change, ranges count as equal
 MAX_CHANGE = 1e-3  # of logits by rounding, relative to the largest
 
 # Operations by name: positively homogeneous, or the identity in evaluation mode.
-POINTWISE = set("relu leaky_relu prelu dropout feature_dropout to contiguous clone".split())
+POINTWISE = set("leaky_relu prelu dropout feature_dropout to contiguous clone".split())
 OF_PIXELS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"}  # the same, of maps (B, C, H, W)
 RESHAPINGS = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
+# Least and largest number that an operation lets through, unless its arguments say others.
+CLAMPS = {"relu": (0, None), "relu6": (0, 6), "hardtanh": (-1, 1)}
+CLAMPS |= dict.fromkeys(("clamp", "clamp_min"), (None, None))
 READ_NO_VALUES = {"sym_size", "_assert_tensor_metadata"}
 
 
@@ -69,11 +71,7 @@ class Equalization:
 
     def __str__(self) -> str:
         """Return it as a line."""
-        names_by_reason: dict[str, list[str]] = {}
-        for name, reason in self.left_alone.items():
-            names_by_reason.setdefault(reason, []).append(name)
-        reasons = [f"{reason} ({', '.join(names)})" for reason, names in names_by_reason.items()]
-        left = f"; outputs left alone: {'; '.join(reasons)}" if reasons else ""
+        left = f"; outputs left alone: {by_reason(self.left_alone)}" if self.left_alone else ""
         return f"pairs of layers equalized: {self.n_pairs}, in {self.n_sweeps} sweeps{left}"
 
 
@@ -92,18 +90,15 @@ def equalize(
     pairs, left_alone = find_pairs(equalized, across_relu6)
     scales, n_sweeps = equal_ranges(equalized, pairs)
     _scale(equalized, pairs, scales)
-    if pairs and not _max_change(graph, equalized, pairs[0]) <= MAX_CHANGE:
+    if not pairs:
+        return equalized, Equalization(0, n_sweeps, left_alone)
+    [placeholder] = graph.graph.find_nodes(op="placeholder")
+    images = torch.randn(placeholder.meta["shape"], generator=torch.Generator().manual_seed(0))
+    images = images.to(get_tensor(graph, pairs[0].first.weight))
+    logits = graph(images)
+    if not (equalized(images) - logits).abs().max() <= MAX_CHANGE * logits.abs().max():
         raise NetworkError("--equalize: logits change: weights are too large or small to be scaled")
     return equalized, Equalization(len(pairs), n_sweeps, left_alone)
-
-
-def _max_change(graph: fx.GraphModule, equalized: fx.GraphModule, pair: Pair) -> float:
-    """Return how much the logits of random images change, relative to the largest."""
-    [images] = graph.graph.find_nodes(op="placeholder")
-    generator, w = torch.Generator().manual_seed(0), get_tensor(graph, pair.first.weight)
-    x = torch.randn(images.meta["shape"], generator=generator).to(w)
-    before, after = graph(x), equalized(x)
-    return ((after - before).abs().max() / before.abs().max()).item()
 
 
 # --- which layers ----------------------------------------------------------------------------
@@ -117,30 +112,26 @@ def find_pairs(
     No other layer has a parameter of one of a pair, and every value between them is read once.
     Pairs are in the order in which they run.
     """
-    found = layers(graph)
-    n_owners = Counter(name for layer in found.values() for name in _parameters(layer))
+    stored = {name: layer.node.meta["stored"].values() for name, layer in layers(graph).items()}
+    n_owners = Counter(tensor for tensors in stored.values() for tensor in tensors)
     pairs, left_alone = [], {}
-    for layer in found.values():
-        pair_or_reason = _to_next_layer(layer, across_relu6)
-        if isinstance(pair_or_reason, Pair):
-            both = {*_parameters(pair_or_reason.first), *_parameters(pair_or_reason.second)}
-            if all(n_owners[name] == 1 for name in both):
-                pairs.append(pair_or_reason)
-                continue
-            pair_or_reason = "of or for a shared layer"
-        if pair_or_reason:
-            left_alone[layer.name] = pair_or_reason
+    for layer in layers(graph).values():
+        found = _to_next_layer(layer, across_relu6)
+        if isinstance(found, Pair):
+            both = {*stored[found.first.name], *stored[found.second.name]}
+            if any(n_owners[tensor] > 1 for tensor in both):
+                found = "of or for a shared layer"
+        if isinstance(found, Pair):
+            pairs.append(found)
+        elif found:
+            left_alone[layer.name] = found
     return pairs, left_alone
-
-
-def _parameters(layer: Operation) -> Sequence[str]:
-    """Return which tensors of the network's `state_dict` are the layer's weight and bias."""
-    return layer.node.meta["stored"].values()
 
 
 def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
     """Return the pair that the layer is the first of, why there is none, or None at the end."""
-    value, clamps = first.node, []
+    value = first.node
+    clamps = []
     axis = -1 if first.kind == "linear" else 1  # of channels
     n_channels = first.node.meta["shape"][axis]
     while True:
@@ -154,7 +145,7 @@ def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
         is_layer = "name" in reader.meta and Operation(reader).is_layer
         if is_layer and _fits(Operation(reader), value.meta["shape"], axis, n_channels):
             return Pair(first, Operation(reader), n_channels, clamps)
-        bounds = _bounds(reader)
+        bounds = clamp_bounds(reader)
         if bounds and any(bounds):  # a clamp at 0 alone has no scale
             name = "relu6" if bounds == (0, 6) else name
             if not across_relu6 or value.meta["shape"][axis] != n_channels:
@@ -170,19 +161,12 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", "").partition(".")[0]
 
 
-def _bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
+def clamp_bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
     """Return the least and the largest number that the node lets through; None: no such node."""
-    arguments = node.args[1:]
-    match _name(node):
-        case "relu6":
-            return 0, 6
-        case "hardtanh":
-            return (*arguments, *(-1, 1)[len(arguments) :])
-        case "clamp" if not any(isinstance(bound, fx.Node) for bound in arguments):
-            return (*arguments, None)[:2]
-        case "clamp_min":
-            return arguments[0], None
-    return None
+    numbers = node.args[1:]
+    if _name(node) not in CLAMPS or any(isinstance(number, fx.Node) for number in numbers):
+        return None
+    return (*numbers, *CLAMPS[_name(node)][len(numbers) :])
 
 
 def _keeps_channels(node: fx.Node, axis: int, n_channels: int) -> bool:
@@ -234,12 +218,15 @@ def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Ten
         else get_tensor(graph, pair.first.bias).abs().float().log()
         for pair in pairs
     ]
-    scales, n_sweeps = [torch.zeros(pair.n_channels) for pair in pairs], 0
+    scales = [torch.zeros(pair.n_channels) for pair in pairs]
+    n_sweeps = 0
     while pairs:
-        n_sweeps, changes = n_sweeps + 1, []
+        n_sweeps += 1
+        changes = []
         for pair, bias, scale in zip(pairs, biases, scales, strict=True):
-            w1, w2 = largest[pair.first.name], largest[pair.second.name]
-            r1, r2 = torch.maximum(w1.amax(2).flatten(), bias - scale), w2.amax(1).flatten()
+            w1, w2 = (largest[layer.name] for layer in (pair.first, pair.second))
+            r1 = torch.maximum(w1.amax(2).flatten(), bias - scale)
+            r2 = w2.amax(1).flatten()
             # log s = (log r1 − log r2)/2; where all are 0 a logarithm is −∞, and the scale stays
             changes.append(torch.where(r1.isfinite() & r2.isfinite(), (r1 - r2) / 2, 0))
             w1 -= changes[-1].view(len(w1), -1, 1)
@@ -276,7 +263,8 @@ def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Te
         set_tensor(graph, name, w.to(torch.float64, memory_format=layout, copy=True))
     views = _channel_views(graph, pairs)
     for pair, log_s in zip(pairs, log_scales, strict=True):
-        s, w1, w2 = log_s.double().exp(), views[pair.first.name], views[pair.second.name]
+        s = log_s.double().exp()
+        w1, w2 = (views[layer.name] for layer in (pair.first, pair.second))
         w1 /= s.view(len(w1), -1, 1, 1)
         w2 *= s.view(len(w2), 1, -1, 1)
         if pair.first.bias is not None:
@@ -292,11 +280,12 @@ def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Te
 def _scale_bounds(graph: fx.GraphModule, clamp: fx.Node, s: Tensor, dtype: torch.dtype) -> None:
     """Divide the bounds of a clamp by s (channels), in place: they become tensors."""
     per_channel = s.view(-1, *[1] * (len(clamp.meta["shape"]) - 2))  # (C, 1, 1) for (B, C, H, W)
-    bounds = []
     with graph.graph.inserting_before(clamp):
-        for bound, kind in zip(_bounds(clamp), ("min", "max"), strict=True):
-            if bound is not None:
-                tensor = (bound / per_channel).to(dtype)
-                bound = read_tensor(graph, f"{clamp.name}.{kind}", tensor)
-            bounds.append(bound)
-    clamp.target, clamp.args = aten.clamp.Tensor, (clamp.args[0], *bounds)
+        bounds = [
+            None
+            if bound is None
+            else read_tensor(graph, f"{clamp.name}.{kind}", (bound / per_channel).to(dtype))
+            for bound, kind in zip(clamp_bounds(clamp), ("min", "max"), strict=True)
+        ]
+    clamp.target = aten.clamp.Tensor
+    clamp.args = (clamp.args[0], *bounds)

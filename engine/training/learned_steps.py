@@ -78,18 +78,14 @@ class LearnedStep:
         self.step.copy_(s.clamp(min=torch.finfo(s.dtype).tiny))  # of zeros, s would be 0
         self.is_set = True
 
-    def description(self) -> dict[str, Any]:
-        """Return step, least and largest integer, as a record holds them."""
-        return {"step": self.step.item(), "int_min": self.int_min, "int_max": self.int_max}
-
 
 @dataclass(frozen=True)
 class Place:
-    """Where the network runs a layer: in the forward of a module, with a tensor of an owner."""
+    """Where the network runs a layer: in a module's forward, with the `tensor` of an `owner`."""
 
     module: str
     owner: str
-    tensor: str  # the owner's name for it
+    tensor: str
     takes_input: bool  # the module's input is the layer's
 
     def weight(self, net: nn.Module) -> Tensor:
@@ -99,9 +95,9 @@ class Place:
 
 @dataclass(frozen=True)
 class LearnedSteps:
-    """The quantizers of a network's layers, by the layer's name and "weight" or "input"."""
+    """The quantizers of a network's layers."""
 
-    layers: Mapping[str, Mapping[str, LearnedStep]]
+    layers: Mapping[str, Mapping[str, LearnedStep]]  # by layer, then "weight" or "input"
     places: Mapping[str, Place]
     weight_bits: int
     act_bits: int | None  # None: inputs are not quantized
@@ -123,10 +119,12 @@ class LearnedSteps:
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
         """Context manager in which the layers of the network run quantized."""
-        handles = []
+        handles = [
+            handle
+            for name, quantizers in self.layers.items()
+            for handle in _quantize_layer(net, self.places[name], quantizers)
+        ]
         try:
-            for name, quantizers in self.layers.items():
-                handles += _quantize_layer(net, self.places[name], quantizers)
             yield
         finally:
             for handle in handles:
@@ -141,9 +139,9 @@ class LearnedSteps:
 
     def check(self) -> None:
         """Raise StepSizeError, naming it, where a step size is no longer positive."""
-        steps = self.steps()
-        values = torch.stack([quantizer.step.detach() for quantizer in steps.values()])
-        for name, value in zip(steps, values.tolist(), strict=True):
+        state = self.state_dict()
+        values = torch.stack([*state.values()]).tolist()  # one copy from a GPU
+        for name, value in zip(state, values, strict=True):
             if not value > 0:
                 raise StepSizeError(
                     f"the learned step size of {name} is {value:.3g}, and must stay above 0: a "
@@ -164,7 +162,10 @@ class LearnedSteps:
     def record(self) -> dict[str, Any]:
         """Return what `read_steps` needs, as JSON can hold it: floats lose no bit."""
         layers = {
-            name: {kind: quantizer.description() for kind, quantizer in quantizers.items()}
+            name: {
+                kind: {"step": q.step.item(), "int_min": q.int_min, "int_max": q.int_max}
+                for kind, q in quantizers.items()
+            }
             for name, quantizers in self.layers.items()
         }
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
@@ -215,27 +216,28 @@ def make_steps(
     """
     graph = export_network(net, image_shape)
     places = find_places(graph, net)
-    inputs = _layer_inputs(graph, image_shape, next(net.parameters()).dtype)
+    read = returning_values(graph, [_before_padding(layer) for layer in layers(graph).values()])
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(net.parameters()).dtype)
+    inputs = dict(zip(layers(graph), read(images), strict=True))
     ends = (next(iter(places)), next(reversed(places))) if keep_first_last else ()
     quantizers: dict[str, dict[str, LearnedStep]] = {}
     for name, place in places.items():
         least = FIRST_LAST_BITS if name in ends else 0
         w, x = place.weight(net), inputs[name]
-        quantizers[name] = {"weight": _make_step(w, max(weight_bits, least), True, w.numel())}
+        tensors = {"weight": (weight_bits, True, w.numel())}
         if act_bits and place.takes_input:
-            is_signed, n_bits = bool((x < 0).any()), max(act_bits, least)
-            quantizers[name]["input"] = _make_step(w, n_bits, is_signed, x[0].numel())
-        for kind, quantizer in quantizers[name].items():
+            tensors["input"] = (act_bits, bool((x < 0).any()), x[0].numel())
+        quantizers[name] = {}
+        for kind, (n_bits, is_signed, n_values) in tensors.items():
+            step = nn.Parameter(w.new_ones(()))  # until it is set
+            integers = _integers(max(n_bits, least), is_signed)
+            quantizers[name][kind] = LearnedStep(step, *integers, n_values)
             parameter = place.tensor.removesuffix("weight") + PARAMETERS[kind]
-            net.get_submodule(place.owner).register_parameter(parameter, quantizer.step)
+            net.get_submodule(place.owner).register_parameter(parameter, step)
     net.register_state_dict_post_hook(_remove_steps)
     net.register_load_state_dict_post_hook(_allow_missing_steps)
     return LearnedSteps(quantizers, places, weight_bits, act_bits, first_epoch)
-
-
-def _make_step(w: Tensor, n_bits: int, is_signed: bool, n_values: int) -> LearnedStep:
-    """Return a quantizer to n_bits whose step is a parameter, 1 until it is set, like w."""
-    return LearnedStep(nn.Parameter(w.new_ones(())), *_integers(n_bits, is_signed), n_values)
 
 
 def _integers(n_bits: int, is_signed: bool) -> tuple[int, int]:
@@ -287,36 +289,26 @@ def _before_padding(layer: Operation) -> fx.Node:
     return value
 
 
-@torch.no_grad()
-def _layer_inputs(
-    graph: fx.GraphModule, image_shape: Sequence[int], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Return what each layer of the graph takes of two random images, by its name, unpadded."""
-    found = layers(graph)
-    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    returning = returning_values(graph, [_before_padding(layer) for layer in found.values()])
-    return dict(zip(found, returning(images.to(dtype)), strict=True))
+def _is_step(key: str) -> bool:
+    """Tell whether a state_dict's key is that of a step size."""
+    return key.endswith(tuple(PARAMETERS.values()))
 
 
 def _remove_steps(net: nn.Module, state: dict, prefix: str, metadata: object) -> None:
-    """Remove the step sizes from a state_dict."""
-    for key in [key for key in state if key.endswith(tuple(PARAMETERS.values()))]:
+    for key in filter(_is_step, [*state]):
         del state[key]
 
 
 def _allow_missing_steps(net: nn.Module, incompatible_keys: Any) -> None:
-    """Accept a state_dict without step sizes."""
     missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if not key.endswith(tuple(PARAMETERS.values()))]
+    missing[:] = [key for key in missing if not _is_step(key)]
 
 
 def parameter_groups(net: nn.Module, steps: LearnedSteps | None) -> list[dict[str, Any]]:
     """Return the groups of trainable parameters for an optimizer: step sizes have no decay."""
-    of_steps = [] if steps is None else [quantizer.step for quantizer in steps.steps().values()]
-    params = [
-        p for p in trainable_parameters(net).values() if all(p is not step for step in of_steps)
-    ]
-    groups = [{"params": params}]
+    of_steps = [quantizer.step for quantizer in steps.steps().values()] if steps else []
+    ids = {id(step) for step in of_steps}
+    groups = [{"params": [p for p in trainable_parameters(net).values() if id(p) not in ids]}]
     return [*groups, {"params": of_steps, "weight_decay": 0.0}] if of_steps else groups
 
 
@@ -342,29 +334,25 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
             if not isinstance(n_bits, int):
                 raise ValueError(f"{n_bits} bits is no whole number")
             check_bits(n_bits)
-        modules = {name: net.get_submodule(place.module) for name, place in places.items()}
         # earlier versions had steps of convolutions and linear layers that ran as modules alone
-        least = {name for name, module in modules.items() if isinstance(module, LAYER_TYPES)}
+        least = {
+            name
+            for name, place in places.items()
+            if isinstance(net.get_submodule(place.module), LAYER_TYPES)
+        }
         if not least <= saved["layers"].keys() <= places.keys():
             raise FileError(f"{path}: its learned steps are not of the layers of this network")
-        quantizers = {
-            name: {
-                kind: _read_step(step, bits[kind], places[name].weight(net))
-                for kind, step in kinds.items()
-            }
-            for name, kinds in saved["layers"].items()
-        }
-        for name, kinds in quantizers.items():
+        quantizers = {}
+        for name, kinds in saved["layers"].items():
             if kinds.keys() != (bits.keys() if places[name].takes_input else {"weight"}):
                 raise ValueError(f"{name} has not one step for each of {', '.join(bits)}")
+            w = places[name].weight(net)
+            quantizers[name] = {k: _read_step(step, bits[k], w) for k, step in kinds.items()}
         return LearnedSteps(quantizers, places, bits["weight"], bits.get("input"))
 
 
 def _read_step(saved: Mapping[str, Any], n_bits: int, w: Tensor) -> LearnedStep:
-    """Return a quantizer to n_bits, or to those of the first and last layer, like the weight w.
-
-    Whatever is raised says that it is not one.
-    """
+    """Return a quantizer to n_bits, or to those of the first and last layer, like the weight w."""
     step = w.new_tensor(float(saved["step"]))  # as the network has it: it may round to 0
     integers = saved["int_min"], saved["int_max"]
     possible = itertools.product((n_bits, max(n_bits, FIRST_LAST_BITS)), (False, True))
