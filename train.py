@@ -433,15 +433,10 @@ def make_state(
     n_left_over = [len(x) % args.batch_size for x in (dataset.train_images, dataset.test_images)]
     if 1 in n_left_over:
         check_network(net, image_shape, dataset.num_classes, n_images=1)
-    penalized = [p.regularizer for p in phases if p.regularizer]
     if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
-    if penalized and not penalized_weights(net):
-        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
-    if penalized and (computed := computed_weights(net)):
-        print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
-    if any(map(needs_double_backward, penalized)):
-        check_derivatives(net, image_shape, second=args.penalty_gradient != "difference")
+    if penalized := [p.regularizer for p in phases if p.regularizer]:
+        check_penalties(net, penalized, image_shape, n_activations, args)
     steps = None
     if args.qat_bits is not None:
         bits = utils.qat_bit_widths(args.qat_bits)
@@ -460,21 +455,38 @@ def make_state(
     scheduler = utils.make_scheduler(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
+    if distributed.get_world_size() > 1:
+        set_sync_bn(net, args.sync_bn)
+    average = None if args.ema is None else make_average(net, args.ema)
+    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
+
+
+def check_penalties(
+    net: nn.Module,
+    penalized: Sequence[Regularizer],
+    image_shape: Sequence[int],
+    n_activations: int,
+    args: argparse.Namespace,
+) -> None:
+    """Print what of the network is not penalized; NetworkError where a penalty cannot work."""
+    by_difference = args.penalty_gradient == "difference"
     inputs = {name for regularizer in penalized for name in regularizer.inputs}
+    if not penalized_weights(net):
+        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
+    if computed := computed_weights(net):
+        print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
+    if any(map(needs_double_backward, penalized)):
+        check_derivatives(net, image_shape, second=not by_difference)
     if "folded_weights" in inputs:
         if unfolded := describe_unfolded(net, image_shape):
             print(f"{args.model}: {unfolded}")
-    if distributed.get_world_size() > 1:
-        set_sync_bn(net, args.sync_bn)
-    if "a_grads" in inputs and args.penalty_gradient == "difference":
+    if "a_grads" in inputs and by_difference:
         check_movable_activations(net, image_shape)
     if "a_grads" in inputs and n_activations == 0:
         print(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
         )
-    average = None if args.ema is None else make_average(net, args.ema)
-    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
 
 
 # --- the script ------------------------------------------------------------------------------
