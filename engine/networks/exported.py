@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import parametrize
 
@@ -34,6 +34,7 @@ from engine.system.errors import NetworkError
 aten = torch.ops.aten
 BATCH = 2  # images that the network is exported with; any number can be run afterwards
 TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
+COMPOSED = {aten.einsum.default}  # of products that are seen
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -77,12 +78,15 @@ def _exported(net: nn.Module, images: Tensor) -> fx.GraphModule:
     # With gradients: without them attention runs as one kernel that hides its matrix products.
     with torch.enable_grad():
         program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
-    if not _without_inplace(program.graph):
-        program = program.run_decompositions({})
+    composed = COMPOSED & {node.target for node in program.graph.nodes}
+    if composed or not _without_inplace(program.graph):
+        table = default_decompositions() if composed else {}
+        program = program.run_decompositions({target: table[target] for target in composed})
     graph = _with_own_tensors(program)
     for transform in (_inline_regions, _spell_one_way, _split_attention, _fold_constants):
         transform(graph)
         graph.graph.eliminate_dead_code()
+    _check_products(graph)
     _name_operations(graph)
     _own_tensors(graph)
     graph.graph.lint()
@@ -253,6 +257,22 @@ def _spell_one_way(module: fx.GraphModule) -> None:
                 _to_linear(module, node, x, w, b)
 
 
+# Operations with products inside that no quantizer reaches.
+UNSEEN_PRODUCTS = {
+    "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "bilinear", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "conv_tbc", "scaled_dot_product_attention", "_native_multi_head_attention",
+}  # fmt: skip
+
+
+def _check_products(module: fx.GraphModule) -> None:
+    """Raise NetworkError, naming it, for a product that would stay in float unseen."""
+    for node in module.graph.nodes:
+        name = getattr(node.target, "_opname", "")
+        if name in UNSEEN_PRODUCTS:
+            where = node.meta["path"] or "the network"
+            raise NetworkError(f"{where} calls {name}, whose products cannot be quantized")
+
+
 def _to_linear(module: fx.GraphModule, node: fx.Node, x: fx.Node, w: fx.Node, *bias) -> None:
     """Replace x @ w + bias by linear(x, wᵀ, bias)."""
     transposed = _insert(module, node, aten.t.default, (w,), w.meta["shape"][::-1])
@@ -265,9 +285,8 @@ def _split_attention(module: fx.GraphModule) -> None:
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
         query, key, value, mask, dropout, is_causal = (*node.args, None, 0.0, False)[:6]
-        is_plain = not (dropout or is_causal or node.kwargs.get("enable_gqa"))
-        if not is_plain or (mask is not None and mask.meta["is_bool"]):
-            continue
+        if dropout or node.kwargs.get("enable_gqa"):
+            continue  # and `_check_products` refuses it
         q_shape = query.meta["shape"]
         k_shape = key.meta["shape"]
         scale = node.kwargs.get("scale") or q_shape[-1] ** -0.5
@@ -276,7 +295,15 @@ def _split_attention(module: fx.GraphModule) -> None:
         k_t = _insert(module, node, aten.transpose.int, (key, -2, -1), transposed)
         scores = _insert(module, node, aten.matmul.default, (query, k_t), shape)
         scores = _insert(module, node, aten.mul.Tensor, (scores, scale), shape)
-        if mask is not None:
+        if is_causal:
+            with module.graph.inserting_before(node):
+                lower = torch.ones(shape[-2:], dtype=torch.bool).tril()
+                mask = read_tensor(module, f"{node.name}.mask", lower)
+        if mask is not None and mask.meta["is_bool"]:
+            out = _insert(module, node, aten.logical_not.default, (mask,), mask.meta["shape"])
+            masked = (scores, out, -math.inf)
+            scores = _insert(module, node, aten.masked_fill.Scalar, masked, shape)
+        elif mask is not None:
             scores = _insert(module, node, aten.add.Tensor, (scores, mask), shape)
         weights = _insert(module, node, aten.softmax.int, (scores, -1), shape)
         _replace(module, node, aten.matmul.default, (weights, value))

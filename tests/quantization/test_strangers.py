@@ -14,9 +14,11 @@ import data
 import models
 import quant_inference as qi
 import quant_utils as qu
-from engine.networks.exported import export_network, layers
+from engine.networks.exported import export_network, layers, operations
 from engine.networks.folding import fold_batch_norms
+from engine.quantization.activations import quantized_inputs
 from engine.quantization.coverage import coverage
+from engine.system.errors import NetworkError
 from engine.system.io import save_weights
 from engine.training.learned_steps import make_steps
 
@@ -305,3 +307,43 @@ def test_a_batch_norm_that_does_not_fold_is_why_a_network_is_not_exported(
     assert quantize(network, "--bits 4 --act_bits 8 --fold_bn --export x.onnx") == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "batch" in message and "flatten" not in message
+
+
+class Tokens(nn.Module):
+    """A convolution, what `mix` does with its 16 tokens, and a linear layer."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.conv, self.fc, self.mix = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 10), mix
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return self.fc(self.mix(tokens).mean(1))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda t: F.scaled_dot_product_attention(t, t, t),
+        lambda t: F.scaled_dot_product_attention(t, t, t, is_causal=True),
+        lambda t: F.scaled_dot_product_attention(t, t, t, torch.eye(16, dtype=torch.bool)),
+        lambda t: torch.einsum("bnc,bmc->bnm", t, t) @ t,
+    ],
+)
+def test_products_of_activations_are_seen_however_they_are_written(mix):
+    graph = export_network(Tokens(mix), (3, 32, 32))  # which compares logits with the network's
+    assert [each.kind for each in operations(graph) if each.is_product] == [
+        "conv", "matmul", "matmul", "linear"
+    ]  # fmt: skip
+    found = coverage(graph, None)
+    expected = (16 * 8 * 192 + 80) / (16 * 8 * 192 + 80 + 2 * 16 * 16 * 8)
+    assert found.multiply_adds == pytest.approx(expected) and len(found.in_float) == 2
+    assert coverage(graph, quantized_inputs(graph)).is_whole
+
+
+@pytest.mark.parametrize("name", ["baddbmm", "lstm"])
+def test_products_that_no_quantizer_reaches_are_refused(name):
+    lstm = nn.LSTM(8, 8, batch_first=True)
+    mixes = {"baddbmm": lambda t: torch.baddbmm(t, t @ t.mT, t), "lstm": lambda t: lstm(t)[0]}
+    with pytest.raises(NetworkError, match=f"calls {name}, whose products cannot be quantized"):
+        export_network(Tokens(mixes[name]), (3, 32, 32))
