@@ -21,9 +21,12 @@ from engine.system.errors import DataError
 
 PROJECT_DATA = Path(__file__).with_name("data")  # where --data_dir is by default
 # mean and standard deviation of each channel, of pixels scaled to 0..1
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE, WORKERS, CACHE_GB = 224, 2, 4.0  # defaults of the flags of ImageFolder
 OPTIONS = ("image_size", "workers", "cache_images")  # flags that data sets can take
 

@@ -24,7 +24,7 @@ from engine.system.cli import Flag, Need, Parser, bounded_number, file_name, lab
 from engine.system.distributed import is_restart_here
 from engine.system.hardware import MEMORY_FORMATS, PRECISIONS, has_float64, parse_device
 from engine.training.averaging import MAX_BN_IMAGES
-from models import MODELS, TORCHVISION, has_width
+from models import MODELS, TIMM, TORCHVISION, has_width
 from regularizers import REGULARIZERS, accepted_options, regularizer_options
 
 Table = list[str | Flag]  # flags, each group after its title in --help
@@ -113,7 +113,7 @@ AS_TRAINED = [
 NETWORK: Table = [
     "network",
     Flag("model", utils.network_name, "ConvNet", "network, unless the record of a file names "
-         "another", "{" + ",".join([*MODELS, f"{TORCHVISION}NAME"]) + "}"),
+         "another", "{" + ",".join([*MODELS, f"{TORCHVISION}NAME", f"{TIMM}NAME"]) + "}"),
     Flag("width", utils.parse_width, 1.0,
          "of the channels of " + ", ".join(filter(has_width, MODELS)), "FACTOR", WIDE),
 ]

@@ -6,6 +6,7 @@ run. Sums are `Add` modules and pooling is a module, so that what they take can 
 `utils.make_net` puts in the layers with the fast second-order step.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,6 +19,7 @@ from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.networks.layers import Add
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
+TIMM = "timm:"
 
 
 class ConvNet(nn.Module):
@@ -257,16 +259,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def find_model(name: str) -> tuple[str, Callable[..., nn.Module]]:
-    """Return the name as it is written in MODELS, or torchvision:NAME, and its constructor.
+    """Return the name as it is written in MODELS, torchvision:NAME or timm:NAME; its constructor.
 
     Upper or lower case does not matter. Raises ValueError for an unknown name.
     """
     if name.lower().startswith(TORCHVISION):
         return _find_in_torchvision(name[len(TORCHVISION) :].lower())
+    if name.lower().startswith(TIMM):
+        return _find_in_timm(name[len(TIMM) :].lower())
     for key, make in MODELS.items():
         if key.lower() == name.lower():
             return key, make
-    raise ValueError(f"unknown value {name!r}: choose {', '.join(MODELS)} or {TORCHVISION}NAME")
+    names = f"{', '.join(MODELS)}, {TORCHVISION}NAME or {TIMM}NAME"
+    raise ValueError(f"unknown value {name!r}: choose {names}")
 
 
 def is_model(name: object) -> bool:
@@ -290,6 +295,20 @@ def _find_in_torchvision(name: str) -> tuple[str, Callable[..., nn.Module]]:
         return build(weights=None, num_classes=num_classes, **options)
 
     return TORCHVISION + name, make
+
+
+def _find_in_timm(name: str) -> tuple[str, Callable[..., nn.Module]]:
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(f"{TIMM}NAME needs timm: python -m pip install -r requirements-timm.txt")
+    import timm  # an extra, and slow to import
+
+    if not timm.is_model(name):
+        raise ValueError(f"unknown network {name!r} of timm: timm.list_models() names them")
+
+    def make(num_classes: int) -> nn.Module:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes)
+
+    return TIMM + name, make
 
 
 def has_width(name: str) -> bool:

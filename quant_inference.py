@@ -20,22 +20,7 @@ from torch import fx, nn
 import flags
 import quant_utils as qu
 import utils
-from analysis import dashboard, distributions, figures, report
-from analysis.checks import (
-    check_accuracy,
-    check_coverage,
-    check_deployed_files,
-    check_layers,
-    check_n_images,
-    choose_dataset,
-    describe_biases,
-    find_recorded_network,
-    make_output_folder,
-    print_error,
-    print_unfolded,
-    print_warning,
-    read_learned_steps,
-)
+from analysis import checks, dashboard, distributions, figures, report
 from analysis.measured_network import Conditions, Images, MeasuredNetwork, Quantization
 from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
@@ -179,7 +164,9 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
 # --- networks --------------------------------------------------------------------------------
 
 
-recorded_network = partial(find_recorded_network, is_model=is_model, parse_width=utils.parse_width)
+recorded_network = partial(
+    checks.find_recorded_network, is_model=is_model, parse_width=utils.parse_width
+)
 
 
 def load_networks(
@@ -206,7 +193,7 @@ def load_networks(
                     raise FileError(f"{file.path}: {key} holds NaN or infinite values")
             graph = prepare_graph(export_network(net, image_shape), file.path, args)
         except FileError as error:
-            print_error(error)
+            checks.print_error(error)
         else:
             loaded[name] = LoadedNetwork(net, graph, model, file)
     return loaded
@@ -225,7 +212,7 @@ def prepare_graph(graph: fx.GraphModule, path: Path, args: argparse.Namespace) -
             "are vast"
         )
     if args.fold_bn:
-        print_unfolded(graph, path)
+        checks.check_folding(graph, path)
         graph = folded
     if not args.equalize:
         return graph
@@ -237,7 +224,7 @@ def prepare_graph(graph: fx.GraphModule, path: Path, args: argparse.Namespace) -
     if equalization.n_pairs:
         print(f"{path}: {equalization}")
     else:
-        print_warning(f"{path}: --equalize has no effect: {equalization}")
+        checks.print_warning(f"{path}: --equalize has no effect: {equalization}")
     return graph
 
 
@@ -251,24 +238,23 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     if not any(file.path.exists() for file in files.values()):
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
     has_size = partial(accepts, option="image_size")
-    choose_dataset(files.values(), args, explicit_flags, DATASETS, has_size, utils.parse_image_size)
-    models = [
-        args.model if "model" in explicit_flags else f.setting("model") for f in files.values()
-    ]
-    models = [model if is_model(model) else args.model for model in models]
+    checks.choose_dataset(
+        files.values(), args, explicit_flags, DATASETS, has_size, utils.parse_image_size
+    )
+    models = [recorded_network(f, args, explicit_flags | {"width"})[0] for f in files.values()]
     warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=models)
     dataset = utils.load_dataset(args)
-    check_n_images(args, explicit_flags, len(dataset.train_images))
+    checks.check_n_images(args, explicit_flags, len(dataset.train_images))
     use_ieee_float32()
     loaded = distributed.run_on_rank0_and_broadcast(
         lambda: load_networks(files, args, explicit_flags, dataset)
     )
     if args.layers and loaded:
-        check_layers([network.graph for network in loaded.values()], args.layers)
+        checks.check_layers([network.graph for network in loaded.values()], args.layers)
     steps = record = None
     if args.steps_from and loaded:
         [network] = loaded.values()
-        steps, record = read_learned_steps(
+        steps, record = checks.read_learned_steps(
             Path(args.steps_from), network.net, network.graph, network.file
         )
     quantizations = make_quantizations(args)
@@ -374,7 +360,8 @@ def measure_network(
     common |= {flag: getattr(args, flag) for flag in ("per_channel", "fold_bn", "equalize")}
     learners = utils.learned_schemes(args)
     try:
-        check_coverage(network, quantizations, args.strict)
+        checks.check_coverage(network, quantizations, args.strict)
+        checks.check_sums(network, file.path)
         if network.conditions.in_integers:
             network.check_integer_form(quantizations[0].act_bits)
         if args.show_plan and distributed.get_rank() == 0:
@@ -383,7 +370,7 @@ def measure_network(
         for row in sweep(network, quantizations, steps):
             is_learned = row["scheme"] == LEARNED
             is_whole = not (args.holdout or args.test_subset)
-            check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
+            checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
             how = {"rounding": qu.rounding_of(row["scheme"], learners)}
             results.rows.append(row | common | how | ({"per_channel": False} if is_learned else {}))
         if args.per_layer:
@@ -391,7 +378,7 @@ def measure_network(
             results.layer_rows += network.per_layer([*of_weights.values()])
     except ValueError as error:
         results.discard(network.name)
-        print_error(f"{file.path}: {error}")
+        checks.print_error(f"{file.path}: {error}")
 
 
 def report_results(
@@ -407,7 +394,7 @@ def report_results(
     layer_weights = {name: weights(network.graph) for name, network in measured.items()}
     has_act_bits = any(row["act_bits"] != FLOAT_BITS for row in rows)
     print(report.table(rows, report.PRINTED_COLUMNS + ("act_bits",) * has_act_bits))
-    print(f"biases: {describe_biases(quantizations)}")
+    print(f"biases: {checks.describe_biases(quantizations)}")
     if layer_rows:
         print(f"\none layer at a time; loss on {args.per_layer_images} training images")
         print(report.table(layer_rows, report.LAYER_COLUMNS))
@@ -422,7 +409,7 @@ def report_results(
         plots |= draw_plots(results, layer_weights, quantizers, n_bits, args.per_channel, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
-        print("plots:   " + ", ".join(map(str, plots.values())))
+        print(f"plots:   {', '.join(map(str, plots.values()))}")
     files = {name: network.file for name, network in measured.items()}
     print(dashboard.log_quantizations(args, settings, files, results, plots))
 
@@ -440,7 +427,7 @@ def draw_distributions(
     try:
         chosen = distributions.choose_layers(rows, args.layers)
     except ValueError as error:
-        print_warning(f"no distributions.png: {error}")
+        checks.print_warning(f"no distributions.png: {error}")
         return {}
     if args.no_plots:
         return {}
@@ -485,16 +472,13 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     warn_unused_flags(parser, args, now)
     learners = utils.learned_schemes(args)
     if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
-        print_warning(f"--rounding adaround has no effect on {', '.join(others)}")
-    check_deployed_files(parser, args)
+        checks.print_warning(f"--rounding adaround has no effect on {', '.join(others)}")
+    checks.check_deployed_files(parser, args)
 
 
 def make_parser() -> Parser:
     """Make the parser of quant_inference.py."""
-    description = (
-        "Quantize saved weights with every scheme at every bit-width and report the accuracy drop."
-    )
-    return flags.make_parser(description, flags.QUANTIZATION, batch_size=500)
+    return flags.make_parser(__doc__.splitlines()[0], flags.QUANTIZATION, batch_size=500)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -502,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    folder = make_output_folder(parser, args)
+    folder = checks.make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
         print_device(args.device)
         deployed_files.check_run([flag for flag in FILE_FLAGS if getattr(args, flag)])

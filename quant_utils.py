@@ -165,7 +165,8 @@ def round_within(
 
     Values beyond go to its ends; to nearest, or as `round_up` says, see the module.
     """
-    int_min, int_max = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
+    int_min = -(2 ** (n_bits - 1))
+    int_max = 2 ** (n_bits - 1) - 1
     scale = limit / (int_max + 0.5)
     x = rows / safe_divisor(scale)
     codes = x.round_() if round_up is None else x.floor_().add_(as_rows(round_up, rows))
@@ -201,13 +202,15 @@ def clip(
 
 def search_range(rows: Tensor, m: Tensor, n_bits: int, clip_p: float) -> Tensor:
     """Return the c of least Σ|w − w_q|^clip_p of each row, the largest of equals; see `clip`."""
-    best, least = m, torch.full_like(m, math.inf)
+    best = m
+    least = torch.full_like(m, math.inf)
     for factor in RANGE_FACTORS:
         c = m * factor
         codes, scale = round_within(rows, c, n_bits)
         difference = (codes.mul_(scale) - rows).div_(safe_divisor(m))
         error = difference.abs_().pow_(clip_p).sum(dim=1, keepdim=True)
-        best, least = torch.where(error < least, c, best), torch.minimum(error, least)
+        best = torch.where(error < least, c, best)
+        least = torch.minimum(error, least)
     return best
 
 
@@ -360,20 +363,25 @@ def optimal_breakpoint(m: Tensor, distribution: Distribution, overlapping: bool 
     once between 0 and m: Newton's method, or bisection where that leaves the bracket; float64.
     """
     m = m.double()
-    survival_at_m, dt = distribution.survival(m), 0 if overlapping else -1
-    low, high = torch.zeros_like(m), m
+    survival_at_m = distribution.survival(m)
+    dt = 0 if overlapping else -1
+    low = torch.zeros_like(m)
+    high = m
     p = torch.minimum(distribution.closed_form(m), m)
     for _ in range(200):
         t = m if overlapping else m - p
-        f, s = distribution.pdf(p), distribution.survival(p)
-        f_term, tail_mass = f * (p * p - t * t), s - survival_at_m
+        f = distribution.pdf(p)
+        s = distribution.survival(p)
+        f_term = f * (p * p - t * t)
+        tail_mass = s - survival_at_m
         d1 = f_term + p * (1 - 2 * s) + 2 * t * dt * tail_mass  # E′ / 2
         d2 = 4 * f * (p - t * dt) + 1 - 2 * s + 2 * dt * dt * tail_mass
         d2 = d2 - distribution.decay(p) * f_term  # E″ / 2
         low, high = torch.where(d1 < 0, p, low), torch.where(d1 < 0, high, p)
         newton = p - d1 / d2
         in_bracket = (newton >= low) & (newton <= high)
-        previous, p = p, torch.where(in_bracket, newton, (low + high) / 2)
+        previous = p
+        p = torch.where(in_bracket, newton, (low + high) / 2)
         if (p - previous).abs().max() < 1e-6:  # Newton's next step would be its square
             break
     return p
@@ -395,7 +403,8 @@ def search_breakpoint(rows: Tensor, m: Tensor, n_bits: int, overlapping: bool) -
     def try_breakpoint(p: Tensor) -> None:
         nonlocal best_p, least
         e = error(p)
-        best_p, least = torch.where(e < least, p, best_p), torch.minimum(e, least)
+        best_p = torch.where(e < least, p, best_p)
+        least = torch.minimum(e, least)
 
     for distribution in DISTRIBUTIONS.values():
         try_breakpoint(breakpoint_from_distribution(rows, m, distribution, False, overlapping))

@@ -27,11 +27,12 @@ from engine.images.loader import Loader
 from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
 from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
-from engine.networks.layers import penalized_weights, trainable_parameters
+from engine.networks.layers import computed_weights, penalized_weights, trainable_parameters
 from engine.networks.outputs import check_movable_activations, check_network
 from engine.step.evaluation import evaluate
-from engine.step.gradients import compute_gradients
+from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
+from engine.step.penalty_inputs import needs_double_backward
 from engine.system import distributed
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
@@ -248,8 +249,9 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     dataset = utils.load_dataset(args)
     loaders = make_loaders(dataset, args)
     config = make_config(args)
-    compiled = set_compile(args.compile, args.device)
+    set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
+    compiled = set_compile(args.compile, args.device)
     run_id = new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(loaders.train), is_own)
@@ -393,8 +395,10 @@ class Loaders:
 def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
     """Return the loaders; SetupError or DataError where the flags ask for too many images."""
     make_loader = utils.loader_maker(args, dataset)
-    images, labels = dataset.train_images, dataset.train_labels
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    images = dataset.train_images
+    labels = dataset.train_labels
+    rank = distributed.get_rank()
+    world_size = distributed.get_world_size()
     ranks = {"rank": rank, "world_size": world_size}
     train = make_loader(images, labels, seed=args.seed, augment=True, shuffle=True, **ranks)
     if (smallest := train.n_images_in_batch(len(train) - 1)) < world_size:
@@ -421,16 +425,18 @@ def make_state(
     args: argparse.Namespace, dataset: ImageDataset, phases: Sequence[Phase]
 ) -> TrainState:
     """Make the network, SGD and the learning-rate schedule that the flags say."""
-    net = utils.make_net(
-        args.model, dataset.num_classes, args.device, args.width, args.memory_format
-    )
     image_shape = dataset.test_images.shape[1:]
-    penalized = [p.regularizer for p in phases if p.regularizer]
+    net = utils.make_net(
+        args.model, dataset.num_classes, args.device, args.width, args.memory_format, image_shape
+    )
+    n_activations = check_network(net, image_shape, dataset.num_classes)
+    n_left_over = [len(x) % args.batch_size for x in (dataset.train_images, dataset.test_images)]
+    if 1 in n_left_over:
+        check_network(net, image_shape, dataset.num_classes, n_images=1)
     if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
-    if penalized and not penalized_weights(net):
-        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
-    n_activations = check_network(net, image_shape, dataset.num_classes)
+    if penalized := [p.regularizer for p in phases if p.regularizer]:
+        check_penalties(net, penalized, image_shape, n_activations, args)
     steps = None
     if args.qat_bits is not None:
         bits = utils.qat_bit_widths(args.qat_bits)
@@ -449,21 +455,38 @@ def make_state(
     scheduler = utils.make_scheduler(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
+    if distributed.get_world_size() > 1:
+        set_sync_bn(net, args.sync_bn)
+    average = None if args.ema is None else make_average(net, args.ema)
+    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
+
+
+def check_penalties(
+    net: nn.Module,
+    penalized: Sequence[Regularizer],
+    image_shape: Sequence[int],
+    n_activations: int,
+    args: argparse.Namespace,
+) -> None:
+    """Print what of the network is not penalized; NetworkError where a penalty cannot work."""
+    by_difference = args.penalty_gradient == "difference"
     inputs = {name for regularizer in penalized for name in regularizer.inputs}
+    if not penalized_weights(net):
+        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
+    if computed := computed_weights(net):
+        print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
+    if any(map(needs_double_backward, penalized)):
+        check_derivatives(net, image_shape, second=not by_difference)
     if "folded_weights" in inputs:
         if unfolded := describe_unfolded(net, image_shape):
             print(f"{args.model}: {unfolded}")
-    if distributed.get_world_size() > 1:
-        set_sync_bn(net, args.sync_bn)
-    if "a_grads" in inputs and args.penalty_gradient == "difference":
+    if "a_grads" in inputs and by_difference:
         check_movable_activations(net, image_shape)
     if "a_grads" in inputs and n_activations == 0:
         print(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
         )
-    average = None if args.ema is None else make_average(net, args.ema)
-    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
 
 
 # --- the script ------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 import argparse
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import lr_scheduler
 
 import data
@@ -17,6 +18,7 @@ import quant_utils as qu
 from analysis.report import FLOAT_BITS
 from engine.images.loader import Loader
 from engine.networks.fast_layers import use_fast_layers
+from engine.networks.outputs import check_network
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
 from engine.system.cli import bounded_number, choice_ignoring_case
@@ -200,9 +202,16 @@ def make_net(
     device: str,
     width: float = 1.0,
     memory_format: str = "channels_last",
+    image_shape: Sequence[int] = (),
 ) -> nn.Module:
-    """Make the network of that name, as `make_model` does, with fast layers, on the device."""
-    net = use_fast_layers(make_model(name, num_classes, width))
+    """Make the network of that name, as `make_model` does, with fast layers, on the device.
+
+    Lazy modules get their sizes from images of `image_shape` (3, H, W).
+    """
+    net = make_model(name, num_classes, width)
+    if any(map(is_lazy, net.parameters())):
+        check_network(net, image_shape, num_classes)
+    net = use_fast_layers(net)
     return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
 
 

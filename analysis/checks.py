@@ -21,7 +21,7 @@ from analysis.weights_files import (
     read_record,
     read_training_record,
 )
-from engine.networks.exported import layers
+from engine.networks.exported import layers, operations
 from engine.networks.folding import batch_norms, foldable
 from engine.system import distributed
 from engine.system.cli import Parser
@@ -96,7 +96,8 @@ def find_recorded_network(
     The width is the record's where that names this network. Raises FileError for one that no
     network can have.
     """
-    model, width = args.model, args.width
+    model = args.model
+    width = args.width
     recorded, recorded_width = file.setting("model"), file.setting("width")
     if "model" not in explicit_flags and is_model(recorded):
         model = recorded
@@ -176,6 +177,12 @@ def check_coverage(
         print_warning(f"{network.name}: {covered}")
 
 
+def check_sums(network: MeasuredNetwork, path: Path) -> None:
+    """Warn where --quantize_sums finds no sum to quantize."""
+    if network.conditions.sums and not any(each.is_sum for each in operations(network.graph)):
+        print_warning(f"{path}: --quantize_sums has no effect: the network adds nothing up")
+
+
 def check_accuracy(row: Row, file: WeightsFile, dataset: str, is_whole_test_set: bool) -> None:
     """Warn where a row is not as accurate as the network was when it had been trained.
 
@@ -199,20 +206,26 @@ def read_learned_steps(
     Raises FileError where they are not of the network, and warns where the record is of another
     training than the weights in `file`.
     """
-    steps, record = read_steps(path, net, graph), read_training_record(path)
+    steps = read_steps(path, net, graph)
+    record = read_training_record(path)
     ids = [each.record.get("run_id") for each in (file, record)]
     if None not in ids and ids[0] != ids[1]:
         print_warning(f"{path} has the steps of another training than that of {file.path}")
     return steps, record
 
 
-def print_unfolded(graph: fx.GraphModule, path: Path) -> None:
-    """Print that there is nothing to fold or, if any do, which batch norms stay unfolded."""
+def check_folding(graph: fx.GraphModule, path: Path) -> None:
+    """Print that there is nothing to fold or, if any do, which batch norms stay unfolded.
+
+    Raises NetworkError where all do.
+    """
     norms = batch_norms(graph)
     folded = [norm for _, norm in foldable(graph)]
     left = [norm.meta["path"] for norm in norms if norm not in folded]
     if not norms:
         print(f"--fold_bn has no effect: {path} has no batch norms")
+    elif not folded:
+        raise NetworkError(f"--fold_bn: no batch norm after a convolution in {path}: cannot fold")
     if left:
         some = ", ".join(left[:3]) + ", …" * (len(left) > 3)
         print(f"{path}: {len(left)} batch norms do not follow a layer alone: they stay ({some})")

@@ -115,7 +115,8 @@ class MeasuredNetwork:
     ) -> None:
         """Keep what it is; nothing is computed yet."""
         self.name, self.graph, self.net, self.fold = name, graph, net, fold
-        self.conditions, self.images = conditions, images
+        self.conditions = conditions
+        self.images = images
         self._ranges: dict[int, dict[str, acts.Range]] = {}
         self._rounding: tuple[tuple[str, int], dict[str, Tensor]] = (("", 0), {})
         self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] | None = None
@@ -140,7 +141,8 @@ class MeasuredNetwork:
     @cached_property
     def _calibrated(self) -> dict[str, acts.Range]:
         """The range of each input that is quantized, before bits are known."""
-        how, images = self.conditions, batches(self.images.calibration)
+        how = self.conditions
+        images = batches(self.images.calibration)
         return acts.calibrate(self.prepared(self.graph), images, how.calibration, how.sums)
 
     def ranges(self, act_bits: int) -> dict[str, acts.Range]:
@@ -260,13 +262,15 @@ class MeasuredNetwork:
             def quantized(name: str, round_up: Tensor | int | None) -> dict[str, Tensor]:
                 graph = copy_graph(self.graph)
                 layer = layers(graph)[name]
-                n_bits, options = bits.get(name, how.n_bits), how.layer_options()
+                n_bits = bits.get(name, how.n_bits)
+                options = how.layer_options()
                 quantizer = how.make_quantizer(0)
                 quantize_layer(graph, layer, quantizer, n_bits, **options, round_up=round_up)
                 names = {"weight": layer.weight, "bias": layer.bias}
                 return {kind: get_tensor(graph, each) for kind, each in names.items() if each}
 
-            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+            rank = distributed.get_rank()
+            world_size = distributed.get_world_size()
             self._rounding = (
                 key,
                 learn_rounding(
@@ -309,11 +313,13 @@ class MeasuredNetwork:
         are the terms of its Taylor expansion there, see analysis/taylor.py.
         """
         loss = self._measure(self.prepared(self.graph), self.images.expansion)["loss"]
-        rows, deltas = [], []
+        rows = []
+        deltas = []
         for how in quantizations:
             for name in layers(self.graph):
                 graph = copy_graph(self.graph)
-                layer, options = layers(graph)[name], how.layer_options()
+                layer = layers(graph)[name]
+                options = how.layer_options()
                 quantized = quantize_layer(
                     graph, layer, how.make_quantizer(0), how.n_bits, **options
                 )

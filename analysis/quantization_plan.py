@@ -22,7 +22,7 @@ def plan_rows(
     inputs = quantized_inputs(network.graph, network.conditions.sums)
     rows = []
     for operation in operations(network.graph):
-        for name in operation.inputs.keys() & inputs.keys():
+        for name in filter(inputs.__contains__, operation.inputs):
             shape = operation.source(name).meta["shape"][1:]
             grids = [network.grids(n)[name] for n in act_bits if n != FLOAT_BITS]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
@@ -50,7 +50,7 @@ def _row(name: str, tensor: str, shape: Sequence[int], bits: Sequence[int], exte
 def _grid_range(grid: Grid) -> str:
     """Return the range of a grid of inputs as text."""
     if grid.zero_point == 2 ** (grid.n_bits - 1):  # symmetric about 0
-        return _range((-1, grid.scale * grid.max_code / 2))
+        return f"±{grid.scale * grid.max_code / 2:.4g}"
     low, high = (grid.scale * (code - grid.zero_point) for code in (0, grid.max_code))
     return _range((0, high)) if grid.zero_point == 0 else f"{low:.4g} … {high:.4g}"
 

@@ -47,9 +47,8 @@ def problem():
     return x, y
 
 
-@pytest.fixture
-def net():
-    """A ConvNet whose batch norms do something: random parameters and statistics."""
+def make_net():
+    """Make a ConvNet whose batch norms do something: random parameters and statistics."""
     from models import ConvNet
 
     torch.manual_seed(3)
@@ -61,6 +60,19 @@ def net():
             module.running_mean.normal_()
             module.running_var.uniform_(0.1, 3)
     return net
+
+
+@pytest.fixture
+def net():
+    return make_net()
+
+
+@pytest.fixture(scope="session")
+def graph():
+    """The exported graph of `net`."""
+    from engine.networks.exported import export_network
+
+    return export_network(make_net(), (3, 32, 32))
 
 
 @pytest.fixture

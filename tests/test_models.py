@@ -1,8 +1,12 @@
+import importlib.machinery
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
 
-from models import ConvNet
+from models import ConvNet, find_model, make_model
 
 
 def plain_convnet(num_classes=10):
@@ -64,3 +68,19 @@ def test_outputs_are_those_of_plain_modules(training):
         torch.testing.assert_close(activation, a)
     torch.testing.assert_close(logits, plain.classifier(a.mean(dim=(2, 3))))
     torch.testing.assert_close(net.state_dict(), plain.state_dict())
+
+
+def test_networks_of_timm(monkeypatch):
+    calls = []
+    timm = types.ModuleType("timm")
+    timm.__spec__ = importlib.machinery.ModuleSpec("timm", None)
+    timm.is_model = lambda name: name == "resnet10t"
+    timm.create_model = lambda name, **options: calls.append((name, options))
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    make_model("timm:ResNet10t", 7)
+    assert calls == [("resnet10t", {"pretrained": False, "num_classes": 7})]
+    with pytest.raises(ValueError, match=r"unknown network 'x' of timm: timm.list_models\(\)"):
+        find_model("timm:x")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="timm:NAME needs timm: .*requirements-timm.txt"):
+        find_model("timm:resnet10t")

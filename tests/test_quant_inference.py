@@ -14,7 +14,11 @@ import data
 import models
 import quant_inference as qi
 import quant_utils as qu
+from analysis import measured_network
+from analysis.measured_network import Conditions, Images, MeasuredNetwork
 from engine.networks import layers
+from engine.networks.exported import export_network
+from engine.networks.folding import batch_norms
 from engine.system import progress
 from engine.system.io import save_weights
 from models import ConvNet
@@ -135,9 +139,8 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         assert row["accuracy_change"] == row["accuracy"] - rows[0]["accuracy"]
         assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
         assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
-    net = qi.load_network(Path("a.pt"), qi.make_parser().parse_args(["a.pt"]), tiny, foldable=True)
     for row, quantizer, source in ((rows[1], qu.uniform, "weight"), (rows[3], qu.pwlq, "own")):
-        net_q, layers = qu.quantize_model(net, quantizer, 3, bias_range=source)
+        net_q, layers = qu.quantize_model(make_net(), quantizer, 3, bias_range=source)
         assert row["squared_error"] == qu.model_error(layers)
         images = tiny.test_images / 255
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
@@ -189,12 +192,14 @@ def test_biases_as_published_keep_full_precision_or_stay_on_the_weights_grid(tin
     net = make_net()
     net.classifier.bias.data.normal_()
     save_weights(net, Path("a.pt"))
-    quantized = {}
+    graph, quantized = export_network(net, (3, 32, 32)), {}
     for biases in ("published", "weight", "full"):
-        args = qi.make_parser().parse_args(["a.pt", "--biases", biases])
-        for scheme in ("dorefa", "pwlq"):
-            layer = qi.quantize_one_layer(net, "classifier", scheme, 3, args)[0].classifier
-            quantized[biases, scheme] = layer.bias
+        flags = ["a.pt", "--biases", biases, "--bits", "3", "--schemes", "dorefa", "pwlq"]
+        for how in qi.make_quantizations(qi.make_parser().parse_args(flags)):
+            graph_q, _ = qu.quantize_weights(
+                graph, how.make_quantizer(0), how.n_bits, **how.layer_options()
+            )
+            quantized[biases, how.scheme] = graph_q.classifier.bias
     b, w = net.classifier.bias.detach(), net.classifier.weight
     assert all(torch.equal(quantized["full", scheme], b) for scheme in ("dorefa", "pwlq"))
     assert torch.equal(quantized["published", "pwlq"], qu.pwlq(b, 3))
@@ -259,11 +264,12 @@ def test_16_bits_everywhere_are_as_good_as_none(tiny):
 def test_folding_for_evaluation_after_quantizing_changes_no_output(tiny):
     net, _ = qu.quantize_model(make_net(), qu.uniform, 3)
     x = torch.randn(4, 3, 32, 32)
+    graph = export_network(net, (3, 32, 32))
+    conditions = Conditions("cpu")
+    network = MeasuredNetwork("a", graph, net, True, conditions, Images(test=None))
     with torch.no_grad():
-        torch.testing.assert_close(
-            qi.prepare_for_eval(net, "cpu", fold=True)(x)[0], net(x)[0], rtol=1e-4, atol=1e-4
-        )
-    assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        torch.testing.assert_close(network.prepared(graph)(x), net(x)[0], rtol=1e-4, atol=1e-4)
+    assert batch_norms(graph) and not batch_norms(network.prepared(graph))
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -328,7 +334,7 @@ def test_calibration_does_not_depend_on_the_batch_size(tiny):
 def test_an_error_or_an_interruption_keeps_all_other_results(tiny, capsys, monkeypatch):
     for name in ("first", "second", "third"):
         save_weights(make_net(), Path(f"{name}.pt"))
-    plain, calls = qi.evaluate, []
+    plain, calls = measured_network.evaluate, []
 
     def evaluate(*arguments):
         calls.append(arguments)
@@ -338,7 +344,7 @@ def test_an_error_or_an_interruption_keeps_all_other_results(tiny, capsys, monke
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(qi, "evaluate", evaluate)
+    monkeypatch.setattr(measured_network, "evaluate", evaluate)
     flags = ("--bits", 4, "--schemes", "uniform")
     assert main("first.pt", "second.pt", "third.pt", *flags) == 130
     captured = capsys.readouterr().err
@@ -352,7 +358,7 @@ def test_an_error_or_an_interruption_keeps_all_other_results(tiny, capsys, monke
 
 def test_interrupted_before_anything_is_quantized(tiny, capsys, monkeypatch):
     save_weights(make_net(), Path("a.pt"))
-    plain, calls = qi.evaluate, []
+    plain, calls = measured_network.evaluate, []
 
     def evaluate(*arguments):
         calls.append(arguments)
@@ -360,7 +366,7 @@ def test_interrupted_before_anything_is_quantized(tiny, capsys, monkeypatch):
             raise KeyboardInterrupt
         return plain(*arguments)
 
-    monkeypatch.setattr(qi, "evaluate", evaluate)
+    monkeypatch.setattr(measured_network, "evaluate", evaluate)
     assert main("a.pt", "--bits", 4) == 130
     assert [row["scheme"] for row in results()["rows"]] == ["none"]
     assert "stopped" in capsys.readouterr().err and not Path("accuracy.png").exists()
@@ -530,7 +536,8 @@ def test_a_quantizer_gets_the_flags_that_it_takes(monkeypatch):
 
     monkeypatch.setitem(qu.QUANTIZERS, "clipped", clipped)
     args = qi.make_parser().parse_args(["a.pt", "--per_channel", "--seed", "3"])
-    assert qi.make_quantizer("clipped", args).keywords == {"per_channel": True, "seed": 3}
+    bound = qi.bind_options(clipped, vars(args))
+    assert bound.keywords == {"per_channel": True, "seed": 3}
     assert not qu.is_stochastic("clipped")
 
 

@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import stats
@@ -13,6 +13,9 @@ from torch import nn
 
 import quant_utils as qu
 from engine.networks import layers
+from engine.networks.exported import operations, returning_values
+from engine.quantization.activations import minmax, percentile, topk_median
+from engine.quantization.grids import MIN_SCALE, activation_grid
 
 SCIPY = {"norm": stats.norm, "laplace": stats.laplace(scale=1 / math.sqrt(2))}
 DETERMINISTIC = {
@@ -386,9 +389,13 @@ def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     originals = layers.quantizable_layers(net)
     assert [error.name for error in errors] == list(originals)
-    for (name, error, n), w in zip(errors, (m.weight for m in originals.values()), strict=True):
+    weights = [module.weight for module in originals.values()]
+    for (name, error, n, parts), w in zip(errors, weights, strict=True):
         w_q = net_q.get_submodule(name).weight
         assert torch.equal(w_q, qu.uniform(w, 4)) and n == w.numel()
+        [part] = parts
+        assert torch.equal(part.codes, part.codes.round()) and part.codes.abs().max() <= 8
+        assert torch.equal(part.codes * part.scale, w_q)
         assert error == pytest.approx((w_q - w).square().sum().item(), rel=1e-5)
     squared = torch.tensor([error.squared_error for error in errors])
     sizes = torch.tensor([error.n_weights for error in errors])
@@ -434,14 +441,13 @@ def test_mean_correction_keeps_each_channels_mean():
 
 
 @pytest.mark.parametrize("method", qu.CALIBRATIONS)
-def test_calibration_sees_every_input(net, method):
+def test_calibration_sees_every_input(net, graph, method):
     batches = torch.randn(2, 8, 3, 32, 32, generator=seeded())
-    ranges = qu.calibrate(net, batches, method)
+    ranges = qu.calibrate(graph, batches, method)
     assert set(ranges) == {*layers.quantizable_layers(net), "pool"}
     low, high = ranges["layer0.0"]
     assert low < 0 < high
     assert all(low == 0 < high for name, (low, high) in ranges.items() if name != "layer0.0")
-    assert not any(m._forward_pre_hooks for m in net.modules())
     if method == "minmax":
         assert (low, high) == (batches.min().item(), batches.max().item())
     if method == "topk_median":
@@ -451,16 +457,17 @@ def test_calibration_sees_every_input(net, method):
 
 def test_percentile_and_topk_of_known_values():
     x = torch.arange(100_001.0)
-    assert qu.percentile(x) == (9.0, 99_991.0)
-    assert qu.topk_median(x) == (4.5, 99_995.5)
-    assert qu.topk_median(torch.tensor([3.0])) == (3.0, 3.0) == qu.percentile(torch.tensor([3.0]))
+    assert percentile(x) == (9.0, 99_991.0)
+    assert topk_median(x) == (4.5, 99_995.5)
+    assert topk_median(torch.tensor([3.0])) == (3.0, 3.0) == percentile(torch.tensor([3.0]))
 
 
 @check(w=tensors(), n_bits=st.integers(2, 8), positive=st.booleans())
 def test_activation_grid(w, n_bits, positive):
-    w = w.abs() if positive else w
-    low, high = qu.minmax(w)
-    w_q = qu.quantize_activation(w, n_bits, low, high)
+    w = w.abs().float() if positive else w.float()  # as scales are
+    assume(not 0 < w.abs().max() < 1e4 * MIN_SCALE)
+    low, high = minmax(w)
+    w_q = activation_grid(n_bits, low, high).round(w)
     if positive:
         step = high / (2**n_bits - 1)
         assert ((w_q - w).abs() <= step * (0.5 + 1e-6)).all() and w_q.max() <= high * (1 + 1e-6)
@@ -469,17 +476,17 @@ def test_activation_grid(w, n_bits, positive):
         torch.testing.assert_close(w_q, expected, rtol=1e-6, atol=1e-300)
 
 
-def test_activations_of_a_network_are_quantized(net):
+def test_activations_of_a_network_are_quantized(net, graph):
     x = torch.randn(8, 3, 32, 32, generator=seeded())
-    ranges = qu.calibrate(net, [x], "minmax")
-    seen = {}
+    ranges = qu.calibrate(graph, [x], "minmax")
     with torch.no_grad():
         reference, _ = net(x)
         for n_bits in (2, 16):
-            net_q, _ = qu.quantize_model(net, qu.uniform, 16)
-            qu.quantize_activations(net_q, n_bits, ranges)
-            net_q.pool.register_forward_hook(lambda m, args, out: seen.update(pool=args[0]))
-            logits, _ = net_q(x)
+            graph_q, _ = qu.quantize_weights(graph, qu.uniform, 16)
+            graph_q = qu.quantize_activations(graph_q, qu.activation_grids(ranges, n_bits))
+            logits = graph_q(x)
             if n_bits == 2:
-                assert len(seen["pool"].unique()) == 4
+                [pool] = [each for each in operations(graph_q) if each.name == "pool"]
+                [pooled] = returning_values(graph_q, [pool.source("pool")])(x)
+                assert len(pooled.unique()) == 4
     torch.testing.assert_close(logits, reference, rtol=0.01, atol=0.01)

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ import regularizers
 import study
 import train
 from engine.images.loader import Loader
-from engine.networks.batch_norm import fold_batch_norm
+from engine.networks.exported import export_network
 from engine.networks.fast_layers import use_fast_layers
+from engine.networks.folding import fold_batch_norms
 from engine.networks.outputs import run_network
 from engine.step.gradients import compute_gradients
 from engine.system.cli import warn_unused_flags
@@ -391,11 +393,11 @@ def test_the_network_of_the_page_trains_in_bfloat16_and_quantizes(extended):
     made = regularizers.make_regularizer("L2Grad", 0.01)
     compute_gradients(net, nn.CrossEntropyLoss(), made, x.float(), y, torch.bfloat16)
     assert all(p.grad.isfinite().all() for p in net.parameters())
-    net_q, errors = quant_utils.quantize_model(net, quant_utils.uniform, 4)
+    net_q, errors = quant_utils.quantize_model(net, quant_utils.uniform, 4, image_shape=(3, 8, 8))
     names = ["stem.0", *(f"blocks.{i}.conv{n}" for i in (0, 1) for n in (1, 2))]
     assert [e.name for e in errors] == [*names, "blocks.1.down.0", "classifier"]
     assert net_q.eval()(x.float()).shape == (6, 4)
-    folded = fold_batch_norm(net.eval())
+    folded = fold_batch_norms(export_network(net.eval(), (3, 8, 8)))
     torch.testing.assert_close(folded(x.float()), net(x.float()), rtol=1e-4, atol=1e-4)
 
 
@@ -409,9 +411,23 @@ def test_the_quantizer_of_the_page_quantizes_a_network(extended, n_bits):
     assert len(values) <= 2 ** (n_bits - 1) and values.max() == w.abs().max()
     assert quantizer(w_q, n_bits).equal(w_q)
     net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
-    net_q, errors = quant_utils.quantize_model(net, quantizer, n_bits)
+    net_q, errors = quant_utils.quantize_model(net, quantizer, n_bits, image_shape=(9,))
     assert net_q[0].weight.equal(quantizer(net[0].weight, n_bits))
-    assert all(e.squared_error > 0 for e in errors)
+    assert all(e.squared_error > 0 and e.parts is None for e in errors)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_quantizer_of_integers_of_the_page_has_them(extended, per_channel):
+    quantizer = partial(quant_utils.QUANTIZERS["narrow"], per_channel=per_channel)
+    net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
+    net_q, quantized = quant_utils.quantize_model(net, quantizer, 3, image_shape=(9,))
+    for layer, (part,) in zip(net_q, (e.parts for e in quantized), strict=True):
+        assert set(part.codes.unique().tolist()) <= {-3, -2, -1, 0, 1, 2, 3}
+        assert part.codes.abs().max() == 3
+        assert (part.codes * part.scale).equal(layer.weight)
+        assert len(part.scale.flatten()) == (len(layer.weight) if per_channel else 1)
+    assert quant_utils.n_levels("narrow", 3, False) == 7
+    assert quant_utils.n_levels("power_of_two", 3, False) == 8
 
 
 def test_the_data_set_of_the_page_makes_batches(extended, tmp_path):

@@ -129,9 +129,17 @@ def find_images(folder: Path, classes: Sequence[str], image_size: int) -> tuple[
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the paths of all files in the folder and those in it, but not in hidden ones."""
+    """Yield the paths of all files in the folder and those in it, but not in hidden ones.
+
+    Links are followed, but not those that lead back to a folder on the way to them.
+    """
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = {path.resolve() for path in (Path(parent), *Path(parent).parents)}
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and Path(parent, name).resolve() not in above
+        )
         yield from (Path(parent, name) for name in sorted(names))
 
 

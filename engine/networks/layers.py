@@ -18,14 +18,21 @@ class Add(nn.Module):
 def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return every convolution and linear layer by name, in module order.
 
-    Layers that share one weight count once, under the name of the first.
+    Layers that share one weight count once, under the name of the first. Those whose weight is
+    computed, as by `weight_norm`, are left out.
     """
     layer_of: dict[Tensor, tuple[str, nn.Conv2d | nn.Linear]] = {}
     for name, m in net.named_modules():
-        if isinstance(m, LAYER_TYPES):
-            # by the weight: one that two layers share is quantized once, and penalized once
+        if isinstance(m, LAYER_TYPES) and m._parameters.get("weight") is not None:
+            # by the weight: one that two layers share is penalized once
             layer_of.setdefault(m.weight, (name, m))
     return dict(layer_of.values())
+
+
+def computed_weights(net: nn.Module) -> list[str]:
+    """Return the names of layers whose weight is no parameter but computed from some."""
+    modules = net.named_modules()
+    return [n for n, m in modules if isinstance(m, LAYER_TYPES) and "weight" not in m._parameters]
 
 
 def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,15 +5,16 @@ activations A_l are the outputs of its activation modules in the order in which 
 """
 
 import itertools
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.networks.fast_batch_norm import BatchNormReLU
-from engine.system.errors import NetworkError
+from engine.system.errors import NetworkError, ReportedError
 
 # Modules whose outputs are the activations A_l, with their subclasses. Functions such as F.relu are
 # no modules, and not seen.
@@ -33,24 +34,48 @@ def run_network(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the logits (B, classes) of images x (B, C, H, W) and, if asked for, the A_l.
 
-    Raises NetworkError where the network returns something else.
+    Raises NetworkError where the network returns something else, or raises whatever error.
     """
     logits, activations, _ = run_recorded(net, x, with_activations)
     return logits, activations
 
 
 def run_recorded(
-    net: nn.Module, x: Tensor, with_activations: bool = True
+    net: nn.Module, x: Tensor, with_activations: bool = True, problem: str = ""
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return what `run_network` does, and all outputs of activation modules where asked for.
 
     The A_l are others than these where the network returns its activations itself.
     """
-    if not with_activations:
-        return *split_output(net, net(x), []), []
-    with recorded_activations(net) as recorded:
-        output = net(x)
-    return *split_output(net, output, recorded), recorded
+    with network_boundary(net, problem):
+        with recorded_activations(net) if with_activations else nullcontext([]) as recorded:
+            output = net(x.clone())  # a network may write into its input
+        logits, activations = split_output(net, output, recorded)
+    if logits.dim() != 2 or len(logits) != len(x):
+        name, shape = type(net).__name__, tuple(logits.shape)
+        hint = ": choose another --batch_size, which leaves no single image" * (len(x) == 1)
+        raise NetworkError(
+            f"{name} returned logits {shape} of {len(x)} images, not ({len(x)}, classes){hint}"
+        )
+    return logits, activations, recorded
+
+
+@contextmanager
+def network_boundary(net: nn.Module, problem: str = "") -> Iterator[None]:
+    """Context manager in which whatever a stranger's network raises is a NetworkError of one line.
+
+    The line begins with the network's name and the `problem`.
+    """
+    try:
+        yield
+    except ReportedError:
+        raise
+    except Exception as error:  # foreign code raises errors of every kind
+        kind = type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), "")
+        reason = textwrap.shorten(reason, 200, placeholder=" …")
+        reason = reason if isinstance(error, RuntimeError) and reason else f"{kind}: {reason}"
+        raise NetworkError(f"{type(net).__name__}{problem}: {reason}") from error
 
 
 def split_output(
@@ -139,33 +164,31 @@ def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> Non
     It is tried on one image of `image_shape` (3, H, W), in evaluation mode.
     """
     with torch.no_grad(), every_module_in(net, training=False):
-        _, activations, recorded = run_recorded(net, _blank_images(net, 1, image_shape))
+        _, activations, recorded = run_recorded(net, blank_images(net, 1, image_shape))
     activation_runs(net, activations, recorded)
 
 
-def _blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
+def blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
     """Return n black images in the dtype and on the device of the network."""
-    p = next(net.parameters())
+    p = next(net.parameters(), torch.empty(0))
     return torch.zeros(n, *image_shape, dtype=p.dtype, device=p.device)
 
 
-def check_network(net: nn.Module, image_shape: Sequence[int], num_classes: int) -> int:
+def check_network(
+    net: nn.Module, image_shape: Sequence[int], num_classes: int, n_images: int = 2
+) -> int:
     """Return how many activations A_l the network has for images of `image_shape` (3, H, W).
 
-    Raises NetworkError where it cannot map such images to num_classes logits: it is tried, in
-    evaluation mode.
+    Raises NetworkError where it cannot map n_images of these to num_classes logits: it is tried, in
+    evaluation mode. Lazy modules of PyTorch get their sizes and first weights by it.
     """
     size, name = " × ".join(map(str, image_shape)), type(net).__name__
-    x = _blank_images(net, 2, image_shape)
-    try:
-        with torch.no_grad(), every_module_in(net, training=False):
-            logits, activations = run_network(net, x, with_activations=True)
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:  # of shapes that differ
-        reason = str(error).strip().splitlines()[0][:200]
-        raise NetworkError(f"{name} cannot take images of {size}: {reason}") from error
-    if logits.dim() != 2 or len(logits) != 2 or logits.shape[1] < num_classes:
-        shape = tuple(logits.shape)
-        raise NetworkError(f"{name} returned logits {shape} of 2 images, not (2, {num_classes})")
+    x = blank_images(net, n_images, image_shape)
+    with torch.no_grad(), every_module_in(net, training=False):
+        logits, activations, _ = run_recorded(net, x, problem=f" cannot take images of {size}")
+    if logits.shape[1] < num_classes:
+        shape, wanted = tuple(logits.shape), (n_images, num_classes)
+        raise NetworkError(f"{name} returned logits {shape} of {n_images} images, not {wanted}")
     return len(activations)
 
 

@@ -23,13 +23,15 @@ Range = tuple[float, float]
 
 def topk_median(x: Tensor, k: int = 10) -> Range:
     """Return the median of the k smallest values of x and that of its k largest."""
-    k, x = min(k, x.numel()), x.flatten().float()
+    k = min(k, x.numel())
+    x = x.flatten().float()
     return tuple(x.topk(k, largest=top).values.quantile(0.5).item() for top in (False, True))
 
 
 def percentile(x: Tensor, tail: float = 1e-4) -> Range:
     """Return the two values of x beyond which a fraction `tail` of all values lies."""
-    k, x = max(1, round(tail * x.numel())), x.flatten().float()
+    k = max(1, round(tail * x.numel()))
+    x = x.flatten().float()
     return tuple(x.topk(k, largest=top).values[-1].item() for top in (False, True))
 
 

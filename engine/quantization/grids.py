@@ -55,7 +55,8 @@ class Grid:
         """Return x, of any shape, rounded to the nearest point of the grid."""
         # a tensor, as accelerators multiply by the reciprocal of a number instead of dividing
         scale = torch.tensor(self.scale, dtype=x.dtype, device=x.device)
-        low, high = -self.zero_point, self.max_code - self.zero_point
+        low = -self.zero_point
+        high = self.max_code - self.zero_point
         return (x / scale).round_().clamp_(low, high).mul_(scale)
 
     def code_range(self, bounds: tuple[float, float]) -> tuple[int, int]:
@@ -78,10 +79,12 @@ def activation_grid(n_bits: int, low: float, high: float, asymmetric: bool = Fal
     check_bits(n_bits)
     n_intervals = 2**n_bits - 1
     if low >= 0:
-        scale, zero_point = high / n_intervals, 0
+        scale = high / n_intervals
+        zero_point = 0
     elif asymmetric:
         scale = (max(high, 0.0) - low) / n_intervals
         zero_point = round(-low / scale)
     else:
-        scale, zero_point = max(high, -low) / (n_intervals / 2), 2 ** (n_bits - 1)
+        scale = max(high, -low) / (n_intervals / 2)
+        zero_point = 2 ** (n_bits - 1)
     return Grid(torch.tensor(max(scale, MIN_SCALE), dtype=torch.float32).item(), zero_point, n_bits)

@@ -33,7 +33,7 @@ NO_EXCEPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 def total(parts: Parts | Tensor) -> Tensor:
     """Return the floats that parts are the sum of; floats as they are."""
-    return parts if isinstance(parts, Tensor) else sum(part.dequantize() for part in parts)
+    return sum(part.dequantize() for part in parts) if isinstance(parts, tuple) else parts
 
 
 def grid_of(quantizer: Quantizer) -> Callable[..., Parts | Tensor]:
@@ -123,7 +123,7 @@ def quantize_layer(
         w_q = correction(w, w_q)
     set_constant(graph, layer, "weight", from_channels(w_q, layer))
     squared_error = (w_q - w).double().square().sum().item()
-    is_on_grid = not correction and not isinstance(parts, Tensor)
+    is_on_grid = not correction and isinstance(parts, tuple)
     return QuantizedLayer(layer.name, squared_error, w.numel(), parts if is_on_grid else None)
 
 

@@ -1,17 +1,20 @@
 """The loss of one batch as a function of parameters and activations, and its first derivatives."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.networks.outputs import (
     activation_runs,
     moved_activations,
+    network_boundary,
     run_network,
     run_recorded,
     split_output,
@@ -59,7 +62,9 @@ class BatchLoss:
         """Differentiate once, by what the regularizer's `inputs` ask for."""
         net = self.net
         has_activations = "a_grads" in inputs
-        with autocast(self.x.device, self.dtype):
+        # of PyTorch's kernels for attention, one has a second derivative
+        kernel = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+        with autocast(self.x.device, self.dtype), kernel:
             logits, activations, recorded = run_recorded(net, self.x, has_activations)
             loss = distributed.to_global_mean(self.criterion(logits, self.y), len(self.x))
         params = [*trainable_parameters(net).values()]
@@ -68,7 +73,8 @@ class BatchLoss:
         activations = [a for a in activations if a.requires_grad] if has_activations else []
         # one backward pass for all of them: they share most of the way
         targets = [*params, *activations]
-        grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
+        with network_boundary(net):
+            grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
         grad_of = dict(zip(params, grads, strict=False))
         available = {
             "weights": weights,
@@ -97,11 +103,14 @@ class BatchLoss:
         net, x = self.net, self.x
         buffers = {name: b.clone() for name, b in net.named_buffers()}
         with (
+            network_boundary(net),
             autocast(x.device, self.dtype),
             rng_from(self.rng_state, x.device),
             moved_activations(net, offsets),
         ):
-            logits, _ = split_output(net, functional_call(net, {**buffers, **params}, (x,)), [])
+            logits, _ = split_output(
+                net, functional_call(net, {**buffers, **params}, (x.clone(),)), []
+            )
             return distributed.to_global_mean(self.criterion(logits, self.y), len(x))
 
     def change(self, loss: Tensor, grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:

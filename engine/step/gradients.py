@@ -16,6 +16,7 @@ from torch.autograd import grad
 
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
+from engine.networks.outputs import blank_images, every_module_in, network_boundary
 from engine.step.batch_loss import BatchLoss, FirstOrderResult
 from engine.step.norms import lp_norms, whole_batch_norms
 from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward
@@ -23,6 +24,7 @@ from engine.system import distributed
 from engine.system.errors import PenaltyError
 from engine.system.hardware import get_rng_state
 
+NOT_TWICE = " cannot be differentiated twice, which --penalty_gradient difference does without"
 DIFFERENCE_STEP = 0.01  # relative size of a difference; docs/fast_step.md says why
 
 
@@ -76,7 +78,9 @@ def compute_gradients(
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
-        _add(params, vector_jacobian_product(params, first, directions))
+        with network_boundary(net, NOT_TWICE):
+            products = vector_jacobian_product(params, first, directions)
+        _add(params, products)
     return loss, penalty.detach(), n_correct
 
 
@@ -151,6 +155,26 @@ def vector_jacobian_product(
     outputs, vectors = zip(*pairs, strict=True)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         return sum_grads(grad(outputs, params, vectors, allow_unused=True))
+
+
+def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) -> None:
+    """Raise NetworkError where the network has no derivative or, with `second`, no second one.
+
+    It is tried on two images of `image_shape` (3, H, W), in evaluation mode, before there are any
+    gradients in .grad.
+    """
+    x = blank_images(net, 2, image_shape)
+    y = torch.zeros(2, dtype=torch.long, device=x.device)
+    with every_module_in(net, training=False):
+        batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, None)
+        first = batch.first_order(("w_grads",), create_graph=second)
+        gradients = [t for t in first.tensors["w_grads"] if t.requires_grad]
+        if second and gradients:
+            with network_boundary(net, NOT_TWICE):
+                # unlike `grad`, this goes to the ends of the graph: a function that is
+                # `once_differentiable` may end it, and `grad` then returns too little in silence
+                torch.autograd.backward(gradients, [torch.ones_like(t) for t in gradients])
+            net.zero_grad()
 
 
 def difference_product(

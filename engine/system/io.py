@@ -6,21 +6,23 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import tempfile
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import filelock
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.system import distributed
 from engine.system.errors import FileError, ReportedError
+from engine.system.extras import require
 
 MAX_NAME_BYTES = 255  # of a file, on the file systems in use
 RESERVED_NAME_BYTES = 40  # for suffixes and temporary names
@@ -86,7 +88,10 @@ def file_boundary(name: str | Path, problem: str = "is not what was saved there"
 def _reason(error: Exception) -> str:
     """Return what a library says is wrong, as one short line."""
     if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors and numbers, or is damaged"
+        return (
+            "it holds more than tensors and numbers, such as a whole network, or is damaged: "
+            "torch.save(net.state_dict(), path) saves weights"
+        )
     if isinstance(error, KeyError):
         return f"no {error}"
     lines = str(error).strip().splitlines() or [
@@ -154,16 +159,34 @@ def torch_save(value: Any, path: Path) -> None:
 def torch_load(path: Path) -> Any:
     """Read onto the CPU what torch.save wrote: tensors and plain containers, with checksums.
 
+    PyTorch before 1.6 wrote no zip files, and no checksums; a .safetensors file has none either.
     No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
     in one line, for whatever is wrong.
     """
     with file_boundary(path, "is damaged or not a file of weights"):
-        with zipfile.ZipFile(path) as archive:  # torch itself checks no checksum
-            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                raise ValueError("torch.save compresses nothing")
-            if damaged := archive.testzip():
-                raise ValueError(f"checksum of {damaged!r}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return require("safetensors.torch", path.name).load_file(path)
+        n_free = path.stat().st_size  # bytes of the file that no storage has taken yet
+
+        def on_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            nonlocal n_free  # for files of before 1.6, memory is set aside before it is filled
+            n_free -= storage.nbytes()
+            if n_free < 0:
+                raise ValueError("its tensors are larger than the file")
+            return storage
+
+        if _is_zip(path):
+            with zipfile.ZipFile(path) as archive:  # torch itself checks no checksum
+                if sum(member.file_size for member in archive.infolist()) > n_free:
+                    raise ValueError("torch.save compresses nothing")
+                if damaged := archive.testzip():
+                    raise ValueError(f"checksum of {damaged!r}")
+        return torch.load(path, map_location=on_cpu, weights_only=True)
+
+
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"  # as torch itself decides it
 
 
 def save_weights(net: nn.Module, path: Path) -> None:
@@ -189,21 +212,62 @@ def _without_nan(value: Any) -> Any:
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
-    """Read a .pt file, or the weights in a .ckpt, into the network.
+    """Read a file of weights, or the weights in a .ckpt, into the network.
 
-    Raises FileError, in one line, where they are not of that network.
+    Other tools wrap, name and round them in their own ways: what had to be undone is printed in one
+    line. Raises FileError, in one line, where they are not of that network.
     """
     state = torch_load(path)
-    if isinstance(state, dict) and {"format", "net"} <= state.keys():
-        state = state["net"]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(t, torch.Tensor) and not t.is_complex()
-        for name, t in state.items()
-    ):
+    undone = [] if _is_zip(path) else ["in a format without checksums"]
+    if isinstance(state, dict) and not _is_state_dict(state):
+        wrapper = next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None)
+        if wrapper and "format" not in state:  # a .ckpt of our own has one
+            undone.append(f"taken from {wrapper!r}")
+        state = state.get(wrapper, state)
+    if not _is_state_dict(state):
         raise FileError(f"{path} is not a state_dict: a file of named real tensors")
+    own = net.state_dict()
+    state, renamed = _renamed(dict(state), own)  # without _metadata, which may hold anything
+    own_dtypes = {t.dtype for t in own.values()}
+    dtypes = {t.dtype for t in state.values() if t.is_floating_point()} - own_dtypes
+    undone += [*renamed, *sorted(f"converted from {d}".replace("torch.", "") for d in dtypes)]
     kind = type(net).__name__
     with file_boundary(path, f"is not of this {kind}{_made_for(path, kind)}"):
-        net.load_state_dict(dict(state))  # without _metadata, which a file may fill with anything
+        net.load_state_dict(state)  # which converts
+    if undone:
+        print(f"{path}: weights {', '.join(undone)}")
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which weights lie
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile, Lightning
+# torchvision's DenseNets were saved with names that PyTorch no longer allows
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(t, Tensor) and not t.is_complex()
+        for name, t in value.items()
+    )
+
+
+def _renamed(
+    state: dict[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights under the network's `own` names, if a way is known, and what it took."""
+    done = []
+    if state.keys() != own.keys():
+        renamed = {OLD_DENSENET.sub(r"\1", name): t for name, t in state.items()}
+        renamed = {name.replace("._orig_mod.", "."): t for name, t in renamed.items()}
+        done = ["renamed"] if renamed.keys() != state.keys() else []
+        state = renamed
+    while not state.keys() & own.keys():
+        shared = [p for p in PREFIXES if state and all(name.startswith(p) for name in state)]
+        if not shared:
+            break
+        state = {name.removeprefix(shared[0]): t for name, t in state.items()}
+        done.append(f"without the prefix {shared[0]!r}")
+    return state, done
 
 
 def _made_for(path: Path, kind: str) -> str:

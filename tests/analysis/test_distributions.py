@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from analysis import distributions
+from engine.networks.layers import quantizable_layers
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -21,9 +22,18 @@ def make_net(scale=1.0, outlier=0.0, seed=0):
     return net
 
 
+def flat_weights(**nets):
+    return distributions.flat_weights(
+        {
+            name: {key: m.weight for key, m in quantizable_layers(net).items()}
+            for name, net in nets.items()
+        }
+    )
+
+
 def test_statistics_of_normal_weights_with_an_outlier():
     net = make_net(scale=0.5, outlier=20.0)
-    rows = distributions.statistics(distributions.layer_weights({"a": net}))
+    rows = distributions.statistics(flat_weights(a=net))
     assert [row["layer"] for row in rows] == ["0", "1", "2"]
     assert all(tuple(row) == distributions.COLUMNS for row in rows)
     assert [row["n_weights"] for row in rows] == [1500, 10_000, 20_000]
@@ -36,7 +46,7 @@ def test_statistics_of_normal_weights_with_an_outlier():
 def test_equal_weights_have_no_kurtosis(tmp_path):
     net = nn.Sequential(nn.Linear(3, 2))
     nn.init.zeros_(net[0].weight)
-    weights = distributions.layer_weights({"a": net, "b": net})
+    weights = flat_weights(a=net, b=net)
     row = distributions.statistics(weights)[0]
     assert (row["std"], row["kurtosis"], row["max_over_std"]) == (0, None, None)
     distributions.distributions_plot(weights, ["0"], False, tmp_path / "a.png")
@@ -45,7 +55,7 @@ def test_equal_weights_have_no_kurtosis(tmp_path):
 
 def test_the_most_telling_layers_are_those_that_differ():
     nets = {"a": make_net(), "b": make_net(outlier=30.0, seed=1)}
-    rows = distributions.statistics(distributions.layer_weights(nets))
+    rows = distributions.statistics(flat_weights(**nets))
     assert distributions.choose_layers(rows, None) == ["0", "1", "2"]
     distributions.N_LAYERS, n = 1, distributions.N_LAYERS
     try:

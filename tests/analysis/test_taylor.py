@@ -7,6 +7,7 @@ from torch import nn
 
 from analysis.taylor import taylor_terms
 from engine.images.loader import Loader
+from engine.networks.exported import export_network
 
 
 def test_taylor_terms_are_those_of_autograd():
@@ -15,7 +16,7 @@ def test_taylor_terms_are_those_of_autograd():
 
     class Net(nn.Sequential):
         def forward(self, x):
-            return super().forward(x.double()), []
+            return super().forward(x.double())
 
     net = Net(nn.Conv2d(3, 2, 3, stride=5), nn.Softplus(), nn.Flatten(), nn.Linear(72, 10)).double()
     images = torch.randint(256, (7, 3, 32, 32), dtype=torch.uint8)
@@ -28,10 +29,11 @@ def test_taylor_terms_are_those_of_autograd():
 
     def loss(*values, keys):
         x, y = (torch.cat(part) for part in zip(*loader.batches(0), strict=True))
-        logits, _ = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
+        logits = torch.func.functional_call(net, dict(zip(keys, values, strict=True)), (x,))
         return F.cross_entropy(logits, y)
 
-    for delta, terms in zip(deltas, taylor_terms(net, loader, deltas), strict=True):
+    graph = export_network(net, (3, 32, 32))
+    for delta, terms in zip(deltas, taylor_terms(graph, loader, deltas), strict=True):
         at = tuple(params[key].detach() for key in delta)
         f, d = partial(loss, keys=list(delta)), tuple(delta.values())
         g = torch.autograd.functional.jacobian(f, at)

@@ -53,6 +53,17 @@ def load(root, **options):
     return data.load("ImageFolder", str(root), 0, **{"image_size": SIZE, "workers": 0, **options})
 
 
+def test_links_that_lead_back_are_not_followed(root):
+    expected = len(load(root).train_images)
+    hopper, minduka = root / "train" / "hopper", root / "train" / "minduka"
+    (hopper / "up").symlink_to(root, target_is_directory=True)
+    (hopper / "self").symlink_to(hopper, target_is_directory=True)
+    assert len(load(root).train_images) == expected
+    (hopper / "other").symlink_to(minduka, target_is_directory=True)  # a link like any other
+    (minduka / "other").symlink_to(hopper, target_is_directory=True)
+    assert len(load(root).train_images) == 2 * expected
+
+
 def train_loader(d, batch_size=4, **settings):
     options = {"seed": 3, "augment": True, "shuffle": True, **settings}
     return d.make_loader(d.train_images, d.train_labels, batch_size, d.mean, d.std, **options)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from engine.networks import batch_norm, layers
+from engine.networks.exported import export_network, returning_values, weights
 from engine.networks.fast_batch_norm import BatchNormReLU
+from engine.networks.folding import batch_norms, fold_batch_norms
 from engine.system.errors import NetworkError
 
 
@@ -14,17 +16,17 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_folding_keeps_the_outputs(net):
+def test_folding_keeps_the_outputs(net, graph):
     x = torch.randn(4, 3, 32, 32, generator=seeded())
+    folded = fold_batch_norms(graph)
+    rectified = folded.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
     with torch.no_grad():
         logits, activations = net(x)
-        folded = batch_norm.fold_batch_norm(net)
-        folded_logits, folded_activations = folded(x)
+        folded_logits, folded_activations = folded(x), returning_values(folded, rectified)(x)
     torch.testing.assert_close(folded_logits, logits, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(folded_activations, activations, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 9
+    assert not batch_norms(folded) and len(batch_norms(graph)) == 9
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -35,34 +37,39 @@ def test_folding_of_plain_modules(affine, bias):
     x = torch.randn(5, 4, 9, 9, generator=seeded()).double()
     net(x)  # moves the running statistics
     net.eval()
-    torch.testing.assert_close(batch_norm.fold_batch_norm(net)(x), net(x))
+    torch.testing.assert_close(fold_batch_norms(export_network(net, (4, 9, 9)))(x), net(x))
 
 
-def test_folded_weights_are_those_of_the_folded_network(net):
+def test_folded_weights_are_those_of_the_folded_network(net, graph):
     found = batch_norm.folded_weights(net)
-    folded = batch_norm.fold_batch_norm(net)
+    folded = weights(fold_batch_norms(graph))
     assert len(found) == len(net.BLOCKS) + 1
     for w, (name, m) in zip(found, layers.quantizable_layers(net).items(), strict=True):
-        torch.testing.assert_close(w, folded.get_submodule(name).weight)
+        torch.testing.assert_close(w, folded[name])
         assert (w is m.weight) == isinstance(m, nn.Linear)
-    own = layers.penalized_weights(folded)
-    pairs = zip(batch_norm.folded_weights(folded), own, strict=True)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2))
+    pairs = zip(batch_norm.folded_weights(plain), layers.penalized_weights(plain), strict=True)
     assert all(w is m for w, m in pairs)
 
 
 def test_a_network_without_batch_norms_stays_as_it_is():
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    folded = batch_norm.fold_batch_norm(net)
-    assert folded is not net and folded.state_dict().keys() == net.state_dict().keys()
-    assert batch_norm.check_folding(net, (3, 4, 4)) == 0
+    graph = export_network(net, (3, 4, 4))
+    folded = fold_batch_norms(graph)
+    assert folded is not graph and folded.state_dict().keys() == graph.state_dict().keys()
+    assert batch_norm.foldable_pairs(net, (3, 4, 4)) == []
 
 
 def test_folding_where_nothing_can_be_folded_is_refused():
-    with pytest.raises(ValueError, match="no batch norm after a convolution in Sequential"):
-        batch_norm.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)))
+    apart = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
+    with pytest.raises(NetworkError, match="no batch norm after a convolution in Sequential"):
+        batch_norm.foldable_pairs(apart)
     norm = nn.BatchNorm2d(3, track_running_stats=False)
-    with pytest.raises(ValueError, match="without running statistics"):
-        batch_norm.fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), norm))
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
+    with pytest.raises(NetworkError, match="without running statistics"):
+        batch_norm.foldable_pairs(net)
+    with pytest.raises(NetworkError, match="without running statistics"):
+        fold_batch_norms(export_network(net, (3, 32, 32)))
 
 
 class Untraceable(reference.Reordered):
@@ -73,15 +80,11 @@ class Untraceable(reference.Reordered):
         return super().forward(x)
 
 
-class Shared(Untraceable):
-    """Its convolution runs twice."""
+class Shared(reference.Reordered):
+    """Its convolution runs twice, the second time before the batch norm."""
 
     def features(self, x):
         return self.norm(self.conv(self.conv(x)))
-
-
-class SharedAndTraceable(reference.Reordered):
-    features = Shared.features
 
 
 class InOrder(reference.Reordered):
@@ -89,23 +92,31 @@ class InOrder(reference.Reordered):
         return self.norm(self.conv(x))
 
 
-def test_folding_is_checked_on_outputs(net):
-    batch_norm.check_folding(net, (3, 32, 32))
-    new = InOrder()
-    state = copy.deepcopy(new.state_dict())
-    batch_norm.check_folding(new, (3, 8, 8))
-    assert all(torch.equal(state[key], t) for key, t in new.state_dict().items())
-    for make in (Untraceable, Shared):  # new: statistics that would hide it
-        with pytest.raises(NetworkError, match=f"{make.__name__}: a batch norm does not run"):
-            batch_norm.check_folding(make(), (3, 8, 8))
-    for make in (reference.Reordered, SharedAndTraceable):
-        with pytest.raises(NetworkError, match=f"no batch norm after a convol.* {make.__name__}"):
-            batch_norm.check_folding(make(), (3, 8, 8))
+@pytest.mark.parametrize("make", [InOrder, Shared])
+def test_what_is_folded_is_what_runs(make):
+    net = make().eval()
+    net.norm.running_mean.fill_(-1.5)
+    net.norm.running_var.fill_(0.01)
+    state = copy.deepcopy(net.state_dict())
+    assert batch_norm.foldable_pairs(net, (3, 8, 8)) == [("conv.weight", "norm")]
+    folded = fold_batch_norms(export_network(net, (3, 8, 8)))
+    assert not batch_norms(folded)
+    x = torch.randn(4, 3, 8, 8, generator=seeded())
+    torch.testing.assert_close(folded(x), net(x)[0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(state[key], t) for key, t in net.state_dict().items())
+
+
+def test_what_cannot_be_folded_is_refused():
+    with pytest.raises(NetworkError, match=r"no batch norm after a convol.* Reordered"):
+        batch_norm.foldable_pairs(reference.Reordered(), (3, 8, 8))
+    with pytest.raises(NetworkError, match="Untraceable cannot be exported by torch") as refused:
+        batch_norm.foldable_pairs(Untraceable(), (3, 8, 8))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_check_of_folding_draws_nothing_from_the_stream(net):
     before = torch.get_rng_state()
-    batch_norm.check_folding(net, (3, 32, 32))
+    batch_norm.foldable_pairs(net)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import models
@@ -26,6 +28,8 @@ from engine.networks import (
     layers,
     outputs,
 )
+from engine.networks.exported import export_network
+from engine.networks.folding import batch_norms, fold_batch_norms
 from engine.step.gradients import compute_gradients
 from engine.system.errors import NetworkError
 from regularizers import KurtosisNorm, StepNoise, make_regularizer
@@ -295,9 +299,10 @@ def test_layers_that_share_a_weight_count_once():
 def test_folding(name):
     net = fast_layers.use_fast_layers(make(name)).eval()
     size = 32 if "torchvision" in name else 16
-    assert batch_norm.check_folding(copy.deepcopy(net).float(), (3, size, size)) == 0
-    folded = batch_norm.fold_batch_norm(net)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert batch_norm.describe_unfolded(net, (3, size, size)) is None
+    graph = export_network(net, (3, size, size))
+    folded = fold_batch_norms(graph)
+    assert batch_norms(graph) and not batch_norms(folded)
     x, _ = batch(size)
     torch.testing.assert_close(folded(x), net(x))
 
@@ -305,7 +310,7 @@ def test_folding(name):
 def test_batch_norms_that_stay():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).float()
     net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert batch_norm.check_folding(net, (3, 4, 4)) == 1
+    assert batch_norm.describe_unfolded(net, (3, 4, 4)).startswith("1 batch norms do not follow")
 
 
 # --- scripts ---------------------------------------------------------------------------------
@@ -357,7 +362,7 @@ def test_batch_norms_that_stay_are_counted_before_training(capsys, tmp_path, mon
     flags = "--run_name r --model staying --no-compile --precision fp32 --regularizer RangeNorm"
     train.main([*flags.split(), "--fold_bn", *TINY.split()])
     printed = capsys.readouterr().out
-    assert "1 batch norms of Staying do not follow a convolution alone: they stay" in printed
+    assert "Staying: 1 batch norms do not follow a layer alone: they stay" in printed
 
 
 # --- quantizing ------------------------------------------------------------------------------
@@ -367,8 +372,9 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
     net = reference.Stranger().eval()
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     names = ["conv1", "conv2", "conv3", "down", "pool", "fc"]
-    assert list(qu.calibrate(net, [x])) == names
-    ranges = qu.calibrate(net, [x], "minmax", sums=True)
+    graph = export_network(net, (3, 8, 8))
+    assert list(qu.calibrate(graph, [x])) == names
+    ranges = qu.calibrate(graph, [x], "minmax", sums=True)
     sums = ["add[0]", "add[1]", "add_2[0]", "add_2[1]"]
     assert sorted(ranges) == sorted(names + sums)
     with torch.no_grad():
@@ -376,17 +382,16 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
         assert ranges["add[0]"] == pytest.approx((a.min().item(), a.max().item()))
         exact = net(x)
         for bits, tolerance in ((16, 1e-3), (3, 1.0)):
-            net_q = copy.deepcopy(net)
-            qu.quantize_activations(net_q, bits, ranges)
+            net_q = qu.quantize_activations(graph, qu.activation_grids(ranges, bits))
             change = (net_q(x) - exact).abs().max()
             assert 0 < change < tolerance
-        only_sums = copy.deepcopy(net)
-        qu.quantize_activations(only_sums, 4, {name: ranges[name] for name in sums})
-        a = qu.quantize_activation(a, 4, *ranges["add[0]"])
+        grids = qu.activation_grids({name: ranges[name] for name in sums}, 4)
+        only_sums = qu.quantize_activations(graph, grids)
+        a = grids["add[0]"].round(a)
         b = net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x)))))
-        y = net.act(a + qu.quantize_activation(b, 4, *ranges["add[1]"]))
-        c = qu.quantize_activation(net.bn3(net.conv3(y)), 4, *ranges["add_2[0]"])
-        d = qu.quantize_activation(net.bn_down(net.down(y)), 4, *ranges["add_2[1]"])
+        y = net.act(a + grids["add[1]"].round(b))
+        c = grids["add_2[0]"].round(net.bn3(net.conv3(y)))
+        d = grids["add_2[1]"].round(net.bn_down(net.down(y)))
         torch.testing.assert_close(only_sums(x), net.fc((c + d).relu().mean((2, 3))))
 
 
@@ -416,21 +421,19 @@ def test_functions_of_modules_without_children_are_quantized_too():
 def test_sums_and_pooling_of_our_networks_are_modules():
     for name, n_sums in (("ResNet20", 9), ("ResNet18", 8), ("MobileNetV2", 10), ("VGGSmall", 0)):
         net = models.make_model(name, 10, SMALL[name]).eval()
-        shapes = qu.input_shapes(net, torch.zeros(1, 3, 32, 32), sums=True)
+        graph = export_network(net, (3, 32, 32))
+        inputs = qu.quantized_inputs(graph, sums=True)
         modules = dict(net.named_modules())
-        assert sum(map(qu.is_of_sum, shapes)) == 2 * n_sums
-        assert all(key.partition("[")[0] in modules for key in shapes)
-        assert qu.first_and_last(net, torch.zeros(1, 3, 32, 32)) == (
-            next(iter(shapes)),
-            next(reversed(shapes)),
-        )
+        assert sum(each.is_sum for each in inputs.values()) == 2 * n_sums
+        assert all(key.partition("[")[0] in modules for key in inputs)
+        assert qu.first_and_last(graph) == (next(iter(inputs)), next(reversed(inputs)))
 
 
 def test_first_and_last_layer_keep_8_bits():
     net = reference.Stranger().eval()
-    first_last = dict.fromkeys(qu.first_and_last(net, torch.zeros(1, 3, 8, 8)), 8)
+    first_last = dict.fromkeys(qu.first_and_last(export_network(net, (3, 8, 8))), 8)
     assert list(first_last) == ["conv1", "fc"]
-    net_q, _ = qu.quantize_model(net, qu.uniform, 3, layer_bits=first_last)
+    net_q, _ = qu.quantize_model(net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last)
     for name, layer in layers.quantizable_layers(net).items():
         expected = qu.uniform(layer.weight, first_last.get(name, 3))
         assert torch.equal(net_q.get_submodule(name).weight, expected)
@@ -470,3 +473,154 @@ def test_train_then_quantize_any_network(name, tmp_path, monkeypatch, capsys):
         assert [words[3] for words in plan if words[:2] == ["conv2", "bias"]] == ["float"]
         assert [words[3:5] for words in plan if words[:2] == ["conv2", "input"]] == [["4/6", "0"]]
         assert sum(words[:1] == ["add_2[1]"] for words in plan) == 1
+
+
+# --- what strangers' networks do -------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """`squeeze()` of everything: one image has no batch left."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, num_classes, 3), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, x):
+        return self.layers(x).squeeze()
+
+
+class Checkpointed(nn.Module):
+    """Activations are computed twice, in the way that `torch.autograd.grad` cannot do."""
+
+    def __init__(self, num_classes=10, use_reentrant=True):
+        super().__init__()
+        self.first, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)
+        self.last, self.use_reentrant = nn.Linear(8, num_classes), use_reentrant
+
+    def forward(self, x):
+        x = torch.utils.checkpoint.checkpoint(
+            self.pool, self.first(x), use_reentrant=self.use_reentrant
+        )
+        return self.last(x.flatten(1))
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * 2
+
+
+class OnlyOnce(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.last(OnceDifferentiable.apply(self.first(x)).mean((2, 3)))
+
+
+class Fails(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.layer = nn.Linear(3, num_classes)
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise KeyError("one\nimage")
+        return self.layer(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One block of attention over 4 × 4 patches."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.last(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+TRAIN_STRANGER = "--model Stranger --dataset Synthetic --n_epochs 1 --batch_size 64 --no-compile"
+
+
+def train_stranger(net, flags, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.MODELS, "Stranger", net)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train.main([*TRAIN_STRANGER.split(), *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("net", "flags", "message", "is_early"),
+    [
+        (Squeezed, "--train_subset 65", r"Squeezed returned logits \(10,\) of 1 images", True),
+        (Fails, "--train_subset 65", "Fails cannot take images of .*: KeyError: 'one", True),
+        (Checkpointed, "--train_subset 64", "Checkpointed: .* use_reentrant=False", False),
+        (Checkpointed, "--regularizer L2Grad", "Checkpointed: .* use_reentrant=False", True),
+        (
+            OnlyOnce,
+            "--regularizer L2Grad --first_regularized_epoch 1 --n_epochs 2",
+            "OnlyOnce cannot be differentiated twice, which --penalty_gradient difference does",
+            True,
+        ),
+    ],
+)
+def test_what_a_network_raises_is_one_line(
+    net, flags, message, is_early, monkeypatch, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as stop:
+        train_stranger(net, flags, monkeypatch, tmp_path)
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if "error: " in line]
+    assert stop.value.code == 1 and re.search(f"error: {message}", line)
+    assert ("float32 convolutions" not in out) == is_early
+
+
+@pytest.mark.parametrize(
+    ("net", "flags"),
+    [
+        (OnlyOnce, "--regularizer L2Grad --penalty_gradient difference"),
+        (lambda num_classes: Checkpointed(num_classes, use_reentrant=False), ""),
+    ],
+)
+def test_what_the_lines_say_works(net, flags, monkeypatch, tmp_path):
+    train_stranger(net, f"--train_subset 64 --run_name r {flags}", monkeypatch, tmp_path)
+    assert (tmp_path / "r.pt").exists()
+
+
+def test_attention_is_differentiated_twice():
+    torch.manual_seed(0)
+    net, x, y = Attention().double(), torch.randn(4, 3, 16, 16).double(), torch.arange(4)
+    regularizer = make_regularizer("L2Grad", 0.1)
+    compute_gradients(net, CE, regularizer, x, y, torch.float64)
+    ours = [p.grad for p in net.parameters()]
+    weights = layers.penalized_weights(net)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = CE(net(x), y)
+    w_grads = torch.autograd.grad(loss, weights, create_graph=True)
+    penalty = regularizer(w_grads, [])
+    plain = torch.autograd.grad(loss + penalty, [*net.parameters()])
+    torch.testing.assert_close(ours, [*plain], rtol=1e-9, atol=1e-12)
+
+
+def test_lazy_modules_get_their_sizes_and_fast_layers(monkeypatch, tmp_path):
+    def lazy(num_classes=10):
+        norm = nn.LazyBatchNorm2d()
+        return nn.Sequential(
+            nn.LazyConv2d(4, 3), norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes)
+        )
+
+    flags = "--train_subset 64 --run_name r --regularizer L2Grad"
+    train_stranger(lazy, flags, monkeypatch, tmp_path)
+    net = utils.make_net("Stranger", 10, "cpu", image_shape=(3, 32, 32))
+    assert type(net[0]) is convolution.Conv2d and net[0].in_channels == 3
+    net.load_state_dict(torch.load(tmp_path / "r.pt", weights_only=True))

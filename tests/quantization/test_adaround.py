@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from test_onnx_export import FLAGS, main, onnx, tiny  # noqa: F401
+from test_deploy_script import FLAGS, main, onnx, tiny  # noqa: F401
 from torch import nn
 
 import quant_inference as qi
 import quant_utils as qu
+from analysis import measured_network
 from engine.networks.exported import (
     copy_graph,
     export_network,
@@ -337,7 +338,7 @@ def count_learning(monkeypatch):
         calls.append(layers)
         return adaround.learn_rounding(net, layers, *rest)
 
-    monkeypatch.setattr(qi, "learn_rounding", counting)
+    monkeypatch.setattr(measured_network, "learn_rounding", counting)
     return calls
 
 

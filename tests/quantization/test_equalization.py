@@ -16,10 +16,10 @@ from torch import nn
 import models
 import quant_inference as qi
 from engine.deploy import deployed_files, onnx_export, verify
-from engine.networks.batch_norm import fold_batch_norm
 from engine.networks.exported import aten, export_network, get_tensor
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
+from engine.networks.layers import quantizable_layers
 from engine.quantization import equalization
 from engine.quantization.equalization import equalize, find_pairs
 from engine.system.errors import FileError, NetworkError
@@ -417,7 +417,7 @@ def test_quantized_errors_are_of_the_equalized_weights(run, capsys):
 def test_batch_norms_have_to_be_folded_where_there_are_any(run, capsys):
     assert run("ConvNet", "--equalize --bits 4") == 1
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "--equalize needs --fold_bn: ConvNet has batch" in message
+    assert message.count("\n") == 1 and "--equalize needs --fold_bn: a.pt has batch" in message
     assert run("Functional", "--equalize --bits 4") == 0
 
 
@@ -427,7 +427,7 @@ def test_a_network_without_batch_norms_is_exported(run, monkeypatch, capsys):
     monkeypatch.setitem(NETWORKS, "Plain", lambda: net)
     monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
     assert run("Plain", "--fold_bn --bits 4 --act_bits 4 --export a.onnx --verify") == 0
-    assert "--fold_bn has no effect: Plain has no batch norms" in capsys.readouterr().out
+    assert "--fold_bn has no effect: a.pt has no batch norms" in capsys.readouterr().out
 
 
 def test_nothing_to_equalize_is_warned_about(run, capsys):
@@ -439,8 +439,10 @@ def test_files_to_deploy_hold_weights_only(run, capsys):
     assert run("MobileNetV2", "--fold_bn --equalize --bits 4 --save_quantized q.pt") == 0
     printed = capsys.readouterr().out
     assert "a.pt: pairs of layers equalized: 1, in " in printed and "read by relu6 (" in printed
-    folded = fold_batch_norm(NETWORKS["MobileNetV2"]().eval())
-    folded.load_state_dict(torch.load("q.pt"))
+    net, weights = NETWORKS["MobileNetV2"](), torch.load("q.pt")
+    names = quantizable_layers(net)
+    assert weights.keys() == {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    assert all(weights[f"{name}.weight"].shape == m.weight.shape for name, m in names.items())
 
 
 def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Ranges of activations of least squared error: `--calibration mse`."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from torch import nn
 import quant_inference as qi
 import quant_utils as qu
 from engine.deploy import verify
+from engine.networks.exported import export_network, with_inputs
 from engine.networks.layers import Add
+from engine.quantization import activations
+from engine.quantization.activations import activation_errors, minmax
+from engine.quantization.grids import activation_grid
 from engine.system.io import save_weights
 
 
@@ -39,7 +44,7 @@ def residual(seed=0):
     return Residual().eval()
 
 
-def slow_ranges(net, batches, n_bits, layer_bits):
+def slow_ranges(graph, batches, n_bits, layer_bits):
     """Range by range: every recorded value is rounded, and the errors are added up."""
     seen = {}
 
@@ -47,9 +52,11 @@ def slow_ranges(net, batches, n_bits, layer_bits):
         seen.setdefault(name, []).append(x.detach().double().flatten())
         return x
 
-    with torch.no_grad(), qu.transformed_inputs(net, keep):
+    names = qu.quantized_inputs(graph, sums=True)
+    recording = with_inputs(graph, {name: lambda x, name=name: keep(name, x) for name in names})
+    with torch.no_grad():
         for x in batches:
-            net(x)
+            recording(x)
     best = {}
     for name, values in seen.items():
         x, bits = torch.cat(values), layer_bits.get(name, n_bits)
@@ -71,41 +78,46 @@ def slow_ranges(net, batches, n_bits, layer_bits):
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
 def test_ranges_are_those_of_a_loop_over_ranges_and_values(n_bits):
-    net, layer_bits = residual(n_bits), {"conv1": 8}
+    graph, layer_bits = export_network(residual(n_bits), (3, 8, 8)), {"conv1": 8}
     batches = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(n_bits))
     batches[2] *= 3  # the batches differ: their ranges are no mean of each one's own
-    extremes = qu.calibrate(net, batches, "mse", sums=True)
-    assert extremes == qu.calibrate(net, batches, "minmax", sums=True)
-    ranges = qu.least_error_ranges(net, batches, extremes, n_bits, layer_bits)
-    expected = slow_ranges(net, batches, n_bits, layer_bits)
+    extremes = qu.calibrate(graph, batches, "mse", sums=True)
+    assert extremes == qu.calibrate(graph, batches, "minmax", sums=True)
+    ranges = qu.least_error_ranges(graph, batches, extremes, n_bits, layer_bits)
+    expected = slow_ranges(graph, batches, n_bits, layer_bits)
     names = {"conv1", "conv2", "add[0]", "add[1]", "pool", "classifier"}
     assert ranges.keys() == expected.keys() == names
     for name, limits in expected.items():
         assert ranges[name] == pytest.approx(limits, rel=1e-6), name
     assert ranges["conv2"][0] == 0 > ranges["add[1]"][0]
     assert any(ranges[name] != extremes[name] for name in ranges) or n_bits == 8
-    assert not any(m._forward_pre_hooks for m in net.modules())
 
 
 @st.composite
-def activations(draw):
+def values(draw):
     """Float32 values with ties, zeros and outliers, of either sign or not."""
-    values = st.floats(-8, 8, width=32).map(lambda x: 0.0 if abs(x) < 1e-6 else x)
-    x = draw(arrays("float32", draw(st.integers(1, 60)), elements=values))
+    elements = st.floats(-8, 8, width=32).map(lambda x: 0.0 if abs(x) < 1e-6 else x)
+    x = draw(arrays("float32", draw(st.integers(1, 60)), elements=elements))
     x = np.abs(x) if draw(st.booleans()) else x
     return torch.from_numpy(x) ** draw(st.sampled_from([1, 3])) * 10.0 ** draw(st.integers(-6, 6))
 
 
+@cache
+def with_one_input():
+    """A network whose values are all quantized as one input, called "0"."""
+    return export_network(nn.Sequential(nn.Conv2d(1, 1, 1)), (1, 1, 2))
+
+
 @settings(max_examples=50, deadline=None)
-@given(x=activations(), n_bits=st.integers(2, 9))
+@given(x=values(), n_bits=st.integers(2, 9))
 def test_no_more_error_than_with_the_extremes(x, n_bits):
-    extremes = qu.minmax(x)
-    net = nn.Sequential(nn.Linear(x.numel(), 1))
-    found = qu.least_error_ranges(net, [x[None]], {"0": extremes}, n_bits)["0"]
+    extremes = minmax(x)
+    graph = with_one_input()
+    found = qu.least_error_ranges(graph, [x[None, None, None]], {"0": extremes}, n_bits)["0"]
     m = max(-extremes[0], extremes[1]) or 1.0
     errors = []
     for limits in (found, extremes):
-        x_q = qu.quantize_activation(x.double(), n_bits, *limits)
+        x_q = activation_grid(n_bits, *limits).round(x.double())
         errors.append(((x_q - x) / m).square().sum().item())
     assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-13
     assert (found[0] < 0) == (extremes[0] < 0)
@@ -113,19 +125,19 @@ def test_no_more_error_than_with_the_extremes(x, n_bits):
 
 
 @settings(max_examples=25, deadline=None)
-@given(x=activations(), n_bits=st.integers(2, 8))
+@given(x=values(), n_bits=st.integers(2, 8))
 def test_errors_are_those_of_rounding_every_value(x, n_bits):
-    extremes = qu.minmax(x)
-    errors = qu.activation_errors(x, n_bits, extremes)
+    extremes = minmax(x)
+    errors = activation_errors(x, n_bits, extremes)
     x = x.double()
     for factor, error in zip(qu.RANGE_FACTORS, errors.tolist(), strict=True):
-        x_q = qu.quantize_activation(x, n_bits, *(factor * limit for limit in extremes))
+        x_q = activation_grid(n_bits, *(factor * limit for limit in extremes)).round(x)
         slow = (x_q - x).square().sum().item()
         assert error == pytest.approx(slow, rel=1e-9, abs=1e-12 * x.square().sum().item())
 
 
 def test_values_that_are_all_zero_keep_their_range():
-    errors = qu.activation_errors(torch.zeros(5), 4, (0.0, 0.0))
+    errors = activation_errors(torch.zeros(5), 4, (0.0, 0.0))
     assert torch.equal(errors, torch.zeros(80, dtype=torch.float64))
 
 
@@ -171,9 +183,9 @@ def test_bits_have_ranges_of_their_own_and_the_plan_shows_them(residual_file, ca
 
 
 def test_other_rules_calibrate_once(residual_file, monkeypatch):
-    calls, calibrate = [], qu.calibrate
-    monkeypatch.setattr(qu, "calibrate", lambda *a: calls.append(a) or calibrate(*a))
-    monkeypatch.setattr(qu, "least_error_ranges", None)
+    calls, calibrate = [], activations.calibrate
+    monkeypatch.setattr(activations, "calibrate", lambda *a: calls.append(a) or calibrate(*a))
+    monkeypatch.setattr(activations, "least_error_ranges", None)
     quantize(residual_file, "--bits 3 4 --act_bits same 8 --calibration minmax")
     assert len(calls) == 1
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from engine.images import loader
-from engine.networks import fast_layers
+from engine.networks import batch_norm, fast_layers
 from engine.step import batch_loss, gradients
 from engine.step.metrics import batch_metrics_row
 from engine.training.train_state import TrainState
@@ -97,6 +97,7 @@ def test_a_batch_norm_that_averages_over_all_batches():
 def test_a_step(kind, penalty, difference_step):
     net, criterion = make_net(kind), nn.CrossEntropyLoss(label_smoothing=0.1)
     x, y = batch()
+    batch_norm.foldable_pairs(net, x.shape[1:])  # which a run finds before its first step
     with no_synchronization():
         result = gradients.compute_gradients(
             net, criterion, penalty, x, y, torch.bfloat16, 0.5, difference_step

@@ -1,13 +1,17 @@
 import io
 import json
 import pickle
+import re
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import utils
+from engine.system.errors import SetupError
 from engine.system.io import (
     RUN_FILE_SUFFIXES,
     FileError,
@@ -19,7 +23,7 @@ from engine.system.io import (
     save_json,
     save_weights,
 )
-from models import ConvNet
+from models import ConvNet, make_model
 
 
 def test_saved_weights_are_plain_and_contiguous(tmp_path):
@@ -145,6 +149,124 @@ def test_weights_of_something_else_are_refused_in_one_line(value, tmp_path):
     with pytest.raises(FileError) as refused:
         load_weights(ConvNet(), tmp_path / "w.pt")
     assert "\n" not in str(refused.value) and "w.pt" in str(refused.value)
+
+
+# --- weights as other tools save them --------------------------------------------------------
+
+
+def convolution_with_norm():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def prefixed(prefix, state):
+    return {prefix + name: t for name, t in state.items()}
+
+
+OTHER_FORMS = {
+    "taken from 'state_dict'": lambda s: {"epoch": 3, "state_dict": s},
+    "taken from 'net'": lambda s: {"net": s, "acc": 90.0},
+    "taken from 'model', without the prefix 'module.'": lambda s: {"model": prefixed("module.", s)},
+    "taken from 'model_state_dict'": lambda s: {"model_state_dict": s, "optimizer": {"lr": 1}},
+    "without the prefix '_orig_mod.'": lambda s: prefixed("_orig_mod.", s),
+    "without the prefix '_orig_mod.', without the prefix 'module.'": lambda s: prefixed(
+        "_orig_mod.module.", s
+    ),
+    "renamed": lambda s: {name.replace(".", "._orig_mod."): t for name, t in s.items()},
+    "converted from bfloat16": lambda s: {
+        name: t.bfloat16() if t.is_floating_point() else t for name, t in s.items()
+    },
+}
+
+
+@pytest.mark.parametrize("said", OTHER_FORMS)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_other_tools_are_read_and_it_is_said(said, zipped, tmp_path, capsys):
+    source, net = convolution_with_norm().bfloat16().float(), convolution_with_norm()
+    path = tmp_path / "w.pth"
+    content = OTHER_FORMS[said](source.state_dict())
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    load_weights(net, path)
+    unchecked = "" if zipped else "in a format without checksums, "
+    assert capsys.readouterr().out == f"{path}: weights {unchecked}{said}\n"
+    torch.testing.assert_close(net.state_dict(), source.state_dict(), rtol=0, atol=0)
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_a_network_with_a_prefix_of_its_own_keeps_it(tmp_path, capsys):
+    net = nn.ModuleDict({"model": convolution_with_norm()})
+    save_weights(net, tmp_path / "w.pt")
+    load_weights(net, tmp_path / "w.pt")
+    assert capsys.readouterr().out == ""
+
+
+def test_old_names_of_densenets_are_read_as_torchvision_reads_them(tmp_path, capsys):
+    net = make_model("torchvision:densenet121", 10)
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2", name): t
+        for name, t in net.state_dict().items()
+    }
+    assert old.keys() != net.state_dict().keys()
+    torch.save(prefixed("module.", old), tmp_path / "w.pt")
+    load_weights(net, tmp_path / "w.pt")
+    assert "weights renamed, without the prefix 'module.'" in capsys.readouterr().out
+
+
+def test_safetensors_are_read_and_a_damaged_file_is_one_line(tmp_path):
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="requirements-export.txt is not installed"
+    )
+    source, net = convolution_with_norm(), convolution_with_norm()
+    path = tmp_path / "w.safetensors"
+    safetensors.save_file(source.state_dict(), path)
+    load_weights(net, path)
+    torch.testing.assert_close(net.state_dict(), source.state_dict(), rtol=0, atol=0)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(FileError, match="w.safetensors is damaged"):
+        load_weights(net, path)
+
+
+def test_safetensors_without_its_package_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(SetupError, match="w.safetensors needs safetensors: .*requirements-export"):
+        load_weights(ConvNet(), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_whole_network_is_refused_with_how_to_save_weights(zipped, tmp_path):
+    torch.save(ConvNet(), tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(FileError, match=r"torch.save\(net.state_dict\(\), path\) saves weights"):
+        load_weights(ConvNet(), tmp_path / "w.pt")
+
+
+def test_old_files_cannot_unfold_run_code_or_end_early(tmp_path):
+    path, trace = tmp_path / "w.pt", tmp_path / "trace"
+    old = {"_use_new_zipfile_serialization": False}
+    torch.save({"a": torch.zeros(8)}, path, **old)
+    content = path.read_bytes()
+    for n_cut in range(1, len(content) - 1, 7):
+        path.write_bytes(content[:n_cut])
+        with pytest.raises(FileError):
+            load_weights(ConvNet(), path)
+    # its pickle says how many numbers a storage has: 8, as one byte, becomes 2**31 - 1, as four
+    assert content.count(b"cpu") == 1
+    head, tail = content.split(b"cpu")
+    size = tail.index(b"K\x08")
+    vast = tail[:size] + b"J\xff\xff\xff\x7f" + tail[size + 2 :]
+    path.write_bytes(head + b"cpu" + vast)
+    with pytest.raises(FileError, match="its tensors are larger than the file"):
+        load_weights(ConvNet(), path)
+    torch.save({"layer0.0.weight": Runs(trace)}, path, **old)
+    with pytest.raises(FileError, match="w.pt"):
+        load_weights(ConvNet(), path)
+    assert not trace.exists()
+
+
+def test_a_file_that_wraps_itself_is_refused(tmp_path):
+    content = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(FileError, match="is not a state_dict"):
+        load_weights(ConvNet(), tmp_path / "w.pt")
 
 
 # --- one run to a name -----------------------------------------------------------------------

@@ -1,0 +1,307 @@
+"""Networks that people bring: what runs is what is quantized, and what is not is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
+
+import data
+import models
+import quant_inference as qi
+import quant_utils as qu
+from engine.networks.exported import export_network, layers
+from engine.networks.folding import fold_batch_norms
+from engine.quantization.coverage import coverage
+from engine.system.io import save_weights
+from engine.training.learned_steps import make_steps
+
+SHAPE = (3, 8, 8)
+
+
+def head(channels=8):
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)
+
+
+class InPlace(nn.Module):
+    """It rescales its input in place."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.f = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), *head()
+        )
+
+    def forward(self, x):
+        x *= 2
+        x -= 0.5
+        return self.f(x)
+
+
+class StandardizedConv(nn.Conv2d):
+    """Weight standardization, as in BiT and NFNets."""
+
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+def standardized(num_classes=4):
+    conv = StandardizedConv
+    return nn.Sequential(conv(3, 8, 3, 2, 1), nn.ReLU(), conv(8, 8, 3, 2, 1), nn.ReLU(), *head())
+
+
+def normalized(num_classes=4):
+    norm = nn.utils.parametrizations.weight_norm
+    convs = [norm(nn.Conv2d(n, 8, 3, 2, 1)) for n in (3, 8)]
+    return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), *head())
+
+
+class Twice(nn.Module):
+    """One convolution runs twice."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.stem, self.a = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.b, self.head = self.a, nn.Sequential(*head())
+
+    def forward(self, x):
+        return self.head(F.relu(self.b(F.relu(self.a(F.relu(self.stem(x)))))))
+
+
+class Tied(Twice):
+    """Two convolutions with one weight and a bias each."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.b = nn.Conv2d(8, 8, 3, 1, 1)
+        self.b.weight = self.a.weight
+
+
+class LearnedMap(nn.Module):
+    """A learned map is added to features, then a residual."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.pos = nn.Parameter(torch.randn(1, 8, 4, 4) * 0.1)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.stem(x) + self.pos
+        x = x + self.block(x)
+        return self.fc(self.pool(x).flatten(1))
+
+
+def lopsided(num_classes=4):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.SiLU(), *head()
+    )
+
+
+def make(network, seed=0):
+    torch.manual_seed(seed)
+    return network().eval()
+
+
+def images(n=16, seed=1):
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def quantize(monkeypatch, tmp_path, tiny_images):
+    """Save a network's weights and run quant_inference.py on them; return its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(network, flags):
+        monkeypatch.setitem(models.MODELS, "Mine", network)
+        save_weights(make(network), Path("mine.pt"))
+        common = "mine.pt --model Mine --dataset Tiny --device cpu --schemes uniform --no_plots"
+        with pytest.raises(SystemExit) as caught:
+            qi.main([*common.split(), *flags.split()])
+        return caught.value.code
+
+    return run
+
+
+def rows():
+    return json.loads(Path("results.json").read_text())["rows"]
+
+
+def own_loss(network):
+    """The loss that the network itself has on the test images."""
+    tiny = data.DATASETS["Tiny"]("", 0)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
+    with torch.no_grad():
+        logits = make(network)((tiny.test_images / 255 - mean) / std)
+    return F.cross_entropy(logits, tiny.test_labels).item()
+
+
+@pytest.mark.parametrize("network", [InPlace, standardized, normalized, Twice, Tied, LearnedMap])
+def test_8_bits_are_close_to_the_network_itself(network, quantize):
+    expected = own_loss(network)
+    flags = "--bits 8 7 --act_bits 8 --calibration minmax --quantize_sums"
+    assert quantize(network, flags) == 0
+    full, *quantized = rows()
+    assert full["loss"] == pytest.approx(expected, rel=1e-4)
+    assert all(row["loss"] == pytest.approx(expected, rel=0.02) for row in quantized)
+    assert all(row["loss"] != full["loss"] and row["squared_error"] > 0 for row in quantized)
+    assert all(row["quantized_macs"] == row["quantized_weights"] == 1 for row in quantized)
+
+
+def test_a_network_that_writes_into_its_input_folds(quantize):
+    assert quantize(InPlace, "--bits 8 --fold_bn") == 0
+    assert rows()[0]["loss"] == pytest.approx(own_loss(InPlace), rel=1e-4)
+    x = images()
+    export_network(make(InPlace), SHAPE)(x)
+    assert torch.equal(x, images())
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [standardized, normalized])
+def test_weights_are_quantized_as_they_are_computed(network):
+    net = make(network)
+    net_q, quantized = qu.quantize_model(net, qu.uniform, 2, image_shape=SHAPE)
+    assert [layer.name for layer in quantized] == ["0", "2", "6"]
+    graph = export_network(net, SHAPE)
+    for layer in quantized:
+        w, w_q = (each.get_submodule(layer.name).weight for each in (graph, net_q))
+        assert torch.equal(w_q, qu.uniform(w, 2)) and len(w_q.unique()) <= 4
+        assert layer.squared_error == pytest.approx((w_q - w).square().sum().item(), rel=1e-5)
+    computed = graph.get_submodule("0").weight
+    if network is standardized:
+        assert computed.mean((1, 2, 3)).abs().max() < 1e-6
+    else:
+        assert torch.allclose(computed, net[0].weight)
+        assert len(net_q[0].weight.unique()) <= 4
+
+
+@pytest.mark.parametrize("network", [Twice, Tied])
+def test_a_weight_that_is_used_twice_is_quantized_once_for_each_use(network):
+    net = make(network)
+    net_q, quantized = qu.quantize_model(net, qu.uniform, 2, image_shape=SHAPE)
+    assert [layer.name for layer in quantized] == ["stem", "a", "b", "head.2"]
+    assert net_q.b.weight is net_q.a.weight and (net_q.b is net_q.a) == (network is Twice)
+    assert torch.equal(net_q.a.weight, qu.uniform(net.a.weight, 2))
+    for name in ("a", "b"):  # biases are on the weight's grid
+        layer = net_q.get_submodule(name)
+        assert len(torch.cat([layer.weight.flatten(), layer.bias]).unique()) <= 4
+
+
+VIT = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16}
+NETWORKS = {
+    "vit": lambda: VisionTransformer(**VIT, mlp_dim=32, num_classes=4),
+    "swin": lambda: SwinTransformer([2, 2], 8, [1, 1], [2, 2], [2, 2], num_classes=4),
+    "transposed": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 4, 2, 1), nn.ReLU(), *head(6)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_and_every_input_is_seen(name):
+    net, shape = make(NETWORKS[name]), (3, 16, 16) if name == "swin" else SHAPE
+    graph = export_network(net, shape)
+    net_q, _ = qu.quantize_model(net, qu.uniform, 2, image_shape=shape)
+    weights = {k: w for k, w in net_q.named_parameters() if w.dim() > 1 and k.endswith("weight")}
+    assert [k for k, w in weights.items() if len(w.unique()) > 4] == []
+    kinds = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
+    names = {k for k, m in net.named_modules() if isinstance(m, kinds)}
+    names |= {f"{k}.in_proj" for k, m in net.named_modules() if hasattr(m, "in_proj_weight")}
+    assert names <= qu.input_shapes(graph, images()).keys()
+    assert names <= layers(graph).keys() and names <= make_steps(net, shape, 4, 4).layers.keys()
+    assert coverage(graph, qu.quantized_inputs(graph)).multiply_adds == 1
+
+
+# --- inputs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", qu.CALIBRATIONS)
+def test_one_image_more_does_not_shrink_ranges(method):
+    graph, x = fold_batch_norms(export_network(make(LearnedMap), SHAPE)), images(65)
+    ranges = [qu.calibrate(graph, x[:n].split(64), method) for n in (64, 65)]
+    for name, (low, high) in ranges[0].items():
+        assert ranges[1][name][1] >= 0.98 * high
+        assert low >= 0 or ranges[1][name][0] <= 0.98 * low
+
+
+def test_sums_are_named_in_the_order_in_which_they_run():
+    names = list(qu.input_shapes(make(LearnedMap), images(), sums=True))
+    assert names == [
+        *("stem.0", "add[0]", "add[1]", "block.0", "add_2[0]", "add_2[1]", "pool", "fc")
+    ]
+
+
+def test_a_batch_of_one_image_gives_the_same_result(quantize):
+    losses = []
+    for n in (48, 1):
+        flags = f"--bits 8 --act_bits 3 --fold_bn --quantize_sums --batch_size {n}"
+        assert quantize(LearnedMap, flags) == 0
+        losses.append([row["loss"] for row in rows()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_zero_point_serves_lopsided_inputs(quantize):
+    graph, x = export_network(make(lopsided), SHAPE), images(64)
+    ranges, errors = qu.calibrate(graph, [x], "minmax"), {}
+    assert ranges["2"][0] < 0 < -3 * ranges["2"][0] < ranges["2"][1]
+    for asymmetric in (False, True):
+        grids = qu.activation_grids(ranges, 4, asymmetric=asymmetric)
+        with torch.no_grad():
+            change = qu.quantize_activations(graph, grids)(x) - graph(x)
+        errors[asymmetric] = change.square().mean().item()
+        levels = len(grids["2"].round(F.silu(torch.linspace(-9, 9, 999))).unique())
+        assert (levels == 16) == asymmetric
+    assert errors[True] < 0.5 * errors[False]
+    losses = {}
+    for symmetry in ("symmetric", "asymmetric"):
+        flags = f"--bits 8 --act_bits 4 --calibration minmax --act_symmetry {symmetry}"
+        assert quantize(lopsided, flags) == 0
+        losses[symmetry] = rows()[1]["loss"]
+    assert losses["symmetric"] != losses["asymmetric"]
+
+
+# --- what stays in float -------------------------------------------------------------------
+
+
+def test_what_stays_in_float_is_named_and_may_be_an_error(quantize, capsys):
+    assert quantize(LearnedMap, "--bits 8 --act_bits 8") == 0
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "-c: mine: quantized: 100.0% of multiply-adds, 86.6% of weights; in float: pos "
+        "(read by add, by no product)\n"
+    ).replace("-c", "quant_inference.py")
+    assert rows()[1]["quantized_weights"] == pytest.approx(824 / 952)
+    assert "86.6%" in printed.out
+    assert quantize(LearnedMap, "--bits 8 --act_bits 8 --strict --output strict") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--strict: quantized: 100.0%" in message
+    assert "pos" in message and not Path("strict/results.csv").exists()
+    assert quantize(LearnedMap, "--bits 8 --act_bits 8 --strict --quantize_sums") == 0
+    assert capsys.readouterr().err.count("in float") == 0
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda num_classes=4: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), *head()),
+        lambda num_classes=4: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), *head()
+        ),
+    ],
+)
+def test_a_batch_norm_that_does_not_fold_is_why_a_network_is_not_exported(
+    network, quantize, capsys
+):
+    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    assert quantize(network, "--bits 4 --act_bits 8 --fold_bn --export x.onnx") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "batch" in message and "flatten" not in message
