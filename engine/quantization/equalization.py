@@ -71,7 +71,8 @@ class Equalization:
 
     def __str__(self) -> str:
         """Return it as a line."""
-        left = f"; outputs left alone: {by_reason(self.left_alone)}" if self.left_alone else ""
+        reasons = [f"{why} ({', '.join(each)})" for why, each in by_reason(self.left_alone).items()]
+        left = f"; outputs left alone: {'; '.join(reasons)}" if reasons else ""
         return f"pairs of layers equalized: {self.n_pairs}, in {self.n_sweeps} sweeps{left}"
 
 
