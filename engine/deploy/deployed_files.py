@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from engine.deploy import onnx_export, packing
+from engine.deploy import packing
 from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.onnx_emitter import onnx
+from engine.deploy.onnx_export import FORMAT, FORMAT_KEY, to_onnx
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
-from engine.system.io import atomic_write, save_weights
+from engine.system.io import atomic_write, file_boundary, save_weights
 
 PACKAGES = {
     "export": ("onnx",),
@@ -106,13 +108,17 @@ def write_files(
 def to_model(net: IntegerNetwork, dataset: ImageDataset, source: Mapping[str, str]) -> bytes:
     """Return the ONNX model of a network of the data set's images."""
     shape = dataset.test_images.shape[1:]
-    return onnx_export.to_onnx(net, shape, dataset.mean, dataset.std, source)
+    return to_onnx(net, shape, dataset.mean, dataset.std, source)
 
 
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:
-    """Return the bytes of an exported file; FileError where it is not of this source."""
-    model = onnx_export.load_model(path)
+    """Return the bytes of an exported file; FileError where it is none, or not of this source."""
+    with file_boundary(path, "is damaged or not an ONNX model"):
+        model = onnx.load_from_string(path.read_bytes())
+        onnx.checker.check_model(model)
     metadata = NOT_RECORDED | {p.key: p.value for p in model.metadata_props}
+    if metadata.get(FORMAT_KEY) != FORMAT:
+        raise FileError(f"{path} is an ONNX model, but not one that this version's --export makes")
     for key, value in source.items():
         if key != "checkpoint" and metadata.get(key) != value:
             raise FileError(f"{path} was made with {key} {metadata.get(key)}, and this is {value}")

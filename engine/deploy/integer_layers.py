@@ -48,8 +48,9 @@ def make_integer_layer(
     A channel whose bias would leave int32 gets a coarser scale of weights: they are next to nothing
     beside it. Raises ValueError, with the layer's name, where codes do not fit into 8 bits.
     """
-    if not all(_fits(part.codes) for part in parts):
-        raise ValueError(f"{name}: its weights are on no grid of 8 bits or fewer")
+    for codes in (part.codes for part in parts):
+        if not torch.equal(codes, codes.round().clamp(-MAX_CODE, MAX_CODE - 1)):
+            raise ValueError(f"{name}: its weights are on no grid of 8 bits or fewer")
     bias = torch.zeros(len(parts[0].codes)) if bias is None else bias.detach().cpu()
     most = bias.double().abs()
     most = most.view_as(parts[0].scale) if parts[0].scale.dim() else most.max()
@@ -58,11 +59,6 @@ def make_integer_layer(
     layer = IntegerLayer(in_grid, codes, bias)
     bias_codes = (bias.double() / layer.product_scale(codes[0]).double()).round()
     return IntegerLayer(in_grid, codes, bias_codes.to(torch.int32))
-
-
-def _fits(codes: Tensor) -> bool:
-    """Tell whether codes are whole numbers that int8 holds."""
-    return torch.equal(codes, codes.round().clamp(-MAX_CODE, MAX_CODE - 1))
 
 
 def _in_8_bits(part: OnGrid, min_scale: Tensor) -> OnGrid:

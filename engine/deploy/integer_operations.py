@@ -46,14 +46,6 @@ class IntegerOperation:
     in_grids: tuple[Grid | None, ...]
     out_grid: Grid | None
 
-    def run(self, *values: Tensor) -> Tensor:
-        """Return the result of the sources' values, in order."""
-        raise NotImplementedError
-
-    def emit(self, onnx: Emitter) -> None:
-        """Add the nodes that make the value called `name`."""
-        raise NotImplementedError
-
 
 @dataclass
 class Move(IntegerOperation):

@@ -4,15 +4,12 @@ What each operation becomes is defined with its simulation in engine/deploy/inte
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Arithmetic
-from engine.deploy.onnx_emitter import Emitter, TensorProto, helper, onnx
-from engine.system.errors import FileError
-from engine.system.io import file_boundary
+from engine.deploy.onnx_emitter import Emitter, TensorProto, helper
 
 FORMAT_KEY = "regulquant_format"  # in a model's metadata
 FORMAT = "1"
@@ -56,14 +53,3 @@ def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
     sizes = ["batch", *(f"out{i}" for i in range(codes[0].dim() - 1))]
     target = helper.make_tensor_value_info(operation.name, kind, sizes)
     return emitter.model(sources, target).SerializeToString()
-
-
-def load_model(path: Path) -> "onnx.ModelProto":
-    """Read a model that was exported here; FileError, in one line, for any other file."""
-    with file_boundary(path, "is damaged or not an ONNX model"):
-        model = onnx.load_from_string(path.read_bytes())
-        onnx.checker.check_model(model)
-    made_as = {p.key: p.value for p in model.metadata_props}.get(FORMAT_KEY)
-    if made_as != FORMAT:
-        raise FileError(f"{path} is an ONNX model, but not one that this version's --export makes")
-    return model

@@ -7,7 +7,6 @@ metadata "layers" is JSON: {NAME: {"shape", "bits": one a part, "input_scale",
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,16 +31,15 @@ def unpack(packed: np.ndarray, n_bits: int, n: int) -> np.ndarray:
     return (bits @ (1 << np.arange(n_bits)) - 2 ** (n_bits - 1)).astype(np.int8)
 
 
-def packed_bytes(layers: Mapping[str, IntegerLayer]) -> int:
-    """Return how many bytes packed weights, scales and biases take."""
-    return sum(
-        4 * layer.bias.numel()
-        + sum(
-            math.ceil(part.codes.numel() * n_bits_needed(part.codes) / 8) + 4 * part.scale.numel()
-            for part in layer.parts
-        )
-        for layer in layers.values()
-    )
+def packed(layers: Mapping[str, IntegerLayer]) -> dict[str, np.ndarray]:
+    """Return the weights, scales and biases by their names in a file."""
+    arrays = {}
+    for name, layer in layers.items():
+        for i, part in enumerate(layer.parts):
+            arrays[f"{name}.codes{i}"] = pack(part.codes, n_bits_needed(part.codes))
+            arrays[f"{name}.scale{i}"] = part.scale.flatten().numpy()
+        arrays[f"{name}.bias"] = layer.bias.numpy()
+    return arrays
 
 
 def save_integers(
@@ -49,19 +47,15 @@ def save_integers(
 ) -> None:
     """Write the layers' integers; see the module for the format. Raises OSError."""
     numpy_files = require("safetensors.numpy", "--save_integers")
-    tensors, described = {}, {}
-    for name, layer in layers.items():
-        bits = [n_bits_needed(part.codes) for part in layer.parts]
-        for i, part in enumerate(layer.parts):
-            tensors[f"{name}.codes{i}"] = pack(part.codes, bits[i])
-            tensors[f"{name}.scale{i}"] = part.scale.flatten().numpy()
-        tensors[f"{name}.bias"] = layer.bias.numpy()
-        described[name] = {
+    described = {
+        name: {
             "shape": list(layer.parts[0].codes.shape),
-            "bits": bits,
+            "bits": [n_bits_needed(part.codes) for part in layer.parts],
             "input_scale": layer.in_grid.scale,
             "input_zero_point": layer.in_grid.zero_point,
             "input_bits": layer.in_grid.n_bits,
         }
-    content = numpy_files.save(tensors, {**metadata, "layers": json.dumps(described)})
+        for name, layer in layers.items()
+    }
+    content = numpy_files.save(packed(layers), {**metadata, "layers": json.dumps(described)})
     atomic_write(path, lambda temporary: temporary.write_bytes(content))

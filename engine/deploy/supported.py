@@ -17,15 +17,13 @@ from torch import Tensor, fx
 from engine.deploy import integer_operations as integer
 from engine.networks.convolution import padding_widths
 from engine.networks.exported import BATCH, KINDS, aten, get_tensor
-from engine.quantization.equalization import clamp_bounds
+from engine.quantization.equalization import clamp_bounds, kind_of
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError
 
 Stage = tuple[type[integer.IntegerOperation], dict[str, Any]]
 Reader = Callable[[fx.Node], list[Stage]]
 NONE: Mapping = MappingProxyType({})
-# Nodes whose results are numbers.
-NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)
 REASONS = {
     "batch_norm": "is not right behind a layer that it alone reads, into which it could be folded",
     "mul": "would need a product of two quantized values, or of one and a number",
@@ -36,12 +34,6 @@ REASONS = {
 def refuse(node: fx.Node, reason: str) -> NetworkError:
     """Return the error of an operation that cannot be exported."""
     return NetworkError(f"--export: {name_of(node)}: {reason}")
-
-
-def kind_of(node: fx.Node) -> str:
-    """Return the operation's name in PyTorch, such as "batch_norm"."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.removeprefix("aten::") if schema else node.target.__name__
 
 
 def name_of(node: fx.Node) -> str:

@@ -7,8 +7,9 @@ from torch import fx
 
 from engine.deploy.integer_operations import Arithmetic, Move, Pad, Rescale
 from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
-from engine.deploy.supported import NO_VALUES, OPERATIONS, Stage, check_supported, operands
+from engine.deploy.supported import OPERATIONS, Stage, check_supported, operands
 from engine.networks.exported import Operation
+from engine.quantization.equalization import NO_VALUES
 
 
 class Values:

@@ -17,7 +17,7 @@ from engine.deploy.comparison import first_disagreement
 from engine.deploy.deployed_files import ImageDataset, read_model, to_model
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
-from engine.deploy.packing import packed_bytes
+from engine.deploy.packing import packed
 from engine.images.loader import Loader
 from engine.networks.outputs import run_network
 from engine.quantization.coverage import first_names
@@ -95,7 +95,7 @@ def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset
         "images_per_second": measure_speed(model, compared, test, dataset, exact_products),
         "bytes": {
             "file": len(model),
-            "packed": packed_bytes(integers.integers()),
+            "packed": sum(each.nbytes for each in packed(integers.integers()).values()),
             "float32": 4 * sum(each.numel() for each in compared.float_net.buffers()),
         },
         "onnxruntime": require("onnxruntime", "--verify").__version__,

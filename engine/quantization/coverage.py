@@ -43,15 +43,16 @@ class Coverage(NamedTuple):
         shares = (
             f"quantized: {self.multiply_adds:.1%} of multiply-adds, {self.weights:.1%} of weights"
         )
-        return shares + (f"; in float: {by_reason(self.in_float)}" if self.in_float else "")
+        left = [f"{first_names(each)} ({why})" for why, each in by_reason(self.in_float).items()]
+        return shares + (f"; in float: {'; '.join(left)}" if left else "")
 
 
-def by_reason(reasons: Mapping[str, str]) -> str:
-    """Return what `reasons` gives for names as one line: the first names of each reason."""
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names that have each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    return "; ".join(f"{first_names(each)} ({reason})" for reason, each in names.items())
+    return names
 
 
 def first_names(names: Sequence[str]) -> str:

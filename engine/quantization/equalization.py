@@ -48,7 +48,7 @@ RESHAPINGS = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
 # Least and largest number that an operation lets through, unless its arguments say others.
 CLAMPS = {"relu": (0, None), "relu6": (0, 6), "hardtanh": (-1, 1)}
 CLAMPS |= dict.fromkeys(("clamp", "clamp_min"), (None, None))
-READ_NO_VALUES = {"sym_size", "_assert_tensor_metadata"}
+NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)  # what reads shapes alone
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Equalization:
 
     def __str__(self) -> str:
         """Return it as a line."""
-        left = f"; outputs left alone: {by_reason(self.left_alone)}" if self.left_alone else ""
+        reasons = [f"{why} ({', '.join(each)})" for why, each in by_reason(self.left_alone).items()]
+        left = f"; outputs left alone: {'; '.join(reasons)}" if reasons else ""
         return f"pairs of layers equalized: {self.n_pairs}, in {self.n_sweeps} sweeps{left}"
 
 
@@ -135,13 +136,13 @@ def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
     axis = -1 if first.kind == "linear" else 1  # of channels
     n_channels = first.node.meta["shape"][axis]
     while True:
-        readers = [reader for reader in value.users if _name(reader) not in READ_NO_VALUES]
+        readers = [reader for reader in value.users if reader.target not in NO_VALUES]
         if len(readers) != 1:
             return "read in several places"
         [reader] = readers
         if reader.op == "output":
             return None
-        name = KINDS.get(reader.target) or _name(reader)
+        name = KINDS.get(reader.target) or kind_of(reader)
         is_layer = "name" in reader.meta and Operation(reader).is_layer
         if is_layer and _fits(Operation(reader), value.meta["shape"], axis, n_channels):
             return Pair(first, Operation(reader), n_channels, clamps)
@@ -156,17 +157,17 @@ def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
         value = reader
 
 
-def _name(node: fx.Node) -> str:
-    """Return the name of an operation without that of its overload: "relu"."""
+def kind_of(node: fx.Node) -> str:
+    """Return the operation's name in PyTorch, without that of its overload: "batch_norm"."""
     return getattr(node.target, "__name__", "").partition(".")[0]
 
 
 def clamp_bounds(node: fx.Node) -> tuple[float | None, float | None] | None:
     """Return the least and the largest number that the node lets through; None: no such node."""
     numbers = node.args[1:]
-    if _name(node) not in CLAMPS or any(isinstance(number, fx.Node) for number in numbers):
+    if kind_of(node) not in CLAMPS or any(isinstance(number, fx.Node) for number in numbers):
         return None
-    return (*numbers, *CLAMPS[_name(node)][len(numbers) :])
+    return (*numbers, *CLAMPS[kind_of(node)][len(numbers) :])
 
 
 def _keeps_channels(node: fx.Node, axis: int, n_channels: int) -> bool:
@@ -174,7 +175,7 @@ def _keeps_channels(node: fx.Node, axis: int, n_channels: int) -> bool:
 
     A reshaping may put the pixels of a channel beside each other, for a linear layer.
     """
-    name = _name(node)
+    name = kind_of(node)
     if name in POINTWISE:
         return True
     shape, old = node.meta["shape"], node.args[0].meta["shape"]

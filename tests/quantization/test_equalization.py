@@ -15,7 +15,7 @@ from torch import nn
 
 import models
 import quant_inference as qi
-from engine.deploy import deployed_files, onnx_export, verify
+from engine.deploy import deployed_files, verify
 from engine.networks.exported import aten, export_network, get_tensor
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
@@ -448,7 +448,7 @@ def test_files_to_deploy_hold_weights_only(run, capsys):
 def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monkeypatch):
     monkeypatch.setattr(verify, "ROUNDS", 1)
     monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0.0)
-    pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+    onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
     pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
     flags = "--fold_bn --bits 4 --act_bits 4 --quantize_sums"
     assert run("ResNet20", f"{flags} --equalize --export e.onnx --verify") == 0
@@ -456,10 +456,10 @@ def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monk
     assert found["differing_predictions"]["integer"] == 0 and found["source"]["equalize"] == "true"
     assert run("ResNet20", f"{flags} --verify e.onnx") == 1
     assert "made with equalize true, and this is false" in capsys.readouterr().err
-    model = onnx_export.load_model(Path("e.onnx"))
+    model = onnx.load("e.onnx")
     [entry] = [p for p in model.metadata_props if p.key == "equalize"]
     model.metadata_props.remove(entry)  # as in files of earlier versions
-    onnx_export.save_model(model.SerializeToString(), Path("old.onnx"))
+    onnx.save(model, "old.onnx")
     assert deployed_files.read_model(Path("old.onnx"), {"equalize": "false"})
     with pytest.raises(FileError, match="made with equalize false"):
         deployed_files.read_model(Path("old.onnx"), {"equalize": "true"})
