@@ -147,8 +147,7 @@ TRAINING: Table = [
     "run",
     Flag("run_name", str, None, "name of the run; None: made of model, data set and penalty"),
     Flag("save_file", str, None, "file to save to, .pt is added; None: the run's name"),
-    switch("save_preregularized_model", "also save the weights just before regularization begins, "
-           "in <…>_preregul.pt", PENALTY),
+    switch("save_preregularized_model", "save the weights before it in <…>_preregul.pt", PENALTY),
     switch("watch", "log histograms of every parameter and gradient"),
     Flag("watch_freq", count, 1, "with --watch, log histograms every N batches", needs="--watch"),
     "start, checkpoints and resuming",
@@ -177,8 +176,7 @@ TRAINING: Table = [
     Flag("weight_decay", not_negative, 5e-4, "weight decay of SGD", "D"),
     Flag("train_subset", count, None, "train on the first N images only, for a quick look"),
     "precision and batch norm",
-    Flag("precision", PRECISIONS, "auto", "of convolutions; auto: bf16 where hardware is fast at "
-         "it"),
+    Flag("precision", PRECISIONS, "auto", "of convolutions; auto: bf16 where that is fast"),
     switch("compile", "compile the element-wise kernels where a compiler is present", default=True),
     Flag("cuda_graph", bool, ignored="no step is launched as a CUDA graph any more"),
     switch("sync_bn", "under torchrun, take batch statistics over all processes", default=True),
@@ -273,11 +271,9 @@ QUANTIZATION: Table = [
     "activations",
     Flag("act_bits", act_bit_widths_or_same, None, "of inputs of layers and pooling; same: as the "
          "weights; None: full precision", "{2..16,same}", requires="--precision fp32", nargs="+"),
-    switch("quantize_sums", "also quantize the inputs of additions, multiplications and "
-           "concatenations", "--act_bits"),
-    Flag("act_symmetry", ("symmetric", "asymmetric"), "symmetric", "grids of inputs that may be "
-         "negative: about 0, or, with a zero point, from their least to their largest value",
-         needs="--act_bits"),
+    switch("quantize_sums", "also quantize inputs of sums, products, concatenations", "--act_bits"),
+    Flag("act_symmetry", ("symmetric", "asymmetric"), "symmetric", "asymmetric: a zero point for "
+         "inputs that may be negative", needs="--act_bits"),
     Flag("calibration", qu.CALIBRATIONS, "topk_median", "range of an input: median of its 10 "
          "largest and smallest values, all but 0.01 %% on each side, the extremes, or least "
          "squared error (mse)", needs="--act_bits"),
@@ -288,8 +284,7 @@ QUANTIZATION: Table = [
     switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last, "
            "and expand the loss in their change", requires=["--precision fp32", BY_LAYER]),
     Flag("per_layer_images", count, 512, "training images for --per_layer", needs="--per_layer"),
-    Flag("precision", PRECISIONS, "fp32", "of convolutions; auto: bf16 where hardware is fast at "
-         "it"),
+    Flag("precision", PRECISIONS, "fp32", "of convolutions; auto: bf16 where that is fast"),
     Flag("test_subset", count, None, "measure on the first N test images only, for a quick look"),
     *DATA,
     "output",

@@ -54,17 +54,22 @@ def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
         if not getattr(args, flag):
             continue
         path = Path(getattr(args, flag))
-        try:
-            check_writable(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            parser.error(f"--{flag}: {error}")
+        make_parent(parser, flag, path)
         target = path.resolve()
         if path.suffix in (".pt", ".ckpt", ".json") and path.exists() and read_record(path):
             taken.setdefault(target, "a file of a training")
         if target in taken:
             parser.error(f"--{flag} {path}: that is {taken[target]}")
         taken[target] = f"the file of --{flag}"
+
+
+def make_parent(parser: Parser, flag: str, path: Path) -> None:
+    """Make the folder that a file of that flag will be in; end with one line if it cannot be."""
+    try:
+        check_writable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(f"--{flag}: {error}")
 
 
 def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
@@ -75,11 +80,7 @@ def make_output_folder(parser: Parser, args: argparse.Namespace) -> Path:
     paths = find_paths(args.checkpoints).values()
     first = next(filter(os.path.exists, paths), Path("."))
     folder = Path(args.output) if args.output else first.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder / "results.csv")
-    except (OSError, ValueError) as error:
-        parser.error(f"--output: {error}")
+    make_parent(parser, "output", folder / "results.csv")
     return folder
 
 
