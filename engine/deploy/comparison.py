@@ -74,7 +74,8 @@ class _Comparison(fx.Interpreter):
                 f"{name}: its integers differ from what the network's own operation gives, by "
                 f"{error:.3g} times what rounding explains"
             )
-        return torch.empty_like(result).copy_(value)  # in the memory layout that a view needs
+        # in the memory layout that a view needs
+        return torch.empty_like(result, dtype=value.dtype).copy_(value)
 
 
 def _largest_error(result: Tensor, value: Tensor, grid: Grid | None) -> float:
