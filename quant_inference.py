@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,9 +247,9 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     dataset = utils.load_dataset(args)
     checks.check_n_images(args, explicit_flags, len(dataset.train_images))
     use_ieee_float32()
-    loaded = distributed.run_on_rank0_and_broadcast(
-        lambda: load_networks(files, args, explicit_flags, dataset)
-    )
+    # Each process reads the files, as graphs lose their names when they are sent; rank 0 prints.
+    with redirect_stdout(None if distributed.get_rank() else sys.stdout):
+        loaded = load_networks(files, args, explicit_flags, dataset)
     if args.layers and loaded:
         checks.check_layers([network.graph for network in loaded.values()], args.layers)
     steps = record = None

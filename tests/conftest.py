@@ -27,6 +27,26 @@ def _default_determinism():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once():
+    """Trace each of our own networks once: it takes a second, and none depends on its weights."""
+    from engine.networks import exported
+
+    trace, programs = exported.traced, {}
+
+    def traced(net, images):
+        if type(net).__module__ != "models":
+            return trace(net, images)
+        key = (type(net), repr(net), images.shape, images.dtype, images.device)
+        if key not in programs:
+            programs[key] = trace(net, images)
+        return programs[key]
+
+    exported.traced = traced
+    yield
+    exported.traced = trace
+
+
 @pytest.fixture
 def registry():
     """REGULARIZERS, which is as it was again when the test has ended."""

@@ -24,7 +24,7 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 SECONDS = 300
 FORKS.set_forkserver_preload(
-    ["torch", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"]
+    ["torch", "torch._dynamo", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"]
 )
 
 

@@ -6,11 +6,12 @@ import sys
 import traceback
 from pathlib import Path
 
-import reference
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import reference  # noqa: E402
 
 import combined_protocol  # noqa: E402
 import data  # noqa: E402

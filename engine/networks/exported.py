@@ -74,15 +74,8 @@ class _Logits(nn.Module):
 
 def _exported(net: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return the graph as the module describes it."""
-    shapes = ({0: Dim.AUTO},)
-    # With gradients: without them attention runs as one kernel that hides its matrix products.
-    with torch.enable_grad():
-        program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
-    composed = COMPOSED & {node.target for node in program.graph.nodes}
-    if composed or not _without_inplace(program.graph):
-        table = default_decompositions() if composed else {}
-        program = program.run_decompositions({target: table[target] for target in composed})
-    graph = _with_own_tensors(program)
+    program = traced(net, images)
+    graph = _with_own_tensors(program, _Logits(net))
     for transform in (_inline_regions, _spell_one_way, _split_attention, _fold_constants):
         transform(graph)
         graph.graph.eliminate_dead_code()
@@ -91,6 +84,19 @@ def _exported(net: nn.Module, images: Tensor) -> fx.GraphModule:
     _own_tensors(graph)
     graph.graph.lint()
     return copy_graph(graph)
+
+
+def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
+    """Return what `torch.export` makes of the network, without operations in place."""
+    shapes = ({0: Dim.AUTO},)
+    # With gradients: without them attention runs as one kernel that hides its matrix products.
+    with torch.enable_grad():
+        program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
+    composed = COMPOSED & {node.target for node in program.graph.nodes}
+    if composed or not _without_inplace(program.graph):
+        table = default_decompositions() if composed else {}
+        program = program.run_decompositions({target: table[target] for target in composed})
+    return program
 
 
 # --- from torch.export's program to a module -------------------------------------------------
@@ -128,8 +134,9 @@ def _is_view(node: fx.Node) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in results)
 
 
-def _with_own_tensors(program: ExportedProgram) -> fx.GraphModule:
-    """Return a module whose graph reads the program's tensors by their names in the network."""
+def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
+    """Return a module with the program's graph that reads the network's tensors by their names."""
+    tensors = {**program.constants, **dict(net.named_buffers()), **net.state_dict(keep_vars=True)}
     root = nn.Module()
     module = fx.GraphModule(root, fx.Graph())
     values: dict[fx.Node, fx.Node] = {}
@@ -138,7 +145,7 @@ def _with_own_tensors(program: ExportedProgram) -> fx.GraphModule:
     for node in program.graph.nodes:
         if node.op == "placeholder" and inputs[node.name].kind in CONSTANT_KINDS:
             target = inputs[node.name].target
-            tensor = program.state_dict.get(target, program.constants.get(target))
+            tensor = tensors[target]
             own = copies.setdefault(id(tensor), tensor.detach().clone())
             values[node] = read_tensor(module, target.removeprefix("net."), own)
             values[node].meta["is_parameter"] = inputs[node.name].kind == InputKind.PARAMETER

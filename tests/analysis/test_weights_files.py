@@ -65,9 +65,9 @@ def test_the_record_gives_data_set_model_and_provenance(folder, monkeypatch):
     save("a", model="Other")
     save("b", regularizer="none")
     made = []
-    real = qi.utils.make_net
+    real = qi.make_model
     monkeypatch.setattr(
-        qi.utils, "make_net", lambda name, *rest: made.append(name) or real(name, *rest)
+        qi, "make_model", lambda name, *rest: made.append(name) or real(name, *rest)
     )
     code, rows = main("a.pt", "b.pt")
     assert code == 0 and set(made) == {"Other", "ConvNet"}
