@@ -136,7 +136,8 @@ def _is_view(node: fx.Node) -> bool:
 
 def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
     """Return a module with the program's graph that reads the network's tensors by their names."""
-    tensors = {**program.constants, **dict(net.named_buffers()), **net.state_dict(keep_vars=True)}
+    tensors = {**program.constants, **dict(net.named_buffers(remove_duplicate=False))}
+    tensors |= dict(net.named_parameters(remove_duplicate=False))
     root = nn.Module()
     module = fx.GraphModule(root, fx.Graph())
     values: dict[fx.Node, fx.Node] = {}
