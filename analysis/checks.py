@@ -168,7 +168,7 @@ def check_layers(graphs: Iterable[fx.GraphModule], names: Sequence[str]) -> None
 def check_coverage(
     network: MeasuredNetwork, quantizations: Sequence[Quantization], strict: bool
 ) -> None:
-    """Print what stays in float, if anything does; with --strict that is a NetworkError."""
+    """Print what stays in float, if anything does; with --strict that is a ValueError."""
     for act_bits in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
         covered = network.coverage(FLOAT_BITS if act_bits else 8)
         if covered.is_whole:

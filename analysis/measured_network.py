@@ -205,7 +205,7 @@ class MeasuredNetwork:
         """Quantize the network and measure it on the test images."""
         graph, quantized = self.quantized_weights(how, trial)
         if self.images.recalibration:
-            on_device = graph.to(self.conditions.device)
+            on_device = copy_graph(graph).to(self.conditions.device)  # the weights are kept
             graph = recalibrate_statistics(on_device, batches(self.images.recalibration))
         if self.conditions.in_integers:
             net = self.integers(how, trial)

@@ -20,11 +20,12 @@ def plan_rows(
     act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
     with_biases = any(how.bias_range for how in quantizations)
     inputs = quantized_inputs(network.graph, network.conditions.sums)
+    all_grids = [network.grids(n) for n in act_bits if n != FLOAT_BITS]
     rows = []
     for operation in operations(network.graph):
         for name in filter(inputs.__contains__, operation.inputs):
             shape = operation.source(name).meta["shape"][1:]
-            grids = [network.grids(n)[name] for n in act_bits if n != FLOAT_BITS]
+            grids = [of_inputs[name] for of_inputs in all_grids]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
             bits = [grid.n_bits for grid in grids]
             rows.append(_row(name, "input", shape, bits, "/".join(ranges)))
