@@ -23,9 +23,9 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 SECONDS = 300
-FORKS.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"]
-)
+OF_EXPORT = ["torch.export._trace", "torch.export.pt2_archive._package", "torch._inductor.sizevars"]
+OTHERS = ["torch._dynamo", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"]
+FORKS.set_forkserver_preload(["torch", *OTHERS, *OF_EXPORT])
 
 
 def call(
@@ -128,11 +128,14 @@ def _launch(connection):
 
 
 def _fork(running, env, function, arguments):
+    import torch
+
     if pid := os.fork():
         running.add(pid)
         return pid
     code = 1
     try:
+        torch.set_num_threads(1)  # makes the pool anew that a fork loses, before a second thread does
         running.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.clear()
