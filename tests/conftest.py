@@ -29,13 +29,13 @@ def _default_determinism():
 
 @pytest.fixture(autouse=True, scope="session")
 def _traced_once():
-    """Trace each of our own networks once: it takes a second, and none depends on its weights."""
+    """Trace each of these networks once: it takes a second, and none depends on its weights."""
     from engine.networks import exported
 
     trace, programs = exported.traced, {}
 
     def traced(net, images):
-        if type(net).__module__ != "models":
+        if type(net).__module__ not in ("models", "reference", "tiny_scripts"):
             return trace(net, images)
         key = (type(net), repr(net), images.shape, images.dtype, images.device)
         if key not in programs:

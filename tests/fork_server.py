@@ -135,7 +135,8 @@ def _fork(running, env, function, arguments):
         return pid
     code = 1
     try:
-        torch.set_num_threads(1)  # makes the pool anew that a fork loses, before a second thread does
+        # makes anew the pool of threads that a fork loses, before two threads do it at once
+        torch.set_num_threads(1)
         running.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.clear()

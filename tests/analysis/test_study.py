@@ -100,6 +100,7 @@ def scripts(tmp_path, monkeypatch):
     ):
         (tmp_path / "scripts" / name).write_text(text)
     monkeypatch.setattr(study, "SCRIPTS", tmp_path / "scripts")
+    monkeypatch.setattr(study_jobs, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(study_figures, "draw_figures", lambda *_: None)  # it takes a second
     l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)

@@ -74,6 +74,12 @@ def _meta_is_a_device(monkeypatch):
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
 
 
+class TwoBlocks(ConvNet):
+    """A short ConvNet: an operation on the meta device takes a millisecond."""
+
+    BLOCKS = ((3, 4, 1), (4, 6, 2))
+
+
 def make_net(kind):
     with META:
         return fast_layers.use_fast_layers(kind())
@@ -91,13 +97,14 @@ def test_a_batch_norm_that_averages_over_all_batches():
         norm(x)
 
 
-@pytest.mark.parametrize("kind", [ConvNet, SmoothNet])
+@pytest.mark.parametrize("kind", [TwoBlocks, SmoothNet])
 @pytest.mark.parametrize("difference_step", [None, 0.01])
 @pytest.mark.parametrize("penalty", [None, *PENALTIES], ids=lambda p: p and p.label)
 def test_a_step(kind, penalty, difference_step):
     net, criterion = make_net(kind), nn.CrossEntropyLoss(label_smoothing=0.1)
     x, y = batch()
-    batch_norm.foldable_pairs(net, x.shape[1:])  # which a run finds before its first step
+    if penalty and "folded_weights" in penalty.inputs:
+        batch_norm.foldable_pairs(net, x.shape[1:])  # which a run finds before its first step
     with no_synchronization():
         result = gradients.compute_gradients(
             net, criterion, penalty, x, y, torch.bfloat16, 0.5, difference_step

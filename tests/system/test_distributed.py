@@ -80,8 +80,8 @@ class Doubles:
 
     def __init__(self, **options):
         generator = torch.Generator().manual_seed(3)
-        images = torch.randint(256, (37, 3, 6, 6), generator=generator, dtype=torch.uint8)
-        labels = torch.randint(4, (37,), generator=generator)
+        images = torch.randint(256, (27, 3, 6, 6), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(4, (27,), generator=generator)
         self.loader = Loader(images, labels, 10, (0.5,) * 3, (0.25,) * 3, **options)
 
     def __getattr__(self, name):
@@ -171,10 +171,7 @@ def assert_same(results, expected, where):
 
 def test_n_processes_train_what_one_does():
     (single,) = on(1, all_trained, [*REGULARIZERS])
-    for n, names in (
-        (2, [*REGULARIZERS]),
-        (4, ["none", "combined", "L3Grad", "difference, every second batch"]),
-    ):
+    for n, names in ((2, [*REGULARIZERS]), (4, ["combined", "difference, every second batch"])):
         for rank, results in enumerate(on(n, all_trained, names)):
             assert_same(results, {name: single[name] for name in names}, (n, rank))
 

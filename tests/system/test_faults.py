@@ -84,7 +84,7 @@ def uninterrupted(launcher, tmp_path_factory):
     results = []
     for script, argv in RUNS:
         folder, seconds = tmp_path_factory.mktemp("uninterrupted"), math.inf
-        for _ in range(3):
+        for _ in range(2):
             started_at = time.monotonic()
             assert launcher.run(script, argv, folder) == 0, read_log(folder)
             seconds = min(seconds, time.monotonic() - started_at)
@@ -123,7 +123,7 @@ def assert_resumes(launcher, number, folder, uninterrupted):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, uninterrupted, tmp_path):
     chance, when = random.Random(number), Counter()
-    n_moments = {"short": 3, "long": 30}[size]
+    n_moments = {"short": 2, "long": 30}[size]
     seconds = [seconds for _, seconds in uninterrupted]
     while when.total() - when["after the end"] < n_moments:  # those are too late to count
         which = when.total() % len(RUNS)
@@ -188,7 +188,7 @@ def test_the_scripts_exit_with_143(name, tmp_path):
 @pytest.mark.parametrize("mode", ["fail", "die"])
 def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrupted, tmp_path):
     n_broken, went_on = 0, 0
-    for number in range(1, 1000, {"short": 29, "long": 1}[size]):
+    for number in range(1, 1000, {"short": 41, "long": 1}[size]):
         which = number % len(RUNS)
         script, argv = RUNS[which]
         folder = tmp_path / str(number)

@@ -11,12 +11,12 @@ from wandb_log import read_log
 
 import train
 from engine.system import environment, wandb_logger
-from models import ConvNet
+from models import ResNet20
 
 EPOCHS = Path(train.__file__).with_name("results") / "distributions" / "epochs.py"
 FAST = (
     "--dataset Synthetic --train_subset 32 --holdout 32 --batch_size 16 --precision fp32 "
-    "--no-compile --n_epochs 1"
+    "--no-compile --n_epochs 1 --model ResNet20 --width 0.25"
 ).split()
 
 
@@ -57,7 +57,7 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
     [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     logged = read_log(log)
     rows = logged["history"]
-    check_columns(logged, json.loads(Path(tmp_path, "ConvNet_Synthetic_L2Grad.json").read_text()))
+    check_columns(logged, json.loads(Path(tmp_path, "ResNet20_Synthetic_L2Grad.json").read_text()))
     epoch, _ = [row for row in rows if "train_loss" in row]
     assert {
         "train_loss",
@@ -71,7 +71,7 @@ def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypa
         "epoch",
     } <= epoch.keys()
     [watched] = [row for row in rows if "parameters/classifier.bias" in row]
-    for name, p in ConvNet().named_parameters():
+    for name, p in ResNet20(width=0.25).named_parameters():
         for kind in ("parameters", "gradients"):
             histogram = watched[f"{kind}/{name}"]
             assert histogram["_type"] == "histogram" and sum(histogram["values"]) == p.numel()

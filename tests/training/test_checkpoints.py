@@ -1,3 +1,4 @@
+import functools
 import random
 import signal
 
@@ -72,12 +73,18 @@ class Cut(Exception):
     pass
 
 
+@functools.cache
+def uninterrupted(name):
+    """Return weights and history of the run that was not cut."""
+    training = begin()
+    history = train_on(training, name)
+    return training.net.state_dict(), history
+
+
 @pytest.mark.parametrize("name", REGULARIZERS)
 @pytest.mark.parametrize("cut_at", [1, 3, 5, 6, 11])  # of 12 batches, in and between epochs
 def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
-    path, uninterrupted = tmp_path / "r.ckpt", begin()
-    history = train_on(uninterrupted, name)
-
+    path, (weights, history) = tmp_path / "r.ckpt", uninterrupted(name)
     cut, batches = begin(), []
 
     def save_and_die(state):
@@ -93,9 +100,7 @@ def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     resumed = begin()
     resumed.load_state_dict(load_checkpoint(path), n_epochs=4, n_batches=3)
     resumed_history = train_on(resumed, name)
-    for a, b in zip(
-        uninterrupted.net.state_dict().values(), resumed.net.state_dict().values(), strict=True
-    ):
+    for a, b in zip(weights.values(), resumed.net.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     untimed = [
         [{key: value for key, value in entry.items() if "second" not in key} for entry in entries]
