@@ -72,31 +72,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(code, None if silent else line)
 
 
-def no_hint() -> str:
-    """Return the end of a message that has nothing to add."""
-    return ""
-
-
 @contextmanager
-def exit_codes(parser: Parser, hint: Callable[[], str] = no_hint) -> Iterator[None]:
+def exit_codes(parser: Parser, hint: Callable[[], str] = str) -> Iterator[None]:
     """Context manager that ends the script with one line for an error that the user can correct.
 
-    `hint()` is added to that line where the run can be continued: after a signal, a failed write
-    or a lost process. Errors in the program itself stay tracebacks.
+    `hint()`, by default "", is added to that line where the run can be continued: after a signal, a
+    failed write or a lost process. Errors in the program itself stay tracebacks.
     """
     try:
         yield
     except ReportedError as error:
         if error.reported_by == "rank 0":
             distributed.wait_for_rank0_exit()
-        silent = {
-            "rank 0": distributed.get_rank() > 0,
-            "local rank 0": not distributed.is_local_rank0(),
-            "every rank": False,
-        }[error.reported_by]
-        can_continue = error.reported_by == "every rank"
-        message = f"error: {error}{hint() if can_continue else ''}"
-        parser.exit_with(error.exit_code, message, silent)
+        reporters = {
+            "rank 0": distributed.get_rank() == 0,
+            "local rank 0": distributed.is_local_rank0(),
+            "every rank": True,
+        }
+        end = hint() if error.reported_by == "every rank" else ""
+        silent = not reporters[error.reported_by]
+        parser.exit_with(error.exit_code, f"error: {error}{end}", silent)
     except OSError as error:
         parser.exit_with(1, f"error: {error}{hint()}")
     except (KeyboardInterrupt, SystemExit) as stop:

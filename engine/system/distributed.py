@@ -34,7 +34,7 @@ _cpu_group: dist.ProcessGroup | None = None  # for CPU tensors; None: the defaul
 
 
 def _call_collective(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a collective operation; raise PeerLostError where the backend fails."""
+    """Call a collective operation; PeerLostError where the backend fails."""
     try:
         return call(*arguments, **options)
     except (RuntimeError, ValueError) as error:  # what backends raise is of many kinds
@@ -76,14 +76,10 @@ def process_group(device: str) -> Iterator[None]:
         world_size=world_size,
         timeout=TIMEOUT,
     )
-    _cpu_group = (
-        _call_collective(dist.new_group, backend="gloo", timeout=TIMEOUT) if on_gpu else None
-    )
+    if on_gpu:
+        _cpu_group = _call_collective(dist.new_group, backend="gloo", timeout=TIMEOUT)
     try:
-        with (
-            open(os.devnull, "w") as devnull,
-            redirect_stdout(devnull if get_rank() else sys.stdout),
-        ):
+        with open(os.devnull, "w") as devnull, redirect_stdout(devnull if rank else sys.stdout):
             yield
     finally:
         _cpu_group = None
@@ -138,12 +134,7 @@ def get_rank() -> int:
     """
     if dist.is_initialized():
         return dist.get_rank()
-    return _env_int("RANK", 0) if several_started() else 0
-
-
-def several_started() -> bool:
-    """Tell whether torchrun has started several processes, also outside of `process_group`."""
-    return _env_int("WORLD_SIZE", 1) > 1
+    return _env_int("RANK", 0) if _env_int("WORLD_SIZE", 1) > 1 else 0
 
 
 def is_restart_here() -> bool:
@@ -223,12 +214,8 @@ def all_reduce_sum(t: Tensor) -> Tensor:
 def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
     """Set each tensor of floating point to its mean over the ranks."""
     if get_world_size() > 1 and (averaged := [t for t in tensors if t.is_floating_point()]):
-        for t, mean in zip(
-            averaged,
-            _split(all_reduce_sum(_flat(averaged)) / get_world_size(), averaged),
-            strict=True,
-        ):
-            t.copy_(mean)
+        means = _split(all_reduce_sum(_flat(averaged)) / get_world_size(), averaged)
+        torch._foreach_copy_(averaged, means)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -302,8 +289,11 @@ def batch_sum(t: Tensor) -> Tensor:
 
 
 def gather(t: Tensor) -> Tensor:
-    """Return the t of all ranks, stacked along a new first dimension; replicated."""
-    return t[None] if _batch_size is None else _Gather.apply(t)
+    """Return the t of all ranks, stacked along a new first dimension; replicated.
+
+    The backward pass returns this rank's row.
+    """
+    return t[None] if _batch_size is None else _GatherBatch.apply(t[None], get_world_size())
 
 
 def share_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -340,7 +330,7 @@ class _WholeBatch(Sequence):
 
 
 class _GatherBatch(torch.autograd.Function):
-    """The images of all ranks, in order; the backward pass returns this rank's rows."""
+    """The n images of all ranks, in order; the backward pass returns this rank's rows."""
 
     @staticmethod
     def forward(ctx, share, n):
@@ -375,21 +365,6 @@ def reduce_from_ranks(contribution: Tensor) -> Tensor:
     The backward pass returns the cotangent, which is replicated, as that of every contribution.
     """
     return contribution if _batch_size is None else _ReduceFromRanks.apply(contribution)
-
-
-class _Gather(torch.autograd.Function):
-    """The t of all ranks, stacked; the backward pass returns this rank's row of the cotangent."""
-
-    @staticmethod
-    def forward(ctx, t):
-        rows = t.new_empty((get_world_size(), *t.shape))
-        _call_collective(dist.all_gather, list(rows.unbind()), t.contiguous())
-        return rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g[get_rank()]
 
 
 class _CopyToRanks(torch.autograd.Function):
@@ -428,40 +403,35 @@ def overlapped_grad_all_reduce(params: Sequence[Tensor]) -> Iterator[Callable[[S
     if _batch_size is None:
         yield lambda grads: [g if g is None else g.detach() for g in grads]
         return
-    buckets = _GradientBuckets()
-    hooks = [p.register_hook(partial(buckets.add, i)) for i, p in enumerate(params)]
+    waiting: dict[int, Tensor] = {}  # gradients by the index of the parameter
+    sent: list[tuple[dict[int, Tensor], Tensor, dist.Work]] = []  # with the message under way
+
+    def add(index: int, g: Tensor) -> None:
+        waiting[index] = g.detach()
+        if sum(g.nbytes for g in waiting.values()) >= BUCKET_BYTES:
+            send()
+
+    def send() -> None:
+        if waiting:
+            flat = _flat([*waiting.values()])
+            sent.append(
+                (dict(waiting), flat, _call_collective(dist.all_reduce, flat, async_op=True))
+            )
+            waiting.clear()
+
+    def sum_grads(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        send()
+        sums = [g if g is None else g.detach() for g in grads]
+        for contributions, flat, work in sent:
+            _call_collective(work.wait)
+            totals = _split(flat, [*contributions.values()])
+            for index, total in zip(contributions, totals, strict=True):
+                sums[index] = total
+        return sums
+
+    hooks = [p.register_hook(partial(add, i)) for i, p in enumerate(params)]
     try:
-        yield buckets.sum_grads
+        yield sum_grads
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _GradientBuckets:
-    """Gradients that wait to be sent, and the messages that are under way."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[int, Tensor]] = []  # (index of the parameter, gradient)
-        self.sent: list[tuple[tuple[int, ...], tuple[Tensor, ...], Tensor, dist.Work]] = []
-
-    def add(self, index: int, g: Tensor) -> None:
-        self.waiting.append((index, g.detach()))
-        if sum(g.nbytes for _, g in self.waiting) >= BUCKET_BYTES:
-            self.send()
-
-    def send(self) -> None:
-        if self.waiting:
-            indices, grads = zip(*self.waiting, strict=True)
-            flat = _flat(grads)
-            work = _call_collective(dist.all_reduce, flat, async_op=True)
-            self.sent.append((indices, grads, flat, work))
-            self.waiting = []
-
-    def sum_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        self.send()
-        sums = [g if g is None else g.detach() for g in grads]
-        for indices, contributions, flat, work in self.sent:
-            _call_collective(work.wait)
-            for index, total in zip(indices, _split(flat, contributions), strict=True):
-                sums[index] = total
-        return sums

@@ -3,7 +3,6 @@
 import errno
 import glob
 import json
-import math
 import os
 import pickle
 import re
@@ -197,18 +196,10 @@ def save_weights(net: nn.Module, path: Path) -> None:
 
 def save_json(value: object, path: Path) -> None:
     """Write value as readable JSON; numbers that are not finite, which JSON lacks, become null."""
-    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    text = json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a file name need not be Unicode
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the value with None in place of NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
