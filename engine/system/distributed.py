@@ -414,9 +414,8 @@ def overlapped_grad_all_reduce(params: Sequence[Tensor]) -> Iterator[Callable[[S
     def send() -> None:
         if waiting:
             flat = _flat([*waiting.values()])
-            sent.append(
-                (dict(waiting), flat, _call_collective(dist.all_reduce, flat, async_op=True))
-            )
+            work = _call_collective(dist.all_reduce, flat, async_op=True)
+            sent.append((dict(waiting), flat, work))
             waiting.clear()
 
     def sum_grads(grads: Sequence[Tensor | None]) -> list[Tensor | None]:

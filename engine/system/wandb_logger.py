@@ -101,8 +101,9 @@ class WandbLogger:
 
         `summary` is what the run's summary holds of them: None for the last, "none" for nothing.
         """
-        options = {"step_metric": step, "summary": summary}
-        self._attempt_if_healthy(lambda: self.run.define_metric(name, **options))
+        self._attempt_if_healthy(
+            lambda: self.run.define_metric(name, step_metric=step, summary=summary)
+        )
 
     def log(self, values: dict[str, Any]) -> None:
         """Log values, "epoch" among them, which is the x axis."""
@@ -218,11 +219,6 @@ class WandbLogger:
 
         return self._attempt(LOG_SECONDS, draft)
 
-    def finish(self) -> str:
-        """Close the run within a time limit; return lines that say how to open it."""
-        self.close()
-        return how_to_open([self])
-
     def close(self) -> None:
         """Close the run within a time limit."""
         if self.run is not None and not self.run.disabled:
@@ -240,8 +236,8 @@ def how_to_open(loggers: Sequence[WandbLogger]) -> str:
     if local:
         folder = local[0].folder.parent
         shown = local[0].folder if len(local) == 1 else folder
-        ids = [each.run.id for each in local]
-        parts = sorted(p for run_id in ids for p in folder.glob(f"*-{run_id}"))  # of --resume, too
+        # of --resume, too
+        parts = sorted(p for each in local for p in folder.glob(f"*-{each.run.id}"))
         lines += [
             f"dashboard, in this terminal: wandb leet {shown}",
             f"dashboard, in the browser:   wandb sync {' '.join(map(str, parts))}",
