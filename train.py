@@ -10,9 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +109,12 @@ def fit(
             images_per_second = train_loader.n_images / progress.epoch_seconds
             test = evaluate_epoch(state, test_loader, phase, config)
         state.scheduler.step()
-        progress.history.append(
-            {
-                "epoch": progress.epoch,
-                "lr": lr,
-                **{f"train_{key}": value for key, value in train.items()},
-                **{f"test_{key}": value for key, value in test.items()},
-                "images_per_second": images_per_second,
-                "epoch_seconds": time.perf_counter() - started_at,
-            }
-        )
+        entry = {"epoch": progress.epoch, "lr": lr}
+        entry |= {f"train_{key}": value for key, value in train.items()}
+        entry |= {f"test_{key}": value for key, value in test.items()}
+        seconds = time.perf_counter() - started_at
+        entry |= {"images_per_second": images_per_second, "epoch_seconds": seconds}
+        progress.history.append(entry)
         progress.next_epoch()
         yield progress
 
@@ -268,12 +263,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     settings = {**vars(args), "plan": plan}
     logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
-    record = {
-        "settings": settings,
-        "run_id": run_id,
-        "classes": dataset.classes,
-        **describe_environment(),
-    }
+    record = {"settings": settings, "run_id": run_id, "classes": dataset.classes}
     return TrainingRun(
         args=args,
         out=out,
@@ -281,7 +271,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         state=state,
         config=config,
         loaders=loaders,
-        record=record,
+        record=record | describe_environment(),
         logger=logger,
     )
 
@@ -398,9 +388,8 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
     make_loader = utils.loader_maker(args, dataset)
     images = dataset.train_images
     labels = dataset.train_labels
-    rank = distributed.get_rank()
     world_size = distributed.get_world_size()
-    ranks = {"rank": rank, "world_size": world_size}
+    ranks = {"rank": distributed.get_rank(), "world_size": world_size}
     train = make_loader(images, labels, seed=args.seed, augment=True, shuffle=True, **ranks)
     if (smallest := train.n_images_in_batch(len(train) - 1)) < world_size:
         raise SetupError(
@@ -446,13 +435,9 @@ def make_state(
         if steps.float_inputs:
             names = ", ".join(steps.float_inputs)
             print(f"--qat_bits: inputs that no module of their own takes stay in float: {names}")
-    optimizer = torch.optim.SGD(
-        parameter_groups(net, steps),
-        args.lr,
-        args.momentum,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    decay = args.weight_decay
+    groups = parameter_groups(net, steps)
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=decay, fused=True)
     scheduler = utils.make_scheduler(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
@@ -478,9 +463,8 @@ def check_penalties(
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)
-    if "folded_weights" in inputs:
-        if unfolded := describe_unfolded(net, image_shape):
-            print(f"{args.model}: {unfolded}")
+    if "folded_weights" in inputs and (unfolded := describe_unfolded(net, image_shape)):
+        print(f"{args.model}: {unfolded}")
     if "a_grads" in inputs and by_difference:
         check_movable_activations(net, image_shape)
     if "a_grads" in inputs and n_activations == 0:
@@ -520,32 +504,23 @@ def validate_and_run(
         save_as = Path(f"{out}_preregul.pt")
         phases = [replace(p, save_as=save_as) if p is first else p for p in phases]
 
+    def hint() -> str:
+        has_checkpoint = os.path.lexists(f"{out}.ckpt")
+        return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
+
     with (
-        exit_codes(parser, partial(resume_hint, out)),
+        exit_codes(parser, hint),
         GracefulShutdown() as shutdown,
         distributed.process_group(args.device),
-        output_lock(args, out),
+        ExitStack() as locks,
     ):
+        if distributed.get_rank() == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        for name in run_names(args, out):
+            locks.enter_context(run_lock(name))
         print_device(args.device)
         args.resume = distributed.is_restart_here() or args.resume
         run(args, phases, out, shutdown)
-
-
-def resume_hint(out: Path) -> str:
-    """Return the end of a message that says how to continue, "" where there is no checkpoint."""
-    has_checkpoint = os.path.lexists(f"{out}.ckpt")
-    return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
-
-
-@contextmanager
-def output_lock(args: argparse.Namespace, out: Path) -> Iterator[None]:
-    """Context manager that makes the folder of the run's files and holds the locks of its names."""
-    if distributed.get_rank() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as locks:
-        for name in run_names(args, out):
-            locks.enter_context(run_lock(name))
-        yield
 
 
 def reachable_phases(
@@ -555,11 +530,8 @@ def reachable_phases(
     late = [f"{epoch_flags} {p.start}" for p in phases if p.start >= args.n_epochs]
     late += [f"--milestones {epoch}" for epoch in utils.late_milestones(args)]
     if late and distributed.get_rank() == 0:
-        last = args.n_epochs - 1
-        print(
-            f"{parser.prog}: never reached, the last epoch is {last}: {', '.join(late)}",
-            file=sys.stderr,
-        )
+        reason = f"never reached, the last epoch is {args.n_epochs - 1}"
+        print(f"{parser.prog}: {reason}: {', '.join(late)}", file=sys.stderr)
     return [p for p in phases if p.start < args.n_epochs]
 
 

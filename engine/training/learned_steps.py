@@ -110,20 +110,14 @@ class LearnedSteps:
 
     def steps(self) -> dict[str, LearnedStep]:
         """Return every quantizer, by layer and what it quantizes: "conv1.weight"."""
-        return {
-            f"{name}.{kind}": quantizer
-            for name, quantizers in self.layers.items()
-            for kind, quantizer in quantizers.items()
-        }
+        return {f"{name}.{kind}": q for name, qs in self.layers.items() for kind, q in qs.items()}
 
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
         """Context manager in which the layers of the network run quantized."""
-        handles = [
-            handle
-            for name, quantizers in self.layers.items()
-            for handle in _quantize_layer(net, self.places[name], quantizers)
-        ]
+        handles = []
+        for name, quantizers in self.layers.items():
+            handles += _quantize_layer(net, self.places[name], quantizers)
         try:
             yield
         finally:
@@ -171,10 +165,8 @@ class LearnedSteps:
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
 
 
-def _quantize_layer(
-    net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]
-) -> list[Any]:
-    """Have the layer run with its weight quantized, and its input where that has a quantizer."""
+def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]) -> list:
+    """Have a layer run with its weight quantized, and its input where that has a quantizer."""
     owner, name = net.get_submodule(place.owner), place.tensor
     tensors = owner._parameters if name in owner._parameters else owner._buffers
     weights = []  # the full-precision one while the module runs
@@ -275,10 +267,9 @@ def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
 
 def _takes_input(module: nn.Module, layer: Operation) -> bool:
     """Tell whether the module is that one layer, and what it is given is the layer's input."""
-    if not isinstance(module, LAYER_TYPES | nn.ConvTranspose2d):
-        return False
     value = _before_padding(layer)
-    return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
+    is_given = value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
+    return is_given and isinstance(module, LAYER_TYPES | nn.ConvTranspose2d)
 
 
 def _before_padding(layer: Operation) -> fx.Node:
@@ -324,9 +315,8 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
     places = find_places(graph, net)
     with read_json(path) as content:
         if KEY not in content:
-            raise FileError(
-                f"{path} has no learned steps: it is no record of a --qat_bits training"
-            )
+            reason = "has no learned steps: it is no record of a --qat_bits training"
+            raise FileError(f"{path} {reason}")
         saved = content[KEY]
         bits = {"weight": saved["weight_bits"], "input": saved["act_bits"]}
         bits = {kind: n_bits for kind, n_bits in bits.items() if n_bits is not None}
@@ -335,11 +325,8 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
                 raise ValueError(f"{n_bits} bits is no whole number")
             check_bits(n_bits)
         # earlier versions had steps of convolutions and linear layers that ran as modules alone
-        least = {
-            name
-            for name, place in places.items()
-            if isinstance(net.get_submodule(place.module), LAYER_TYPES)
-        }
+        modules = {name: net.get_submodule(place.module) for name, place in places.items()}
+        least = {name for name, module in modules.items() if isinstance(module, LAYER_TYPES)}
         if not least <= saved["layers"].keys() <= places.keys():
             raise FileError(f"{path}: its learned steps are not of the layers of this network")
         quantizers = {}

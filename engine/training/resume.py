@@ -86,23 +86,21 @@ def check_settings(
     args: argparse.Namespace, checkpoint: dict[str, Any], path: str, names: Iterable[str]
 ) -> None:
     """Print which of the settings differ from the checkpoint's; FileError where that matters."""
+    current = vars(args)
     with file_boundary(path):
         json.dumps(checkpoint["settings"])  # raises unless they are plain values, to compare
-        current = vars(args)
         saved = read_settings(checkpoint)
         if not re.fullmatch("[^\\W_]+", checkpoint["run_id"]):
             raise ValueError("a run_id that is none")
         if not (isinstance(checkpoint["seconds"], float) and math.isfinite(checkpoint["seconds"])):
             raise ValueError("seconds that are none")
-    changed = sorted(
-        name
-        for name in names
-        if (current[name] or None) != (saved.get(name) or None)
-        and AUTO not in (current[name], saved.get(name))
-    )
-    for name in changed:
-        print(f"--{name} is {current[name]!r}, was {saved.get(name)!r} in {path}", file=sys.stderr)
-    matter = [f"--{name}" for name in changed if name not in MAY_CHANGE_ON_RESUME]
+    matter = []
+    for name in sorted(names):
+        now, before = current[name], saved.get(name)
+        if (now or None) != (before or None) and AUTO not in (now, before):
+            print(f"--{name} is {now!r}, was {before!r} in {path}", file=sys.stderr)
+            if name not in MAY_CHANGE_ON_RESUME:
+                matter.append(f"--{name}")
     if matter and not args.allow_changed_settings:
         raise FileError(
             f"{path} is of a run with other settings ({', '.join(matter)}): give it those, or "
