@@ -27,15 +27,14 @@ def log_quantizations(
     loggers = []
     for name, file in files.items():
         others = {f"weights/{other}" for other in files if other != name}
-        own = [
-            [row for row in all_rows if row["checkpoint"] == name]
-            for all_rows in (results.rows, results.layer_rows)
-        ]
+        rows = [row for row in results.rows if row["checkpoint"] == name]
+        layer_rows = [row for row in results.layer_rows if row["checkpoint"] == name]
         config = {**settings, "checkpoints": [str(file.path)], **describe_training(file.record)}
         run_id = uuid.uuid4().hex[:12] if loggers else new_run_id()  # a sweep gives one
         logger = WandbLogger(args, "quantize", f"quantize_{name}", config, run_id)
         try:
-            log_results(logger, *own, {k: v for k, v in plots.items() if k not in others})
+            own_plots = {title: path for title, path in plots.items() if title not in others}
+            log_results(logger, rows, layer_rows, own_plots)
             use_weights(logger, file)
         except BaseException as error:  # such as Ctrl-C
             logger.fail(error)

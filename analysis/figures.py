@@ -105,11 +105,9 @@ def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
-    extent = legend.get_window_extent()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(
-        max(width, extent.width / figure.dpi), height + extent.height / figure.dpi
-    )
+    legend_width, legend_height = legend.get_window_extent().size / figure.dpi
+    figure.set_size_inches(max(width, legend_width), height + legend_height)
 
 
 # --- accuracy --------------------------------------------------------------------------------
@@ -148,9 +146,8 @@ def _act_bits_of_panel(row: Row, rows: Sequence[Row]) -> str:
     Where weights of b bits have rows with several bit-widths of activations, each has its panel.
     """
     widths = {(r["bits"], r["act_bits"]) for r in rows if r["scheme"] == row["scheme"]}
-    if len(widths) == len({bits for bits, _ in widths}):
-        return ""
-    return bits_label([row])
+    has_several = len(widths) > len({bits for bits, _ in widths})
+    return bits_label([row]) if has_several else ""
 
 
 def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -> None:
@@ -159,14 +156,10 @@ def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -
     for i, (checkpoint, accuracy) in enumerate(full.items()):
         points = [row for row in rows if row["checkpoint"] == checkpoint]
         style = line_style(i)
-        axes.errorbar(
-            [r["bits"] + offset * (i - (len(full) - 1) / 2) for r in points],
-            [r["accuracy"] for r in points],
-            [r["accuracy_std"] or math.nan for r in points],  # which draws nothing
-            capsize=2,
-            label=checkpoint,
-            **style,
-        )
+        x = [r["bits"] + offset * (i - (len(full) - 1) / 2) for r in points]
+        y = [r["accuracy"] for r in points]
+        bars = [r["accuracy_std"] or math.nan for r in points]  # NaN draws nothing
+        axes.errorbar(x, y, bars, capsize=2, label=checkpoint, **style)
         dashes = REFERENCE_LINES[LINES.index(style["linestyle"])]
         axes.axhline(accuracy, color=style["color"], linestyle=dashes, linewidth=0.9)
     bits = sorted({row["bits"] for row in rows})
@@ -175,10 +168,7 @@ def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -
 
 
 def set_accuracy_limits(axes: Axes) -> None:
-    """Show at least MIN_ACCURACY_SPAN of accuracies and little beyond 100 %, and label in percent.
-
-    Decimals follow the ticks: 48.5 % and 49 % are not both 49 %.
-    """
+    """Show at least MIN_ACCURACY_SPAN of accuracies and little beyond 100 %; label in percent."""
     low, high = axes.get_ylim()
     grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2
     axes.set_ylim(low - grow, min(1.02, high + grow))

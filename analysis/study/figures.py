@@ -28,7 +28,7 @@ CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
     "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
     "kurtosisnorm",
 )  # fmt: skip
-CurveStyle = tuple[str, str, str]  # name, colour and marker
+CurveStyles = Mapping[str, tuple[str, str, str]]  # name, colour and marker, by variant
 # The README's figure: variants with the name, colour (Okabe and Ito's) and marker they have in it.
 ANSWER_CURVES = {
     "kurtosisnorm": ("KurtosisNorm", "#009E73", "^"),
@@ -78,10 +78,8 @@ def overview_plot(statistics: Statistics, path: Path) -> None:
     others = [variant for variant in variants if variant != base]
     means = statistics.summary.set_index(["variant", *SETTING])["mean"]
     with rc_context(STYLE):
-        columns = -(-len(MAIN_SETTINGS) // 2)
-        figure, grid = panels(
-            len(MAIN_SETTINGS), columns, 2.35, 0.8 + 0.2 * len(others), sharey=True
-        )
+        n = len(MAIN_SETTINGS)
+        figure, grid = panels(n, -(-n // 2), 2.35, 0.8 + 0.2 * len(others), sharey=True)
         for axes, setting in zip(grid, MAIN_SETTINGS, strict=True):
             _draw_differences(axes, statistics.accuracies, setting, base, others)
             mean = f"{100 * means[base, *setting]:.1f} %" if (base, *setting) in means else "–"
@@ -135,13 +133,13 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
     groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
     means = groups["value"].mean()
     names = list(tracked["name"].unique())
+    shown = [variant for variant in CURVE_VARIANTS if variant in set(tracked["variant"])]
     with rc_context(STYLE):
         figure, grid = panels(len(names), 4, 2.4, 2)
         legend = {}
         for axes, name in zip(grid, names, strict=True):
-            variants = means[name].index.unique("variant")
-            for i, variant in enumerate(v for v in CURVE_VARIANTS if v in set(tracked["variant"])):
-                if variant in variants:
+            for i, variant in enumerate(shown):
+                if variant in means[name].index.unique("variant"):
                     curve = means[name, variant]
                     axes.plot(curve.index + 1, curve, label=variant, **line_style(i))
             axes.axvline(first, **REFERENCE_LINE)
@@ -155,10 +153,9 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
 
 
 def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
-    """Draw held-out accuracy against λ: a panel for each variant, one line for full precision.
+    """Draw held-out accuracy against λ, in full precision and at 4 bits: a panel for each variant.
 
-    The other is for 4 bits, and horizontal ones for the control. The vertical line is where the λ
-    is that was taken.
+    Horizontal lines are the control's; the vertical one is the λ that was taken.
     """
     control = next(iter(choices.values())).control
     tried = [a for choice in choices.values() for a in choice.candidates.values() if a]
@@ -216,9 +213,7 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
         save_png(figure, path)
 
 
-def _draw_answer_curves(
-    axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, CurveStyle]
-) -> None:
+def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: CurveStyles) -> None:
     """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
     x = np.arange(len(shown))
@@ -243,7 +238,7 @@ def _draw_answer_curves(
     axes.set_title("Quantized weights")
 
 
-def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, CurveStyle]) -> None:
+def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: CurveStyles) -> None:
     """Draw the accuracies at (4,4), a dot and a bar for each variant, the best on top."""
     means = accuracies[ANSWER_4_4].groupby(level="variant").mean()
     order = sorted(dots, key=means.get)
@@ -252,9 +247,8 @@ def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, C
         values = accuracies.loc[name, ANSWER_4_4]
         axes.hlines(y, values.min(), values.max(), colour, linewidth=2.5, alpha=0.45)
         axes.plot(means[name], y, color=colour, marker=marker, markersize=7)
-        axes.annotate(
-            f"{means[name]:.1f}", (means[name], y), (0, 6), textcoords="offset points", ha="center"
-        )
+        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{means[name]:.1f}", (means[name], y), **above)
     axes.set_yticks(range(len(order)), [dots[name][0] for name in order])
     for tick, name in zip(axes.get_yticklabels(), order, strict=True):
         tick.set(color=dots[name][1], weight="bold")

@@ -61,9 +61,8 @@ class Job:
 
     def blocked(self, failed: Set[Path]) -> bool:
         """Return whether its target, or that of a job it needs, is among the failed ones."""
-        return not self.done and (
-            self.target in failed or any(job.blocked(failed) for job in self.needs)
-        )
+        has_failed = self.target in failed or any(job.blocked(failed) for job in self.needs)
+        return has_failed and not self.done
 
     @property
     def line(self) -> str:
@@ -88,10 +87,8 @@ def pending(jobs: Iterable[Job]) -> list[Job]:
 
 def next_ready_job(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
     """Return the first pending job that was not started yet and has all it needs, or None."""
-    for job in pending(jobs):
-        if job.target not in started and all(needed.done for needed in job.needs):
-            return job
-    return None
+    waiting = (job for job in pending(jobs) if job.target not in started)
+    return next((job for job in waiting if all(needed.done for needed in job.needs)), None)
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -134,12 +131,19 @@ class RunningJob:
         return False
 
     def finish(self, out: Path) -> bool:
-        """Return whether the job, which is over, succeeded; record its time and clean up."""
+        """Return whether the job, which is over, succeeded; clean up.
+
+        Adds a line with its time to <out>/jobs.jsonl where it ran without interruption.
+        """
         seconds = time.perf_counter() - self.began
         if not self.succeeded():
             return False
         if self.started_fresh:
-            record_duration(out, self.job, seconds, self.max_parallel)
+            times = {"seconds": round(seconds, 1), "at_once": self.max_parallel}
+            line = {"kind": self.job.kind, **times, "command": self.job.line}
+            with warn_on_error("the job's time was not recorded"):
+                with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
+                    print(json.dumps(line), file=file)
         if self.job.needs:  # nothing continues from its checkpoint, as from a trunk's
             for suffix in (".ckpt", ".ckpt.previous"):
                 self.job.target.with_suffix(suffix).unlink(missing_ok=True)
@@ -237,18 +241,6 @@ class JobRunner:
         """Return the first of the GPUs with the fewest jobs, None where they are not shared out."""
         used = Counter(each.gpu for each in self.running)
         return min(self.gpus, key=lambda gpu: used[gpu], default=None)
-
-
-# --- times -----------------------------------------------------------------------------------
-
-
-def record_duration(out: Path, job: Job, seconds: float, max_parallel: int) -> None:
-    """Add a line about a job that ran without interruption to <out>/jobs.jsonl."""
-    times = {"seconds": round(seconds, 1), "at_once": max_parallel}
-    line = {"kind": job.kind, **times, "command": job.line}
-    with warn_on_error("the job's time was not recorded"):
-        with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps(line), file=file)
 
 
 def job_seconds(out: Path) -> dict[str, float]:

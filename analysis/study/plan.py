@@ -164,12 +164,12 @@ class StudyPlan:
 
     def tuning(self, name: str) -> dict[float | None, Job]:
         """Return, by λ, the jobs that its choice rests on: the control's under None."""
-
-        def job(variant: str, lmbda: float | None) -> Job:
-            return self.quantized(self.branch(variant, TUNING_SEED, lmbda, tuning=True), TUNING)
-
-        candidates = {lmbda: job(self.tuned_name(name), lmbda) for lmbda in self.lmbdas(name)}
-        return {None: job(CONTROL, None), **candidates} if candidates else {}
+        lmbdas = self.lmbdas(name)
+        variants = {None: CONTROL, **dict.fromkeys(lmbdas, self.tuned_name(name))} if lmbdas else {}
+        return {
+            lmbda: self.quantized(self.branch(variant, TUNING_SEED, lmbda, tuning=True), TUNING)
+            for lmbda, variant in variants.items()
+        }
 
     def chosen_lambda(self, name: str, save: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; `save` keeps a new choice.
@@ -258,11 +258,9 @@ class StudyPlan:
         self, names: Sequence[str], seeds: Sequence[int], started: Set[Path]
     ) -> Job | None:
         """Return the first job that can start now, or None: first those that λ is chosen by."""
-        for name in names:
-            jobs, _ = self.next_jobs(name, seeds, save=True)
-            if job := study_jobs.next_ready_job(jobs, started):
-                return job
-        return None
+        variants = (self.next_jobs(name, seeds, save=True)[0] for name in names)
+        ready = (study_jobs.next_ready_job(jobs, started) for jobs in variants)
+        return next(filter(None, ready), None)
 
 
 def _stem(trained: Job) -> str:

@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,37 +79,21 @@ class Result:
     commands: list[str]
 
 
-def quantization_rows(
-    result: Result, records: StudyRecords, epoch_seconds: float
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each setting of one network; full precision as in float32.
+def quantization_rows(result: Result, records: StudyRecords, seconds: float) -> Iterator[tuple]:
+    """Yield a row of ROW_COLUMNS for each setting of one network; full precision as in float32.
 
-    `epoch_seconds` is the time of a regularized epoch. Raises FileError.
+    `seconds` is the time of a regularized epoch. Raises FileError.
     """
     for quantization, path in result.quantized.items():
         with records.open(path) as quantized:
             for row in quantized["rows"]:
                 if row["scheme"] == UNQUANTIZED and quantization != "folded":  # which is in float32
                     continue
+                network = (result.variant, result.lmbda, result.seed)
+                scheme = SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"])
+                integers = [row[key] for key in ("bits", "act_bits", "levels")]
                 numbers = ("accuracy", "accuracy_change", "squared_error")
-                yield {
-                    "variant": result.variant,
-                    "lmbda": result.lmbda,
-                    "seed": result.seed,
-                    "scheme": SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"]),
-                    **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                    **{key: float(row[key]) for key in numbers},
-                    "epoch_seconds": epoch_seconds,
-                }
-
-
-def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[tuple]:
-    """Yield a row of TRACKED_COLUMNS for each value that --track logged of one network."""
-    for entry in history:
-        for key, value in entry.items():
-            if key.startswith("track_"):
-                name = key.removeprefix("track_")
-                yield result.variant, result.seed, entry["epoch"], name, value
+                yield *network, scheme, *integers, *(float(row[key]) for key in numbers), seconds
 
 
 def read_results(
@@ -126,7 +109,12 @@ def read_results(
         with records.open(result.training) as record:
             history = record["history"]
             seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[first:])
-            tracked += tracked_rows(result, history)
+            tracked += [
+                (result.variant, result.seed, entry["epoch"], key.removeprefix("track_"), value)
+                for entry in history
+                for key, value in entry.items()
+                if key.startswith("track_")
+            ]
         rows += quantization_rows(result, records, seconds)
     frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
     return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)
@@ -279,14 +267,13 @@ def correlations(
 
 
 class Statistics:
-    """What the tables and figures show, worked out once from at least one row.
+    """What the tables and figures show, worked out once from the tables of `read_results`.
 
-    Means and correlations are of the seeds that all variants share, differences and accuracy drops
-    of all seeds.
+    There is at least one row. Means and correlations are of the seeds that all variants share,
+    differences and accuracy drops of all seeds.
     """
 
     def __init__(self, rows: pd.DataFrame, tracked: pd.DataFrame) -> None:
-        """Work everything out from the tables of `read_results`."""
         self.rows = rows
         self.tracked = tracked
         self.accuracies = pivot(rows, NETWORK, SETTING, "accuracy")  # by network and setting

@@ -94,11 +94,6 @@ def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
     return (fastest / fastest["control"]).map("{:.2f}".format)
 
 
-def mean_and_std(mean: float, std: float) -> str:
-    """Return a mean ± standard deviation in %; one seed has no deviation."""
-    return f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
-
-
 def cells_by_setting(
     rows: pd.DataFrame, lines: list[str], settings: Sequence[Setting]
 ) -> Iterator[tuple]:
@@ -113,10 +108,12 @@ def accuracy_table(
     """Return the accuracies in %, with λ, seeds and epoch time, of all variants or `only` some."""
     summary = statistics.summary
     times = relative_epoch_times(statistics.rows)
-    rows = summary.assign(
-        cell=list(map(mean_and_std, summary["mean"], summary["std"])),
-        lmbda=["" if pd.isna(lmbda) else f"{lmbda:g}" for lmbda in summary["lmbda"]],
-    )
+    cells = [
+        f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
+        for mean, std in zip(summary["mean"], summary["std"], strict=True)
+    ]
+    lmbdas = ["" if pd.isna(lmbda) else f"{lmbda:g}" for lmbda in summary["lmbda"]]
+    rows = summary.assign(cell=cells, lmbda=lmbdas)
     lines = {
         name: [name, lmbda, str(n), *cells, times[name]]
         for (name, lmbda, n), *cells in cells_by_setting(rows, ["variant", "lmbda", "n"], settings)
@@ -135,9 +132,8 @@ def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
     if "minus" in intervals:
         names = names + " − " + intervals["minus"]
     half = (intervals["high"] - intervals["low"]) / 2
-    cells = [
-        f"{100 * m:+.2f} ± {100 * h:.2f}" for m, h in zip(intervals["mean"], half, strict=True)
-    ]
+    means = zip(intervals["mean"], half, strict=True)
+    cells = [f"{100 * mean:+.2f} ± {100 * h:.2f}" for mean, h in means]
     rows = cells_by_setting(intervals.assign(name=names, cell=cells), ["name", "n"], settings)
     lines = ([name, str(n), *line] for (name, n), *line in rows)
     return markdown(["", "seeds", *map(label, settings)], lines)
@@ -214,16 +210,6 @@ def accuracy_sections(statistics: Statistics) -> list[str]:
     ]
 
 
-def scheme_sections(statistics: Statistics) -> list[str]:
-    """Return a table of accuracies for each scheme, by falling numbers of bits."""
-    settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
-    sections = []
-    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
-        columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
-        sections += [f"## {scheme}", accuracy_table(statistics, columns)]
-    return sections
-
-
 def tracked_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
     values = statistics.final_values
@@ -251,7 +237,11 @@ def document(
 ) -> str:
     """Return all tables as one markdown page, with the commands of every row."""
     sections = accuracy_sections(statistics)
-    sections += scheme_sections(statistics) + tracked_sections(statistics)
+    settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
+    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
+        columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
+        sections += [f"## {scheme}", accuracy_table(statistics, columns)]  # by falling bits
+    sections += tracked_sections(statistics)
     if choices:
         sections += ["## The choice of λ", choice_table(choices), CHOICE_NOTE]
     sections += ["## Commands", "In this order, from the root of the repository."]
