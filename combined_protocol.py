@@ -30,9 +30,9 @@ def published_protocol(args: argparse.Namespace) -> list[str]:
 
 
 def parse_phase(text: str, **options: Any) -> train.Phase:
-    """Return the phase written as PHASE_SYNTAX says; ValueError if it is not written so.
+    """Return the phase written as PHASE_SYNTAX, with the options that its regularizers accept.
 
-    Each regularizer gets those of the options that it accepts.
+    Raises ValueError if it is not written so.
     """
     epoch, _, terms = text.partition(":")
     if not (epoch.isdecimal() and terms):

@@ -141,7 +141,7 @@ def accepts(name: str, option: str) -> bool:
 
 
 def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
-    """Return the data set called `name`, a key of `DATASETS`, with those options that it takes.
+    """Return the data set of that name, a key of `DATASETS`, with those options that it takes.
 
     Raises DataError where there is no such data set, or it is missing and could not be fetched.
     """

@@ -20,9 +20,8 @@ def log_quantizations(
 ) -> str:
     """Log a run for each network, and return lines that say how to open them.
 
-    A run each, and not one for all: then a network is a row of the project's table of runs, and its
-    accuracies are columns. `files` are those of the networks and `plots` the pictures, by title; a
-    title weights/<name> is of that network alone.
+    With a run each, networks are rows of the project's table of runs, and accuracies its columns.
+    `files` are those of the networks, `plots` the pictures by title: weights/<name> is of that one.
     """
     loggers = []
     for name, file in files.items():
@@ -101,8 +100,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
 def curves(rows: Sequence[Row]) -> list[dict[str, float]]:
     """Return rows of the history, one per bit-width, whose x axis is "bits".
 
-    A curve is named accuracy/uniform, with /act_8 at its end for 8-bit activations and /act_same
-    where all have as many bits as the weights.
+    A curve is accuracy/uniform, accuracy/uniform/act_8 with 8-bit activations, or …/act_same.
     """
     quantized = [row for row in rows if row["scheme"] != UNQUANTIZED]
     is_same = all(row["act_bits"] == row["bits"] for row in quantized)

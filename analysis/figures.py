@@ -82,10 +82,7 @@ def percent_decimals(distance: float) -> int:
 
 
 def wrap(text: str, width: int) -> str:
-    """Return the text in lines of at most `width` characters, with no formula in it.
-
-    Lines end after a space, "_", "/" or "-" where they can.
-    """
+    """Return the text in lines of at most `width` characters, ended after " ", "_", "/" or "-"."""
     lines = [""]
     for piece in re.findall(rf"[^ _/-]{{0,{width - 1}}}[ _/-]|[^ _/-]{{1,{width}}}", text):
         if len(lines[-1] + piece) > width:
@@ -95,10 +92,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    """Put a legend below the panels in as many columns as fit, with long labels wrapped.
-
-    The figure grows by its height, and to its width where it is narrower.
-    """
+    """Put a legend below the panels, in as many columns as fit; the figure grows by its height."""
     labels = [wrap(label, LABEL_CHARACTERS) for label in labels]
     for columns in range(len(labels), 0, -1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
@@ -141,10 +135,7 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _act_bits_of_panel(row: Row, rows: Sequence[Row]) -> str:
-    """Return the x label that tells the row's panel apart: "" where weights have one row each.
-
-    Where weights of b bits have rows with several bit-widths of activations, each has its panel.
-    """
+    """Return the x label that tells a row's panel apart: "" where weights have one row each."""
     widths = {(r["bits"], r["act_bits"]) for r in rows if r["scheme"] == row["scheme"]}
     has_several = len(widths) > len({bits for bits, _ in widths})
     return bits_label([row]) if has_several else ""
@@ -244,8 +235,7 @@ def weights_plot(
 ) -> None:
     """Draw a histogram of each layer's weights above the values that each scheme can give them.
 
-    `weights` are by the layer's name, with output channels first. `per_channel`: only the first
-    output channel of each layer, which has a range of its own.
+    `weights` are by layer. `per_channel`: only the first output channel, which has its own range.
     """
     title = f"{name}: weights, and the values that quantization leaves"
     if per_channel:

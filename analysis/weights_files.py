@@ -42,10 +42,9 @@ class WeightsFile:
     def expected_accuracy(
         self, dataset: str, is_whole_test_set: bool, key: str = "final_accuracy"
     ) -> float | None:
-        """Return the accuracy that the network had after training, None where that is not known.
+        """Return the accuracy after training, `key` in the record; None where it is not known.
 
-        That is on the test set of `dataset`; held-out images, for example, are others. `key` is its
-        name in the record.
+        It is that on the whole test set of `dataset`; held-out images, for example, are others.
         """
         same_images = self.setting("dataset") == dataset and not self.setting("holdout")
         accuracy = self.record.get(key)

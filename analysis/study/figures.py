@@ -69,9 +69,8 @@ def panels(n: int, columns: int, width: float, height: float, **share: Any) -> t
 def overview_plot(statistics: Statistics, path: Path) -> None:
     """Draw, in a panel for each main setting, the difference of each variant from the control.
 
-    Differences are in points of accuracy and paired by seed. Each seed is a small tick, the mean a
-    marker with its 95 % interval, which may go beyond the frame: a circle where the interval holds
-    0, else a square. In a study without the control its first variant takes that place.
+    In points of accuracy, paired by seed: a tick for each seed and the mean with its 95 % interval,
+    a circle where that holds 0, else a square. Without a control the first variant takes its place.
     """
     variants = list(statistics.accuracies.index.unique("variant"))
     base = "control" if "control" in variants else variants[0]
@@ -196,10 +195,9 @@ def spread_labels(positions: Sequence[float], distance: float) -> Iterator[float
 
 
 def answer_plot(statistics: Statistics, path: Path) -> None:
-    """Draw what the study found, for the README: the variants that matter, labelled directly.
+    """Draw what the study found, for the README: means and ranges over shared seeds, in %.
 
-    Left, accuracy against bits of a weight; right, with 4-bit weights and activations, where folded
-    variants join in. Means and ranges over the seeds that all variants share, in %.
+    Left, accuracy against bits of a weight; right, with 4-bit weights and activations.
     """
     accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
     variants = accuracies.index.unique("variant")

@@ -172,8 +172,8 @@ def detached_process() -> dict[str, Any]:
 class JobRunner:
     """Runs jobs, at most `max_parallel` at a time, until `next_job` returns none.
 
-    `next_job` takes the targets that must not be started, which run or have failed. `failed` grows
-    by the targets of jobs that fail; `on_success` is called with each other job.
+    `next_job` takes the targets that must not be started; `on_success` is called with each job that
+    succeeds, and the targets of others are added to `failed`.
     """
 
     next_job: Callable[[Set[Path]], Job | None]
@@ -246,8 +246,7 @@ class JobRunner:
 def job_seconds(out: Path) -> dict[str, float]:
     """Return, by kind, the median time of the jobs in <out>/jobs.jsonl, in seconds.
 
-    The time of a job that ran beside others counts by its share of the machine. Lines that are
-    half-written, by a program that was killed, are skipped.
+    That of a job beside others counts by its share of the machine. Half-written lines are skipped.
     """
     seconds: dict[str, list[float]] = {}
     path = out / "jobs.jsonl"

@@ -229,19 +229,13 @@ class StudyPlan:
         return job.target in {each.target for each in finals} and all(each.done for each in finals)
 
     def retrained(self, jobs: Iterable[Job]) -> list[Job]:
-        """Return the pending trainings whose record is there but whose weights are not.
-
-        As in a fresh clone: they are trained again, because a job needs their weights.
-        """
+        """Return pending trainings that have a record but no weights, as in a fresh clone."""
         return [job for job in study_jobs.pending(jobs) if self.records.archived(job.record)]
 
     def next_jobs(
         self, name: str, seeds: Iterable[int], save: bool = False
     ) -> tuple[list[Job], bool]:
-        """Return the variant's final jobs and True; before λ is chosen, its tuning jobs and False.
-
-        `save` keeps a new choice.
-        """
+        """Return the variant's final jobs and True; its tuning jobs, False before λ is chosen."""
         try:
             return self.final(name, seeds, self.chosen_lambda(name, save)), True
         except NotChosen:

@@ -74,10 +74,9 @@ class StudyRecords:
         self.add(*(path for folder in folders for p in patterns for path in folder.glob(p)))
 
     def forget(self, patterns: Sequence[str]) -> list[str]:
-        """Remove the records whose path below `out` matches a pattern, and their files.
+        """Remove the records whose path below `out` matches, and their files; return the paths.
 
-        Returns the paths, so that they can be printed. Trained weights are removed with their
-        record.
+        Trained weights are removed with their record.
         """
         self.add_all()
         forgotten = [key for key in self._archived if any(fnmatchcase(key, p) for p in patterns)]

@@ -57,8 +57,7 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
 def reproduction_command(records: StudyRecords, path: Path) -> str:
     """Return the command of a training's record or of a results.json; raises FileError.
 
-    With its number of threads, because sums are split among them. Before there was --biases, PWLQ
-    quantized them on their weights' grids.
+    With its number of threads: sums are split among them. Before --biases, PWLQ quantized biases.
     """
     with records.open(path) as record:
         settings = record["settings"] | record  # a results.json has them among its settings

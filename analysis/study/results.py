@@ -99,10 +99,7 @@ def quantization_rows(result: Result, records: StudyRecords, seconds: float) -> 
 def read_results(
     results: Sequence[Result], records: StudyRecords, first: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the rows of all results, and what was tracked; raises FileError.
-
-    `first` is the first regularized epoch.
-    """
+    """Return the rows of all results, and what was tracked; regularized from epoch `first` on."""
     rows = []
     tracked = []
     for result in results:
@@ -126,8 +123,7 @@ def read_results(
 def restrict_to_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of seeds that all variants have, so that means are of the same seeds.
 
-    Variants with one seed so far do not count for that and keep their rows. Where no seed is shared
-    all rows stay.
+    Variants with one seed keep their rows and do not count. Where no seed is shared all rows stay.
     """
     seeds = rows.groupby("variant", sort=False)["seed"].agg(set)
     several = [seeds_of_one for seeds_of_one in seeds if len(seeds_of_one) > 1]
@@ -174,10 +170,7 @@ def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Return every difference: within COMPARED_PAIRS, and of each variant from the control.
-
-    They are paired by seed, because variants of one seed grow out of the same network.
-    """
+    """Return differences, paired by seed: COMPARED_PAIRS, and each variant minus the control."""
     variants = accuracies.index.unique("variant")
     pairs = [*COMPARED_PAIRS, *((name, "control") for name in variants if name != "control")]
     tables = {
@@ -211,10 +204,7 @@ def _stack(tables: dict[tuple[str, ...], pd.DataFrame], names: list[str]) -> pd.
 
 
 def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what was tracked after each network's last epoch, and its squared error at 4 bits.
-
-    A line per network and a column per name, as both appear.
-    """
+    """Return what was tracked after each network's last epoch, and its squared error at 4 bits."""
     last = tracked[tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")]
     at_4_bits = rows[rows.set_index(SETTING).index.isin([UNIFORM_4])]
     errors = at_4_bits.assign(name="squared error", value=at_4_bits["squared_error"])
@@ -235,20 +225,14 @@ def networks_of_each_seed(pairs: pd.DataFrame) -> Groups:
 
 
 def deviations_within_variants(pairs: pd.DataFrame) -> Groups:
-    """Return one group: each network's deviations from the mean (x, y) of its variant.
-
-    Variants with one network have none and are left out.
-    """
+    """Return one group: deviations from the mean (x, y) of a variant, where that has several."""
     groups = pairs.groupby(level="variant", sort=False)
     deviations = pairs - groups.transform("mean")
     return [deviations[groups["x"].transform("size") > 1]]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's ρ, with mean ranks for equal values.
-
-    Returns None with fewer than MIN_NETWORKS pairs, or where x or y is constant.
-    """
+    """Return Spearman's ρ; None with fewer than MIN_NETWORKS pairs, or where x or y is constant."""
     if len(x) < MIN_NETWORKS or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return scipy.stats.spearmanr(x, y).statistic

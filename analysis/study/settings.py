@@ -57,10 +57,7 @@ SETTING_TYPES = {
 
 
 def load_settings(path: Path) -> Settings | None:
-    """Return the settings in a study.json, or None where there is no file.
-
-    Raises FileError, in one line, if it holds anything else.
-    """
+    """Return the settings in a study.json, None without one; FileError if it holds others."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():

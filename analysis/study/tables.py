@@ -125,8 +125,7 @@ def accuracy_table(
 def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
     """Return a table of means and 95 % intervals in percentage points.
 
-    `intervals` are differences or accuracy drops; a line has those of one variant, or pair, over
-    the same number of seeds.
+    A line has the `intervals` of one variant, or pair, over the same number of seeds.
     """
     names = intervals["variant"]
     if "minus" in intervals:
@@ -155,9 +154,9 @@ def prediction_table(
     drops: pd.DataFrame,
     grouped: Callable[[pd.DataFrame], Groups] = all_networks,
 ) -> str:
-    """Return the rank correlations of final values with the accuracy drop in each setting.
+    """Return rank correlations, over networks, of final values with drops in each setting.
 
-    Both are by network. The mean over the groups of networks, and the extremes.
+    Given are the mean over the groups of networks, and the extremes.
     """
 
     def cell(x: pd.Series, y: pd.Series) -> str:

@@ -86,9 +86,9 @@ class DecodedImages:
 
 
 class ImageMaker:
-    """Makes uint8 images (b, 3, S, S) of b keys: random crops (`augment`) or centre crops.
+    """Makes uint8 images (b, 3, S, S) of b keys, from `decoded` where that is given, or the files.
 
-    They are made from `decoded`, where that is given, or else from the files.
+    With `augment` they are random crops, otherwise centre crops.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class Workers:
     """Processes that call `make` on one item after the other; results come in the items' order.
 
     They start at once, while there is little to inherit, and are kept: wandb, for one, forbids what
-    it does in forks that come after it. With n = 0 this process calls. `make` and the items must be
-    picklable; DataErrors of `make` are raised here.
+    it does in later forks. With n = 0 this process calls. `make` and the items must be picklable;
+    DataErrors of `make` are raised here.
     """
 
     def __init__(self, make: Callable[[Any], Tensor], n: int, pin_memory: bool = False) -> None:
@@ -191,8 +191,7 @@ class _Calls(Dataset):
 def _begin_worker(number: int) -> None:
     """Have this worker process end with its parent, and by no signal of anyone else's.
 
-    Who stops a training signals the whole group or job. The parent then finishes its batch, for
-    which it needs us.
+    Who stops a training signals all its processes; the parent then needs us to finish its batch.
     """
     gc.freeze()  # garbage that a fork inherits is the parent's: queues must not be closed here
     for stop_signal in {*STOP_SIGNALS} - {signal.SIGTERM}:

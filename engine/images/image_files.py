@@ -107,9 +107,8 @@ def find_images(folder: Path, classes: Sequence[str], image_size: int) -> tuple[
     """Return the images of all classes and their labels, int64 (N,).
 
     They are in the order of a hash of their paths below `folder`, in which classes are mixed: the
-    first or last N of them are a random sample. Hidden files and those that are no images by their
-    suffix are skipped, in folders of classes as well; how many is printed. Raises DataError for an
-    empty file, and for a class without images.
+    first or last N of them are a random sample. Hidden files, and those that are no images by their
+    suffix, are skipped and counted. DataError for an empty file, and for a class without images.
     """
     rows, skipped = [], []
     for label, name in enumerate(classes):
@@ -129,7 +128,7 @@ def find_images(folder: Path, classes: Sequence[str], image_size: int) -> tuple[
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the paths of all files in the folder and those in it, but not in hidden ones.
+    """Yield the paths of all files below the folder, but not in hidden folders.
 
     Links are followed, but not those that lead back to a folder on the way to them.
     """

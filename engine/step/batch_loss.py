@@ -25,11 +25,7 @@ from engine.system.hardware import autocast, rng_from
 
 @dataclass
 class FirstOrderResult:
-    """What a forward and a backward pass give.
-
-    Where the batch is shared out to several processes, all of it is this rank's contribution:
-    the sum over the ranks is meant.
-    """
+    """What a forward and a backward pass give: this rank's contribution to sums over the ranks."""
 
     loss: Tensor  # scalar, contribution to the mean over the batch
     n_correct: Tensor  # scalar

@@ -19,8 +19,8 @@ from engine.system.errors import ReportedError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with exit code 2.
 
-    `flags` are those that `add_flags` added. `explicit_flags` are the names of the flags that the
-    last command line gave, with their default value or another.
+    `flags` are those that `add_flags` added, `explicit_flags` the names of those that the last
+    command line gave, with their default value or another.
     """
 
     def __init__(self, description: str) -> None:
@@ -299,8 +299,8 @@ def warn_unused_flags(
 ) -> None:
     """Print one warning line for those flags that have no effect, and set them to their defaults.
 
-    `facts` are what a Need is told besides the flags. Loops and sweeps give every flag every time:
-    a flag with its default value is not mentioned.
+    `facts` are what a Need is told besides the flags. A flag with its default value is not
+    mentioned: loops and sweeps give every flag every time.
     """
     run, unused = with_facts(parser, args, facts), {}
     for flag in flags:

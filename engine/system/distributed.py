@@ -128,10 +128,7 @@ def get_world_size() -> int:
 
 
 def get_rank() -> int:
-    """Return this process's rank; rank 0 logs and writes.
-
-    Outside of `process_group` it is what torchrun put into the environment.
-    """
+    """Return this process's rank, outside `process_group` as torchrun says; rank 0 writes."""
     if dist.is_initialized():
         return dist.get_rank()
     return _env_int("RANK", 0) if _env_int("WORLD_SIZE", 1) > 1 else 0
@@ -143,10 +140,7 @@ def is_restart_here() -> bool:
 
 
 def wait_for_rank0_exit() -> None:
-    """Wait, on ranks other than 0, until rank 0 has reported the error and exited.
-
-    torchrun then ends this process.
-    """
+    """On other ranks, wait for rank 0 to report an error and exit: torchrun then ends us."""
     if get_rank():
         time.sleep(RANK0_EXIT_SECONDS)
 
@@ -181,10 +175,7 @@ def all_reduce_max(n: int) -> int:
 
 @contextmanager
 def local_rank0_first() -> Iterator[None]:
-    """Context manager that lets one process of each node go first.
-
-    It makes what the others then find, such as a downloaded data set.
-    """
+    """Context manager that lets one process of each node go first, as to fetch a data set."""
     several = get_world_size() > 1
     if several and not is_local_rank0():
         _call_collective(dist.barrier, group=_cpu_group)
@@ -231,7 +222,7 @@ def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_replicated(tensors: Mapping[str, Tensor]) -> None:
-    """Raise RanksDifferError, with its name, where a tensor is not the same bits on all ranks.
+    """Raise RanksDifferError, with its name, where a tensor has other bits on some rank.
 
     What is compared is a sum of each one's bits.
     """

@@ -36,7 +36,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_accelerator() -> dict[str, Any]:
-    """Return the accelerator's name and the versions of what it runs on; None where there is none.
+    """Return the accelerator's name, and versions of what it runs on; None where there is none.
 
     `driver` is the newest CUDA version that the driver takes.
     """

@@ -102,7 +102,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def seed_rng(seed: int, device: torch.device) -> None:
     """Seed the global random streams of the CPU and of the device, as torch.manual_seed does.
 
-    It leaves those of other devices alone, which is what costs the time there.
+    Those of other devices, which cost time there, are left alone.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -123,9 +123,9 @@ def _index_of(device: torch.device) -> tuple[torch.device, ...]:
 
 @contextmanager
 def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Context manager in which the device's stream continues from `state`, and after it as if not.
+    """Context manager in which the device's stream continues from a state of `get_rng_state`.
 
-    `state` is what `get_rng_state` returned.
+    After it the stream is as it was.
     """
     before = get_rng_state(device)
     set_state = (

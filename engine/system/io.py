@@ -71,8 +71,7 @@ def file_boundary(name: str | Path, problem: str = "is not what was saved there"
     """Context manager in which whatever a damaged, hostile or foreign file leads to is a FileError.
 
     Its message is one line: the `name` of the file or of a part of it, the `problem`, and a reason.
-    Readers parse inside as if every file were whole and our own: this is the one place that knows
-    better.
+    Readers parse inside as if every file were our own: this is the one place that knows better.
     """
     try:
         yield
@@ -112,9 +111,8 @@ def read_json(path: Path) -> Iterator[Any]:
 def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
     """Call write(temporary path in the same folder), flush to disk, and rename to path.
 
-    At every moment path holds the old content or the new one, whole. With `backup`, the old file is
-    renamed to that just before: then at every moment one of the two is whole. Of several processes
-    rank 0 writes. Raises OSError.
+    At every moment path holds the old content or the new one, whole, or, with `backup`, the old one
+    is whole under that name. Of several processes rank 0 writes. Raises OSError.
     """
     if distributed.get_rank():
         return
@@ -280,9 +278,8 @@ RUN_FILE_SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")
 def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
     """Context manager that holds <out>.lock and removes what a killed run left half-written.
 
-    The system frees the lock of a process that dies. Of several processes rank 0 takes it. Raises
-    FileError where another run holds it, with `instead` as what to give this one, and OSError where
-    it cannot be created.
+    The system frees the lock of a process that dies. Of several processes rank 0 has it. FileError
+    where another run has it, with `instead` as the remedy; OSError where it cannot be created.
     """
     if distributed.get_rank():
         yield

@@ -64,13 +64,9 @@ class StepDisplay(_Display):
 
 
 class EpochDisplay(_Display):
-    """Context manager that shows how far an epoch is; rank 0 shows.
+    """Context manager that shows how far an epoch of so many batches and images is; rank 0 shows.
 
-    Args:
-        progress: where the training is, its `epoch` and `batch`; an earlier process may have begun
-            the epoch.
-        n_batches: of the epoch.
-        n_images: of the epoch.
+    `progress` has the `epoch` and the `batch`, which is not 0 where an earlier process began it.
     """
 
     def __init__(self, progress: Any, n_batches: int, n_images: int) -> None:

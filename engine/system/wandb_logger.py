@@ -192,9 +192,8 @@ class WandbLogger:
         """Log a file of weights as the run's input: the artifact of that name and content.
 
         A server that has the artifact links this run with the one that logged it; another gets the
-        file. `digest` is that of the weights that the training logged, None where it logged none:
-        then only --log_model makes an artifact of them. Where the file has another digest, a line
-        says so and nothing is linked.
+        file. `digest` is that of the weights that the training logged; else only --log_model makes
+        an artifact. Where the file has another digest, a line says so and nothing is linked.
         """
         if not ((digest or self.log_model) and self._is_recorded()):
             return
@@ -246,10 +245,7 @@ def how_to_open(loggers: Sequence[WandbLogger]) -> str:
 
 
 def without_empty(value: Any) -> Any:
-    """Return a config without entries that say nothing: None and what is empty; False and 0 stay.
-
-    An entry that only holds such ones is left out as well.
-    """
+    """Return a config without None, and without what is empty or holds only such entries."""
     if not isinstance(value, dict):
         return value
     entries = {key: without_empty(item) for key, item in value.items()}
@@ -266,10 +262,9 @@ def call_with_timeout(
 ) -> Any:
     """Call in a thread of its own and return the result; TimeoutError after `seconds`.
 
-    W&B's own time limits do not hold a run. Measured with wandb 0.31: `init` keeps to init_timeout
-    (31 s of 30, port closed or silent). But with a server that hangs later, `finish` went on for
-    more than 300 s despite a finish_timeout of 60, and with W&B's own process stopped `log` never
-    returned once its buffer was full.
+    W&B's own time limits do not hold a run. Measured with wandb 0.31: `init` keeps to init_timeout,
+    but with a server that hangs later, `finish` went on for 300 s and more despite a limit of 60,
+    and with W&B's own process stopped `log` never returned once its buffer was full.
     """
     outcome: Future[Any] = Future()
 

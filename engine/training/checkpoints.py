@@ -46,8 +46,7 @@ def backup_path(path: Path) -> Path:
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, with all random states, and keep the one before it.
 
-    One of the two is whole at every moment. Where writing fails, a warning is printed and both
-    stay.
+    One of the two is whole at every moment. Where writing fails, a warning is printed.
     """
     content = {"format": CHECKPOINT_VERSION, "random": get_rng_state(), **content}
     with warn_on_error("no checkpoint was written, the last one stays"):
@@ -55,11 +54,10 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any] | None:
-    """Read the last whole checkpoint, None where there is none.
+    """Read the last whole checkpoint, None where there is none; FileError where none is whole.
 
     With `repair`, for the run that will write there, a damaged one is renamed: it must not become
-    the backup when the next is written. Raises FileError where there are checkpoints and none is
-    whole.
+    the backup when the next is written.
     """
     problems = []
     for candidate in filter(Path.exists, (path, backup_path(path))):

@@ -309,8 +309,7 @@ def parameter_groups(net: nn.Module, steps: LearnedSteps | None) -> list[dict[st
 def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedSteps:
     """Return the quantizers in the record of a training, for a network with its weights.
 
-    `graph` is what `export_network` returns of it. Raises FileError where the file is no such
-    record, or is of another network.
+    `graph` is that of `export_network`. FileError for other files and records of other networks.
     """
     places = find_places(graph, net)
     with read_json(path) as content:

@@ -67,10 +67,7 @@ def find_checkpoint(
 
 
 def settled_precision(precision: str, device: str, checkpoint: dict[str, Any] | None) -> str:
-    """Return the precision that "auto" means: the checkpoint's, or what the device is fast at.
-
-    So a run that goes on with another machine keeps its precision.
-    """
+    """Return what "auto" means: the checkpoint's precision, or what the device is fast at."""
     if precision == AUTO and checkpoint:
         precision = read_settings(checkpoint).get("precision", AUTO)
     return choose_precision(precision, device)
@@ -138,10 +135,7 @@ def continue_from(
 def check_init_from(
     progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace
 ) -> None:
-    """Raise FileError where the checkpoint of --init_from has passed what is still to be done.
-
-    A phase that should have begun before it would not mean what it says.
-    """
+    """Raise FileError where the checkpoint of --init_from has passed what is still to be done."""
     n_started = progress.epochs_started
     where = f"{args.init_from} has {n_started} epochs {'begun' if progress.batch else 'done'}"
     if progress.epoch >= args.n_epochs:
