@@ -32,27 +32,10 @@ from engine.step.evaluation import evaluate
 from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.step.penalty_inputs import needs_double_backward
-from engine.system import distributed
+from engine.system import distributed, hardware, io
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
 from engine.system.errors import DataError, NetworkError, NotFiniteError, SetupError
-from engine.system.hardware import (
-    print_device,
-    resolve_precision,
-    seed_rng,
-    tune_glibc_malloc,
-    use_ieee_float32,
-)
-from engine.system.io import (
-    RUN_FILE_SUFFIXES,
-    backup_existing,
-    check_writable,
-    load_weights,
-    run_lock,
-    save_json,
-    save_weights,
-    warn_on_error,
-)
 from engine.system.progress import EpochDisplay, epoch_line
 from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, sweep_run_id
@@ -99,7 +82,7 @@ def fit(
     while progress.epoch < config.n_epochs:
         phase = phase_at(phases, progress.epoch)
         if phase.save_as and phase.start == progress.epoch and progress.batch == 0:
-            save_weights(state.net, phase.save_as)
+            io.save_weights(state.net, phase.save_as)
         lr = state.optimizer.param_groups[0]["lr"]
         started_at = time.perf_counter() - progress.epoch_seconds
         with state.quantized():
@@ -133,7 +116,7 @@ def run_epoch(
     started_at = time.perf_counter() - progress.epoch_seconds
     with EpochDisplay(progress, len(loader), loader.n_images) as display:
         for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
-            seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
+            hardware.seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
             scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
             n_images = loader.n_images_in_batch(progress.batch)  # of all processes
             regularizer = phase.regularizer_at(progress.batch)
@@ -218,7 +201,6 @@ def run(
                     seconds = time.perf_counter() - training.started_at
                     about = {"settings": vars(training.args), "run_id": training.record["run_id"]}
                     save_checkpoint({**content, **about, "seconds": seconds}, Path(f"{out}.ckpt"))
-                    clock.restart()
                 if signal:
                     raise StoppedBySignal(128 + signal)
         finish(training)
@@ -234,8 +216,8 @@ def run(
 def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> TrainingRun:
     """Make network, loaders, optimizer and schedule, or restore them from a checkpoint."""
     started_at = time.perf_counter()
-    tune_glibc_malloc()
-    use_ieee_float32()
+    hardware.tune_glibc_malloc()
+    hardware.use_ieee_float32()
     utils.seed_everything(args.seed)
     schedule = utils.schedule_settings(args)
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
@@ -254,10 +236,10 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         run_id = checkpoint["run_id"] or run_id
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
-        load_weights(state.net, Path(args.init_weights))
+        io.load_weights(state.net, Path(args.init_weights))
     if not args.resume:
-        files = [(name, suffix) for name in run_names(args, out) for suffix in RUN_FILE_SUFFIXES]
-        distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
+        files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
+        distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
 
     plan = describe_plan(args, phases, state.steps, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
@@ -287,9 +269,9 @@ def log_epoch(training: TrainingRun, phase: Phase) -> None:
         entry[f"track_{regularizer.name}"] = means[regularizer.name]
     logger.log(entry)
     logger.summarize(state.progress.best_epoch())
-    with warn_on_error(f"{training.out}.json was not written, training continues"):
+    with io.warn_on_error(f"{training.out}.json was not written, training continues"):
         tqdm.write(epoch_line(entry, phase.regularizer and phase.regularizer.name))
-        save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
+        io.save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
     if training.args.watch and state.progress.epoch == 1 and logger.histogram_seconds:
         tqdm.write(
             f"histograms took {logger.histogram_seconds:.1f} s of this epoch's "
@@ -302,7 +284,7 @@ def finish(training: TrainingRun) -> None:
     state, out, test_loader = training.state, training.out, training.loaders.test
     measured = evaluate(state.net, training.config.criterion, test_loader)
     final = {f"final_{key}": value for key, value in measured.items()}
-    save_weights(state.net, Path(f"{out}.pt"))
+    io.save_weights(state.net, Path(f"{out}.pt"))
     if state.average is not None:
         final |= finish_average(training)
     learned = {}
@@ -315,11 +297,11 @@ def finish(training: TrainingRun) -> None:
     seconds = time.perf_counter() - training.started_at
     history = state.progress.history
     record = {**training.record, **final, **learned, "seconds": seconds, "history": history}
-    save_json(record, Path(f"{out}.json"))
+    io.save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
     training.logger.summarize({**state.progress.best_epoch(), "total_seconds": seconds})
     if artifact := training.logger.log_weights(Path(f"{out}.pt")):
-        save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
+        io.save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
     images = "held-out" if training.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
@@ -339,10 +321,10 @@ def finish_average(training: TrainingRun) -> dict[str, float]:
     out, average, loaders = f"{training.out}_ema", training.state.average, training.loaders
     net = averaged_network(average, (x for x, _ in loaders.bn.batches(0)))
     measured = evaluate(net, training.config.criterion, loaders.test)
-    save_weights(net, Path(f"{out}.pt"))
+    io.save_weights(net, Path(f"{out}.pt"))
     final = {f"final_{key}": value for key, value in measured.items()}
     steps = {"averaged_steps": average.n_averaged.item(), "bn_images": loaders.bn.n_images}
-    save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
+    io.save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
     print(f"saved {out}.pt and {out}.json: averaged weights, accuracy {measured['accuracy']:.2%}")
     return {f"ema_{key}": value for key, value in measured.items()}
 
@@ -355,7 +337,7 @@ def make_config(args: argparse.Namespace) -> FitConfig:
     return FitConfig(
         n_epochs=args.n_epochs,
         criterion=utils.make_criterion(args.criterion, args.label_smoothing),
-        dtype=resolve_precision(args.precision, args.device),
+        dtype=hardware.resolve_precision(args.precision, args.device),
         test_penalty=not args.no_test_penalty,
         difference_step=args.penalty_step if args.penalty_gradient == "difference" else None,
         freeze_bn_from=args.freeze_bn_from,
@@ -487,7 +469,7 @@ def validate_and_run(
     out = output_path(parser, args)
     try:
         utils.make_tracked_regularizers(args)
-        check_writable(Path(f"{out}.pt"))
+        io.check_writable(Path(f"{out}.pt"))
     except ValueError as error:
         parser.error(str(error))
     known = {
@@ -517,8 +499,8 @@ def validate_and_run(
         if distributed.get_rank() == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
         for name in run_names(args, out):
-            locks.enter_context(run_lock(name))
-        print_device(args.device)
+            locks.enter_context(io.run_lock(name))
+        hardware.print_device(args.device)
         args.resume = distributed.is_restart_here() or args.resume
         run(args, phases, out, shutdown)
 

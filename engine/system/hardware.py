@@ -5,6 +5,7 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -111,14 +112,15 @@ def seed_rng(seed: int, device: torch.device) -> None:
 
 def get_rng_state(device: torch.device) -> Tensor:
     """Return the state of the random stream that a forward pass on the device draws from."""
+    module, arguments = _stream_of(device)
+    return module.get_rng_state(*arguments)
+
+
+def _stream_of(device: torch.device) -> tuple[ModuleType, tuple[torch.device, ...]]:
+    """Return the module with the device's stream, and what its functions take: which device."""
     if device.type == "cpu":
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(*_index_of(device))
-
-
-def _index_of(device: torch.device) -> tuple[torch.device, ...]:
-    """Return the device as an argument, where there can be several of its kind."""
-    return () if device.type == "mps" else (device,)
+        return torch, ()
+    return torch.get_device_module(device), () if device.type == "mps" else (device,)
 
 
 @contextmanager
@@ -127,17 +129,13 @@ def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
 
     After it the stream is as it was.
     """
-    before = get_rng_state(device)
-    set_state = (
-        torch.set_rng_state
-        if device.type == "cpu"
-        else lambda state: torch.get_device_module(device).set_rng_state(state, *_index_of(device))
-    )
-    set_state(state)
+    module, arguments = _stream_of(device)
+    before = module.get_rng_state(*arguments)
+    module.set_rng_state(state, *arguments)
     try:
         yield
     finally:
-        set_state(before)
+        module.set_rng_state(before, *arguments)
 
 
 def tune_glibc_malloc() -> bool:
