@@ -126,8 +126,10 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
             learned = points[0].get("rounding") == "adaround"
             title = f"{scheme}, AdaRound (2ᵇ levels)" if learned else TITLES.get(scheme, scheme)
             axes.set(title=title, xlabel=act_bits or bits_label(points))
-        panels[0].set_ylabel("test accuracy")
-        set_accuracy_limits(panels[0])
+        low, high = panels[0].get_ylim()
+        grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2
+        panels[0].set(ylabel="test accuracy", ylim=(low - grow, min(1.02, high + grow)))
+        panels[0].yaxis.set_major_formatter(PercentTickFormatter())
         handles, labels = panels[0].get_legend_handles_labels()
         handles.append(Line2D([], [], color="#666666", linestyle=REFERENCE_LINES[0], linewidth=0.9))
         place_legend(figure, handles, [*labels, "not quantized"])
@@ -156,14 +158,6 @@ def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -
     bits = sorted({row["bits"] for row in rows})
     axes.set_xticks(bits)
     axes.set_xlim(bits[0] - 0.5, bits[-1] + 0.5)
-
-
-def set_accuracy_limits(axes: Axes) -> None:
-    """Show at least MIN_ACCURACY_SPAN of accuracies and little beyond 100 %; label in percent."""
-    low, high = axes.get_ylim()
-    grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2
-    axes.set_ylim(low - grow, min(1.02, high + grow))
-    axes.yaxis.set_major_formatter(PercentTickFormatter())
 
 
 def bits_label(rows: Sequence[Row]) -> str:

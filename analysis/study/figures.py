@@ -163,24 +163,20 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
     with rc_context(STYLE):
         figure, grid = panels(len(choices), 5, 2, 1.8, sharey=True)
         for axes, (variant, choice) in zip(grid, choices.items(), strict=True):
-            _draw_candidates(axes, choice, control)
+            candidates = {lmbda: a for lmbda, a in sorted(choice.candidates.items()) if a}
+            for i, name in enumerate(("full precision", "uniform 4")):
+                accuracies = [100 * accuracy[i] for accuracy in candidates.values()]
+                style = line_style(i)
+                axes.plot(list(candidates), accuracies, label=name, **style)
+                axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": style["color"]})
+            axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
+            axes.set_xscale("log")
+            axes.set_xticks(list(candidates), [f"{lmbda:g}" for lmbda in candidates])
+            axes.set_xticks([], minor=True)
             axes.set(title=variant, xlabel="λ", ylim=(low - 1, high + 1))
         grid[0].set_ylabel("held-out accuracy, %")
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         save_png(figure, path)
-
-
-def _draw_candidates(axes: Axes, choice: Choice, control: Sequence[float]) -> None:
-    """Draw the held-out accuracies of one variant's candidates, and of the control."""
-    candidates = {lmbda: a for lmbda, a in sorted(choice.candidates.items()) if a}
-    for i, name in enumerate(("full precision", "uniform 4")):
-        accuracies = [100 * accuracy[i] for accuracy in candidates.values()]
-        axes.plot(list(candidates), accuracies, label=name, **line_style(i))
-        axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": line_style(i)["color"]})
-    axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
-    axes.set_xscale("log")
-    axes.set_xticks(list(candidates), [f"{lmbda:g}" for lmbda in candidates])
-    axes.set_xticks([], minor=True)
 
 
 # --- the answer ------------------------------------------------------------------------------

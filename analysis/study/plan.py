@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from analysis.study.jobs import Job
 from analysis.study.lambda_choice import TUNING_SEED, Choice, HoldoutAccuracy, select_lambda
 from analysis.study.records import StudyRecords
 from analysis.study.settings import Settings, epoch_names
+from engine.system.io import save_json
 
 CONTROL = "control"  # the variant that others are compared with
 TUNING = "tuning"  # the quantization that λ is chosen by, on held-out images
@@ -182,7 +183,8 @@ class StudyPlan:
         if choice is None or tuple(choice.candidates) != self.lmbdas(name):
             choice = self._choose(name)
             if save:
-                choice.save(self.records, self.choice_path(name))
+                save_json(asdict(choice), self.choice_path(name))
+                self.records.add(self.choice_path(name))
         return choice.lmbda
 
     def _choose(self, name: str) -> Choice:

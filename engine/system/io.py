@@ -92,10 +92,8 @@ def _reason(error: Exception) -> str:
         )
     if isinstance(error, KeyError):
         return f"no {error}"
-    lines = str(error).strip().splitlines() or [
-        type(error).__name__
-    ]  # PyTorch's last one names the tensor
-    return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")  # there PyTorch names a tensor
 
 
 @contextmanager
@@ -124,7 +122,12 @@ def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None 
         if backup and path.exists():
             os.replace(path, backup)
         os.replace(temporary, path)
-        _fsync_dir(path.parent)
+        with suppress(OSError):  # where the system can, renames are to survive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         if error.errno and not error.filename:
             error.filename = str(path)  # "No space left on device" alone does not say where
@@ -132,16 +135,6 @@ def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None 
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _fsync_dir(folder: Path) -> None:
-    """Make renames in the folder survive a power cut, where the system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def torch_save(value: Any, path: Path) -> None:
@@ -250,12 +243,12 @@ def _renamed(
         renamed = {name.replace("._orig_mod.", "."): t for name, t in renamed.items()}
         done = ["renamed"] if renamed.keys() != state.keys() else []
         state = renamed
-    while not state.keys() & own.keys():
-        shared = [p for p in PREFIXES if state and all(name.startswith(p) for name in state)]
-        if not shared:
+    while state and not state.keys() & own.keys():
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
             break
-        state = {name.removeprefix(shared[0]): t for name, t in state.items()}
-        done.append(f"without the prefix {shared[0]!r}")
+        state = {name.removeprefix(prefix): t for name, t in state.items()}
+        done.append(f"without the prefix {prefix!r}")
     return state, done
 
 
