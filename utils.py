@@ -83,9 +83,11 @@ def parse_milestones(text: str) -> str:
     words = text.split(",")
     if all(word.isdecimal() for word in words):
         epochs = list(map(int, words))
-        if epochs == sorted(set(epochs)) and epochs[0] > 0:
-            return ",".join(map(str, epochs))
-        raise argparse.ArgumentTypeError(f"{text!r}: give epochs from 1 on, each after the last")
+        if epochs != sorted(set(epochs)) or epochs[0] < 1:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give epochs from 1 on, each after the last"
+            )
+        return ",".join(map(str, epochs))
     try:
         return choice_ignoring_case(MILESTONES)(text)
     except argparse.ArgumentTypeError as error:
@@ -95,11 +97,10 @@ def parse_milestones(text: str) -> str:
 def parse_qat_bits(text: str) -> str:
     """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
     try:
-        numbers = [parse_bits(number) for number in text.split(",", 1)]
+        return ",".join(str(parse_bits(number)) for number in text.split(",", 1))
     except ValueError as error:
         message = f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"
         raise argparse.ArgumentTypeError(message) from error
-    return ",".join(map(str, numbers))
 
 
 def qat_bit_widths(text: str) -> tuple[int, int | None]:

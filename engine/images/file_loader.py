@@ -150,20 +150,16 @@ class Workers:
     def map(self, items: Iterable[Any]) -> Iterator[Tensor]:
         """Yield make(item) of each."""
         self.items.current = items
-        results = iter(self.loader)
-        while True:
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):
-                    raise
-                reason = str(error).splitlines()[0]
-                raise DataError(f"a process that decodes images is lost: {reason}") from error
-            if isinstance(result, ReportedError):
-                raise result
-            yield result
+        try:
+            for result in self.loader:
+                if isinstance(result, ReportedError):
+                    raise result
+                yield result
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise DataError(f"a process that decodes images is lost: {reason}") from error
 
 
 class _Items:

@@ -248,31 +248,21 @@ class Flag:
             opposite = [f"--no-{self.name}"] if self.kind is bool else []
             group.add_argument(f"--{self.name}", *opposite, help=argparse.SUPPRESS, **options)
             return
+        if self.kind is bool:
+            options = {"action": argparse.BooleanOptionalAction if self.default else "store_true"}
+        else:
+            parse, metavar = self.kind, None if self.kind is str else "N"
+            if not callable(self.kind):
+                parse, metavar = choice_ignoring_case(self.kind), "{" + ",".join(self.kind) + "}"
+            options = {"type": parse, "metavar": self.metavar or metavar, "nargs": self.nargs}
+            options |= {"const": self.const, "action": StoreFlat if self.nargs == "+" else "store"}
         spellings = [f"--{name}" for name in (self.name, self.also) if name]
         names = [self.name] if self.is_positional else spellings
-        options = {"default": self.default, **self._value_options()}
-        group.add_argument(
-            *names, help=self.help() if callable(self.help) else self.help, **options
-        )
+        text = self.help() if callable(self.help) else self.help
+        group.add_argument(*names, help=text, default=self.default, **options)
         if self.was:  # the first spelling has the default
             options |= {"default": None, "dest": self.name, "help": argparse.SUPPRESS}
             group.add_argument(f"--{self.was}", **options)
-
-    def _value_options(self) -> dict[str, Any]:
-        """Return the arguments of `add_argument` that say which values there are."""
-        if self.kind is bool:
-            return {"action": argparse.BooleanOptionalAction if self.default else "store_true"}
-        parse, metavar = self.kind, self.metavar or (None if self.kind is str else "N")
-        if not callable(self.kind):
-            parse = choice_ignoring_case(self.kind)
-            metavar = self.metavar or "{" + ",".join(self.kind) + "}"
-        return {
-            "type": parse,
-            "metavar": metavar,
-            "nargs": self.nargs,
-            "const": self.const,
-            "action": StoreFlat if self.nargs == "+" else "store",
-        }
 
 
 def switch(name: str, help: str, needs: Needs = None, default: bool = False, **more: Any) -> Flag:

@@ -249,10 +249,7 @@ def check_replicated(tensors: Mapping[str, Tensor]) -> None:
 def sharded(batch_size: int) -> Iterator[None]:
     """Context manager in which each rank's batch is its share of a batch of that size."""
     global _batch_size
-    if get_world_size() == 1:
-        yield
-        return
-    _batch_size = batch_size
+    _batch_size = batch_size if get_world_size() > 1 else None
     try:
         yield
     finally:
@@ -345,7 +342,7 @@ class _GatherBatch(torch.autograd.Function):
 def copy_to_ranks(*replicated: Tensor) -> tuple[Tensor, ...]:
     """Return replicated tensors for computing partial ones; `reduce_from_ranks` sums the result.
 
-    The backward pass sums the cotangents, which are partial, over the ranks.
+    The backward pass sums the cotangents, which are partial, over the ranks in one message.
     """
     return replicated if _batch_size is None else _CopyToRanks.apply(*replicated)
 
@@ -359,8 +356,6 @@ def reduce_from_ranks(contribution: Tensor) -> Tensor:
 
 
 class _CopyToRanks(torch.autograd.Function):
-    """The identity; the backward pass sums the cotangents over the ranks, in one message."""
-
     @staticmethod
     def forward(ctx, *tensors):
         return tuple(t.view_as(t) for t in tensors)
@@ -372,8 +367,6 @@ class _CopyToRanks(torch.autograd.Function):
 
 
 class _ReduceFromRanks(torch.autograd.Function):
-    """The sum over the ranks; the backward pass is the identity."""
-
     @staticmethod
     def forward(ctx, contribution):
         return all_reduce_sum(contribution)
