@@ -83,11 +83,9 @@ def parse_milestones(text: str) -> str:
     words = text.split(",")
     if all(word.isdecimal() for word in words):
         epochs = list(map(int, words))
-        if epochs != sorted(set(epochs)) or epochs[0] < 1:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: give epochs from 1 on, each after the last"
-            )
-        return ",".join(map(str, epochs))
+        if epochs == sorted(set(epochs)) and epochs[0] > 0:
+            return ",".join(map(str, epochs))
+        raise argparse.ArgumentTypeError(f"{text!r}: give epochs from 1 on, each after the last")
     try:
         return choice_ignoring_case(MILESTONES)(text)
     except argparse.ArgumentTypeError as error:

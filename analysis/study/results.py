@@ -212,6 +212,7 @@ def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 Groups = list[pd.DataFrame]  # of networks, with columns x and y
+Grouping = Callable[[pd.DataFrame], Groups]
 
 
 def all_networks(pairs: pd.DataFrame) -> Groups:
@@ -238,9 +239,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     return scipy.stats.spearmanr(x, y).statistic
 
 
-def correlations(
-    x: pd.Series, y: pd.Series, grouped: Callable[[pd.DataFrame], Groups]
-) -> list[float]:
+def correlations(x: pd.Series, y: pd.Series, grouped: Grouping) -> list[float]:
     """Return the rank correlation of x and y, values of networks, in each group where it exists."""
     groups = grouped(pd.DataFrame({"x": x, "y": y}).dropna())
     rhos = [rank_correlation(pairs["x"], pairs["y"]) for pairs in groups]

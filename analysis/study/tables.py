@@ -1,6 +1,6 @@
 """The tables of the study, as markdown pages and as CSV files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from analysis.study.results import (
     MAIN_SETTINGS,
     SETTING,
     SUMMARY_SETTINGS,
-    Groups,
+    Grouping,
     Result,
     Setting,
     Statistics,
@@ -150,9 +150,7 @@ def tracked_table(final_values: pd.DataFrame) -> str:
 
 
 def prediction_table(
-    final_values: pd.DataFrame,
-    drops: pd.DataFrame,
-    grouped: Callable[[pd.DataFrame], Groups] = all_networks,
+    final_values: pd.DataFrame, drops: pd.DataFrame, grouped: Grouping = all_networks
 ) -> str:
     """Return rank correlations, over networks, of final values with drops in each setting.
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,25 +86,20 @@ class DecodedImages:
         return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
 class ImageMaker:
     """Makes uint8 images (b, 3, S, S) of b keys, from `decoded` where that is given, or the files.
 
     With `augment` they are random crops, otherwise centre crops.
     """
 
-    def __init__(
-        self,
-        images: ImageFiles,
-        augment: bool = False,
-        seed: int = 0,
-        decoded: DecodedImages | None = None,
-    ) -> None:
-        import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
+    images: ImageFiles
+    augment: bool = False
+    seed: int = 0
+    decoded: DecodedImages | None = None
 
-        self.images = images
-        self.augment = augment
-        self.seed = seed
-        self.decoded = decoded
+    def __post_init__(self) -> None:
+        import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
         """Return the images of the keys."""

@@ -251,10 +251,11 @@ class Flag:
         if self.kind is bool:
             options = {"action": argparse.BooleanOptionalAction if self.default else "store_true"}
         else:
-            parse, metavar = self.kind, None if self.kind is str else "N"
-            if not callable(self.kind):
-                parse, metavar = choice_ignoring_case(self.kind), "{" + ",".join(self.kind) + "}"
-            options = {"type": parse, "metavar": self.metavar or metavar, "nargs": self.nargs}
+            is_type = callable(self.kind)
+            parse = self.kind if is_type else choice_ignoring_case(self.kind)
+            shown = "N" if is_type else "{" + ",".join(self.kind) + "}"
+            metavar = self.metavar or (None if self.kind is str else shown)
+            options = {"type": parse, "metavar": metavar, "nargs": self.nargs}
             options |= {"const": self.const, "action": StoreFlat if self.nargs == "+" else "store"}
         spellings = [f"--{name}" for name in (self.name, self.also) if name]
         names = [self.name] if self.is_positional else spellings
