@@ -54,10 +54,7 @@ LABEL_CHARACTERS = 40  # of a line of the legend
 
 
 def line_style(i: int) -> dict[str, str]:
-    """Return colour, marker and line style of the i-th thing that a figure compares.
-
-    The first 147 differ: after each 7 the markers move on by one and the line style changes.
-    """
+    """Return colour, marker and line style of the i-th thing compared; the first 147 differ."""
     turn = i // len(COLOURS)
     return {
         "color": COLOURS[i % len(COLOURS)],

@@ -154,10 +154,7 @@ def weights_figure(name: str) -> str:
 def save_tables(
     rows: Sequence[Row], layer_rows: Sequence[Row], settings: Row, folder: Path
 ) -> None:
-    """Write results.csv, results.json and, where there are layer rows, per_layer.csv.
-
-    Files of earlier results are renamed first, figures among them.
-    """
+    """Write results.csv, results.json and per_layer.csv; earlier ones and figures are renamed."""
     names = dict.fromkeys(row["checkpoint"] for row in rows)
     files = (*FILES, *((weights_figure(name), ".png") for name in names))
     backup_existing([(folder / stem, suffix) for stem, suffix in files])

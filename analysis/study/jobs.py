@@ -234,13 +234,10 @@ class JobRunner:
             job = self.next_job({each.job.target for each in self.running} | self.failed)
             if job is None:
                 break
-            self.running.append(RunningJob(job, self.scripts, self.max_parallel, self._free_gpu()))
+            used = Counter(each.gpu for each in self.running)
+            gpu = min(self.gpus, key=lambda gpu: used[gpu], default=None)
+            self.running.append(RunningJob(job, self.scripts, self.max_parallel, gpu))
             self.bar.set_description(", ".join(each.job.title for each in self.running))
-
-    def _free_gpu(self) -> str | None:
-        """Return the first of the GPUs with the fewest jobs, None where they are not shared out."""
-        used = Counter(each.gpu for each in self.running)
-        return min(self.gpus, key=lambda gpu: used[gpu], default=None)
 
 
 def job_seconds(out: Path) -> dict[str, float]:

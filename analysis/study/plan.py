@@ -230,10 +230,6 @@ class StudyPlan:
         finals = self.final_quantized(trained).values()
         return job.target in {each.target for each in finals} and all(each.done for each in finals)
 
-    def retrained(self, jobs: Iterable[Job]) -> list[Job]:
-        """Return pending trainings that have a record but no weights, as in a fresh clone."""
-        return [job for job in study_jobs.pending(jobs) if self.records.archived(job.record)]
-
     def next_jobs(
         self, name: str, seeds: Iterable[int], save: bool = False
     ) -> tuple[list[Job], bool]:

@@ -125,10 +125,7 @@ def _stream_of(device: torch.device) -> tuple[ModuleType, tuple[torch.device, ..
 
 @contextmanager
 def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Context manager in which the device's stream continues from a state of `get_rng_state`.
-
-    After it the stream is as it was.
-    """
+    """Context manager in which the device's stream continues from `state`; after it, as before."""
     module, arguments = _stream_of(device)
     before = module.get_rng_state(*arguments)
     module.set_rng_state(state, *arguments)

@@ -20,12 +20,9 @@ class StoppedBySignal(SystemExit):
 
 
 class GracefulShutdown:
-    """Context manager in which a stop signal raises StoppedBySignal: at once, or when deferred.
+    """Context manager in which a stop signal raises StoppedBySignal: at once, or when deferred."""
 
-    `signal` is the number of the last signal that came, None before.
-    """
-
-    signal: int | None = None
+    signal: int | None = None  # the last one that came
     deferring = False
 
     def __enter__(self) -> Self:
