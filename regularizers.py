@@ -201,9 +201,8 @@ def _kurtosis(w: Tensor) -> Tensor:
 class RangeNorm(ShapeRegularizer):
     """λ · Σ_l max|W_l|.
 
-    The L∞ loss of Range Regularization, arXiv 2303.08253. The margin and soft-min-max
-    losses of that paper train a parameter of their own in each layer, which a penalty that is a
-    function of weights and gradients does not have: they are left out.
+    The L∞ loss of Range Regularization, arXiv 2303.08253. Its margin and soft-min-max losses, which
+    train a parameter of their own in each layer, are no functions of weights and gradients.
     """
 
     def forward(self, weights: Tensors) -> Tensor:
@@ -244,8 +243,7 @@ class StepRegularizer(Regularizer):
 class StepL1Grad(StepRegularizer):
     """λ · Σ_l (s_l/2) · ‖∂L/∂W_l‖₁: the most that rounding can change the loss, to first order.
 
-    The bound of gradient ℓ1 regularization (arXiv 2002.07520) with the size of the
-    perturbation of each layer left in.
+    The bound of gradient ℓ1 regularization (arXiv 2002.07520), with each layer's perturbation.
     """
 
     def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
@@ -326,9 +324,8 @@ class Sharpness(Regularizer):
         scaled = [t * g for t, g in zip(scales, detached_w_grads, strict=True)]  # T·g
         norm = lp_norm(torch.stack([*lp_norms(scaled, 2)]), 2)
         factor = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        return self.lmbda * loss_change(
-            [factor * t * g for t, g in zip(scales, scaled, strict=True)]
-        )
+        epsilon = [factor * t * g for t, g in zip(scales, scaled, strict=True)]
+        return self.lmbda * loss_change(epsilon)
 
 
 REGULARIZERS["AdaptiveSharpness"] = partial(Sharpness, rho=0.5, adaptive=True)

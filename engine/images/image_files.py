@@ -91,12 +91,10 @@ def find_classes(folder: Path) -> list[str]:
 
 def check_same_classes(train: Sequence[str], test: Sequence[str], folder: Path) -> None:
     """Raise DataError, naming the difference, unless train/ and val/ have the same classes."""
+    only = {"train": sorted({*train} - {*test}), "val": sorted({*test} - {*train})}
     parts = [
         f"only in {where}/: {', '.join(names[:MAX_LISTED])}{', …' * (len(names) > MAX_LISTED)}"
-        for where, names in (
-            ("train", sorted({*train} - {*test})),
-            ("val", sorted({*test} - {*train})),
-        )
+        for where, names in only.items()
         if names
     ]
     if parts:

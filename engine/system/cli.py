@@ -24,12 +24,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str) -> None:
-        """Make a parser that shows defaults in --help and takes no abbreviated flags."""
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
         self.flags: list[Flag] = []
         self.explicit_flags: set[str] = set()
         self.ignored: dict[str, str] = {}  # flags of earlier versions, and why they do nothing
@@ -302,9 +298,8 @@ def warn_unused_flags(
         setattr(args, name, parser.get_default(name))
         parser.explicit_flags.discard(name)
     if unused and distributed.get_rank() == 0:
-        print(
-            f"{parser.prog}: ignored, without effect: {', '.join(unused.values())}", file=sys.stderr
-        )
+        words = ", ".join(unused.values())
+        print(f"{parser.prog}: ignored, without effect: {words}", file=sys.stderr)
 
 
 def refuse_flags(

@@ -67,15 +67,9 @@ def process_group(device: str) -> Iterator[None]:
         torch.cuda.set_device(gpu)
         uuid_of_gpu = str(torch.cuda.get_device_properties(gpu).uuid)
         _call_collective(_check_own_gpu, store, rank, world_size, uuid_of_gpu)
-    _call_collective(
-        dist.init_process_group,
-        "nccl" if on_gpu else "gloo",
-        device_id=gpu,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=TIMEOUT,
-    )
+    backend = "nccl" if on_gpu else "gloo"
+    options = {"device_id": gpu, "store": store, "rank": rank, "world_size": world_size}
+    _call_collective(dist.init_process_group, backend, timeout=TIMEOUT, **options)
     if on_gpu:
         _cpu_group = _call_collective(dist.new_group, backend="gloo", timeout=TIMEOUT)
     try:
@@ -91,7 +85,8 @@ def _choose_gpu(device: str) -> torch.device:
 
     Raises SetupError where there are fewer GPUs than processes, or `device` has a number.
     """
-    n_here, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    n_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    n_gpus = torch.cuda.device_count()
     if torch.device(device).index is not None or not (n_gpus == 1 or n_here <= n_gpus):
         raise SetupError(
             f"--device {device}, {n_here} processes and {n_gpus} GPUs here: each "

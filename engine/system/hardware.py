@@ -13,10 +13,8 @@ from torch import Tensor
 from engine.system import distributed
 
 PRECISIONS = ("auto", "bf16", "fp32")
-MEMORY_FORMATS = {
-    "channels_last": torch.channels_last,
-    "contiguous": torch.contiguous_format,
-}  # of images, activations and weights of convolutions
+# of images, activations and weights of convolutions
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def default_device() -> str:
@@ -80,13 +78,13 @@ def use_ieee_float32() -> None:
 
 def choose_precision(precision: str, device: str) -> str:
     """Return "bf16" or "fp32"; of "auto", bfloat16 where the hardware is fast at it."""
-    if precision == "auto":
-        if torch.device(device).type == "cpu":
-            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        else:
-            fast = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
-        precision = "bf16" if fast else "fp32"
-    return precision
+    if precision != "auto":
+        return precision
+    if torch.device(device).type == "cpu":
+        is_fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        is_fast = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
+    return "bf16" if is_fast else "fp32"
 
 
 def resolve_precision(precision: str, device: str) -> torch.dtype:

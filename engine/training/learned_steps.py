@@ -155,13 +155,11 @@ class LearnedSteps:
 
     def record(self) -> dict[str, Any]:
         """Return what `read_steps` needs, as JSON can hold it: floats lose no bit."""
-        layers = {
-            name: {
-                kind: {"step": q.step.item(), "int_min": q.int_min, "int_max": q.int_max}
-                for kind, q in quantizers.items()
-            }
-            for name, quantizers in self.layers.items()
-        }
+        layers: dict[str, dict[str, Any]] = {}
+        for name, quantizers in self.layers.items():
+            for kind, q in quantizers.items():
+                saved = {"step": q.step.item(), "int_min": q.int_min, "int_max": q.int_max}
+                layers.setdefault(name, {})[kind] = saved
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
 
 
@@ -181,10 +179,8 @@ def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, Learn
             tensors[name] = weights.pop()
 
     module = net.get_submodule(place.module)
-    return [
-        module.register_forward_pre_hook(begin),
-        module.register_forward_hook(end, always_call=True),
-    ]
+    handle = module.register_forward_pre_hook(begin)
+    return [handle, module.register_forward_hook(end, always_call=True)]
 
 
 # --- of a network that is trained ------------------------------------------------------------
