@@ -119,7 +119,7 @@ def run_epoch(
             hardware.seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
             scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
             n_images = loader.n_images_in_batch(progress.batch)  # of all processes
-            regularizer = phase.regularizer_at(progress.batch)
+            regularizer = phase.regularizer if progress.batch % phase.every == 0 else None
             with distributed.sharded(n_images):  # sets .grad to ∇L + ∇R
                 loss, penalty, n_correct = compute_gradients(
                     net, criterion, regularizer, x, y, config.dtype, scale, config.difference_step

@@ -73,7 +73,6 @@ class Cifar:
 
     name: str
     md5s: dict[str, dict[str, str]]  # of each file, by folder
-    archives: str  # what to unpack by hand
     label_key: str  # of the labels in a pickled batch
     label_bytes: int  # before the pixels in a binary row; the last of them is the label
     sources: dict[str, Callable[[Path], Path]]  # fetch into a folder, return the one with the files
@@ -97,9 +96,10 @@ def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
         tried.append(f"{root}: {error}")
     attempts = "\n".join(f"  {number}. {what}" for number, what in enumerate(tried, 1))
     folders = " or ".join(str(root / name) for name in cifar.md5s)
+    archives = " or ".join(f"{cifar.name.lower()}-{kind}.tar.gz" for kind in ("python", "binary"))
     raise DataError(
         f"{cifar.name} was not found and could not be fetched. Tried, in this order:\n{attempts}\n"
-        f"By hand: unpack {cifar.archives} from https://www.cs.toronto.edu/~kriz/cifar.html so "
+        f"By hand: unpack {archives} from https://www.cs.toronto.edu/~kriz/cifar.html so "
         f"that {folders} holds its files, or give --data_dir the folder above it."
     )
 
@@ -272,7 +272,6 @@ def _npm_pack(folder: Path) -> None:
 CIFAR10 = Cifar(
     "CIFAR-10",
     CIFAR10_MD5S,
-    "cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
     label_key="labels",
     label_bytes=1,
     sources={
@@ -283,7 +282,6 @@ CIFAR10 = Cifar(
 CIFAR100 = Cifar(
     "CIFAR-100",
     CIFAR100_MD5S,
-    "cifar-100-python.tar.gz or cifar-100-binary.tar.gz",
     label_key="fine_labels",
     label_bytes=2,  # of the superclass, then of the class
     sources={"torchvision": partial(_with_torchvision, "CIFAR100", "cifar-100-python")},

@@ -233,9 +233,7 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _renamed(
-    state: dict[str, Tensor], own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
     """Return the weights under the network's `own` names, if a way is known, and what it took."""
     done = []
     if state.keys() != own.keys():

@@ -19,6 +19,7 @@ from torch import nn
 from engine.system import distributed
 from engine.system.environment import describe_code
 
+Table = tuple[Sequence[str], Sequence[Mapping[str, Any]]]  # columns, and rows by column
 INIT_SECONDS, LOG_SECONDS, FINISH_SECONDS = 30.0, 30.0, 60.0  # time limits of the logger
 
 
@@ -33,12 +34,7 @@ class WandbLogger:
     failed_modes: set[str] = set()  # in this process, of any run: they are not waited for again
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        job_type: str,
-        name: str,
-        config: dict[str, Any],
-        run_id: str,
+        self, args: argparse.Namespace, job_type: str, name: str, config: dict, run_id: str
     ) -> None:
         """Start the run: WANDB_MODE where set, else online with a key and offline without one.
 
@@ -77,6 +73,7 @@ class WandbLogger:
         self, args: argparse.Namespace, job_type: str, name: str, config: dict, run_id: str
     ) -> dict[str, Any]:
         """Return the arguments of `wandb.init` but for the mode."""
+        limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
         return {
             "project": args.wandb_project,
             "entity": args.wandb_entity,
@@ -88,12 +85,7 @@ class WandbLogger:
             "config": without_empty({**config, **describe_code()}),
             "id": run_id,
             "resume": "allow",
-            "settings": self.wandb.Settings(
-                init_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
-                finish_timeout_raises=True,
-                silent=True,
-            ),
+            "settings": self.wandb.Settings(**limits, finish_timeout_raises=True, silent=True),
         }
 
     def define(self, name: str, step: str, summary: str | None = None) -> None:
@@ -145,12 +137,8 @@ class WandbLogger:
         self.log(values)
         self.histogram_seconds += time.perf_counter() - started_at
 
-    def log_media(
-        self,
-        tables: Mapping[str, tuple[Sequence[str], Sequence[Mapping[str, Any]]]],
-        images: Mapping[str, Path],
-    ) -> None:
-        """Log tables, each its columns and its rows by column, and images, by name."""
+    def log_media(self, tables: Mapping[str, Table], images: Mapping[str, Path]) -> None:
+        """Log tables and images, by name."""
         if not self._is_recorded():
             return
         wandb = self.wandb
@@ -257,9 +245,7 @@ def weights_name(made_by: str) -> str:
     return "weights-" + re.sub(r"[^\w.-]", "_", made_by, flags=re.ASCII)[:100]
 
 
-def call_with_timeout(
-    seconds: float, call: Callable[..., Any], *arguments: Any, **options: Any
-) -> Any:
+def call_with_timeout(seconds: float, call: Callable, *arguments: Any, **options: Any) -> Any:
     """Call in a thread of its own and return the result; TimeoutError after `seconds`.
 
     W&B's own time limits do not hold a run. Measured with wandb 0.31: `init` keeps to init_timeout,
