@@ -276,7 +276,7 @@ def gather(t: Tensor) -> Tensor:
 
     The backward pass returns this rank's row.
     """
-    return t[None] if _batch_size is None else _GatherBatch.apply(t[None], get_world_size())
+    return t[None] if _batch_size is None else _gather_images(t[None], get_world_size())
 
 
 def share_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -309,29 +309,24 @@ class _WholeBatch(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return _WholeBatch(self.shares[index])
-        return _GatherBatch.apply(self.shares[index], _batch_size)
+        return _gather_images(self.shares[index], _batch_size)
 
 
-class _GatherBatch(torch.autograd.Function):
-    """The n images of all ranks, in order; the backward pass returns this rank's rows."""
+def _gather_images(share: Tensor, n: int) -> Tensor:
+    """Return the n images of all ranks, in order; the backward pass returns this rank's rows."""
+    world_size = get_world_size()
+    bounds = [share_bounds(n, rank, world_size) for rank in range(world_size)]
+    sizes = [end - begin for begin, end in bounds]
+    own_rows = slice(*bounds[get_rank()])
 
-    @staticmethod
-    def forward(ctx, share, n):
-        world_size = get_world_size()
-        bounds = [share_bounds(n, rank, world_size) for rank in range(world_size)]
-        sizes = [end - begin for begin, end in bounds]
-        ctx.bounds = bounds[get_rank()]
+    def gathered(share: Tensor) -> Tensor:
         padded = share.new_zeros((max(sizes), *share.shape[1:]))  # one size for all: gloo's rule
         padded[: len(share)] = share
-        rows = [torch.empty_like(padded) for _ in range(world_size)]
+        rows = [torch.empty_like(padded) for _ in sizes]
         _call_collective(dist.all_gather, rows, padded)
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        begin, end = ctx.bounds
-        return g[begin:end], None
+    return _WithBackward.apply(gathered, lambda g: [g[own_rows]], share)
 
 
 def copy_to_ranks(*replicated: Tensor) -> tuple[Tensor, ...]:
@@ -339,7 +334,13 @@ def copy_to_ranks(*replicated: Tensor) -> tuple[Tensor, ...]:
 
     The backward pass sums the cotangents, which are partial, over the ranks in one message.
     """
-    return replicated if _batch_size is None else _CopyToRanks.apply(*replicated)
+    if _batch_size is None:
+        return replicated
+
+    def summed(*cotangents: Tensor) -> list[Tensor]:
+        return _split(all_reduce_sum(_flat(cotangents)), cotangents)
+
+    return _WithBackward.apply(lambda *ts: tuple(t.view_as(t) for t in ts), summed, *replicated)
 
 
 def reduce_from_ranks(contribution: Tensor) -> Tensor:
@@ -347,29 +348,23 @@ def reduce_from_ranks(contribution: Tensor) -> Tensor:
 
     The backward pass returns the cotangent, which is replicated, as that of every contribution.
     """
-    return contribution if _batch_size is None else _ReduceFromRanks.apply(contribution)
+    if _batch_size is None:
+        return contribution
+    return _WithBackward.apply(all_reduce_sum, lambda g: [g], contribution)
 
 
-class _CopyToRanks(torch.autograd.Function):
+class _WithBackward(torch.autograd.Function):
+    """forward(*tensors), with backward(*cotangents) as the cotangents of the tensors."""
+
     @staticmethod
-    def forward(ctx, *tensors):
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx, forward, backward, *tensors):
+        ctx.cotangents = backward
+        return forward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
-        return tuple(_split(all_reduce_sum(_flat(cotangents)), cotangents))
-
-
-class _ReduceFromRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, contribution):
-        return all_reduce_sum(contribution)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g
+        return None, None, *ctx.cotangents(*cotangents)
 
 
 @contextmanager
