@@ -101,10 +101,8 @@ def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
         paths += map(Path, matches or [pattern])
     paths = list(dict.fromkeys(paths))
     stems = [path.name.removesuffix(".pt") for path in paths]
-    return {
-        stem if stems.count(stem) == 1 else str(path): path
-        for stem, path in zip(stems, paths, strict=True)
-    }
+    files = zip(stems, paths, strict=True)
+    return {stem if stems.count(stem) == 1 else str(path): path for stem, path in files}
 
 
 def common_dataset(files: Iterable[WeightsFile], known: Iterable[str]) -> str | None:

@@ -41,10 +41,8 @@ ANSWER_FOLDED = {  # drawn in the right panel only
     "kurtosisnorm_folded": ("KurtosisNorm, folded", "#009E73", "^"),
     "rangenorm_folded": ("RangeNorm, folded", "#0072B2", "s"),
 }
-ANSWER_SETTINGS: dict[str, Setting] = {
-    "full": FULL_PRECISION,
-    **{str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)},
-}
+ANSWER_SETTINGS: dict[str, Setting] = {"full": FULL_PRECISION}
+ANSWER_SETTINGS |= {str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)}
 ANSWER_4_4: Setting = ("uniform", 4, 4)
 ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
 CHANCE = 10.0  # % of ten classes

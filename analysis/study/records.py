@@ -98,11 +98,9 @@ class StudyRecords:
 
 def pack_records(records: Mapping[str, Any]) -> bytes:
     """Return a compact file of records by path: the same ones always give the same bytes."""
-    lines = (
-        json.dumps({"path": path, "content": records[path]}, separators=(",", ":"))
-        for path in sorted(records)
-    )
-    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+    entries = ({"path": path, "content": records[path]} for path in sorted(records))
+    lines = (json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
+    return gzip.compress("".join(lines).encode(), mtime=0)
 
 
 def _read_archive(path: Path) -> dict[str, Any]:

@@ -40,18 +40,11 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
         jobs = plan.final_quantized(branch)
         if not all(job.done for job in jobs.values()):
             continue
-        commands = [
-            reproduction_command(plan.records, job.record)
-            for job in (*branch.needs, branch, *jobs.values())
-        ]
-        yield Result(
-            name,
-            lmbda,
-            seed,
-            branch.record,
-            {quantization: job.target for quantization, job in jobs.items()},
-            [f"mkdir -p {branch.target.parent}", *commands],
-        )
+        commands = [f"mkdir -p {branch.target.parent}"]
+        for job in (*branch.needs, branch, *jobs.values()):
+            commands.append(reproduction_command(plan.records, job.record))
+        quantized = {quantization: job.target for quantization, job in jobs.items()}
+        yield Result(name, lmbda, seed, branch.record, quantized, commands)
 
 
 def reproduction_command(records: StudyRecords, path: Path) -> str:

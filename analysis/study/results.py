@@ -57,10 +57,8 @@ MIN_NETWORKS = 3  # for a correlation
 
 NETWORK = ["variant", "seed"]
 SETTING = ["scheme", "bits", "act_bits"]
-ROW_COLUMNS = [
-    *("variant", "lmbda", "seed", *SETTING, "levels"),
-    *("accuracy", "accuracy_change", "squared_error", "epoch_seconds"),
-]
+ROW_COLUMNS = ["variant", "lmbda", "seed", *SETTING, "levels"]
+ROW_COLUMNS += ["accuracy", "accuracy_change", "squared_error", "epoch_seconds"]
 TRACKED_COLUMNS = ["variant", "seed", "epoch", "name", "value"]
 
 
@@ -106,12 +104,10 @@ def read_results(
         with records.open(result.training) as record:
             history = record["history"]
             seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[first:])
-            tracked += [
-                (result.variant, result.seed, entry["epoch"], key.removeprefix("track_"), value)
-                for entry in history
-                for key, value in entry.items()
-                if key.startswith("track_")
-            ]
+            for entry in history:
+                names = [key.removeprefix("track_") for key in entry if key.startswith("track_")]
+                epoch = (result.variant, result.seed, entry["epoch"])
+                tracked += [(*epoch, name, entry[f"track_{name}"]) for name in names]
         rows += quantization_rows(result, records, seconds)
     frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
     return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)

