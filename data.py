@@ -72,10 +72,7 @@ def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
 
 
 def cifar100(data_dir: str, seed: int = 0) -> ImageDataset:
-    """Find or fetch CIFAR-100: 50,000 training and 10,000 test images (`seed` is not used).
-
-    Labels are the 100 fine ones. Raises DataError as `cifar10` does.
-    """
+    """Find or fetch CIFAR-100 with its 100 fine labels, otherwise as `cifar10` does."""
     arrays = cifar.find_or_fetch(cifar.CIFAR100, data_dir, PROJECT_DATA)
     return ImageDataset(*arrays, 100, CIFAR100_MEAN, CIFAR100_STD, CIFAR100_CLASSES)
 

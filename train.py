@@ -314,10 +314,7 @@ def finish(training: TrainingRun) -> None:
 
 
 def finish_average(training: TrainingRun) -> dict[str, float]:
-    """Save the averaged weights and their record; return "ema_loss" and "ema_accuracy".
-
-    Both are measured on the test set, in float32.
-    """
+    """Save the averaged weights and record; return "ema_loss" and "ema_accuracy", in float32."""
     out, average, loaders = f"{training.out}_ema", training.state.average, training.loaders
     net = averaged_network(average, (x for x, _ in loaders.bn.batches(0)))
     measured = evaluate(net, training.config.criterion, loaders.test)

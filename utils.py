@@ -176,10 +176,7 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
 
 
 def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callable[..., Loader]:
-    """Return the data set's `make_loader` with what data set and flags say of all its loaders.
-
-    What is left to give are images, labels and how they are drawn.
-    """
+    """Return the data set's `make_loader` with what data set and flags say of all its loaders."""
     return partial(
         dataset.make_loader,
         batch_size=args.batch_size,

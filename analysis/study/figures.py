@@ -122,10 +122,7 @@ def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
-    """Draw what was tracked against epochs: a panel for each name, a line for each variant.
-
-    The vertical line is where regularization begins, after the epoch before `first`.
-    """
+    """Draw what was tracked against epochs: a panel for each name, a line for each variant."""
     tracked = tracked[tracked["variant"].isin(CURVE_VARIANTS)]
     groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
     means = groups["value"].mean()
@@ -139,7 +136,7 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
                 if variant in means[name].index.unique("variant"):
                     curve = means[name, variant]
                     axes.plot(curve.index + 1, curve, label=variant, **line_style(i))
-            axes.axvline(first, **REFERENCE_LINE)
+            axes.axvline(first, **REFERENCE_LINE)  # where regularization begins
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if (tracked.loc[tracked["name"] == name, "value"] > 0).all():

@@ -173,29 +173,22 @@ def decode(path: str) -> Tensor:
 
 
 def decode_centre_crop(path: str, size: int) -> Tensor:
-    """Return the centre crop of the file's image for testing, uint8 RGB (3, size, size).
+    """Return the file's image as it is tested with, uint8 RGB (3, size, size).
 
-    Raises DataError as `decode` does, and where resizing would take too much memory.
+    Its shorter side is resized to size·256/224 pixels, and the centre of that is cropped. Raises
+    DataError as `decode` does, and where resizing would take too much memory.
     """
+    from torchvision.transforms.v2 import functional as F  # slow to import, rarely needed
+
     with opened(path) as image:
         if max(image.size) * (size * RESIZE_RATIO) ** 2 > Image.MAX_IMAGE_PIXELS * min(image.size):
             raise ValueError(f"{image.width}×{image.height} pixels are too long and thin")
-        return centre_crop(_pixels(image), size)
+        resized = F.resize(_pixels(image), [round(size * RESIZE_RATIO)], antialias=True)
+        return F.center_crop(resized, [size, size])
 
 
 def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-# --- crops -----------------------------------------------------------------------------------
-
-
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Resize (3, H, W) so that the shorter side is size·256/224, and crop the centre to `size`."""
-    from torchvision.transforms.v2 import functional as F  # slow to import, rarely needed
-
-    resized = F.resize(image, [round(size * RESIZE_RATIO)], antialias=True)
-    return F.center_crop(resized, [size, size])
 
 
 def random_crop(image: Tensor, size: int, key: tuple[int, ...]) -> Tensor:

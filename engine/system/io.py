@@ -30,15 +30,12 @@ MAX_REASON = 160  # characters of a library's own message in an error
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, naming the folder, unless rank 0 can create or replace a file at path.
-
-    Folders above it need not exist, if they can be made.
-    """
+    """Raise ValueError, naming the folder, unless rank 0 can create or replace a file at path."""
     if distributed.get_rank():
         return
     folder = path.parent
     try:
-        while not folder.exists():
+        while not folder.exists():  # it will be made
             folder = folder.parent
         if not folder.is_dir():
             raise ValueError(f"{path}: {folder} is not a folder")
@@ -55,10 +52,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def warn_on_error(consequence: str) -> Iterator[None]:
-    """Context manager that prints an OSError or FileError as one warning line and continues.
-
-    The line begins with `consequence`, what did not happen because of the error.
-    """
+    """Context manager that prints an OSError or FileError as one line, "consequence: error"."""
     try:
         yield
     except (OSError, FileError) as error:

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,16 +15,13 @@ LINE_SECONDS = 30.0  # between lines where there is no terminal
 SYNC_INTERVAL = 20  # batches between looks in a run of several processes
 
 
-class _Display:
+class _Display(AbstractContextManager):
     """Context manager with a bar, which rank 0 shows where there is a terminal."""
 
     def __init__(self, **bar: Any) -> None:
         hidden = None if distributed.get_rank() == 0 else True  # None: where there is no terminal
         self.bar = tqdm(disable=hidden, leave=False, **bar)
         self.started_at = self.shown_at = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
