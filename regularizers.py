@@ -134,7 +134,7 @@ class VarianceNorm(Regularizer):
     """λ · Σ_l Var(W_l), or λ · √(Σ_l Var(W_l)) with std_dev; Var(W) = mean((W − mean W)²)."""
 
     def __init__(self, lmbda: float, std_dev: bool = False) -> None:
-        super().__init__(lmbda, name="StdDevNorm" if std_dev else None)
+        super().__init__(lmbda, name=self.name.replace("Variance", "StdDev") if std_dev else None)
         self.std_dev = std_dev
 
     def forward(self, weights: Tensors) -> Tensor:
@@ -145,12 +145,8 @@ class VarianceNorm(Regularizer):
 REGULARIZERS["StdDevNorm"] = partial(VarianceNorm, std_dev=True)
 
 
-class InverseVarianceNorm(Regularizer):
+class InverseVarianceNorm(VarianceNorm):
     """λ · mean_l(1 / Var(W_l)), or λ · √(mean_l(1 / Var(W_l))) with std_dev."""
-
-    def __init__(self, lmbda: float, std_dev: bool = False) -> None:
-        super().__init__(lmbda, name="InverseStdDevNorm" if std_dev else None)
-        self.std_dev = std_dev
 
     def forward(self, weights: Tensors) -> Tensor:
         mean = sum(1 / w.var(correction=0) for w in weights) / len(weights)

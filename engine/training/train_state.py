@@ -97,13 +97,8 @@ class TrainState:
         for name, t in self.net.state_dict().items():
             if not t.isfinite().all():
                 raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
-        parts = {
-            "net": self.net,
-            "optimizer": self.optimizer,
-            "state": progress,
-            "average": self.average,
-            "steps": self.steps,
-        }
+        parts = {"net": self.net, "optimizer": self.optimizer, "state": progress}
+        parts |= {"average": self.average, "steps": self.steps}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, content: dict[str, Any], n_epochs: int, n_batches: int) -> None:
