@@ -79,10 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.run_name = args.run_name or train.default_name(args, "combined")
     epoch_flags = "--phases" if args.phases else "--first_variance_epoch or --first_gradient_epoch"
     args.phases = args.phases or published_protocol(args)
-    try:
+    with parser.reporting_value_errors("argument --phases: "):
         phases = [parse_phase(text, **utils.regularizer_options_from(args)) for text in args.phases]
-    except ValueError as error:
-        parser.error(f"argument --phases: {error}")
     starts = [phase.start for phase in phases]
     if starts != sorted(set(starts)):
         parser.error(f"the phases start at epochs {starts}: each must start after the one before")

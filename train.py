@@ -464,11 +464,9 @@ def validate_and_run(
     `epoch_flags` are those that say when phases begin.
     """
     out = output_path(parser, args)
-    try:
+    with parser.reporting_value_errors():
         utils.make_tracked_regularizers(args)
         io.check_writable(Path(f"{out}.pt"))
-    except ValueError as error:
-        parser.error(str(error))
     known = {
         "regularizers": [p.regularizer for p in phases if p.regularizer],
         "models": [args.model],
@@ -522,10 +520,6 @@ def output_path(parser: Parser, args: argparse.Namespace) -> Path:
         parser.error(f"{name!r} is not the name of a file")
     if not args.run_name.isprintable():
         parser.error(f"--run_name {args.run_name!r} is not the name of a run")
-    try:
-        f"{args.run_name} {out}".encode()  # both will be printed
-    except UnicodeError as error:
-        parser.error(str(error))
     return out
 
 
@@ -547,11 +541,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     options = utils.regularizer_options_from(args)
     options["only_weight_grads"] = args.no_activation_gradients
-    try:
+    with parser.reporting_value_errors("argument --regularizer: "):
         accepted = accepted_options(args.regularizer, options)
         regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
-    except ValueError as error:
-        parser.error(f"argument --regularizer: {error}")
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)] if regularizer else [Phase(0)]

@@ -21,7 +21,7 @@ from engine.networks.fast_layers import use_fast_layers
 from engine.networks.outputs import check_network
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
-from engine.system.cli import bounded_number, choice_ignoring_case
+from engine.system.cli import argument_errors, bounded_number, choice_ignoring_case
 from engine.system.errors import DataError
 from engine.system.hardware import MEMORY_FORMATS
 from models import find_model, make_model
@@ -64,18 +64,14 @@ SCHEDULE_SETTINGS = {
 
 def network_name(text: str) -> str:
     """Return the name of a network as it is written in MODELS: an argparse type."""
-    try:
+    with argument_errors():
         return find_model(text)[0]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def regularizer_name(text: str) -> str:
     """Return the name of a regularizer as it is logged: an argparse type."""
-    try:
+    with argument_errors(f"{text!r} is no regularizer"):
         return make_regularizer(text, 1.0).name
-    except (AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regularizer") from error
 
 
 def parse_milestones(text: str) -> str:
@@ -94,11 +90,8 @@ def parse_milestones(text: str) -> str:
 
 def parse_qat_bits(text: str) -> str:
     """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
-    try:
+    with argument_errors(f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"):
         return ",".join(str(parse_bits(number)) for number in text.split(",", 1))
-    except ValueError as error:
-        message = f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"
-        raise argparse.ArgumentTypeError(message) from error
 
 
 def qat_bit_widths(text: str) -> tuple[int, int | None]:

@@ -61,6 +61,14 @@ class Parser(argparse.ArgumentParser):
         distributed.wait_for_rank0_exit()
         self.exit_with(2, f"error: {' '.join(message.split())}", silent=distributed.get_rank() > 0)
 
+    @contextmanager
+    def reporting_value_errors(self, prefix: str = "") -> Iterator[None]:
+        """Context manager in which a ValueError ends the program as a bad flag does."""
+        try:
+            yield
+        except ValueError as error:
+            self.error(f"{prefix}{error}")
+
     def exit_with(self, code: int, message: str, silent: bool = False) -> NoReturn:
         """Exit with the code; print the message with the script's name unless `silent`."""
         rank = distributed.get_rank()
@@ -95,6 +103,15 @@ def exit_codes(parser: Parser, hint: Callable[[], str] = str) -> Iterator[None]:
         if not isinstance(code, int) or code <= 128:  # not a signal: an exit that was asked for
             raise
         parser.exit_with(code, f"stopped{hint()}", silent=distributed.get_rank() > 0)
+
+
+@contextmanager
+def argument_errors(message: str = "") -> Iterator[None]:
+    """Context manager for argparse types, whose errors argparse shows: `message`, or their own."""
+    try:
+        yield
+    except (AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(message or str(error)) from error
 
 
 def choice_ignoring_case(names: Iterable[str]) -> Callable[[str], str]:
