@@ -7,7 +7,7 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -293,11 +293,6 @@ def unmet_need(needs: Needs, run: argparse.Namespace) -> str | None:
     return None
 
 
-def with_facts(parser: Parser, args: argparse.Namespace, facts: Mapping) -> argparse.Namespace:
-    """Return the namespace that a Need is given: the flags, the facts, and `explicit_flags`."""
-    return argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
-
-
 def warn_unused_flags(
     parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
 ) -> None:
@@ -306,7 +301,8 @@ def warn_unused_flags(
     `facts` are what a Need is told besides the flags. A flag with its default value is not
     mentioned: loops and sweeps give every flag every time.
     """
-    run, unused = with_facts(parser, args, facts), {}
+    run = argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
+    unused = {}
     for flag in flags:
         is_changed = flag.needs and getattr(args, flag.name) != parser.get_default(flag.name)
         if is_changed and (need := unmet_need(flag.needs, run)):
@@ -323,7 +319,7 @@ def refuse_flags(
     parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
 ) -> None:
     """End the program where one of those flags is given without what it requires."""
-    run = with_facts(parser, args, facts)
+    run = argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
     for flag in flags:
         is_given = flag.requires and flag.name in parser.explicit_flags
         if is_given and (need := unmet_need(flag.requires, run)):
