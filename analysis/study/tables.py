@@ -189,24 +189,6 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
 # --- pages -----------------------------------------------------------------------------------
 
 
-def accuracy_sections(statistics: Statistics) -> list[str]:
-    """Return the paragraphs about accuracies, differences and accuracy drops."""
-    table = statistics.differences
-    n_intervals = table.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
-    return [
-        "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
-        accuracy_table(statistics, SUMMARY_SETTINGS),
-        SUMMARY_NOTE,
-        "## Paired differences, percentage points, 95 % confidence interval",
-        interval_table(table, MAIN_SETTINGS),
-        f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
-        f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
-        "## Accuracy drop: full precision minus quantized, 95 % confidence interval",
-        interval_table(statistics.accuracy_drops, MAIN_SETTINGS[1:]),
-        "Percentage points, of the same network, over seeds.",
-    ]
-
-
 def tracked_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
     values = statistics.final_values
@@ -233,7 +215,20 @@ def document(
     statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
 ) -> str:
     """Return all tables as one markdown page, with the commands of every row."""
-    sections = accuracy_sections(statistics)
+    differences = statistics.differences
+    n_intervals = differences.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
+    sections = [
+        "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
+        accuracy_table(statistics, SUMMARY_SETTINGS),
+        SUMMARY_NOTE,
+        "## Paired differences, percentage points, 95 % confidence interval",
+        interval_table(differences, MAIN_SETTINGS),
+        f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
+        f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
+        "## Accuracy drop: full precision minus quantized, 95 % confidence interval",
+        interval_table(statistics.accuracy_drops, MAIN_SETTINGS[1:]),
+        "Percentage points, of the same network, over seeds.",
+    ]
     settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
     for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
         columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
