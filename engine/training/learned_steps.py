@@ -263,9 +263,10 @@ def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
 
 def _takes_input(module: nn.Module, layer: Operation) -> bool:
     """Tell whether the module is that one layer, and what it is given is the layer's input."""
+    if not isinstance(module, LAYER_TYPES | nn.ConvTranspose2d):
+        return False
     value = _before_padding(layer)
-    is_given = value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
-    return is_given and isinstance(module, LAYER_TYPES | nn.ConvTranspose2d)
+    return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
 
 
 def _before_padding(layer: Operation) -> fx.Node:

@@ -93,7 +93,8 @@ def check_settings(
             raise ValueError("seconds that are none")
     matter = []
     for name in sorted(names):
-        now, before = current[name], saved.get(name)
+        now = current[name]
+        before = saved.get(name)
         if (now or None) != (before or None) and AUTO not in (now, before):
             print(f"--{name} is {now!r}, was {before!r} in {path}", file=sys.stderr)
             if name not in MAY_CHANGE_ON_RESUME:
