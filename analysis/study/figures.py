@@ -12,16 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import STYLE, accuracy_plot, line_style, save_png
+from analysis.study import results as study_results
 from analysis.study.lambda_choice import Choice
-from analysis.study.results import (
-    FULL_PRECISION,
-    MAIN_SETTINGS,
-    SETTING,
-    Setting,
-    Statistics,
-    mean_intervals,
-    restrict_to_shared_seeds,
-)
+from analysis.study.results import FULL_PRECISION, MAIN_SETTINGS, SETTING, Setting, Statistics
 from analysis.study.tables import label
 
 CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
@@ -99,7 +92,7 @@ def _draw_differences(
     axes.margins(x=0.25)
     axes.autoscale_view()
     axes.autoscale(False, axis="x")  # an interval of two seeds would hide all others
-    intervals = mean_intervals(points)
+    intervals = study_results.mean_intervals(points)
     for y, variant in enumerate(others):
         if variant in intervals.index:
             mean, high = intervals.loc[variant, ["mean", "high"]]
@@ -124,8 +117,8 @@ def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
     """Draw what was tracked against epochs: a panel for each name, a line for each variant."""
     tracked = tracked[tracked["variant"].isin(CURVE_VARIANTS)]
-    groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
-    means = groups["value"].mean()
+    shared = study_results.restrict_to_shared_seeds(tracked)
+    means = shared.groupby(["name", "variant", "epoch"])["value"].mean()
     names = list(tracked["name"].unique())
     shown = [variant for variant in CURVE_VARIANTS if variant in set(tracked["variant"])]
     with rc_context(STYLE):

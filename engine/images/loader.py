@@ -43,8 +43,8 @@ class Loader:
         memory_format: of the batches.
         cache: keep the normalized batches (do not write to them); for evaluation only.
 
-    Raises:
-        ValueError: a batch size, rank or shape that makes no sense, or a cache of random batches.
+    Raises ValueError for a batch size, rank or shape that makes no sense, and for a cache of random
+    batches.
     """
 
     def __init__(
