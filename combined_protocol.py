@@ -30,9 +30,9 @@ def published_protocol(args: argparse.Namespace) -> list[str]:
 
 
 def parse_phase(text: str, **options: Any) -> train.Phase:
-    """Return the phase written as PHASE_SYNTAX says; ValueError if it is not written so.
+    """Return the phase written as PHASE_SYNTAX, with the options that its regularizers accept.
 
-    Each regularizer gets those of the options that it accepts.
+    Raises ValueError if it is not written so.
     """
     epoch, _, terms = text.partition(":")
     if not (epoch.isdecimal() and terms):
@@ -79,10 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.run_name = args.run_name or train.default_name(args, "combined")
     epoch_flags = "--phases" if args.phases else "--first_variance_epoch or --first_gradient_epoch"
     args.phases = args.phases or published_protocol(args)
-    try:
+    with parser.reporting_value_errors("argument --phases: "):
         phases = [parse_phase(text, **utils.regularizer_options_from(args)) for text in args.phases]
-    except ValueError as error:
-        parser.error(f"argument --phases: {error}")
     starts = [phase.start for phase in phases]
     if starts != sorted(set(starts)):
         parser.error(f"the phases start at epochs {starts}: each must start after the one before")

@@ -72,10 +72,7 @@ def cifar10(data_dir: str, seed: int = 0) -> ImageDataset:
 
 
 def cifar100(data_dir: str, seed: int = 0) -> ImageDataset:
-    """Find or fetch CIFAR-100: 50,000 training and 10,000 test images (`seed` is not used).
-
-    Labels are the 100 fine ones. Raises DataError as `cifar10` does.
-    """
+    """Find or fetch CIFAR-100 with its 100 fine labels, otherwise as `cifar10` does."""
     arrays = cifar.find_or_fetch(cifar.CIFAR100, data_dir, PROJECT_DATA)
     return ImageDataset(*arrays, 100, CIFAR100_MEAN, CIFAR100_STD, CIFAR100_CLASSES)
 
@@ -141,7 +138,7 @@ def accepts(name: str, option: str) -> bool:
 
 
 def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
-    """Return the data set called `name`, a key of `DATASETS`, with those options that it takes.
+    """Return the data set of that name, a key of `DATASETS`, with those options that it takes.
 
     Raises DataError where there is no such data set, or it is missing and could not be fetched.
     """
@@ -151,17 +148,7 @@ def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
     return DATASETS[name](data_dir, seed, **accepted)
 
 
-def subset(data: ImageDataset, n: int) -> ImageDataset:
-    """Keep the first `n` training images, in the given order; ValueError if there are fewer."""
-    return _keep_first(data, "train", n)
-
-
-def test_subset(data: ImageDataset, n: int) -> ImageDataset:
-    """Keep the first `n` test images, in the given order; ValueError if there are fewer."""
-    return _keep_first(data, "test", n)
-
-
-def _keep_first(data: ImageDataset, part: str, n: int) -> ImageDataset:
+def subset(data: ImageDataset, n: int, part: str = "train") -> ImageDataset:
     """Keep the first `n` images of a part, "train" or "test"; ValueError where it has fewer."""
     fields = f"{part}_images", f"{part}_labels"
     n_images = len(getattr(data, fields[0]))

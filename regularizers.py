@@ -134,7 +134,7 @@ class VarianceNorm(Regularizer):
     """λ · Σ_l Var(W_l), or λ · √(Σ_l Var(W_l)) with std_dev; Var(W) = mean((W − mean W)²)."""
 
     def __init__(self, lmbda: float, std_dev: bool = False) -> None:
-        super().__init__(lmbda, name="StdDevNorm" if std_dev else None)
+        super().__init__(lmbda, name=self.name.replace("Variance", "StdDev") if std_dev else None)
         self.std_dev = std_dev
 
     def forward(self, weights: Tensors) -> Tensor:
@@ -145,12 +145,8 @@ class VarianceNorm(Regularizer):
 REGULARIZERS["StdDevNorm"] = partial(VarianceNorm, std_dev=True)
 
 
-class InverseVarianceNorm(Regularizer):
+class InverseVarianceNorm(VarianceNorm):
     """λ · mean_l(1 / Var(W_l)), or λ · √(mean_l(1 / Var(W_l))) with std_dev."""
-
-    def __init__(self, lmbda: float, std_dev: bool = False) -> None:
-        super().__init__(lmbda, name="InverseStdDevNorm" if std_dev else None)
-        self.std_dev = std_dev
 
     def forward(self, weights: Tensors) -> Tensor:
         mean = sum(1 / w.var(correction=0) for w in weights) / len(weights)
@@ -201,9 +197,8 @@ def _kurtosis(w: Tensor) -> Tensor:
 class RangeNorm(ShapeRegularizer):
     """λ · Σ_l max|W_l|.
 
-    The L∞ loss of Range Regularization, arXiv 2303.08253. The margin and soft-min-max
-    losses of that paper train a parameter of their own in each layer, which a penalty that is a
-    function of weights and gradients does not have: they are left out.
+    The L∞ loss of Range Regularization, arXiv 2303.08253. Its margin and soft-min-max losses, which
+    train a parameter of their own in each layer, are no functions of weights and gradients.
     """
 
     def forward(self, weights: Tensors) -> Tensor:
@@ -244,8 +239,7 @@ class StepRegularizer(Regularizer):
 class StepL1Grad(StepRegularizer):
     """λ · Σ_l (s_l/2) · ‖∂L/∂W_l‖₁: the most that rounding can change the loss, to first order.
 
-    The bound of gradient ℓ1 regularization (arXiv 2002.07520) with the size of the
-    perturbation of each layer left in.
+    The bound of gradient ℓ1 regularization (arXiv 2002.07520), with each layer's perturbation.
     """
 
     def forward(self, weights: Tensors, w_grads: Tensors) -> Tensor:
@@ -326,9 +320,8 @@ class Sharpness(Regularizer):
         scaled = [t * g for t, g in zip(scales, detached_w_grads, strict=True)]  # T·g
         norm = lp_norm(torch.stack([*lp_norms(scaled, 2)]), 2)
         factor = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        return self.lmbda * loss_change(
-            [factor * t * g for t, g in zip(scales, scaled, strict=True)]
-        )
+        epsilon = [factor * t * g for t, g in zip(scales, scaled, strict=True)]
+        return self.lmbda * loss_change(epsilon)
 
 
 REGULARIZERS["AdaptiveSharpness"] = partial(Sharpness, rho=0.5, adaptive=True)

@@ -135,7 +135,8 @@ def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Sett
 
     Ends the program where flags contradict the study; raises FileError and OSError.
     """
-    path = Path(args.out) / "study.json"
+    out = Path(args.out)
+    path = out / "study.json"
     try:
         saved = load_settings(path)
     except FileError as error:
@@ -156,7 +157,6 @@ def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Sett
         name: Quantization(each.flags.format(bn_images=bn_images), each.seconds)
         for name, each in QUANTIZATIONS.items()
     }
-    out = Path(args.out)
     return StudyPlan(out, settings, VARIANTS, quantizations, args.epoch_seconds), settings
 
 
@@ -165,17 +165,16 @@ def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
 
     Returns what --data_flags mean for a training.
     """
-    data_flags, train_flags = map(shlex.split, (settings["data_flags"], settings["train_flags"]))
+    data_flags = shlex.split(settings["data_flags"])
     train_parser = train.make_parser()  # it ends the program at a flag that it does not know
-    train_parser.parse_args(train_flags)
+    train_parser.parse_args(shlex.split(settings["train_flags"]))
     refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}
     data_args = train_parser.parse_args(data_flags)
     refused["data"] = train_parser.explicit_flags - DATA_FLAGS
     for kind, names in refused.items():
         if names:
-            parser.error(
-                f"--{kind}_flags: --{min(names)} is set by the study and cannot be given here"
-            )
+            reason = "is set by the study and cannot be given here"
+            parser.error(f"--{kind}_flags: --{min(names)} {reason}")
     flags.make_parser("", flags.QUANTIZATION).parse_args(["weights.pt", *data_flags])
     return data_args
 
@@ -226,8 +225,8 @@ def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> N
 
 
 def print_retrained(plan: StudyPlan, jobs: Iterable[Job]) -> None:
-    """Say which trainings are done but have to be repeated, if any."""
-    if titles := [job.title for job in plan.retrained(jobs)]:
+    """Say which trainings have a record but no weights, as in a fresh clone: they are repeated."""
+    if titles := [job.title for job in pending(jobs) if plan.records.archived(job.record)]:
         print(f"trained again, because their weights are not here: {', '.join(titles)}")
 
 

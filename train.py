@@ -10,9 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +32,13 @@ from engine.step.evaluation import evaluate
 from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.step.penalty_inputs import needs_double_backward
-from engine.system import distributed
+from engine.system import distributed, hardware, io
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
 from engine.system.errors import DataError, NetworkError, NotFiniteError, SetupError
-from engine.system.hardware import (
-    print_device,
-    resolve_precision,
-    seed_rng,
-    tune_glibc_malloc,
-    use_ieee_float32,
-)
-from engine.system.io import (
-    RUN_FILE_SUFFIXES,
-    backup_existing,
-    check_writable,
-    load_weights,
-    run_lock,
-    save_json,
-    save_weights,
-    warn_on_error,
-)
 from engine.system.progress import EpochDisplay, epoch_line
 from engine.system.signals import GracefulShutdown, StoppedBySignal
-from engine.system.wandb_logger import WandbLogger, new_run_id, sweep_run_id
+from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, sweep_run_id
 from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_average
 from engine.training.checkpoints import CheckpointClock, save_checkpoint
 from engine.training.learned_steps import make_steps, parameter_groups
@@ -100,7 +82,7 @@ def fit(
     while progress.epoch < config.n_epochs:
         phase = phase_at(phases, progress.epoch)
         if phase.save_as and phase.start == progress.epoch and progress.batch == 0:
-            save_weights(state.net, phase.save_as)
+            io.save_weights(state.net, phase.save_as)
         lr = state.optimizer.param_groups[0]["lr"]
         started_at = time.perf_counter() - progress.epoch_seconds
         with state.quantized():
@@ -110,16 +92,12 @@ def fit(
             images_per_second = train_loader.n_images / progress.epoch_seconds
             test = evaluate_epoch(state, test_loader, phase, config)
         state.scheduler.step()
-        progress.history.append(
-            {
-                "epoch": progress.epoch,
-                "lr": lr,
-                **{f"train_{key}": value for key, value in train.items()},
-                **{f"test_{key}": value for key, value in test.items()},
-                "images_per_second": images_per_second,
-                "epoch_seconds": time.perf_counter() - started_at,
-            }
-        )
+        entry = {"epoch": progress.epoch, "lr": lr}
+        entry |= {f"train_{key}": value for key, value in train.items()}
+        entry |= {f"test_{key}": value for key, value in test.items()}
+        seconds = time.perf_counter() - started_at
+        entry |= {"images_per_second": images_per_second, "epoch_seconds": seconds}
+        progress.history.append(entry)
         progress.next_epoch()
         yield progress
 
@@ -138,10 +116,10 @@ def run_epoch(
     started_at = time.perf_counter() - progress.epoch_seconds
     with EpochDisplay(progress, len(loader), loader.n_images) as display:
         for x, y in loader.batches(progress.epoch, progress.batch):  # (b, 3, H, W), (b,)
-            seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
+            hardware.seed_rng(hash((loader.seed, progress.epoch, progress.batch)), x.device)
             scale = phase.every * phase.penalty_scale(progress.epoch + progress.batch / len(loader))
             n_images = loader.n_images_in_batch(progress.batch)  # of all processes
-            regularizer = phase.regularizer_at(progress.batch)
+            regularizer = phase.regularizer if progress.batch % phase.every == 0 else None
             with distributed.sharded(n_images):  # sets .grad to ∇L + ∇R
                 loss, penalty, n_correct = compute_gradients(
                     net, criterion, regularizer, x, y, config.dtype, scale, config.difference_step
@@ -223,7 +201,6 @@ def run(
                     seconds = time.perf_counter() - training.started_at
                     about = {"settings": vars(training.args), "run_id": training.record["run_id"]}
                     save_checkpoint({**content, **about, "seconds": seconds}, Path(f"{out}.ckpt"))
-                    clock.restart()
                 if signal:
                     raise StoppedBySignal(128 + signal)
         finish(training)
@@ -232,14 +209,15 @@ def run(
         raise
     finally:
         loaders.close()
-        print(logger.finish(), flush=True)
+        logger.close()
+        print(how_to_open([logger]), flush=True)
 
 
 def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> TrainingRun:
     """Make network, loaders, optimizer and schedule, or restore them from a checkpoint."""
     started_at = time.perf_counter()
-    tune_glibc_malloc()
-    use_ieee_float32()
+    hardware.tune_glibc_malloc()
+    hardware.use_ieee_float32()
     utils.seed_everything(args.seed)
     schedule = utils.schedule_settings(args)
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
@@ -258,21 +236,16 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         run_id = checkpoint["run_id"] or run_id
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
-        load_weights(state.net, Path(args.init_weights))
+        io.load_weights(state.net, Path(args.init_weights))
     if not args.resume:
-        files = [(name, suffix) for name in run_names(args, out) for suffix in RUN_FILE_SUFFIXES]
-        distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
+        files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
+        distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
 
     plan = describe_plan(args, phases, state.steps, config.dtype, compiled)
     settings = {**vars(args), "plan": plan}
     logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
-    record = {
-        "settings": settings,
-        "run_id": run_id,
-        "classes": dataset.classes,
-        **describe_environment(),
-    }
+    record = {"settings": settings, "run_id": run_id, "classes": dataset.classes}
     return TrainingRun(
         args=args,
         out=out,
@@ -280,7 +253,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         state=state,
         config=config,
         loaders=loaders,
-        record=record,
+        record=record | describe_environment(),
         logger=logger,
     )
 
@@ -296,9 +269,9 @@ def log_epoch(training: TrainingRun, phase: Phase) -> None:
         entry[f"track_{regularizer.name}"] = means[regularizer.name]
     logger.log(entry)
     logger.summarize(state.progress.best_epoch())
-    with warn_on_error(f"{training.out}.json was not written, training continues"):
+    with io.warn_on_error(f"{training.out}.json was not written, training continues"):
         tqdm.write(epoch_line(entry, phase.regularizer and phase.regularizer.name))
-        save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
+        io.save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
     if training.args.watch and state.progress.epoch == 1 and logger.histogram_seconds:
         tqdm.write(
             f"histograms took {logger.histogram_seconds:.1f} s of this epoch's "
@@ -311,7 +284,7 @@ def finish(training: TrainingRun) -> None:
     state, out, test_loader = training.state, training.out, training.loaders.test
     measured = evaluate(state.net, training.config.criterion, test_loader)
     final = {f"final_{key}": value for key, value in measured.items()}
-    save_weights(state.net, Path(f"{out}.pt"))
+    io.save_weights(state.net, Path(f"{out}.pt"))
     if state.average is not None:
         final |= finish_average(training)
     learned = {}
@@ -324,11 +297,11 @@ def finish(training: TrainingRun) -> None:
     seconds = time.perf_counter() - training.started_at
     history = state.progress.history
     record = {**training.record, **final, **learned, "seconds": seconds, "history": history}
-    save_json(record, Path(f"{out}.json"))
+    io.save_json(record, Path(f"{out}.json"))
     training.logger.log({"epoch": training.config.n_epochs, **final})
     training.logger.summarize({**state.progress.best_epoch(), "total_seconds": seconds})
     if artifact := training.logger.log_weights(Path(f"{out}.pt")):
-        save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
+        io.save_json({**record, "artifact": artifact}, Path(f"{out}.json"))
     images = "held-out" if training.args.holdout else "test"
     print(f"{images} accuracy {final['final_accuracy']:.2%} in float32; {seconds:.1f} s in all")
     print(f"saved {out}.pt and {out}.json")
@@ -341,17 +314,14 @@ def finish(training: TrainingRun) -> None:
 
 
 def finish_average(training: TrainingRun) -> dict[str, float]:
-    """Save the averaged weights and their record; return "ema_loss" and "ema_accuracy".
-
-    Both are measured on the test set, in float32.
-    """
+    """Save the averaged weights and record; return "ema_loss" and "ema_accuracy", in float32."""
     out, average, loaders = f"{training.out}_ema", training.state.average, training.loaders
     net = averaged_network(average, (x for x, _ in loaders.bn.batches(0)))
     measured = evaluate(net, training.config.criterion, loaders.test)
-    save_weights(net, Path(f"{out}.pt"))
+    io.save_weights(net, Path(f"{out}.pt"))
     final = {f"final_{key}": value for key, value in measured.items()}
     steps = {"averaged_steps": average.n_averaged.item(), "bn_images": loaders.bn.n_images}
-    save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
+    io.save_json({**training.record, **final, **steps}, Path(f"{out}.json"))
     print(f"saved {out}.pt and {out}.json: averaged weights, accuracy {measured['accuracy']:.2%}")
     return {f"ema_{key}": value for key, value in measured.items()}
 
@@ -364,7 +334,7 @@ def make_config(args: argparse.Namespace) -> FitConfig:
     return FitConfig(
         n_epochs=args.n_epochs,
         criterion=utils.make_criterion(args.criterion, args.label_smoothing),
-        dtype=resolve_precision(args.precision, args.device),
+        dtype=hardware.resolve_precision(args.precision, args.device),
         test_penalty=not args.no_test_penalty,
         difference_step=args.penalty_step if args.penalty_gradient == "difference" else None,
         freeze_bn_from=args.freeze_bn_from,
@@ -397,9 +367,8 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
     make_loader = utils.loader_maker(args, dataset)
     images = dataset.train_images
     labels = dataset.train_labels
-    rank = distributed.get_rank()
     world_size = distributed.get_world_size()
-    ranks = {"rank": rank, "world_size": world_size}
+    ranks = {"rank": distributed.get_rank(), "world_size": world_size}
     train = make_loader(images, labels, seed=args.seed, augment=True, shuffle=True, **ranks)
     if (smallest := train.n_images_in_batch(len(train) - 1)) < world_size:
         raise SetupError(
@@ -445,13 +414,9 @@ def make_state(
         if steps.float_inputs:
             names = ", ".join(steps.float_inputs)
             print(f"--qat_bits: inputs that no module of their own takes stay in float: {names}")
-    optimizer = torch.optim.SGD(
-        parameter_groups(net, steps),
-        args.lr,
-        args.momentum,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    decay = args.weight_decay
+    groups = parameter_groups(net, steps)
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=decay, fused=True)
     scheduler = utils.make_scheduler(
         args.scheduler, optimizer, args.gamma, args.milestones, args.n_epochs
     )
@@ -477,9 +442,8 @@ def check_penalties(
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)
-    if "folded_weights" in inputs:
-        if unfolded := describe_unfolded(net, image_shape):
-            print(f"{args.model}: {unfolded}")
+    if "folded_weights" in inputs and (unfolded := describe_unfolded(net, image_shape)):
+        print(f"{args.model}: {unfolded}")
     if "a_grads" in inputs and by_difference:
         check_movable_activations(net, image_shape)
     if "a_grads" in inputs and n_activations == 0:
@@ -500,11 +464,9 @@ def validate_and_run(
     `epoch_flags` are those that say when phases begin.
     """
     out = output_path(parser, args)
-    try:
+    with parser.reporting_value_errors():
         utils.make_tracked_regularizers(args)
-        check_writable(Path(f"{out}.pt"))
-    except ValueError as error:
-        parser.error(str(error))
+        io.check_writable(Path(f"{out}.pt"))
     known = {
         "regularizers": [p.regularizer for p in phases if p.regularizer],
         "models": [args.model],
@@ -519,32 +481,23 @@ def validate_and_run(
         save_as = Path(f"{out}_preregul.pt")
         phases = [replace(p, save_as=save_as) if p is first else p for p in phases]
 
+    def hint() -> str:
+        has_checkpoint = os.path.lexists(f"{out}.ckpt")
+        return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
+
     with (
-        exit_codes(parser, partial(resume_hint, out)),
+        exit_codes(parser, hint),
         GracefulShutdown() as shutdown,
         distributed.process_group(args.device),
-        output_lock(args, out),
+        ExitStack() as locks,
     ):
-        print_device(args.device)
+        if distributed.get_rank() == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        for name in run_names(args, out):
+            locks.enter_context(io.run_lock(name))
+        hardware.print_device(args.device)
         args.resume = distributed.is_restart_here() or args.resume
         run(args, phases, out, shutdown)
-
-
-def resume_hint(out: Path) -> str:
-    """Return the end of a message that says how to continue, "" where there is no checkpoint."""
-    has_checkpoint = os.path.lexists(f"{out}.ckpt")
-    return f"; --resume continues from {out}.ckpt" if has_checkpoint else ""
-
-
-@contextmanager
-def output_lock(args: argparse.Namespace, out: Path) -> Iterator[None]:
-    """Context manager that makes the folder of the run's files and holds the locks of its names."""
-    if distributed.get_rank() == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as locks:
-        for name in run_names(args, out):
-            locks.enter_context(run_lock(name))
-        yield
 
 
 def reachable_phases(
@@ -554,11 +507,8 @@ def reachable_phases(
     late = [f"{epoch_flags} {p.start}" for p in phases if p.start >= args.n_epochs]
     late += [f"--milestones {epoch}" for epoch in utils.late_milestones(args)]
     if late and distributed.get_rank() == 0:
-        last = args.n_epochs - 1
-        print(
-            f"{parser.prog}: never reached, the last epoch is {last}: {', '.join(late)}",
-            file=sys.stderr,
-        )
+        reason = f"never reached, the last epoch is {args.n_epochs - 1}"
+        print(f"{parser.prog}: {reason}: {', '.join(late)}", file=sys.stderr)
     return [p for p in phases if p.start < args.n_epochs]
 
 
@@ -570,10 +520,6 @@ def output_path(parser: Parser, args: argparse.Namespace) -> Path:
         parser.error(f"{name!r} is not the name of a file")
     if not args.run_name.isprintable():
         parser.error(f"--run_name {args.run_name!r} is not the name of a run")
-    try:
-        f"{args.run_name} {out}".encode()  # both will be printed
-    except UnicodeError as error:
-        parser.error(str(error))
     return out
 
 
@@ -595,11 +541,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     options = utils.regularizer_options_from(args)
     options["only_weight_grads"] = args.no_activation_gradients
-    try:
+    with parser.reporting_value_errors("argument --regularizer: "):
         accepted = accepted_options(args.regularizer, options)
         regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
-    except ValueError as error:
-        parser.error(f"argument --regularizer: {error}")
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)] if regularizer else [Phase(0)]

@@ -21,7 +21,7 @@ from engine.networks.fast_layers import use_fast_layers
 from engine.networks.outputs import check_network
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
-from engine.system.cli import bounded_number, choice_ignoring_case
+from engine.system.cli import argument_errors, bounded_number, choice_ignoring_case
 from engine.system.errors import DataError
 from engine.system.hardware import MEMORY_FORMATS
 from models import find_model, make_model
@@ -64,18 +64,14 @@ SCHEDULE_SETTINGS = {
 
 def network_name(text: str) -> str:
     """Return the name of a network as it is written in MODELS: an argparse type."""
-    try:
+    with argument_errors():
         return find_model(text)[0]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def regularizer_name(text: str) -> str:
     """Return the name of a regularizer as it is logged: an argparse type."""
-    try:
+    with argument_errors(f"{text!r} is no regularizer"):
         return make_regularizer(text, 1.0).name
-    except (AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regularizer") from error
 
 
 def parse_milestones(text: str) -> str:
@@ -94,12 +90,8 @@ def parse_milestones(text: str) -> str:
 
 def parse_qat_bits(text: str) -> str:
     """Return bits of weights and, after a comma, of inputs, such as "4,8": an argparse type."""
-    try:
-        numbers = [parse_bits(number) for number in text.split(",", 1)]
-    except ValueError as error:
-        message = f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"
-        raise argparse.ArgumentTypeError(message) from error
-    return ",".join(map(str, numbers))
+    with argument_errors(f"{text!r} is not W or W,A, bits from 2 to 16, as in 4,4"):
+        return ",".join(str(parse_bits(number)) for number in text.split(",", 1))
 
 
 def qat_bit_widths(text: str) -> tuple[int, int | None]:
@@ -162,12 +154,12 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
     options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
         dataset = data.load(args.dataset, args.data_dir, args.seed, **options)
-    restrictions = (
-        ("holdout", data.use_holdout_as_test),
-        ("train_subset", data.subset),
-        ("test_subset", data.test_subset),
-    )
-    for flag, restrict in restrictions:
+    restrictions = {
+        "holdout": data.use_holdout_as_test,
+        "train_subset": data.subset,
+        "test_subset": partial(data.subset, part="test"),
+    }
+    for flag, restrict in restrictions.items():
         if n := getattr(args, flag, None):
             try:
                 dataset = restrict(dataset, n)
@@ -177,10 +169,7 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
 
 
 def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callable[..., Loader]:
-    """Return the data set's `make_loader` with what data set and flags say of all its loaders.
-
-    What is left to give are images, labels and how they are drawn.
-    """
+    """Return the data set's `make_loader` with what data set and flags say of all its loaders."""
     return partial(
         dataset.make_loader,
         batch_size=args.batch_size,

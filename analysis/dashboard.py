@@ -20,22 +20,20 @@ def log_quantizations(
 ) -> str:
     """Log a run for each network, and return lines that say how to open them.
 
-    A run each, and not one for all: then a network is a row of the project's table of runs, and its
-    accuracies are columns. `files` are those of the networks and `plots` the pictures, by title; a
-    title weights/<name> is of that network alone.
+    With a run each, networks are rows of the project's table of runs, and accuracies its columns.
+    `files` are those of the networks, `plots` the pictures by title: weights/<name> is of that one.
     """
     loggers = []
     for name, file in files.items():
         others = {f"weights/{other}" for other in files if other != name}
-        own = [
-            [row for row in all_rows if row["checkpoint"] == name]
-            for all_rows in (results.rows, results.layer_rows)
-        ]
+        rows = [row for row in results.rows if row["checkpoint"] == name]
+        layer_rows = [row for row in results.layer_rows if row["checkpoint"] == name]
         config = {**settings, "checkpoints": [str(file.path)], **describe_training(file.record)}
         run_id = uuid.uuid4().hex[:12] if loggers else new_run_id()  # a sweep gives one
         logger = WandbLogger(args, "quantize", f"quantize_{name}", config, run_id)
         try:
-            log_results(logger, *own, {k: v for k, v in plots.items() if k not in others})
+            own_plots = {title: path for title, path in plots.items() if title not in others}
+            log_results(logger, rows, layer_rows, own_plots)
             use_weights(logger, file)
         except BaseException as error:  # such as Ctrl-C
             logger.fail(error)
@@ -102,8 +100,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
 def curves(rows: Sequence[Row]) -> list[dict[str, float]]:
     """Return rows of the history, one per bit-width, whose x axis is "bits".
 
-    A curve is named accuracy/uniform, with /act_8 at its end for 8-bit activations and /act_same
-    where all have as many bits as the weights.
+    A curve is accuracy/uniform, accuracy/uniform/act_8 with 8-bit activations, or …/act_same.
     """
     quantized = [row for row in rows if row["scheme"] != UNQUANTIZED]
     is_same = all(row["act_bits"] == row["bits"] for row in quantized)

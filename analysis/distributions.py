@@ -31,10 +31,9 @@ def flat_weights(networks: Mapping[str, Mapping[str, Tensor]]) -> Weights:
 def statistics(weights: Weights) -> list[Row]:
     """Return a row of COLUMNS for each network and layer.
 
-    The kurtosis is the mean fourth power of (w − mean)/std: 3 for normal weights, 1.8 for uniform
-    ones. `max_over_std` is max|w| / std: how many standard deviations the quantizer's range has to
-    cover, and with it the step size in units of a typical weight. Where all weights are equal, both
-    are None.
+    The kurtosis is the mean of ((w − mean)/std)⁴: 3 for normal weights, 1.8 for uniform ones.
+    `max_over_std` is max|w| / std: with it grows the step size in units of a typical weight. Where
+    all weights are equal, both are None.
     """
     return [
         {"checkpoint": name, "layer": layer, "n_weights": w.numel(), **_moments(w)}
@@ -54,10 +53,7 @@ def _moments(w: Tensor) -> Row:
 
 
 def shared_layers(networks: Iterable[Iterable[str]], wanted: Sequence[str] | None) -> list[str]:
-    """Return the layers that all networks have, in their order, given the names of each one's.
-
-    Raises ValueError where a wanted layer is not among them.
-    """
+    """Return the layers that all networks have; ValueError if a wanted one is not among them."""
     first, *others = map(list, networks)
     shared = [layer for layer in first if all(layer in names for names in others)]
     if missing := [layer for layer in wanted or () if layer not in shared]:
@@ -66,10 +62,9 @@ def shared_layers(networks: Iterable[Iterable[str]], wanted: Sequence[str] | Non
 
 
 def choose_layers(rows: Sequence[Row], wanted: Sequence[str] | None) -> list[str]:
-    """Return the layers to show, in the networks' order: those wanted, or the N_LAYERS that differ.
+    """Return the layers to show, in order: those wanted, or the N_LAYERS whose max/σ differs most.
 
-    These are the layers whose max/σ differs most between the networks. Raises ValueError where a
-    wanted layer is missing, or the networks have no layer in common.
+    Raises ValueError where a wanted layer is missing, or the networks have no layer in common.
     """
     ratios: dict[str, dict[str, float]] = {}  # by network and layer
     for row in rows:

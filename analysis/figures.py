@@ -54,10 +54,7 @@ LABEL_CHARACTERS = 40  # of a line of the legend
 
 
 def line_style(i: int) -> dict[str, str]:
-    """Return colour, marker and line style of the i-th thing that a figure compares.
-
-    The first 147 differ: after each 7 the markers move on by one and the line style changes.
-    """
+    """Return colour, marker and line style of the i-th thing compared; the first 147 differ."""
     turn = i // len(COLOURS)
     return {
         "color": COLOURS[i % len(COLOURS)],
@@ -82,10 +79,7 @@ def percent_decimals(distance: float) -> int:
 
 
 def wrap(text: str, width: int) -> str:
-    """Return the text in lines of at most `width` characters, with no formula in it.
-
-    Lines end after a space, "_", "/" or "-" where they can.
-    """
+    """Return the text in lines of at most `width` characters, ended after " ", "_", "/" or "-"."""
     lines = [""]
     for piece in re.findall(rf"[^ _/-]{{0,{width - 1}}}[ _/-]|[^ _/-]{{1,{width}}}", text):
         if len(lines[-1] + piece) > width:
@@ -95,21 +89,16 @@ def wrap(text: str, width: int) -> str:
 
 
 def place_legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    """Put a legend below the panels in as many columns as fit, with long labels wrapped.
-
-    The figure grows by its height, and to its width where it is narrower.
-    """
+    """Put a legend below the panels, in as many columns as fit; the figure grows by its height."""
     labels = [wrap(label, LABEL_CHARACTERS) for label in labels]
     for columns in range(len(labels), 0, -1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
-    extent = legend.get_window_extent()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(
-        max(width, extent.width / figure.dpi), height + extent.height / figure.dpi
-    )
+    legend_width, legend_height = legend.get_window_extent().size / figure.dpi
+    figure.set_size_inches(max(width, legend_width), height + legend_height)
 
 
 # --- accuracy --------------------------------------------------------------------------------
@@ -134,8 +123,10 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
             learned = points[0].get("rounding") == "adaround"
             title = f"{scheme}, AdaRound (2ᵇ levels)" if learned else TITLES.get(scheme, scheme)
             axes.set(title=title, xlabel=act_bits or bits_label(points))
-        panels[0].set_ylabel("test accuracy")
-        set_accuracy_limits(panels[0])
+        low, high = panels[0].get_ylim()
+        grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2
+        panels[0].set(ylabel="test accuracy", ylim=(low - grow, min(1.02, high + grow)))
+        panels[0].yaxis.set_major_formatter(PercentTickFormatter())
         handles, labels = panels[0].get_legend_handles_labels()
         handles.append(Line2D([], [], color="#666666", linestyle=REFERENCE_LINES[0], linewidth=0.9))
         place_legend(figure, handles, [*labels, "not quantized"])
@@ -143,14 +134,10 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def _act_bits_of_panel(row: Row, rows: Sequence[Row]) -> str:
-    """Return the x label that tells the row's panel apart: "" where weights have one row each.
-
-    Where weights of b bits have rows with several bit-widths of activations, each has its panel.
-    """
+    """Return the x label that tells a row's panel apart: "" where weights have one row each."""
     widths = {(r["bits"], r["act_bits"]) for r in rows if r["scheme"] == row["scheme"]}
-    if len(widths) == len({bits for bits, _ in widths}):
-        return ""
-    return bits_label([row])
+    has_several = len(widths) > len({bits for bits, _ in widths})
+    return bits_label([row]) if has_several else ""
 
 
 def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -> None:
@@ -159,30 +146,15 @@ def accuracy_panel(axes: Axes, rows: Sequence[Row], full: Mapping[str, float]) -
     for i, (checkpoint, accuracy) in enumerate(full.items()):
         points = [row for row in rows if row["checkpoint"] == checkpoint]
         style = line_style(i)
-        axes.errorbar(
-            [r["bits"] + offset * (i - (len(full) - 1) / 2) for r in points],
-            [r["accuracy"] for r in points],
-            [r["accuracy_std"] or math.nan for r in points],  # which draws nothing
-            capsize=2,
-            label=checkpoint,
-            **style,
-        )
+        x = [r["bits"] + offset * (i - (len(full) - 1) / 2) for r in points]
+        y = [r["accuracy"] for r in points]
+        bars = [r["accuracy_std"] or math.nan for r in points]  # NaN draws nothing
+        axes.errorbar(x, y, bars, capsize=2, label=checkpoint, **style)
         dashes = REFERENCE_LINES[LINES.index(style["linestyle"])]
         axes.axhline(accuracy, color=style["color"], linestyle=dashes, linewidth=0.9)
     bits = sorted({row["bits"] for row in rows})
     axes.set_xticks(bits)
     axes.set_xlim(bits[0] - 0.5, bits[-1] + 0.5)
-
-
-def set_accuracy_limits(axes: Axes) -> None:
-    """Show at least MIN_ACCURACY_SPAN of accuracies and little beyond 100 %, and label in percent.
-
-    Decimals follow the ticks: 48.5 % and 49 % are not both 49 %.
-    """
-    low, high = axes.get_ylim()
-    grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2
-    axes.set_ylim(low - grow, min(1.02, high + grow))
-    axes.yaxis.set_major_formatter(PercentTickFormatter())
 
 
 def bits_label(rows: Sequence[Row]) -> str:
@@ -254,8 +226,7 @@ def weights_plot(
 ) -> None:
     """Draw a histogram of each layer's weights above the values that each scheme can give them.
 
-    `weights` are by the layer's name, with output channels first. `per_channel`: only the first
-    output channel of each layer, which has a range of its own.
+    `weights` are by layer. `per_channel`: only the first output channel, which has its own range.
     """
     title = f"{name}: weights, and the values that quantization leaves"
     if per_channel:

@@ -105,10 +105,9 @@ def format_cell(key: str, value: Any, row: Row) -> str:
     """Return a value of a row as the table shows it."""
     if value is None:
         return "–"
-    if key == "accuracy" and row.get("accuracy_std") is not None:
-        return f"{value:.2%} ± {row['accuracy_std'] * 100:.2f}"
     if key == "accuracy":
-        return f"{value:.2%}"
+        std = row.get("accuracy_std")
+        return f"{value:.2%}" if std is None else f"{value:.2%} ± {std * 100:.2f}"
     if key in ("quantized_macs", "quantized_weights"):
         return f"{value:.1%}"
     if key == "accuracy_change":
@@ -155,14 +154,10 @@ def weights_figure(name: str) -> str:
 def save_tables(
     rows: Sequence[Row], layer_rows: Sequence[Row], settings: Row, folder: Path
 ) -> None:
-    """Write results.csv, results.json and, where there are layer rows, per_layer.csv.
-
-    Files of earlier results are renamed first, figures among them.
-    """
-    figures = [
-        (weights_figure(name), ".png") for name in dict.fromkeys(r["checkpoint"] for r in rows)
-    ]
-    backup_existing([(folder / stem, suffix) for stem, suffix in (*FILES, *figures)])
+    """Write results.csv, results.json and per_layer.csv; earlier ones and figures are renamed."""
+    names = dict.fromkeys(row["checkpoint"] for row in rows)
+    files = (*FILES, *((weights_figure(name), ".png") for name in names))
+    backup_existing([(folder / stem, suffix) for stem, suffix in files])
     save_csv(rows, COLUMNS, folder / "results.csv")
     record = {"settings": {**settings, **describe_environment()}, "rows": list(rows)}
     if layer_rows:

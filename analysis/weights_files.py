@@ -42,10 +42,9 @@ class WeightsFile:
     def expected_accuracy(
         self, dataset: str, is_whole_test_set: bool, key: str = "final_accuracy"
     ) -> float | None:
-        """Return the accuracy that the network had after training, None where that is not known.
+        """Return the accuracy after training, `key` in the record; None where it is not known.
 
-        That is on the test set of `dataset`; held-out images, for example, are others. `key` is its
-        name in the record.
+        It is that on the whole test set of `dataset`; held-out images, for example, are others.
         """
         same_images = self.setting("dataset") == dataset and not self.setting("holdout")
         accuracy = self.record.get(key)
@@ -53,26 +52,20 @@ class WeightsFile:
         return accuracy if is_number and same_images and is_whole_test_set else None
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> Mapping[str, Any]:
     """Return the record of the training that wrote the file, {} where there is none that fits."""
-    content: Any = None
-    if path.suffix == ".ckpt":
-        with suppress(FileError):  # said when its weights are read
-            content = torch_load(path)
-    else:
-        content = _read_json(path.with_suffix(".json"))
-    return _plain_record(content)
+    if path.suffix != ".ckpt":
+        return read_training_record(path.with_suffix(".json")).record
+    with suppress(FileError):  # said when its weights are read
+        return _plain_record(torch_load(path))
+    return {}
 
 
 def read_training_record(path: Path) -> WeightsFile:
     """Return the record at `path`, whatever that is called, as that of a file of weights."""
-    return WeightsFile(path, _plain_record(_read_json(path)))
-
-
-def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file, None where it has none."""
     with suppress(FileError), read_json(path) as content:
-        return content
+        return WeightsFile(path, _plain_record(content))
+    return WeightsFile(path, {})
 
 
 def _plain_record(content: Any) -> dict[str, Any]:
@@ -92,9 +85,8 @@ def _is_plain(value: Any) -> bool:
 
 def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
     """Return the files that the patterns mean, by name as in `find_paths`, with their records."""
-    return {
-        name: WeightsFile(path, read_record(path)) for name, path in find_paths(patterns).items()
-    }
+    paths = find_paths(patterns)
+    return {name: WeightsFile(path, read_record(path)) for name, path in paths.items()}
 
 
 def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
@@ -109,10 +101,8 @@ def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
         paths += map(Path, matches or [pattern])
     paths = list(dict.fromkeys(paths))
     stems = [path.name.removesuffix(".pt") for path in paths]
-    return {
-        stem if stems.count(stem) == 1 else str(path): path
-        for stem, path in zip(stems, paths, strict=True)
-    }
+    files = zip(stems, paths, strict=True)
+    return {stem if stems.count(stem) == 1 else str(path): path for stem, path in files}
 
 
 def common_dataset(files: Iterable[WeightsFile], known: Iterable[str]) -> str | None:

@@ -12,23 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import STYLE, accuracy_plot, line_style, save_png
+from analysis.study import results as study_results
 from analysis.study.lambda_choice import Choice
-from analysis.study.results import (
-    FULL_PRECISION,
-    MAIN_SETTINGS,
-    SETTING,
-    Setting,
-    Statistics,
-    mean_intervals,
-    restrict_to_shared_seeds,
-)
+from analysis.study.results import FULL_PRECISION, MAIN_SETTINGS, SETTING, Setting, Statistics
 from analysis.study.tables import label
 
 CURVE_VARIANTS = (  # in the figures of curves, which have seven colours
     "control", "l2grad", "stepl2grad", "variancenorm", "rangenorm", "rangenorm_folded",
     "kurtosisnorm",
 )  # fmt: skip
-CurveStyle = tuple[str, str, str]  # name, colour and marker
+CurveStyles = Mapping[str, tuple[str, str, str]]  # name, colour and marker, by variant
 # The README's figure: variants with the name, colour (Okabe and Ito's) and marker they have in it.
 ANSWER_CURVES = {
     "kurtosisnorm": ("KurtosisNorm", "#009E73", "^"),
@@ -41,10 +34,8 @@ ANSWER_FOLDED = {  # drawn in the right panel only
     "kurtosisnorm_folded": ("KurtosisNorm, folded", "#009E73", "^"),
     "rangenorm_folded": ("RangeNorm, folded", "#0072B2", "s"),
 }
-ANSWER_SETTINGS: dict[str, Setting] = {
-    "full": FULL_PRECISION,
-    **{str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)},
-}
+ANSWER_SETTINGS: dict[str, Setting] = {"full": FULL_PRECISION}
+ANSWER_SETTINGS |= {str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)}
 ANSWER_4_4: Setting = ("uniform", 4, 4)
 ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
 CHANCE = 10.0  # % of ten classes
@@ -69,19 +60,16 @@ def panels(n: int, columns: int, width: float, height: float, **share: Any) -> t
 def overview_plot(statistics: Statistics, path: Path) -> None:
     """Draw, in a panel for each main setting, the difference of each variant from the control.
 
-    Differences are in points of accuracy and paired by seed. Each seed is a small tick, the mean a
-    marker with its 95 % interval, which may go beyond the frame: a circle where the interval holds
-    0, else a square. In a study without the control its first variant takes that place.
+    In points of accuracy, paired by seed: a tick for each seed and the mean with its 95 % interval,
+    a circle where that holds 0, else a square. Without a control the first variant takes its place.
     """
     variants = list(statistics.accuracies.index.unique("variant"))
     base = "control" if "control" in variants else variants[0]
     others = [variant for variant in variants if variant != base]
     means = statistics.summary.set_index(["variant", *SETTING])["mean"]
     with rc_context(STYLE):
-        columns = -(-len(MAIN_SETTINGS) // 2)
-        figure, grid = panels(
-            len(MAIN_SETTINGS), columns, 2.35, 0.8 + 0.2 * len(others), sharey=True
-        )
+        n = len(MAIN_SETTINGS)
+        figure, grid = panels(n, -(-n // 2), 2.35, 0.8 + 0.2 * len(others), sharey=True)
         for axes, setting in zip(grid, MAIN_SETTINGS, strict=True):
             _draw_differences(axes, statistics.accuracies, setting, base, others)
             mean = f"{100 * means[base, *setting]:.1f} %" if (base, *setting) in means else "–"
@@ -104,7 +92,7 @@ def _draw_differences(
     axes.margins(x=0.25)
     axes.autoscale_view()
     axes.autoscale(False, axis="x")  # an interval of two seeds would hide all others
-    intervals = mean_intervals(points)
+    intervals = study_results.mean_intervals(points)
     for y, variant in enumerate(others):
         if variant in intervals.index:
             mean, high = intervals.loc[variant, ["mean", "high"]]
@@ -127,24 +115,21 @@ def curve_rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
-    """Draw what was tracked against epochs: a panel for each name, a line for each variant.
-
-    The vertical line is where regularization begins, after the epoch before `first`.
-    """
+    """Draw what was tracked against epochs: a panel for each name, a line for each variant."""
     tracked = tracked[tracked["variant"].isin(CURVE_VARIANTS)]
-    groups = restrict_to_shared_seeds(tracked).groupby(["name", "variant", "epoch"])
-    means = groups["value"].mean()
+    shared = study_results.restrict_to_shared_seeds(tracked)
+    means = shared.groupby(["name", "variant", "epoch"])["value"].mean()
     names = list(tracked["name"].unique())
+    shown = [variant for variant in CURVE_VARIANTS if variant in set(tracked["variant"])]
     with rc_context(STYLE):
         figure, grid = panels(len(names), 4, 2.4, 2)
         legend = {}
         for axes, name in zip(grid, names, strict=True):
-            variants = means[name].index.unique("variant")
-            for i, variant in enumerate(v for v in CURVE_VARIANTS if v in set(tracked["variant"])):
-                if variant in variants:
+            for i, variant in enumerate(shown):
+                if variant in means[name].index.unique("variant"):
                     curve = means[name, variant]
                     axes.plot(curve.index + 1, curve, label=variant, **line_style(i))
-            axes.axvline(first, **REFERENCE_LINE)
+            axes.axvline(first, **REFERENCE_LINE)  # where regularization begins
             axes.set(title=name, xlabel="epochs")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if (tracked.loc[tracked["name"] == name, "value"] > 0).all():
@@ -155,10 +140,9 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
 
 
 def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
-    """Draw held-out accuracy against λ: a panel for each variant, one line for full precision.
+    """Draw held-out accuracy against λ, in full precision and at 4 bits: a panel for each variant.
 
-    The other is for 4 bits, and horizontal ones for the control. The vertical line is where the λ
-    is that was taken.
+    Horizontal lines are the control's; the vertical one is the λ that was taken.
     """
     control = next(iter(choices.values())).control
     tried = [a for choice in choices.values() for a in choice.candidates.values() if a]
@@ -167,24 +151,20 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
     with rc_context(STYLE):
         figure, grid = panels(len(choices), 5, 2, 1.8, sharey=True)
         for axes, (variant, choice) in zip(grid, choices.items(), strict=True):
-            _draw_candidates(axes, choice, control)
+            candidates = {lmbda: a for lmbda, a in sorted(choice.candidates.items()) if a}
+            for i, name in enumerate(("full precision", "uniform 4")):
+                accuracies = [100 * accuracy[i] for accuracy in candidates.values()]
+                style = line_style(i)
+                axes.plot(list(candidates), accuracies, label=name, **style)
+                axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": style["color"]})
+            axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
+            axes.set_xscale("log")
+            axes.set_xticks(list(candidates), [f"{lmbda:g}" for lmbda in candidates])
+            axes.set_xticks([], minor=True)
             axes.set(title=variant, xlabel="λ", ylim=(low - 1, high + 1))
         grid[0].set_ylabel("held-out accuracy, %")
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         save_png(figure, path)
-
-
-def _draw_candidates(axes: Axes, choice: Choice, control: Sequence[float]) -> None:
-    """Draw the held-out accuracies of one variant's candidates, and of the control."""
-    candidates = {lmbda: a for lmbda, a in sorted(choice.candidates.items()) if a}
-    for i, name in enumerate(("full precision", "uniform 4")):
-        accuracies = [100 * accuracy[i] for accuracy in candidates.values()]
-        axes.plot(list(candidates), accuracies, label=name, **line_style(i))
-        axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": line_style(i)["color"]})
-    axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
-    axes.set_xscale("log")
-    axes.set_xticks(list(candidates), [f"{lmbda:g}" for lmbda in candidates])
-    axes.set_xticks([], minor=True)
 
 
 # --- the answer ------------------------------------------------------------------------------
@@ -199,10 +179,9 @@ def spread_labels(positions: Sequence[float], distance: float) -> Iterator[float
 
 
 def answer_plot(statistics: Statistics, path: Path) -> None:
-    """Draw what the study found, for the README: the variants that matter, labelled directly.
+    """Draw what the study found, for the README: means and ranges over shared seeds, in %.
 
-    Left, accuracy against bits of a weight; right, with 4-bit weights and activations, where folded
-    variants join in. Means and ranges over the seeds that all variants share, in %.
+    Left, accuracy against bits of a weight; right, with 4-bit weights and activations.
     """
     accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
     variants = accuracies.index.unique("variant")
@@ -216,9 +195,7 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
         save_png(figure, path)
 
 
-def _draw_answer_curves(
-    axes: Axes, accuracies: pd.DataFrame, curves: Mapping[str, CurveStyle]
-) -> None:
+def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: CurveStyles) -> None:
     """Draw accuracy against bits, a bar from the worst to the best seed, and labels at the ends."""
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
     x = np.arange(len(shown))
@@ -243,7 +220,7 @@ def _draw_answer_curves(
     axes.set_title("Quantized weights")
 
 
-def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, CurveStyle]) -> None:
+def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: CurveStyles) -> None:
     """Draw the accuracies at (4,4), a dot and a bar for each variant, the best on top."""
     means = accuracies[ANSWER_4_4].groupby(level="variant").mean()
     order = sorted(dots, key=means.get)
@@ -252,9 +229,8 @@ def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: Mapping[str, C
         values = accuracies.loc[name, ANSWER_4_4]
         axes.hlines(y, values.min(), values.max(), colour, linewidth=2.5, alpha=0.45)
         axes.plot(means[name], y, color=colour, marker=marker, markersize=7)
-        axes.annotate(
-            f"{means[name]:.1f}", (means[name], y), (0, 6), textcoords="offset points", ha="center"
-        )
+        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{means[name]:.1f}", (means[name], y), **above)
     axes.set_yticks(range(len(order)), [dots[name][0] for name in order])
     for tick, name in zip(axes.get_yticklabels(), order, strict=True):
         tick.set(color=dots[name][1], weight="bold")

@@ -61,9 +61,8 @@ class Job:
 
     def blocked(self, failed: Set[Path]) -> bool:
         """Return whether its target, or that of a job it needs, is among the failed ones."""
-        return not self.done and (
-            self.target in failed or any(job.blocked(failed) for job in self.needs)
-        )
+        has_failed = self.target in failed or any(job.blocked(failed) for job in self.needs)
+        return has_failed and not self.done
 
     @property
     def line(self) -> str:
@@ -88,10 +87,8 @@ def pending(jobs: Iterable[Job]) -> list[Job]:
 
 def next_ready_job(jobs: Iterable[Job], started: Set[Path]) -> Job | None:
     """Return the first pending job that was not started yet and has all it needs, or None."""
-    for job in pending(jobs):
-        if job.target not in started and all(needed.done for needed in job.needs):
-            return job
-    return None
+    waiting = (job for job in pending(jobs) if job.target not in started)
+    return next((job for job in waiting if all(needed.done for needed in job.needs)), None)
 
 
 # --- running ---------------------------------------------------------------------------------
@@ -134,12 +131,19 @@ class RunningJob:
         return False
 
     def finish(self, out: Path) -> bool:
-        """Return whether the job, which is over, succeeded; record its time and clean up."""
+        """Return whether the job, which is over, succeeded; clean up.
+
+        Adds a line with its time to <out>/jobs.jsonl where it ran without interruption.
+        """
         seconds = time.perf_counter() - self.began
         if not self.succeeded():
             return False
         if self.started_fresh:
-            record_duration(out, self.job, seconds, self.max_parallel)
+            times = {"seconds": round(seconds, 1), "at_once": self.max_parallel}
+            line = {"kind": self.job.kind, **times, "command": self.job.line}
+            with warn_on_error("the job's time was not recorded"):
+                with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
+                    print(json.dumps(line), file=file)
         if self.job.needs:  # nothing continues from its checkpoint, as from a trunk's
             for suffix in (".ckpt", ".ckpt.previous"):
                 self.job.target.with_suffix(suffix).unlink(missing_ok=True)
@@ -168,8 +172,8 @@ def detached_process() -> dict[str, Any]:
 class JobRunner:
     """Runs jobs, at most `max_parallel` at a time, until `next_job` returns none.
 
-    `next_job` takes the targets that must not be started, which run or have failed. `failed` grows
-    by the targets of jobs that fail; `on_success` is called with each other job.
+    `next_job` takes the targets that must not be started; `on_success` is called with each job that
+    succeeds, and the targets of others are added to `failed`.
     """
 
     next_job: Callable[[Set[Path]], Job | None]
@@ -230,32 +234,16 @@ class JobRunner:
             job = self.next_job({each.job.target for each in self.running} | self.failed)
             if job is None:
                 break
-            self.running.append(RunningJob(job, self.scripts, self.max_parallel, self._free_gpu()))
+            used = Counter(each.gpu for each in self.running)
+            gpu = min(self.gpus, key=lambda gpu: used[gpu], default=None)
+            self.running.append(RunningJob(job, self.scripts, self.max_parallel, gpu))
             self.bar.set_description(", ".join(each.job.title for each in self.running))
-
-    def _free_gpu(self) -> str | None:
-        """Return the first of the GPUs with the fewest jobs, None where they are not shared out."""
-        used = Counter(each.gpu for each in self.running)
-        return min(self.gpus, key=lambda gpu: used[gpu], default=None)
-
-
-# --- times -----------------------------------------------------------------------------------
-
-
-def record_duration(out: Path, job: Job, seconds: float, max_parallel: int) -> None:
-    """Add a line about a job that ran without interruption to <out>/jobs.jsonl."""
-    times = {"seconds": round(seconds, 1), "at_once": max_parallel}
-    line = {"kind": job.kind, **times, "command": job.line}
-    with warn_on_error("the job's time was not recorded"):
-        with open(out / "jobs.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps(line), file=file)
 
 
 def job_seconds(out: Path) -> dict[str, float]:
     """Return, by kind, the median time of the jobs in <out>/jobs.jsonl, in seconds.
 
-    The time of a job that ran beside others counts by its share of the machine. Lines that are
-    half-written, by a program that was killed, are skipped.
+    That of a job beside others counts by its share of the machine. Half-written lines are skipped.
     """
     seconds: dict[str, list[float]] = {}
     path = out / "jobs.jsonl"

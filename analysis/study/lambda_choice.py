@@ -1,12 +1,11 @@
 """The choice of λ: from accuracies on held-out training images, made once per variant and saved."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from analysis.study.records import StudyRecords
-from engine.system.io import save_json
 
 TUNING_SEED = 0
 MAX_ACCURACY_DROP = 0.01  # of full-precision accuracy, against the control's
@@ -36,7 +35,7 @@ class Choice:
 
     @classmethod
     def load(cls, records: StudyRecords, path: Path) -> "Choice":
-        """Read what `save` wrote; raises FileError."""
+        """Read one that was saved as JSON; raises FileError."""
         with records.open(path) as saved:
             candidates = {
                 float(lmbda): accuracies and HoldoutAccuracy(*map(float, accuracies))
@@ -46,11 +45,6 @@ class Choice:
                 raise ValueError("the λ that was taken has no accuracies")
             control = HoldoutAccuracy(*map(float, saved["control"]))
             return cls(control, candidates, float(saved["lmbda"]))
-
-    def save(self, records: StudyRecords, path: Path) -> None:
-        """Write it as JSON, and into the records; raises OSError."""
-        save_json(asdict(self), path)
-        records.add(path)
 
 
 def select_lambda(candidates: Mapping[float, HoldoutAccuracy], control: float) -> float:

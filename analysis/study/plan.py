@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from analysis.study.jobs import Job
 from analysis.study.lambda_choice import TUNING_SEED, Choice, HoldoutAccuracy, select_lambda
 from analysis.study.records import StudyRecords
 from analysis.study.settings import Settings, epoch_names
+from engine.system.io import save_json
 
 CONTROL = "control"  # the variant that others are compared with
 TUNING = "tuning"  # the quantization that λ is chosen by, on held-out images
@@ -164,12 +165,12 @@ class StudyPlan:
 
     def tuning(self, name: str) -> dict[float | None, Job]:
         """Return, by λ, the jobs that its choice rests on: the control's under None."""
-
-        def job(variant: str, lmbda: float | None) -> Job:
-            return self.quantized(self.branch(variant, TUNING_SEED, lmbda, tuning=True), TUNING)
-
-        candidates = {lmbda: job(self.tuned_name(name), lmbda) for lmbda in self.lmbdas(name)}
-        return {None: job(CONTROL, None), **candidates} if candidates else {}
+        lmbdas = self.lmbdas(name)
+        variants = {None: CONTROL, **dict.fromkeys(lmbdas, self.tuned_name(name))} if lmbdas else {}
+        return {
+            lmbda: self.quantized(self.branch(variant, TUNING_SEED, lmbda, tuning=True), TUNING)
+            for lmbda, variant in variants.items()
+        }
 
     def chosen_lambda(self, name: str, save: bool = False) -> float | None:
         """Return the variant's λ, None where there is none to choose; `save` keeps a new choice.
@@ -182,7 +183,8 @@ class StudyPlan:
         if choice is None or tuple(choice.candidates) != self.lmbdas(name):
             choice = self._choose(name)
             if save:
-                choice.save(self.records, self.choice_path(name))
+                save_json(asdict(choice), self.choice_path(name))
+                self.records.add(self.choice_path(name))
         return choice.lmbda
 
     def _choose(self, name: str) -> Choice:
@@ -228,20 +230,10 @@ class StudyPlan:
         finals = self.final_quantized(trained).values()
         return job.target in {each.target for each in finals} and all(each.done for each in finals)
 
-    def retrained(self, jobs: Iterable[Job]) -> list[Job]:
-        """Return the pending trainings whose record is there but whose weights are not.
-
-        As in a fresh clone: they are trained again, because a job needs their weights.
-        """
-        return [job for job in study_jobs.pending(jobs) if self.records.archived(job.record)]
-
     def next_jobs(
         self, name: str, seeds: Iterable[int], save: bool = False
     ) -> tuple[list[Job], bool]:
-        """Return the variant's final jobs and True; before λ is chosen, its tuning jobs and False.
-
-        `save` keeps a new choice.
-        """
+        """Return the variant's final jobs and True; its tuning jobs, False before λ is chosen."""
         try:
             return self.final(name, seeds, self.chosen_lambda(name, save)), True
         except NotChosen:
@@ -258,11 +250,9 @@ class StudyPlan:
         self, names: Sequence[str], seeds: Sequence[int], started: Set[Path]
     ) -> Job | None:
         """Return the first job that can start now, or None: first those that λ is chosen by."""
-        for name in names:
-            jobs, _ = self.next_jobs(name, seeds, save=True)
-            if job := study_jobs.next_ready_job(jobs, started):
-                return job
-        return None
+        variants = (self.next_jobs(name, seeds, save=True)[0] for name in names)
+        ready = (study_jobs.next_ready_job(jobs, started) for jobs in variants)
+        return next(filter(None, ready), None)
 
 
 def _stem(trained: Job) -> str:

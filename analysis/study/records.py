@@ -74,10 +74,9 @@ class StudyRecords:
         self.add(*(path for folder in folders for p in patterns for path in folder.glob(p)))
 
     def forget(self, patterns: Sequence[str]) -> list[str]:
-        """Remove the records whose path below `out` matches a pattern, and their files.
+        """Remove the records whose path below `out` matches, and their files; return the paths.
 
-        Returns the paths, so that they can be printed. Trained weights are removed with their
-        record.
+        Trained weights are removed with their record.
         """
         self.add_all()
         forgotten = [key for key in self._archived if any(fnmatchcase(key, p) for p in patterns)]
@@ -99,11 +98,9 @@ class StudyRecords:
 
 def pack_records(records: Mapping[str, Any]) -> bytes:
     """Return a compact file of records by path: the same ones always give the same bytes."""
-    lines = (
-        json.dumps({"path": path, "content": records[path]}, separators=(",", ":"))
-        for path in sorted(records)
-    )
-    return gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+    entries = ({"path": path, "content": records[path]} for path in sorted(records))
+    lines = (json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
+    return gzip.compress("".join(lines).encode(), mtime=0)
 
 
 def _read_archive(path: Path) -> dict[str, Any]:

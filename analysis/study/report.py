@@ -40,25 +40,17 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
         jobs = plan.final_quantized(branch)
         if not all(job.done for job in jobs.values()):
             continue
-        commands = [
-            reproduction_command(plan.records, job.record)
-            for job in (*branch.needs, branch, *jobs.values())
-        ]
-        yield Result(
-            name,
-            lmbda,
-            seed,
-            branch.record,
-            {quantization: job.target for quantization, job in jobs.items()},
-            [f"mkdir -p {branch.target.parent}", *commands],
-        )
+        commands = [f"mkdir -p {branch.target.parent}"]
+        for job in (*branch.needs, branch, *jobs.values()):
+            commands.append(reproduction_command(plan.records, job.record))
+        quantized = {quantization: job.target for quantization, job in jobs.items()}
+        yield Result(name, lmbda, seed, branch.record, quantized, commands)
 
 
 def reproduction_command(records: StudyRecords, path: Path) -> str:
     """Return the command of a training's record or of a results.json; raises FileError.
 
-    With its number of threads, because sums are split among them. Before there was --biases, PWLQ
-    quantized them on their weights' grids.
+    With its number of threads: sums are split among them. Before --biases, PWLQ quantized biases.
     """
     with records.open(path) as record:
         settings = record["settings"] | record  # a results.json has them among its settings

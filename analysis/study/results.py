@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,10 +57,8 @@ MIN_NETWORKS = 3  # for a correlation
 
 NETWORK = ["variant", "seed"]
 SETTING = ["scheme", "bits", "act_bits"]
-ROW_COLUMNS = [
-    *("variant", "lmbda", "seed", *SETTING, "levels"),
-    *("accuracy", "accuracy_change", "squared_error", "epoch_seconds"),
-]
+ROW_COLUMNS = ["variant", "lmbda", "seed", *SETTING, "levels"]
+ROW_COLUMNS += ["accuracy", "accuracy_change", "squared_error", "epoch_seconds"]
 TRACKED_COLUMNS = ["variant", "seed", "epoch", "name", "value"]
 
 
@@ -80,53 +77,37 @@ class Result:
     commands: list[str]
 
 
-def quantization_rows(
-    result: Result, records: StudyRecords, epoch_seconds: float
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each setting of one network; full precision as in float32.
+def quantization_rows(result: Result, records: StudyRecords, seconds: float) -> Iterator[tuple]:
+    """Yield a row of ROW_COLUMNS for each setting of one network; full precision as in float32.
 
-    `epoch_seconds` is the time of a regularized epoch. Raises FileError.
+    `seconds` is the time of a regularized epoch. Raises FileError.
     """
     for quantization, path in result.quantized.items():
         with records.open(path) as quantized:
             for row in quantized["rows"]:
                 if row["scheme"] == UNQUANTIZED and quantization != "folded":  # which is in float32
                     continue
+                network = (result.variant, result.lmbda, result.seed)
+                scheme = SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"])
+                integers = [row[key] for key in ("bits", "act_bits", "levels")]
                 numbers = ("accuracy", "accuracy_change", "squared_error")
-                yield {
-                    "variant": result.variant,
-                    "lmbda": result.lmbda,
-                    "seed": result.seed,
-                    "scheme": SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"]),
-                    **{key: row[key] for key in ("bits", "act_bits", "levels")},
-                    **{key: float(row[key]) for key in numbers},
-                    "epoch_seconds": epoch_seconds,
-                }
-
-
-def tracked_rows(result: Result, history: Sequence[dict[str, Any]]) -> Iterator[tuple]:
-    """Yield a row of TRACKED_COLUMNS for each value that --track logged of one network."""
-    for entry in history:
-        for key, value in entry.items():
-            if key.startswith("track_"):
-                name = key.removeprefix("track_")
-                yield result.variant, result.seed, entry["epoch"], name, value
+                yield *network, scheme, *integers, *(float(row[key]) for key in numbers), seconds
 
 
 def read_results(
     results: Sequence[Result], records: StudyRecords, first: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the rows of all results, and what was tracked; raises FileError.
-
-    `first` is the first regularized epoch.
-    """
+    """Return the rows of all results, and what was tracked; regularized from epoch `first` on."""
     rows = []
     tracked = []
     for result in results:
         with records.open(result.training) as record:
             history = record["history"]
             seconds = statistics.fmean(entry["epoch_seconds"] for entry in history[first:])
-            tracked += tracked_rows(result, history)
+            for entry in history:
+                names = [key.removeprefix("track_") for key in entry if key.startswith("track_")]
+                epoch = (result.variant, result.seed, entry["epoch"])
+                tracked += [(*epoch, name, entry[f"track_{name}"]) for name in names]
         rows += quantization_rows(result, records, seconds)
     frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
     return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)
@@ -138,8 +119,7 @@ def read_results(
 def restrict_to_shared_seeds(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of seeds that all variants have, so that means are of the same seeds.
 
-    Variants with one seed so far do not count for that and keep their rows. Where no seed is shared
-    all rows stay.
+    Variants with one seed keep their rows and do not count. Where no seed is shared all rows stay.
     """
     seeds = rows.groupby("variant", sort=False)["seed"].agg(set)
     several = [seeds_of_one for seeds_of_one in seeds if len(seeds_of_one) > 1]
@@ -186,10 +166,7 @@ def mean_intervals(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Return every difference: within COMPARED_PAIRS, and of each variant from the control.
-
-    They are paired by seed, because variants of one seed grow out of the same network.
-    """
+    """Return differences, paired by seed: COMPARED_PAIRS, and each variant minus the control."""
     variants = accuracies.index.unique("variant")
     pairs = [*COMPARED_PAIRS, *((name, "control") for name in variants if name != "control")]
     tables = {
@@ -223,10 +200,7 @@ def _stack(tables: dict[tuple[str, ...], pd.DataFrame], names: list[str]) -> pd.
 
 
 def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return what was tracked after each network's last epoch, and its squared error at 4 bits.
-
-    A line per network and a column per name, as both appear.
-    """
+    """Return what was tracked after each network's last epoch, and its squared error at 4 bits."""
     last = tracked[tracked["epoch"] == tracked.groupby(NETWORK)["epoch"].transform("max")]
     at_4_bits = rows[rows.set_index(SETTING).index.isin([UNIFORM_4])]
     errors = at_4_bits.assign(name="squared error", value=at_4_bits["squared_error"])
@@ -234,6 +208,7 @@ def final_values(tracked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 Groups = list[pd.DataFrame]  # of networks, with columns x and y
+Grouping = Callable[[pd.DataFrame], Groups]
 
 
 def all_networks(pairs: pd.DataFrame) -> Groups:
@@ -247,28 +222,20 @@ def networks_of_each_seed(pairs: pd.DataFrame) -> Groups:
 
 
 def deviations_within_variants(pairs: pd.DataFrame) -> Groups:
-    """Return one group: each network's deviations from the mean (x, y) of its variant.
-
-    Variants with one network have none and are left out.
-    """
+    """Return one group: deviations from the mean (x, y) of a variant, where that has several."""
     groups = pairs.groupby(level="variant", sort=False)
     deviations = pairs - groups.transform("mean")
     return [deviations[groups["x"].transform("size") > 1]]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's ρ, with mean ranks for equal values.
-
-    Returns None with fewer than MIN_NETWORKS pairs, or where x or y is constant.
-    """
+    """Return Spearman's ρ; None with fewer than MIN_NETWORKS pairs, or where x or y is constant."""
     if len(x) < MIN_NETWORKS or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return scipy.stats.spearmanr(x, y).statistic
 
 
-def correlations(
-    x: pd.Series, y: pd.Series, grouped: Callable[[pd.DataFrame], Groups]
-) -> list[float]:
+def correlations(x: pd.Series, y: pd.Series, grouped: Grouping) -> list[float]:
     """Return the rank correlation of x and y, values of networks, in each group where it exists."""
     groups = grouped(pd.DataFrame({"x": x, "y": y}).dropna())
     rhos = [rank_correlation(pairs["x"], pairs["y"]) for pairs in groups]
@@ -279,14 +246,13 @@ def correlations(
 
 
 class Statistics:
-    """What the tables and figures show, worked out once from at least one row.
+    """What the tables and figures show, worked out once from the tables of `read_results`.
 
-    Means and correlations are of the seeds that all variants share, differences and accuracy drops
-    of all seeds.
+    There is at least one row. Means and correlations are of the seeds that all variants share,
+    differences and accuracy drops of all seeds.
     """
 
     def __init__(self, rows: pd.DataFrame, tracked: pd.DataFrame) -> None:
-        """Work everything out from the tables of `read_results`."""
         self.rows = rows
         self.tracked = tracked
         self.accuracies = pivot(rows, NETWORK, SETTING, "accuracy")  # by network and setting

@@ -57,10 +57,9 @@ SETTING_TYPES = {
 
 
 def load_settings(path: Path) -> Settings | None:
-    """Return the settings in a study.json, or None where there is no file.
-
-    Raises FileError, in one line, if it holds anything else.
-    """
+    """Return the settings in a study.json, None without one; FileError if it holds others."""
+    if not path.exists():
+        return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():
@@ -68,8 +67,6 @@ def load_settings(path: Path) -> Settings | None:
         for name, parse in SETTING_TYPES.items():
             if parse(str(settings[name])) != settings[name]:  # such as "9" for 9
                 raise ValueError(f"{name} cannot be {settings[name]!r}")
-    except FileNotFoundError:
-        return None
     except argparse.ArgumentTypeError as error:
         raise FileError(f"{name}: {error}") from error
     except (OSError, ValueError) as error:

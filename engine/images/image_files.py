@@ -91,12 +91,10 @@ def find_classes(folder: Path) -> list[str]:
 
 def check_same_classes(train: Sequence[str], test: Sequence[str], folder: Path) -> None:
     """Raise DataError, naming the difference, unless train/ and val/ have the same classes."""
+    only = {"train": sorted({*train} - {*test}), "val": sorted({*test} - {*train})}
     parts = [
         f"only in {where}/: {', '.join(names[:MAX_LISTED])}{', …' * (len(names) > MAX_LISTED)}"
-        for where, names in (
-            ("train", sorted({*train} - {*test})),
-            ("val", sorted({*test} - {*train})),
-        )
+        for where, names in only.items()
         if names
     ]
     if parts:
@@ -107,9 +105,8 @@ def find_images(folder: Path, classes: Sequence[str], image_size: int) -> tuple[
     """Return the images of all classes and their labels, int64 (N,).
 
     They are in the order of a hash of their paths below `folder`, in which classes are mixed: the
-    first or last N of them are a random sample. Hidden files and those that are no images by their
-    suffix are skipped, in folders of classes as well; how many is printed. Raises DataError for an
-    empty file, and for a class without images.
+    first or last N of them are a random sample. Hidden files, and those that are no images by their
+    suffix, are skipped and counted. DataError for an empty file, and for a class without images.
     """
     rows, skipped = [], []
     for label, name in enumerate(classes):
@@ -129,17 +126,14 @@ def find_images(folder: Path, classes: Sequence[str], image_size: int) -> tuple[
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the paths of all files in the folder and those in it, but not in hidden ones.
+    """Yield the paths of all files below the folder, but not in hidden folders.
 
     Links are followed, but not those that lead back to a folder on the way to them.
     """
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         above = {path.resolve() for path in (Path(parent), *Path(parent).parents)}
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and Path(parent, name).resolve() not in above
-        )
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in shown if Path(parent, name).resolve() not in above]
         yield from (Path(parent, name) for name in sorted(names))
 
 
@@ -179,29 +173,22 @@ def decode(path: str) -> Tensor:
 
 
 def decode_centre_crop(path: str, size: int) -> Tensor:
-    """Return the centre crop of the file's image for testing, uint8 RGB (3, size, size).
+    """Return the file's image as it is tested with, uint8 RGB (3, size, size).
 
-    Raises DataError as `decode` does, and where resizing would take too much memory.
+    Its shorter side is resized to size·256/224 pixels, and the centre of that is cropped. Raises
+    DataError as `decode` does, and where resizing would take too much memory.
     """
+    from torchvision.transforms.v2 import functional as F  # slow to import, rarely needed
+
     with opened(path) as image:
         if max(image.size) * (size * RESIZE_RATIO) ** 2 > Image.MAX_IMAGE_PIXELS * min(image.size):
             raise ValueError(f"{image.width}×{image.height} pixels are too long and thin")
-        return centre_crop(_pixels(image), size)
+        resized = F.resize(_pixels(image), [round(size * RESIZE_RATIO)], antialias=True)
+        return F.center_crop(resized, [size, size])
 
 
 def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-# --- crops -----------------------------------------------------------------------------------
-
-
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Resize (3, H, W) so that the shorter side is size·256/224, and crop the centre to `size`."""
-    from torchvision.transforms.v2 import functional as F  # slow to import, rarely needed
-
-    resized = F.resize(image, [round(size * RESIZE_RATIO)], antialias=True)
-    return F.center_crop(resized, [size, size])
 
 
 def random_crop(image: Tensor, size: int, key: tuple[int, ...]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.system.distributed import share_bounds
 
+Batch = tuple[Tensor, Tensor]  # images and labels
 PADDING = 4  # black pixels on each side of an image before a random crop
 
 
@@ -42,8 +43,8 @@ class Loader:
         memory_format: of the batches.
         cache: keep the normalized batches (do not write to them); for evaluation only.
 
-    Raises:
-        ValueError: a batch size, rank or shape that makes no sense, or a cache of random batches.
+    Raises ValueError for a batch size, rank or shape that makes no sense, and for a cache of random
+    batches.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Loader:
         mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (mean, std))
         self.scale = (1 / (255 * std)).float().to(device)
         self.shift = (-mean / std).float().to(device)
-        self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if cache else None
+        self.cache: dict[int, Batch] | None = {} if cache else None
 
     def __len__(self) -> int:
         # batches of an epoch, the last smaller one included
@@ -93,9 +94,7 @@ class Loader:
         """Return the number of images in batch `number`, of all ranks."""
         return min(self.batch_size, self.n_images - number * self.batch_size)
 
-    def batches(
-        self, epoch: int, start: int = 0, every: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, start: int = 0, every: int = 1) -> Iterator[Batch]:
         """Yield the epoch's (x, y) from batch `start` on: float32 (b, 3, H, W), int64 (b,).
 
         With `every` N, only each N-th batch.
@@ -118,11 +117,17 @@ class Loader:
         images = images.to(self.device)
         return _all_crops(images) if self.augment else images
 
-    def _make(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _make(self, epoch: int, numbers: Iterable[int]) -> Iterator[Batch]:
         """Make this rank's share of the batches of these numbers, in their order."""
         draws = [draw.to(self.device) for draw in self._sample_augmentation(epoch)]
         for number in numbers:
-            yield self._batch(*(draw[self._share(number)] for draw in draws))
+            order, rows, columns, flips = (draw[self._share(number)] for draw in draws)
+            if self.augment:
+                x = self.images[order, rows, columns]
+                x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
+            else:
+                x = self.images[order]
+            yield self._normalize(x), self.labels[order]
 
     def _share(self, number: int) -> slice:
         """Return the positions in the epoch of this rank's share of batch `number`."""
@@ -144,17 +149,6 @@ class Loader:
         if self.shuffle:
             return torch.randperm(self.n_images, generator=generator)
         return torch.arange(self.n_images)
-
-    def _batch(
-        self, order: Tensor, rows: Tensor, columns: Tensor, flips: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Make a batch of the images `order` with these crops and flips."""
-        if self.augment:
-            x = self.images[order, rows, columns]
-            x = torch.where(flips.view(-1, 1, 1, 1), x.flip(3), x)
-        else:
-            x = self.images[order]
-        return self._normalize(x), self.labels[order]
 
     def _normalize(self, x: Tensor) -> Tensor:
         """Return uint8 images as normalized float32 in the memory format of batches."""

@@ -10,26 +10,15 @@ from torch.autograd import grad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.networks import outputs
 from engine.networks.layers import penalized_weights, trainable_parameters
-from engine.networks.outputs import (
-    activation_runs,
-    moved_activations,
-    network_boundary,
-    run_network,
-    run_recorded,
-    split_output,
-)
 from engine.system import distributed
 from engine.system.hardware import autocast, rng_from
 
 
 @dataclass
 class FirstOrderResult:
-    """What a forward and a backward pass give.
-
-    Where the batch is shared out to several processes, all of it is this rank's contribution:
-    the sum over the ranks is meant.
-    """
+    """What a forward and a backward pass give: this rank's contribution to sums over the ranks."""
 
     loss: Tensor  # scalar, contribution to the mean over the batch
     n_correct: Tensor  # scalar
@@ -52,7 +41,7 @@ class BatchLoss:
     def forward_only(self) -> FirstOrderResult:
         """Return loss and number correct, without a derivative."""
         with torch.inference_mode(), autocast(self.x.device, self.dtype):
-            logits, _ = run_network(self.net, self.x)
+            logits, _ = outputs.run_network(self.net, self.x)
             loss, n_correct = self.criterion(logits, self.y), self._n_correct(logits)
         return FirstOrderResult(loss, n_correct, tensors={"weights": penalized_weights(self.net)})
 
@@ -65,7 +54,7 @@ class BatchLoss:
         # of PyTorch's kernels for attention, one has a second derivative
         kernel = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
         with autocast(self.x.device, self.dtype), kernel:
-            logits, activations, recorded = run_recorded(net, self.x, has_activations)
+            logits, activations, recorded = outputs.run_recorded(net, self.x, has_activations)
             loss = distributed.to_global_mean(self.criterion(logits, self.y), len(self.x))
         params = [*trainable_parameters(net).values()]
         weights = penalized_weights(net)
@@ -73,7 +62,7 @@ class BatchLoss:
         activations = [a for a in activations if a.requires_grad] if has_activations else []
         # one backward pass for all of them: they share most of the way
         targets = [*params, *activations]
-        with network_boundary(net):
+        with outputs.network_boundary(net):
             grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
         grad_of = dict(zip(params, grads, strict=False))
         available = {
@@ -81,7 +70,7 @@ class BatchLoss:
             "w_grads": [grad_of[w] for w in weights],
             "a_grads": list(grads[len(params) :]),
         }
-        runs = activation_runs(net, activations, recorded) if keep_activations else ()
+        runs = outputs.activation_runs(net, activations, recorded) if keep_activations else ()
         return FirstOrderResult(
             loss.detach(),
             self._n_correct(logits),
@@ -103,12 +92,12 @@ class BatchLoss:
         net, x = self.net, self.x
         buffers = {name: b.clone() for name, b in net.named_buffers()}
         with (
-            network_boundary(net),
+            outputs.network_boundary(net),
             autocast(x.device, self.dtype),
             rng_from(self.rng_state, x.device),
-            moved_activations(net, offsets),
+            outputs.moved_activations(net, offsets),
         ):
-            logits, _ = split_output(
+            logits, _ = outputs.split_output(
                 net, functional_call(net, {**buffers, **params}, (x.clone(),)), []
             )
             return distributed.to_global_mean(self.criterion(logits, self.y), len(x))

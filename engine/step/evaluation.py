@@ -20,9 +20,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean "loss", the "accuracy" and, under its name, the mean penalty over the loader.
 
-    `dtype` is that of the convolutions. A penalty of gradients costs one first-order pass a batch;
-    no second-order graph is made. Random numbers that a regularizer draws are a pure function of
-    the batch. With N processes each takes every N-th batch.
+    `dtype` is that of the convolutions. A penalty of gradients costs one first-order pass a batch.
+    Random numbers that a regularizer draws are a pure function of the batch. With N processes each
+    takes every N-th batch.
     """
     net.eval()
     inputs = regularizer.inputs if regularizer else ()

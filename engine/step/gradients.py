@@ -84,9 +84,11 @@ def compute_gradients(
     return loss, penalty.detach(), n_correct
 
 
-def _detached_copies(
-    tensors: dict[str, list[Tensor]], weights: Sequence[Tensor]
-) -> dict[str, list[Tensor]]:
+Lists = dict[str, list[Tensor]]  # of tensors, by the name of the input
+Directions = Mapping[str, Sequence[Tensor | None]]  # ∂penalty/∂t, by the name of the input
+
+
+def _detached_copies(tensors: Lists, weights: Sequence[Tensor]) -> Lists:
     """Return leaves with the values that the regularizer is evaluated at.
 
     Gradients of weights are those of the whole batch, which are in the .grad of `weights`.
@@ -97,14 +99,8 @@ def _detached_copies(
     return {name: [t.detach().requires_grad_() for t in ts] for name, ts in values.items()}
 
 
-Directions = Mapping[str, Sequence[Tensor | None]]  # ∂penalty/∂t, by the name of the input
-
-
 def _add_direct_gradients(
-    params: Sequence[Tensor],
-    penalty: Tensor,
-    tensors: dict[str, list[Tensor]],
-    copies: dict[str, list[Tensor]],
+    params: Sequence[Tensor], penalty: Tensor, tensors: Lists, copies: Lists
 ) -> Directions:
     """Add ∂penalty/∂p to the .grad of every parameter p, but for what goes through gradients.
 

@@ -14,8 +14,7 @@ def batch_metrics_row(
 ) -> Tensor:
     """Return one batch's row (4 + number of trainable parameters,), without waiting for the device.
 
-    Columns: batch size, loss, penalty, number correct, and the norm of each trainable parameter's
-    gradient.
+    Columns: batch size, loss, penalty, number correct, the norm of each parameter's gradient.
     """
     norms = torch._foreach_norm([p.grad for p in trainable_parameters(net).values()])
     size = torch.full_like(loss, n_images)

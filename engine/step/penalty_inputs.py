@@ -15,8 +15,7 @@ from engine.system.errors import PenaltyError
 class PenaltyInputs(NamedTuple):
     """All that a regularizer's `forward` can take, by the names of its arguments.
 
-    l counts layers, B is the number of images. All of it is of the whole batch, also in a run of
-    several processes.
+    l counts layers, B is the number of images; all of it is of the whole batch.
     """
 
     weights: Sequence[Tensor]  # W_l of every Conv2d and Linear, in module order
@@ -54,8 +53,7 @@ def evaluate_penalty(
 
     `loss` and `grads`, its derivatives in the trainable parameters (none where the regularizer does
     not need gradients), are those of the whole batch. `tensors` are the "weights", "w_grads" and
-    "a_grads", the last of this rank's images, at which the penalty is evaluated: only those that
-    the regularizer takes need be there. `folded` are the folded weights.
+    "a_grads" that the regularizer takes, the last of this rank's images; `folded` folded weights.
     """
     grad_of = dict(zip(trainable_parameters(batch.net).values(), grads, strict=False))
     inputs = PenaltyInputs(

@@ -7,7 +7,7 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -19,17 +19,13 @@ from engine.system.errors import ReportedError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with exit code 2.
 
-    `flags` are those that `add_flags` added. `explicit_flags` are the names of the flags that the
-    last command line gave, with their default value or another.
+    `flags` are those that `add_flags` added, `explicit_flags` the names of those that the last
+    command line gave, with their default value or another.
     """
 
     def __init__(self, description: str) -> None:
-        """Make a parser that shows defaults in --help and takes no abbreviated flags."""
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
         self.flags: list[Flag] = []
         self.explicit_flags: set[str] = set()
         self.ignored: dict[str, str] = {}  # flags of earlier versions, and why they do nothing
@@ -65,6 +61,14 @@ class Parser(argparse.ArgumentParser):
         distributed.wait_for_rank0_exit()
         self.exit_with(2, f"error: {' '.join(message.split())}", silent=distributed.get_rank() > 0)
 
+    @contextmanager
+    def reporting_value_errors(self, prefix: str = "") -> Iterator[None]:
+        """Context manager in which a ValueError ends the program as a bad flag does."""
+        try:
+            yield
+        except ValueError as error:
+            self.error(f"{prefix}{error}")
+
     def exit_with(self, code: int, message: str, silent: bool = False) -> NoReturn:
         """Exit with the code; print the message with the script's name unless `silent`."""
         rank = distributed.get_rank()
@@ -72,31 +76,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(code, None if silent else line)
 
 
-def no_hint() -> str:
-    """Return the end of a message that has nothing to add."""
-    return ""
-
-
 @contextmanager
-def exit_codes(parser: Parser, hint: Callable[[], str] = no_hint) -> Iterator[None]:
+def exit_codes(parser: Parser, hint: Callable[[], str] = str) -> Iterator[None]:
     """Context manager that ends the script with one line for an error that the user can correct.
 
-    `hint()` is added to that line where the run can be continued: after a signal, a failed write
-    or a lost process. Errors in the program itself stay tracebacks.
+    `hint()`, by default "", is added to that line where the run can be continued: after a signal, a
+    failed write or a lost process. Errors in the program itself stay tracebacks.
     """
     try:
         yield
     except ReportedError as error:
         if error.reported_by == "rank 0":
             distributed.wait_for_rank0_exit()
-        silent = {
-            "rank 0": distributed.get_rank() > 0,
-            "local rank 0": not distributed.is_local_rank0(),
-            "every rank": False,
-        }[error.reported_by]
-        can_continue = error.reported_by == "every rank"
-        message = f"error: {error}{hint() if can_continue else ''}"
-        parser.exit_with(error.exit_code, message, silent)
+        reporters = {
+            "rank 0": distributed.get_rank() == 0,
+            "local rank 0": distributed.is_local_rank0(),
+            "every rank": True,
+        }
+        end = hint() if error.reported_by == "every rank" else ""
+        silent = not reporters[error.reported_by]
+        parser.exit_with(error.exit_code, f"error: {error}{end}", silent)
     except OSError as error:
         parser.exit_with(1, f"error: {error}{hint()}")
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -104,6 +103,15 @@ def exit_codes(parser: Parser, hint: Callable[[], str] = no_hint) -> Iterator[No
         if not isinstance(code, int) or code <= 128:  # not a signal: an exit that was asked for
             raise
         parser.exit_with(code, f"stopped{hint()}", silent=distributed.get_rank() > 0)
+
+
+@contextmanager
+def argument_errors(message: str = "") -> Iterator[None]:
+    """Context manager for argparse types, whose errors argparse shows: `message`, or their own."""
+    try:
+        yield
+    except (AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(message or str(error)) from error
 
 
 def choice_ignoring_case(names: Iterable[str]) -> Callable[[str], str]:
@@ -253,31 +261,22 @@ class Flag:
             opposite = [f"--no-{self.name}"] if self.kind is bool else []
             group.add_argument(f"--{self.name}", *opposite, help=argparse.SUPPRESS, **options)
             return
+        if self.kind is bool:
+            options = {"action": argparse.BooleanOptionalAction if self.default else "store_true"}
+        else:
+            is_type = callable(self.kind)
+            parse = self.kind if is_type else choice_ignoring_case(self.kind)
+            shown = "N" if is_type else "{" + ",".join(self.kind) + "}"
+            metavar = self.metavar or (None if self.kind is str else shown)
+            options = {"type": parse, "metavar": metavar, "nargs": self.nargs}
+            options |= {"const": self.const, "action": StoreFlat if self.nargs == "+" else "store"}
         spellings = [f"--{name}" for name in (self.name, self.also) if name]
         names = [self.name] if self.is_positional else spellings
-        options = {"default": self.default, **self._value_options()}
-        group.add_argument(
-            *names, help=self.help() if callable(self.help) else self.help, **options
-        )
+        text = self.help() if callable(self.help) else self.help
+        group.add_argument(*names, help=text, default=self.default, **options)
         if self.was:  # the first spelling has the default
             options |= {"default": None, "dest": self.name, "help": argparse.SUPPRESS}
             group.add_argument(f"--{self.was}", **options)
-
-    def _value_options(self) -> dict[str, Any]:
-        """Return the arguments of `add_argument` that say which values there are."""
-        if self.kind is bool:
-            return {"action": argparse.BooleanOptionalAction if self.default else "store_true"}
-        parse, metavar = self.kind, self.metavar or (None if self.kind is str else "N")
-        if not callable(self.kind):
-            parse = choice_ignoring_case(self.kind)
-            metavar = self.metavar or "{" + ",".join(self.kind) + "}"
-        return {
-            "type": parse,
-            "metavar": metavar,
-            "nargs": self.nargs,
-            "const": self.const,
-            "action": StoreFlat if self.nargs == "+" else "store",
-        }
 
 
 def switch(name: str, help: str, needs: Needs = None, default: bool = False, **more: Any) -> Flag:
@@ -294,20 +293,16 @@ def unmet_need(needs: Needs, run: argparse.Namespace) -> str | None:
     return None
 
 
-def with_facts(parser: Parser, args: argparse.Namespace, facts: Mapping) -> argparse.Namespace:
-    """Return the namespace that a Need is given: the flags, the facts, and `explicit_flags`."""
-    return argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
-
-
 def warn_unused_flags(
     parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
 ) -> None:
     """Print one warning line for those flags that have no effect, and set them to their defaults.
 
-    `facts` are what a Need is told besides the flags. Loops and sweeps give every flag every time:
-    a flag with its default value is not mentioned.
+    `facts` are what a Need is told besides the flags. A flag with its default value is not
+    mentioned: loops and sweeps give every flag every time.
     """
-    run, unused = with_facts(parser, args, facts), {}
+    run = argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
+    unused = {}
     for flag in flags:
         is_changed = flag.needs and getattr(args, flag.name) != parser.get_default(flag.name)
         if is_changed and (need := unmet_need(flag.needs, run)):
@@ -316,16 +311,15 @@ def warn_unused_flags(
         setattr(args, name, parser.get_default(name))
         parser.explicit_flags.discard(name)
     if unused and distributed.get_rank() == 0:
-        print(
-            f"{parser.prog}: ignored, without effect: {', '.join(unused.values())}", file=sys.stderr
-        )
+        words = ", ".join(unused.values())
+        print(f"{parser.prog}: ignored, without effect: {words}", file=sys.stderr)
 
 
 def refuse_flags(
     parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
 ) -> None:
     """End the program where one of those flags is given without what it requires."""
-    run = with_facts(parser, args, facts)
+    run = argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
     for flag in flags:
         is_given = flag.requires and flag.name in parser.explicit_flags
         if is_given and (need := unmet_need(flag.requires, run)):

@@ -34,7 +34,7 @@ _cpu_group: dist.ProcessGroup | None = None  # for CPU tensors; None: the defaul
 
 
 def _call_collective(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a collective operation; raise PeerLostError where the backend fails."""
+    """Call a collective operation; PeerLostError where the backend fails."""
     try:
         return call(*arguments, **options)
     except (RuntimeError, ValueError) as error:  # what backends raise is of many kinds
@@ -67,23 +67,13 @@ def process_group(device: str) -> Iterator[None]:
         torch.cuda.set_device(gpu)
         uuid_of_gpu = str(torch.cuda.get_device_properties(gpu).uuid)
         _call_collective(_check_own_gpu, store, rank, world_size, uuid_of_gpu)
-    _call_collective(
-        dist.init_process_group,
-        "nccl" if on_gpu else "gloo",
-        device_id=gpu,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=TIMEOUT,
-    )
-    _cpu_group = (
-        _call_collective(dist.new_group, backend="gloo", timeout=TIMEOUT) if on_gpu else None
-    )
+    backend = "nccl" if on_gpu else "gloo"
+    options = {"device_id": gpu, "store": store, "rank": rank, "world_size": world_size}
+    _call_collective(dist.init_process_group, backend, timeout=TIMEOUT, **options)
+    if on_gpu:
+        _cpu_group = _call_collective(dist.new_group, backend="gloo", timeout=TIMEOUT)
     try:
-        with (
-            open(os.devnull, "w") as devnull,
-            redirect_stdout(devnull if get_rank() else sys.stdout),
-        ):
+        with open(os.devnull, "w") as devnull, redirect_stdout(devnull if rank else sys.stdout):
             yield
     finally:
         _cpu_group = None
@@ -95,7 +85,8 @@ def _choose_gpu(device: str) -> torch.device:
 
     Raises SetupError where there are fewer GPUs than processes, or `device` has a number.
     """
-    n_here, n_gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    n_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    n_gpus = torch.cuda.device_count()
     if torch.device(device).index is not None or not (n_gpus == 1 or n_here <= n_gpus):
         raise SetupError(
             f"--device {device}, {n_here} processes and {n_gpus} GPUs here: each "
@@ -132,18 +123,10 @@ def get_world_size() -> int:
 
 
 def get_rank() -> int:
-    """Return this process's rank; rank 0 logs and writes.
-
-    Outside of `process_group` it is what torchrun put into the environment.
-    """
+    """Return this process's rank, outside `process_group` as torchrun says; rank 0 writes."""
     if dist.is_initialized():
         return dist.get_rank()
-    return _env_int("RANK", 0) if several_started() else 0
-
-
-def several_started() -> bool:
-    """Tell whether torchrun has started several processes, also outside of `process_group`."""
-    return _env_int("WORLD_SIZE", 1) > 1
+    return _env_int("RANK", 0) if _env_int("WORLD_SIZE", 1) > 1 else 0
 
 
 def is_restart_here() -> bool:
@@ -152,10 +135,7 @@ def is_restart_here() -> bool:
 
 
 def wait_for_rank0_exit() -> None:
-    """Wait, on ranks other than 0, until rank 0 has reported the error and exited.
-
-    torchrun then ends this process.
-    """
+    """On other ranks, wait for rank 0 to report an error and exit: torchrun then ends us."""
     if get_rank():
         time.sleep(RANK0_EXIT_SECONDS)
 
@@ -190,10 +170,7 @@ def all_reduce_max(n: int) -> int:
 
 @contextmanager
 def local_rank0_first() -> Iterator[None]:
-    """Context manager that lets one process of each node go first.
-
-    It makes what the others then find, such as a downloaded data set.
-    """
+    """Context manager that lets one process of each node go first, as to fetch a data set."""
     several = get_world_size() > 1
     if several and not is_local_rank0():
         _call_collective(dist.barrier, group=_cpu_group)
@@ -223,12 +200,8 @@ def all_reduce_sum(t: Tensor) -> Tensor:
 def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
     """Set each tensor of floating point to its mean over the ranks."""
     if get_world_size() > 1 and (averaged := [t for t in tensors if t.is_floating_point()]):
-        for t, mean in zip(
-            averaged,
-            _split(all_reduce_sum(_flat(averaged)) / get_world_size(), averaged),
-            strict=True,
-        ):
-            t.copy_(mean)
+        means = _split(all_reduce_sum(_flat(averaged)) / get_world_size(), averaged)
+        torch._foreach_copy_(averaged, means)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -244,7 +217,7 @@ def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_replicated(tensors: Mapping[str, Tensor]) -> None:
-    """Raise RanksDifferError, with its name, where a tensor is not the same bits on all ranks.
+    """Raise RanksDifferError, with its name, where a tensor has other bits on some rank.
 
     What is compared is a sum of each one's bits.
     """
@@ -271,10 +244,7 @@ def check_replicated(tensors: Mapping[str, Tensor]) -> None:
 def sharded(batch_size: int) -> Iterator[None]:
     """Context manager in which each rank's batch is its share of a batch of that size."""
     global _batch_size
-    if get_world_size() == 1:
-        yield
-        return
-    _batch_size = batch_size
+    _batch_size = batch_size if get_world_size() > 1 else None
     try:
         yield
     finally:
@@ -302,8 +272,11 @@ def batch_sum(t: Tensor) -> Tensor:
 
 
 def gather(t: Tensor) -> Tensor:
-    """Return the t of all ranks, stacked along a new first dimension; replicated."""
-    return t[None] if _batch_size is None else _Gather.apply(t)
+    """Return the t of all ranks, stacked along a new first dimension; replicated.
+
+    The backward pass returns this rank's row.
+    """
+    return t[None] if _batch_size is None else _gather_images(t[None], get_world_size())
 
 
 def share_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -336,37 +309,38 @@ class _WholeBatch(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return _WholeBatch(self.shares[index])
-        return _GatherBatch.apply(self.shares[index], _batch_size)
+        return _gather_images(self.shares[index], _batch_size)
 
 
-class _GatherBatch(torch.autograd.Function):
-    """The images of all ranks, in order; the backward pass returns this rank's rows."""
+def _gather_images(share: Tensor, n: int) -> Tensor:
+    """Return the n images of all ranks, in order; the backward pass returns this rank's rows."""
+    world_size = get_world_size()
+    bounds = [share_bounds(n, rank, world_size) for rank in range(world_size)]
+    sizes = [end - begin for begin, end in bounds]
+    own_rows = slice(*bounds[get_rank()])
 
-    @staticmethod
-    def forward(ctx, share, n):
-        world_size = get_world_size()
-        bounds = [share_bounds(n, rank, world_size) for rank in range(world_size)]
-        sizes = [end - begin for begin, end in bounds]
-        ctx.bounds = bounds[get_rank()]
+    def gathered(share: Tensor) -> Tensor:
         padded = share.new_zeros((max(sizes), *share.shape[1:]))  # one size for all: gloo's rule
         padded[: len(share)] = share
-        rows = [torch.empty_like(padded) for _ in range(world_size)]
+        rows = [torch.empty_like(padded) for _ in sizes]
         _call_collective(dist.all_gather, rows, padded)
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        begin, end = ctx.bounds
-        return g[begin:end], None
+    return _WithBackward.apply(gathered, lambda g: [g[own_rows]], share)
 
 
 def copy_to_ranks(*replicated: Tensor) -> tuple[Tensor, ...]:
     """Return replicated tensors for computing partial ones; `reduce_from_ranks` sums the result.
 
-    The backward pass sums the cotangents, which are partial, over the ranks.
+    The backward pass sums the cotangents, which are partial, over the ranks in one message.
     """
-    return replicated if _batch_size is None else _CopyToRanks.apply(*replicated)
+    if _batch_size is None:
+        return replicated
+
+    def summed(*cotangents: Tensor) -> list[Tensor]:
+        return _split(all_reduce_sum(_flat(cotangents)), cotangents)
+
+    return _WithBackward.apply(lambda *ts: tuple(t.view_as(t) for t in ts), summed, *replicated)
 
 
 def reduce_from_ranks(contribution: Tensor) -> Tensor:
@@ -374,48 +348,23 @@ def reduce_from_ranks(contribution: Tensor) -> Tensor:
 
     The backward pass returns the cotangent, which is replicated, as that of every contribution.
     """
-    return contribution if _batch_size is None else _ReduceFromRanks.apply(contribution)
+    if _batch_size is None:
+        return contribution
+    return _WithBackward.apply(all_reduce_sum, lambda g: [g], contribution)
 
 
-class _Gather(torch.autograd.Function):
-    """The t of all ranks, stacked; the backward pass returns this rank's row of the cotangent."""
-
-    @staticmethod
-    def forward(ctx, t):
-        rows = t.new_empty((get_world_size(), *t.shape))
-        _call_collective(dist.all_gather, list(rows.unbind()), t.contiguous())
-        return rows
+class _WithBackward(torch.autograd.Function):
+    """forward(*tensors), with backward(*cotangents) as the cotangents of the tensors."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g[get_rank()]
-
-
-class _CopyToRanks(torch.autograd.Function):
-    """The identity; the backward pass sums the cotangents over the ranks, in one message."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx, forward, backward, *tensors):
+        ctx.cotangents = backward
+        return forward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
-        return tuple(_split(all_reduce_sum(_flat(cotangents)), cotangents))
-
-
-class _ReduceFromRanks(torch.autograd.Function):
-    """The sum over the ranks; the backward pass is the identity."""
-
-    @staticmethod
-    def forward(ctx, contribution):
-        return all_reduce_sum(contribution)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g
+        return None, None, *ctx.cotangents(*cotangents)
 
 
 @contextmanager
@@ -428,40 +377,34 @@ def overlapped_grad_all_reduce(params: Sequence[Tensor]) -> Iterator[Callable[[S
     if _batch_size is None:
         yield lambda grads: [g if g is None else g.detach() for g in grads]
         return
-    buckets = _GradientBuckets()
-    hooks = [p.register_hook(partial(buckets.add, i)) for i, p in enumerate(params)]
+    waiting: dict[int, Tensor] = {}  # gradients by the index of the parameter
+    sent: list[tuple[dict[int, Tensor], Tensor, dist.Work]] = []  # with the message under way
+
+    def add(index: int, g: Tensor) -> None:
+        waiting[index] = g.detach()
+        if sum(g.nbytes for g in waiting.values()) >= BUCKET_BYTES:
+            send()
+
+    def send() -> None:
+        if waiting:
+            flat = _flat([*waiting.values()])
+            work = _call_collective(dist.all_reduce, flat, async_op=True)
+            sent.append((dict(waiting), flat, work))
+            waiting.clear()
+
+    def sum_grads(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        send()
+        sums = [g if g is None else g.detach() for g in grads]
+        for contributions, flat, work in sent:
+            _call_collective(work.wait)
+            totals = _split(flat, [*contributions.values()])
+            for index, total in zip(contributions, totals, strict=True):
+                sums[index] = total
+        return sums
+
+    hooks = [p.register_hook(partial(add, i)) for i, p in enumerate(params)]
     try:
-        yield buckets.sum_grads
+        yield sum_grads
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class _GradientBuckets:
-    """Gradients that wait to be sent, and the messages that are under way."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[int, Tensor]] = []  # (index of the parameter, gradient)
-        self.sent: list[tuple[tuple[int, ...], tuple[Tensor, ...], Tensor, dist.Work]] = []
-
-    def add(self, index: int, g: Tensor) -> None:
-        self.waiting.append((index, g.detach()))
-        if sum(g.nbytes for _, g in self.waiting) >= BUCKET_BYTES:
-            self.send()
-
-    def send(self) -> None:
-        if self.waiting:
-            indices, grads = zip(*self.waiting, strict=True)
-            flat = _flat(grads)
-            work = _call_collective(dist.all_reduce, flat, async_op=True)
-            self.sent.append((indices, grads, flat, work))
-            self.waiting = []
-
-    def sum_grads(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        self.send()
-        sums = [g if g is None else g.detach() for g in grads]
-        for indices, contributions, flat, work in self.sent:
-            _call_collective(work.wait)
-            for index, total in zip(indices, _split(flat, contributions), strict=True):
-                sums[index] = total
-        return sums

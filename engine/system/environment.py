@@ -36,26 +36,21 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_accelerator() -> dict[str, Any]:
-    """Return the accelerator's name and the versions of what it runs on; None where there is none.
-
-    `driver` is the newest CUDA version that the driver takes.
-    """
+    """Return the accelerator's name, and versions of what it runs on; None where there is none."""
     if not torch.cuda.is_available():
         return {"accelerator": None}
     return {
         "accelerator": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": torch._C._cuda_getDriverVersion(),
+        "driver": torch._C._cuda_getDriverVersion(),  # the newest CUDA version that it takes
     }
 
 
 def describe_code() -> dict[str, str | None]:
     """Return the commit of this code and what differs from it; None outside a repository."""
-    return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no"),
-    }
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_uncommitted_changes": changes}
 
 
 def _git(*arguments: str) -> str | None:

@@ -5,6 +5,7 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,10 +13,8 @@ from torch import Tensor
 from engine.system import distributed
 
 PRECISIONS = ("auto", "bf16", "fp32")
-MEMORY_FORMATS = {
-    "channels_last": torch.channels_last,
-    "contiguous": torch.contiguous_format,
-}  # of images, activations and weights of convolutions
+# of images, activations and weights of convolutions
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def default_device() -> str:
@@ -79,13 +78,13 @@ def use_ieee_float32() -> None:
 
 def choose_precision(precision: str, device: str) -> str:
     """Return "bf16" or "fp32"; of "auto", bfloat16 where the hardware is fast at it."""
-    if precision == "auto":
-        if torch.device(device).type == "cpu":
-            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        else:
-            fast = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
-        precision = "bf16" if fast else "fp32"
-    return precision
+    if precision != "auto":
+        return precision
+    if torch.device(device).type == "cpu":
+        is_fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        is_fast = torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] >= 8
+    return "bf16" if is_fast else "fp32"
 
 
 def resolve_precision(precision: str, device: str) -> torch.dtype:
@@ -102,7 +101,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def seed_rng(seed: int, device: torch.device) -> None:
     """Seed the global random streams of the CPU and of the device, as torch.manual_seed does.
 
-    It leaves those of other devices alone, which is what costs the time there.
+    Those of other devices, which cost time there, are left alone.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -111,33 +110,27 @@ def seed_rng(seed: int, device: torch.device) -> None:
 
 def get_rng_state(device: torch.device) -> Tensor:
     """Return the state of the random stream that a forward pass on the device draws from."""
+    module, arguments = _stream_of(device)
+    return module.get_rng_state(*arguments)
+
+
+def _stream_of(device: torch.device) -> tuple[ModuleType, tuple[torch.device, ...]]:
+    """Return the module with the device's stream, and what its functions take: which device."""
     if device.type == "cpu":
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(*_index_of(device))
-
-
-def _index_of(device: torch.device) -> tuple[torch.device, ...]:
-    """Return the device as an argument, where there can be several of its kind."""
-    return () if device.type == "mps" else (device,)
+        return torch, ()
+    return torch.get_device_module(device), () if device.type == "mps" else (device,)
 
 
 @contextmanager
 def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Context manager in which the device's stream continues from `state`, and after it as if not.
-
-    `state` is what `get_rng_state` returned.
-    """
-    before = get_rng_state(device)
-    set_state = (
-        torch.set_rng_state
-        if device.type == "cpu"
-        else lambda state: torch.get_device_module(device).set_rng_state(state, *_index_of(device))
-    )
-    set_state(state)
+    """Context manager in which the device's stream continues from `state`; after it, as before."""
+    module, arguments = _stream_of(device)
+    before = module.get_rng_state(*arguments)
+    module.set_rng_state(state, *arguments)
     try:
         yield
     finally:
-        set_state(before)
+        module.set_rng_state(before, *arguments)
 
 
 def tune_glibc_malloc() -> bool:

@@ -3,7 +3,6 @@
 import errno
 import glob
 import json
-import math
 import os
 import pickle
 import re
@@ -31,15 +30,12 @@ MAX_REASON = 160  # characters of a library's own message in an error
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError, naming the folder, unless rank 0 can create or replace a file at path.
-
-    Folders above it need not exist, if they can be made.
-    """
+    """Raise ValueError, naming the folder, unless rank 0 can create or replace a file at path."""
     if distributed.get_rank():
         return
     folder = path.parent
     try:
-        while not folder.exists():
+        while not folder.exists():  # it will be made
             folder = folder.parent
         if not folder.is_dir():
             raise ValueError(f"{path}: {folder} is not a folder")
@@ -56,10 +52,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def warn_on_error(consequence: str) -> Iterator[None]:
-    """Context manager that prints an OSError or FileError as one warning line and continues.
-
-    The line begins with `consequence`, what did not happen because of the error.
-    """
+    """Context manager that prints an OSError or FileError as one line, "consequence: error"."""
     try:
         yield
     except (OSError, FileError) as error:
@@ -72,8 +65,7 @@ def file_boundary(name: str | Path, problem: str = "is not what was saved there"
     """Context manager in which whatever a damaged, hostile or foreign file leads to is a FileError.
 
     Its message is one line: the `name` of the file or of a part of it, the `problem`, and a reason.
-    Readers parse inside as if every file were whole and our own: this is the one place that knows
-    better.
+    Readers parse inside as if every file were our own: this is the one place that knows better.
     """
     try:
         yield
@@ -94,10 +86,8 @@ def _reason(error: Exception) -> str:
         )
     if isinstance(error, KeyError):
         return f"no {error}"
-    lines = str(error).strip().splitlines() or [
-        type(error).__name__
-    ]  # PyTorch's last one names the tensor
-    return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")  # there PyTorch names a tensor
 
 
 @contextmanager
@@ -113,9 +103,8 @@ def read_json(path: Path) -> Iterator[Any]:
 def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None = None) -> None:
     """Call write(temporary path in the same folder), flush to disk, and rename to path.
 
-    At every moment path holds the old content or the new one, whole. With `backup`, the old file is
-    renamed to that just before: then at every moment one of the two is whole. Of several processes
-    rank 0 writes. Raises OSError.
+    At every moment path holds the old content or the new one, whole, or, with `backup`, the old one
+    is whole under that name. Of several processes rank 0 writes. Raises OSError.
     """
     if distributed.get_rank():
         return
@@ -127,7 +116,12 @@ def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None 
         if backup and path.exists():
             os.replace(path, backup)
         os.replace(temporary, path)
-        _fsync_dir(path.parent)
+        with suppress(OSError):  # where the system can, renames are to survive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         if error.errno and not error.filename:
             error.filename = str(path)  # "No space left on device" alone does not say where
@@ -135,16 +129,6 @@ def atomic_write(path: Path, write: Callable[[Path], None], backup: Path | None 
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _fsync_dir(folder: Path) -> None:
-    """Make renames in the folder survive a power cut, where the system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def torch_save(value: Any, path: Path) -> None:
@@ -197,18 +181,10 @@ def save_weights(net: nn.Module, path: Path) -> None:
 
 def save_json(value: object, path: Path) -> None:
     """Write value as readable JSON; numbers that are not finite, which JSON lacks, become null."""
-    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    text = json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
     content = text.encode(errors="backslashreplace")  # a file name need not be Unicode
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the value with None in place of NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -251,9 +227,7 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _renamed(
-    state: dict[str, Tensor], own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict, list[str]]:
     """Return the weights under the network's `own` names, if a way is known, and what it took."""
     done = []
     if state.keys() != own.keys():
@@ -261,12 +235,12 @@ def _renamed(
         renamed = {name.replace("._orig_mod.", "."): t for name, t in renamed.items()}
         done = ["renamed"] if renamed.keys() != state.keys() else []
         state = renamed
-    while not state.keys() & own.keys():
-        shared = [p for p in PREFIXES if state and all(name.startswith(p) for name in state)]
-        if not shared:
+    while state and not state.keys() & own.keys():
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
             break
-        state = {name.removeprefix(shared[0]): t for name, t in state.items()}
-        done.append(f"without the prefix {shared[0]!r}")
+        state = {name.removeprefix(prefix): t for name, t in state.items()}
+        done.append(f"without the prefix {prefix!r}")
     return state, done
 
 
@@ -289,9 +263,8 @@ RUN_FILE_SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")
 def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
     """Context manager that holds <out>.lock and removes what a killed run left half-written.
 
-    The system frees the lock of a process that dies. Of several processes rank 0 takes it. Raises
-    FileError where another run holds it, with `instead` as what to give this one, and OSError where
-    it cannot be created.
+    The system frees the lock of a process that dies. Of several processes rank 0 has it. FileError
+    where another run has it, with `instead` as the remedy; OSError where it cannot be created.
     """
     if distributed.get_rank():
         yield

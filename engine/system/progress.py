@@ -1,7 +1,10 @@
 """Progress: a bar on a terminal, elsewhere a line now and then."""
 
 import time
-from typing import Any, Protocol, Self
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,14 +15,7 @@ LINE_SECONDS = 30.0  # between lines where there is no terminal
 SYNC_INTERVAL = 20  # batches between looks in a run of several processes
 
 
-class Position(Protocol):
-    """Where a training is: the epoch, and how many of its batches are done."""
-
-    epoch: int
-    batch: int
-
-
-class _Display:
+class _Display(AbstractContextManager):
     """Context manager with a bar, which rank 0 shows where there is a terminal."""
 
     def __init__(self, **bar: Any) -> None:
@@ -27,15 +23,16 @@ class _Display:
         self.bar = tqdm(disable=hidden, leave=False, **bar)
         self.started_at = self.shown_at = time.monotonic()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def _is_line_due(self, now: float) -> bool:
+    def _print_when_due(self, line: Callable[[float], str]) -> None:
+        """Without a terminal, print `line(seconds since the start)` now and then."""
+        now = time.monotonic()
         is_printed = self.bar.disable and distributed.get_rank() == 0
-        return is_printed and now - self.shown_at > LINE_SECONDS
+        if is_printed and now - self.shown_at > LINE_SECONDS:
+            self.shown_at = now
+            print(line(now - self.started_at), flush=True)
 
 
 class StepDisplay(_Display):
@@ -57,26 +54,20 @@ class StepDisplay(_Display):
         """Count a step."""
         self.n_done += 1
         self.bar.update()
-        now = time.monotonic()
-        if self._is_line_due(now):
-            self.shown_at = now
-            left = (now - self.started_at) / self.n_done * (self.total - self.n_done)
-            print(
-                f"{self.name}: {self.unit} {self.n_done} of {self.total}, {left:.0f} s left",
-                flush=True,
-            )
+        self._print_when_due(self._line)
+
+    def _line(self, seconds: float) -> str:
+        left = seconds / self.n_done * (self.total - self.n_done)
+        return f"{self.name}: {self.unit} {self.n_done} of {self.total}, {left:.0f} s left"
 
 
 class EpochDisplay(_Display):
-    """Context manager that shows how far an epoch is; rank 0 shows.
+    """Context manager that shows how far an epoch of so many batches and images is; rank 0 shows.
 
-    Args:
-        progress: of the training; the epoch may have begun in an earlier process.
-        n_batches: of the epoch.
-        n_images: of the epoch.
+    `progress` has the `epoch` and the `batch`, which is not 0 where an earlier process began it.
     """
 
-    def __init__(self, progress: Position, n_batches: int, n_images: int) -> None:
+    def __init__(self, progress: Any, n_batches: int, n_images: int) -> None:
         name = f"epoch {progress.epoch}"
         super().__init__(total=n_batches, initial=progress.batch, desc=name, unit="batch")
         self.progress = progress
@@ -94,12 +85,9 @@ class EpochDisplay(_Display):
     def show(self, means: dict[str, float]) -> None:
         """Show the epoch's means so far."""
         self.bar.set_postfix(means, refresh=False)
-        now = time.monotonic()
-        if self._is_line_due(now):
-            print(self._line(means, now - self.started_at), flush=True)
-            self.shown_at = now
-        elif not self.bar.disable:
-            self.shown_at = now
+        self._print_when_due(partial(self._line, means))
+        if not self.bar.disable:
+            self.shown_at = time.monotonic()
 
     def _line(self, means: dict[str, float], seconds: float) -> str:
         n_done = self.progress.batch

@@ -20,21 +20,15 @@ class StoppedBySignal(SystemExit):
 
 
 class GracefulShutdown:
-    """Context manager in which a stop signal raises StoppedBySignal: at once, or when deferred.
+    """Context manager in which a stop signal raises StoppedBySignal: at once, or when deferred."""
 
-    `signal` is the number of the last signal that came, None before.
-    """
-
-    signal: int | None = None
+    signal: int | None = None  # the last one that came
     deferring = False
 
     def __enter__(self) -> Self:
         """Take over the stop signals, except ignored ones, as under nohup."""
-        self._handlers_before = {
-            number: signal.signal(number, self._on_signal)
-            for number in STOP_SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN
-        }
+        numbers = [each for each in STOP_SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        self._handlers_before = {each: signal.signal(each, self._on_signal) for each in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

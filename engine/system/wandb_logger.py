@@ -19,6 +19,7 @@ from torch import nn
 from engine.system import distributed
 from engine.system.environment import describe_code
 
+Table = tuple[Sequence[str], Sequence[Mapping[str, Any]]]  # columns, and rows by column
 INIT_SECONDS, LOG_SECONDS, FINISH_SECONDS = 30.0, 30.0, 60.0  # time limits of the logger
 
 
@@ -33,12 +34,7 @@ class WandbLogger:
     failed_modes: set[str] = set()  # in this process, of any run: they are not waited for again
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        job_type: str,
-        name: str,
-        config: dict[str, Any],
-        run_id: str,
+        self, args: argparse.Namespace, job_type: str, name: str, config: dict, run_id: str
     ) -> None:
         """Start the run: WANDB_MODE where set, else online with a key and offline without one.
 
@@ -77,6 +73,7 @@ class WandbLogger:
         self, args: argparse.Namespace, job_type: str, name: str, config: dict, run_id: str
     ) -> dict[str, Any]:
         """Return the arguments of `wandb.init` but for the mode."""
+        limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
         return {
             "project": args.wandb_project,
             "entity": args.wandb_entity,
@@ -88,12 +85,7 @@ class WandbLogger:
             "config": without_empty({**config, **describe_code()}),
             "id": run_id,
             "resume": "allow",
-            "settings": self.wandb.Settings(
-                init_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
-                finish_timeout_raises=True,
-                silent=True,
-            ),
+            "settings": self.wandb.Settings(**limits, finish_timeout_raises=True, silent=True),
         }
 
     def define(self, name: str, step: str, summary: str | None = None) -> None:
@@ -101,8 +93,9 @@ class WandbLogger:
 
         `summary` is what the run's summary holds of them: None for the last, "none" for nothing.
         """
-        options = {"step_metric": step, "summary": summary}
-        self._attempt_if_healthy(lambda: self.run.define_metric(name, **options))
+        self._attempt_if_healthy(
+            lambda: self.run.define_metric(name, step_metric=step, summary=summary)
+        )
 
     def log(self, values: dict[str, Any]) -> None:
         """Log values, "epoch" among them, which is the x axis."""
@@ -144,12 +137,8 @@ class WandbLogger:
         self.log(values)
         self.histogram_seconds += time.perf_counter() - started_at
 
-    def log_media(
-        self,
-        tables: Mapping[str, tuple[Sequence[str], Sequence[Mapping[str, Any]]]],
-        images: Mapping[str, Path],
-    ) -> None:
-        """Log tables, each its columns and its rows by column, and images, by name."""
+    def log_media(self, tables: Mapping[str, Table], images: Mapping[str, Path]) -> None:
+        """Log tables and images, by name."""
         if not self._is_recorded():
             return
         wandb = self.wandb
@@ -191,9 +180,8 @@ class WandbLogger:
         """Log a file of weights as the run's input: the artifact of that name and content.
 
         A server that has the artifact links this run with the one that logged it; another gets the
-        file. `digest` is that of the weights that the training logged, None where it logged none:
-        then only --log_model makes an artifact of them. Where the file has another digest, a line
-        says so and nothing is linked.
+        file. `digest` is that of the weights that the training logged; else only --log_model makes
+        an artifact. Where the file has another digest, a line says so and nothing is linked.
         """
         if not ((digest or self.log_model) and self._is_recorded()):
             return
@@ -218,11 +206,6 @@ class WandbLogger:
 
         return self._attempt(LOG_SECONDS, draft)
 
-    def finish(self) -> str:
-        """Close the run within a time limit; return lines that say how to open it."""
-        self.close()
-        return how_to_open([self])
-
     def close(self) -> None:
         """Close the run within a time limit."""
         if self.run is not None and not self.run.disabled:
@@ -240,8 +223,8 @@ def how_to_open(loggers: Sequence[WandbLogger]) -> str:
     if local:
         folder = local[0].folder.parent
         shown = local[0].folder if len(local) == 1 else folder
-        ids = [each.run.id for each in local]
-        parts = sorted(p for run_id in ids for p in folder.glob(f"*-{run_id}"))  # of --resume, too
+        # of --resume, too
+        parts = sorted(p for each in local for p in folder.glob(f"*-{each.run.id}"))
         lines += [
             f"dashboard, in this terminal: wandb leet {shown}",
             f"dashboard, in the browser:   wandb sync {' '.join(map(str, parts))}",
@@ -250,10 +233,7 @@ def how_to_open(loggers: Sequence[WandbLogger]) -> str:
 
 
 def without_empty(value: Any) -> Any:
-    """Return a config without entries that say nothing: None and what is empty; False and 0 stay.
-
-    An entry that only holds such ones is left out as well.
-    """
+    """Return a config without None, and without what is empty or holds only such entries."""
     if not isinstance(value, dict):
         return value
     entries = {key: without_empty(item) for key, item in value.items()}
@@ -265,15 +245,12 @@ def weights_name(made_by: str) -> str:
     return "weights-" + re.sub(r"[^\w.-]", "_", made_by, flags=re.ASCII)[:100]
 
 
-def call_with_timeout(
-    seconds: float, call: Callable[..., Any], *arguments: Any, **options: Any
-) -> Any:
+def call_with_timeout(seconds: float, call: Callable, *arguments: Any, **options: Any) -> Any:
     """Call in a thread of its own and return the result; TimeoutError after `seconds`.
 
-    W&B's own time limits do not hold a run. Measured with wandb 0.31: `init` keeps to init_timeout
-    (31 s of 30, port closed or silent). But with a server that hangs later, `finish` went on for
-    more than 300 s despite a finish_timeout of 60, and with W&B's own process stopped `log` never
-    returned once its buffer was full.
+    W&B's own time limits do not hold a run. Measured with wandb 0.31: `init` keeps to init_timeout,
+    but with a server that hangs later, `finish` went on for 300 s and more despite a limit of 60,
+    and with W&B's own process stopped `log` never returned once its buffer was full.
     """
     outcome: Future[Any] = Future()
 

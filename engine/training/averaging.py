@@ -16,10 +16,7 @@ MAX_BN_IMAGES = 10_000  # at most, that statistics are estimated on unless a fla
 
 
 def make_average(net: nn.Module, decay: float) -> AveragedModel:
-    """Return an average of no weights yet; `update_parameters(net)` after each step adds them.
-
-    `decay` is that of one step, from 0 (the last weights) to 1.
-    """
+    """Return an average of no weights yet; `decay` is a step's, from 0 (the last one) to 1."""
     return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 

@@ -20,7 +20,7 @@ NOT_OURS = "not what this run would have saved"  # of a part of a checkpoint, in
 
 @dataclass
 class CheckpointClock:
-    """Says when the next checkpoint is due."""
+    """Says when the next checkpoint is due; minutes count from when one was last due."""
 
     every: int  # epochs between checkpoints
     minutes: float  # between checkpoints inside an epoch
@@ -29,13 +29,11 @@ class CheckpointClock:
 
     def is_due(self, epoch: int, batch: int) -> bool:
         """Return whether to save with so many epochs done, and so many batches of the next."""
-        if batch == 0 and (epoch % self.every == 0 or epoch == self.n_epochs):
-            return True
-        return time.monotonic() - self.saved_at > 60 * self.minutes
-
-    def restart(self) -> None:
-        """Count the minutes from now."""
-        self.saved_at = time.monotonic()
+        is_last = batch == 0 and (epoch % self.every == 0 or epoch == self.n_epochs)
+        is_due = is_last or time.monotonic() - self.saved_at > 60 * self.minutes
+        if is_due:
+            self.saved_at = time.monotonic()
+        return is_due
 
 
 def backup_path(path: Path) -> Path:
@@ -46,8 +44,7 @@ def backup_path(path: Path) -> Path:
 def save_checkpoint(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint, with all random states, and keep the one before it.
 
-    One of the two is whole at every moment. Where writing fails, a warning is printed and both
-    stay.
+    One of the two is whole at every moment. Where writing fails, a warning is printed.
     """
     content = {"format": CHECKPOINT_VERSION, "random": get_rng_state(), **content}
     with warn_on_error("no checkpoint was written, the last one stays"):
@@ -55,11 +52,10 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path, repair: bool = False) -> dict[str, Any] | None:
-    """Read the last whole checkpoint, None where there is none.
+    """Read the last whole checkpoint, None where there is none; FileError where none is whole.
 
     With `repair`, for the run that will write there, a damaged one is renamed: it must not become
-    the backup when the next is written. Raises FileError where there are checkpoints and none is
-    whole.
+    the backup when the next is written.
     """
     problems = []
     for candidate in filter(Path.exists, (path, backup_path(path))):

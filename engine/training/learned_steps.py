@@ -110,20 +110,14 @@ class LearnedSteps:
 
     def steps(self) -> dict[str, LearnedStep]:
         """Return every quantizer, by layer and what it quantizes: "conv1.weight"."""
-        return {
-            f"{name}.{kind}": quantizer
-            for name, quantizers in self.layers.items()
-            for kind, quantizer in quantizers.items()
-        }
+        return {f"{name}.{kind}": q for name, qs in self.layers.items() for kind, q in qs.items()}
 
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
         """Context manager in which the layers of the network run quantized."""
-        handles = [
-            handle
-            for name, quantizers in self.layers.items()
-            for handle in _quantize_layer(net, self.places[name], quantizers)
-        ]
+        handles = []
+        for name, quantizers in self.layers.items():
+            handles += _quantize_layer(net, self.places[name], quantizers)
         try:
             yield
         finally:
@@ -161,20 +155,16 @@ class LearnedSteps:
 
     def record(self) -> dict[str, Any]:
         """Return what `read_steps` needs, as JSON can hold it: floats lose no bit."""
-        layers = {
-            name: {
-                kind: {"step": q.step.item(), "int_min": q.int_min, "int_max": q.int_max}
-                for kind, q in quantizers.items()
-            }
-            for name, quantizers in self.layers.items()
-        }
+        layers: dict[str, dict[str, Any]] = {}
+        for name, quantizers in self.layers.items():
+            for kind, q in quantizers.items():
+                saved = {"step": q.step.item(), "int_min": q.int_min, "int_max": q.int_max}
+                layers.setdefault(name, {})[kind] = saved
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
 
 
-def _quantize_layer(
-    net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]
-) -> list[Any]:
-    """Have the layer run with its weight quantized, and its input where that has a quantizer."""
+def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]) -> list:
+    """Have a layer run with its weight quantized, and its input where that has a quantizer."""
     owner, name = net.get_submodule(place.owner), place.tensor
     tensors = owner._parameters if name in owner._parameters else owner._buffers
     weights = []  # the full-precision one while the module runs
@@ -189,10 +179,8 @@ def _quantize_layer(
             tensors[name] = weights.pop()
 
     module = net.get_submodule(place.module)
-    return [
-        module.register_forward_pre_hook(begin),
-        module.register_forward_hook(end, always_call=True),
-    ]
+    handle = module.register_forward_pre_hook(begin)
+    return [handle, module.register_forward_hook(end, always_call=True)]
 
 
 # --- of a network that is trained ------------------------------------------------------------
@@ -318,15 +306,13 @@ def parameter_groups(net: nn.Module, steps: LearnedSteps | None) -> list[dict[st
 def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedSteps:
     """Return the quantizers in the record of a training, for a network with its weights.
 
-    `graph` is what `export_network` returns of it. Raises FileError where the file is no such
-    record, or is of another network.
+    `graph` is that of `export_network`. FileError for other files and records of other networks.
     """
     places = find_places(graph, net)
     with read_json(path) as content:
         if KEY not in content:
-            raise FileError(
-                f"{path} has no learned steps: it is no record of a --qat_bits training"
-            )
+            reason = "has no learned steps: it is no record of a --qat_bits training"
+            raise FileError(f"{path} {reason}")
         saved = content[KEY]
         bits = {"weight": saved["weight_bits"], "input": saved["act_bits"]}
         bits = {kind: n_bits for kind, n_bits in bits.items() if n_bits is not None}
@@ -335,11 +321,8 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
                 raise ValueError(f"{n_bits} bits is no whole number")
             check_bits(n_bits)
         # earlier versions had steps of convolutions and linear layers that ran as modules alone
-        least = {
-            name
-            for name, place in places.items()
-            if isinstance(net.get_submodule(place.module), LAYER_TYPES)
-        }
+        modules = {name: net.get_submodule(place.module) for name, place in places.items()}
+        least = {name for name, module in modules.items() if isinstance(module, LAYER_TYPES)}
         if not least <= saved["layers"].keys() <= places.keys():
             raise FileError(f"{path}: its learned steps are not of the layers of this network")
         quantizers = {}

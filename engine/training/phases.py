@@ -27,10 +27,6 @@ class Phase:
     warmup: float = 0.0
     every: int = 1
 
-    def regularizer_at(self, batch: int) -> nn.Module | None:
-        """Return the regularizer where that batch of an epoch, from 0, is penalized, else None."""
-        return self.regularizer if batch % self.every == 0 else None
-
     def penalty_scale(self, epochs: float) -> float:
         """Return the factor of the penalty after that many epochs of the whole run."""
         return min(1.0, (epochs - self.start) / self.warmup) if self.warmup else 1.0

@@ -67,10 +67,7 @@ def find_checkpoint(
 
 
 def settled_precision(precision: str, device: str, checkpoint: dict[str, Any] | None) -> str:
-    """Return the precision that "auto" means: the checkpoint's, or what the device is fast at.
-
-    So a run that goes on with another machine keeps its precision.
-    """
+    """Return what "auto" means: the checkpoint's precision, or what the device is fast at."""
     if precision == AUTO and checkpoint:
         precision = read_settings(checkpoint).get("precision", AUTO)
     return choose_precision(precision, device)
@@ -86,23 +83,22 @@ def check_settings(
     args: argparse.Namespace, checkpoint: dict[str, Any], path: str, names: Iterable[str]
 ) -> None:
     """Print which of the settings differ from the checkpoint's; FileError where that matters."""
+    current = vars(args)
     with file_boundary(path):
         json.dumps(checkpoint["settings"])  # raises unless they are plain values, to compare
-        current = vars(args)
         saved = read_settings(checkpoint)
         if not re.fullmatch("[^\\W_]+", checkpoint["run_id"]):
             raise ValueError("a run_id that is none")
         if not (isinstance(checkpoint["seconds"], float) and math.isfinite(checkpoint["seconds"])):
             raise ValueError("seconds that are none")
-    changed = sorted(
-        name
-        for name in names
-        if (current[name] or None) != (saved.get(name) or None)
-        and AUTO not in (current[name], saved.get(name))
-    )
-    for name in changed:
-        print(f"--{name} is {current[name]!r}, was {saved.get(name)!r} in {path}", file=sys.stderr)
-    matter = [f"--{name}" for name in changed if name not in MAY_CHANGE_ON_RESUME]
+    matter = []
+    for name in sorted(names):
+        now = current[name]
+        before = saved.get(name)
+        if (now or None) != (before or None) and AUTO not in (now, before):
+            print(f"--{name} is {now!r}, was {before!r} in {path}", file=sys.stderr)
+            if name not in MAY_CHANGE_ON_RESUME:
+                matter.append(f"--{name}")
     if matter and not args.allow_changed_settings:
         raise FileError(
             f"{path} is of a run with other settings ({', '.join(matter)}): give it those, or "
@@ -140,10 +136,7 @@ def continue_from(
 def check_init_from(
     progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace
 ) -> None:
-    """Raise FileError where the checkpoint of --init_from has passed what is still to be done.
-
-    A phase that should have begun before it would not mean what it says.
-    """
+    """Raise FileError where the checkpoint of --init_from has passed what is still to be done."""
     n_started = progress.epochs_started
     where = f"{args.init_from} has {n_started} epochs {'begun' if progress.batch else 'done'}"
     if progress.epoch >= args.n_epochs:

@@ -97,13 +97,9 @@ class TrainState:
         for name, t in self.net.state_dict().items():
             if not t.isfinite().all():
                 raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
-        return {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "state": progress.state_dict(),
-            **({} if self.average is None else {"average": self.average.state_dict()}),
-            **({} if self.steps is None else {"steps": self.steps.state_dict()}),
-        }
+        parts = {"net": self.net, "optimizer": self.optimizer, "state": progress}
+        parts |= {"average": self.average, "steps": self.steps}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, content: dict[str, Any], n_epochs: int, n_batches: int) -> None:
         """Restore a checkpoint of a run of n_epochs of n_batches, random states included.
@@ -117,8 +113,10 @@ class TrainState:
             with file_boundary("the checkpoint", "is of another network"):
                 self.net.load_state_dict(dict(content["net"]))
                 _check_loaded(content["net"], self.net.state_dict())
-            self._load_average(content)
-            self._load_steps(content)
+            if self.average is not None:
+                self._load_average(self.average, content)
+            if self.steps is not None:
+                self._load_steps(self.steps, content)
             self._load_momenta(content["optimizer"]["state"], "steps" in content)
             # after the last batch of an epoch, the schedule rightly steps before the optimizer does
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -153,31 +151,27 @@ class TrainState:
             )
         return progress
 
-    def _load_average(self, content: dict[str, Any]) -> None:
-        if self.average is None:
-            return
+    def _load_average(self, average: AveragedModel, content: dict[str, Any]) -> None:
         if "average" not in content:
-            self.average.module.load_state_dict(self.net.state_dict())
+            average.module.load_state_dict(self.net.state_dict())
             return
         with file_boundary("the checkpoint.average:", NOT_OURS):
-            saved = {key: content["average"][key] for key in self.average.state_dict()}
-            self.average.load_state_dict(saved)
-            _check_loaded(saved, self.average.state_dict())
-            if self.average.n_averaged < 0:
-                raise ValueError(f"an average of {self.average.n_averaged} steps")
+            saved = {key: content["average"][key] for key in average.state_dict()}
+            average.load_state_dict(saved)
+            _check_loaded(saved, average.state_dict())
+            if average.n_averaged < 0:
+                raise ValueError(f"an average of {average.n_averaged} steps")
 
-    def _load_steps(self, content: dict[str, Any]) -> None:
-        if self.steps is None:
-            return
+    def _load_steps(self, steps: LearnedSteps, content: dict[str, Any]) -> None:
         n_started = self.progress.epochs_started
         if "steps" in content:
             with file_boundary("the checkpoint.steps:", NOT_OURS):
-                self.steps.load_state_dict(content["steps"], n_started)
-                _check_loaded(content["steps"], self.steps.state_dict())
-        elif n_started > self.steps.first_epoch:
+                steps.load_state_dict(content["steps"], n_started)
+                _check_loaded(content["steps"], steps.state_dict())
+        elif n_started > steps.first_epoch:
             raise FileError(
                 f"the checkpoint has {n_started} epochs begun and no learned steps: --qat_from "
-                f"{self.steps.first_epoch} is over"
+                f"{steps.first_epoch} is over"
             )
 
     def _load_momenta(self, saved: dict[int, dict[str, Tensor]], has_steps: bool) -> None:

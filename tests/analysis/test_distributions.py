@@ -76,7 +76,7 @@ def test_several_files_are_compared(monkeypatch, tmp_path):
     from engine.system.io import save_weights
     from models import ConvNet
 
-    small = data.test_subset(data.subset(data.synthetic(), 32), 10)
+    small = data.subset(data.subset(data.synthetic(), 32), 10, "test")
     monkeypatch.setitem(data.DATASETS, "Synthetic", lambda data_dir, seed: small)
     monkeypatch.chdir(tmp_path)
     for name in "ab":

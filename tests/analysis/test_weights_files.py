@@ -19,7 +19,7 @@ SETTINGS = {"model": "ConvNet", "dataset": "Synthetic", "regularizer": "L2Grad",
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """An empty folder, and a Synthetic data set of a few images."""
-    small = data.test_subset(data.subset(data.synthetic(), 32), 10)
+    small = data.subset(data.subset(data.synthetic(), 32), 10, "test")
     monkeypatch.setitem(data.DATASETS, "Synthetic", lambda data_dir, seed: small)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -68,7 +68,7 @@ def _meta_is_a_device(monkeypatch):
     """Streams of random numbers and autocast, which the meta device has not."""
     monkeypatch.setattr(gradients, "get_rng_state", lambda device: None)
     monkeypatch.setattr(batch_loss, "rng_from", lambda state, device: contextlib.nullcontext())
-    monkeypatch.setattr(train, "seed_rng", lambda seed, device: None)
+    monkeypatch.setattr(train.hardware, "seed_rng", lambda seed, device: None)
     monkeypatch.setattr(torch, "autocast", lambda kind, **options: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)  # to bfloat16
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
