@@ -5,7 +5,7 @@ from torch import Tensor, fx
 
 from engine.deploy.integer_layers import MAX_BIAS, IntegerLayer, with_integers
 from engine.deploy.integer_network import IntegerNetwork
-from engine.networks.exported import aten, copy_graph, get_tensor, layers
+from engine.networks.exported import copy_graph, get_tensor, layers
 from engine.quantization.grids import Grid
 
 MAX_ROUNDING = 0.501  # of a scale: what rounding to the nearest code explains
@@ -61,8 +61,6 @@ class _Comparison(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> object:
         """Return the value that the integers stand for, where they have the node's."""
-        if node.target is aten._assert_tensor_metadata.default:  # of float32
-            return None
         result = super().run_node(node)
         if node.name not in self.net.values_of:
             return result

@@ -74,15 +74,16 @@ class _Logits(nn.Module):
 
 def _exported(net: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return the graph as the module describes it."""
-    program = traced(net, images)
-    graph = _with_own_tensors(program, _Logits(net))
-    for transform in (_inline_regions, _spell_one_way, _split_attention, _fold_constants):
-        transform(graph)
+    graph = _with_own_tensors(traced(net, images), _Logits(net))
+    _inline_regions(graph)
+    for node in graph.graph.nodes:
+        node.meta = _described(node)
+    for transform in (_spell_one_way, _split_attention, _fold_constants):
         graph.graph.eliminate_dead_code()
-    _check_products(graph)
+        transform(graph)
+    graph.graph.eliminate_dead_code()
     _name_operations(graph)
     _own_tensors(graph)
-    graph.graph.lint()
     return copy_graph(graph)
 
 
@@ -138,45 +139,44 @@ def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModul
     """Return a module with the program's graph that reads the network's tensors by their names."""
     tensors = {**program.constants, **dict(net.named_buffers(remove_duplicate=False))}
     tensors |= dict(net.named_parameters(remove_duplicate=False))
-    root = nn.Module()
-    module = fx.GraphModule(root, fx.Graph())
+    graph = fx.Graph()
+    attributes: dict[str, Tensor | fx.GraphModule] = {}
     values: dict[fx.Node, fx.Node] = {}
-    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     copies: dict[int, Tensor] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and inputs[node.name].kind in CONSTANT_KINDS:
-            target = inputs[node.name].target
-            tensor = tensors[target]
-            own = copies.setdefault(id(tensor), tensor.detach().clone())
-            values[node] = read_tensor(module, target.removeprefix("net."), own)
-            values[node].meta["is_parameter"] = inputs[node.name].kind == InputKind.PARAMETER
-        elif node.op == "output":
-            specs = program.graph_signature.output_specs
-            [logits] = [
-                value
-                for value, spec in zip(node.args[0], specs, strict=True)
-                if spec.kind == OutputKind.USER_OUTPUT
-            ]
-            module.graph.output(values[logits])
-            continue
-        else:
-            if node.op == "get_attr":  # the graph of a region, such as one of autocast
-                setattr(module, node.target, getattr(program.graph_module, node.target))
-            values[node] = module.graph.node_copy(node, values.__getitem__)
-            values[node].meta = _described(node)
-    return module
+    signature = program.graph_signature
+    placeholders = program.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind in CONSTANT_KINDS:
+            name = spec.target.removeprefix("net.")
+            tensor = tensors[spec.target]
+            attributes[name] = copies.setdefault(id(tensor), tensor.detach().clone())
+            values[node] = graph.get_attr(name)
+            values[node].meta = {
+                "val": tensor,
+                "is_parameter": spec.kind == InputKind.PARAMETER,
+            }
+    results = graph.graph_copy(program.graph, values)
+    [logits] = [
+        value
+        for value, spec in zip(results, signature.output_specs, strict=True)
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+    graph.output(logits)
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in attributes:  # the graph of a region, such as one of autocast
+            attributes[node.target] = getattr(program.graph_module, node.target)
+    return fx.GraphModule(attributes, graph)
 
 
 def _described(node: fx.Node) -> dict:
     """Return the `meta` of a node, see the module; shapes with the batch that was exported."""
     stack = [*(node.meta.get("nn_module_stack") or {"": ("", "")}).values()][-1]
     value = node.meta.get("val")
-    shape = ()
+    described = {"path": stack[0].removeprefix("net").lstrip("."), "type": stack[1], "shape": ()}
     if isinstance(value, Tensor):
-        shape = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
-    path = stack[0].removeprefix("net").lstrip(".")
-    is_bool = isinstance(value, Tensor) and value.dtype == torch.bool
-    return {"path": path, "type": stack[1], "shape": shape, "is_bool": is_bool}
+        described["shape"] = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
+    described["is_bool"] = isinstance(value, Tensor) and value.dtype == torch.bool
+    return described | {"is_parameter": node.meta.get("is_parameter", False)}
 
 
 def read_tensor(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
@@ -190,15 +190,7 @@ def read_tensor(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Set a buffer of the module, or of its submodules, under a name with dots."""
-    *folders, leaf = name.split(".")
-    for folder in folders:
-        if folder not in module._modules:
-            module.add_module(folder, nn.Module())
-        module = module._modules[folder]
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        module.register_buffer(leaf, tensor)
+    fx.graph_module._assign_attr(tensor, module, name)
 
 
 # --- one form for what can be written in several ways ----------------------------------------
@@ -207,29 +199,15 @@ def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _inline_regions(module: fx.GraphModule) -> None:
     """Put what runs inside a region, such as one without autocast, in the region's place."""
     for node in [*module.graph.nodes]:
-        if node.op != "call_function" or not isinstance(
-            node.target, torch._ops.HigherOrderOperator
-        ):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
-        [position] = [
-            i
-            for i, a in enumerate(node.args)
-            if isinstance(a, fx.Node)
-            and a.op == "get_attr"
-            and isinstance(getattr(module, a.target, None), fx.GraphModule)
-        ]
-        inner = getattr(module, node.args[position].target)
-        arguments = iter(node.args[position + 1 :])
-        values: dict[fx.Node, fx.Node] = {}
+        # settings such as a dtype, the graph of the region, its inputs
+        start = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
+        inner = getattr(module, node.args[start].target).graph
+        sources = inner.find_nodes(op="placeholder")
+        values = dict(zip(sources, node.args[start + 1 :], strict=True))
         with module.graph.inserting_before(node):
-            for each in inner.graph.nodes:
-                if each.op == "placeholder":
-                    values[each] = next(arguments)
-                elif each.op == "output":
-                    results = fx.node.map_arg(each.args[0], values.__getitem__)
-                else:
-                    values[each] = module.graph.node_copy(each, values.__getitem__)
-                    values[each].meta = _described(each)
+            results = module.graph.graph_copy(inner, values)
         for user in [*node.users]:  # each takes one of the results
             user.replace_all_uses_with(results[user.args[1]])
             module.graph.erase_node(user)
@@ -265,22 +243,6 @@ def _spell_one_way(module: fx.GraphModule) -> None:
                 _to_linear(module, node, x, w, b)
 
 
-# Operations with products inside that no quantizer reaches.
-UNSEEN_PRODUCTS = {
-    "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "bilinear", "lstm", "gru", "rnn_tanh",
-    "rnn_relu", "conv_tbc", "scaled_dot_product_attention", "_native_multi_head_attention",
-}  # fmt: skip
-
-
-def _check_products(module: fx.GraphModule) -> None:
-    """Raise NetworkError, naming it, for a product that would stay in float unseen."""
-    for node in module.graph.nodes:
-        name = getattr(node.target, "_opname", "")
-        if name in UNSEEN_PRODUCTS:
-            where = node.meta["path"] or "the network"
-            raise NetworkError(f"{where} calls {name}, whose products cannot be quantized")
-
-
 def _to_linear(module: fx.GraphModule, node: fx.Node, x: fx.Node, w: fx.Node, *bias) -> None:
     """Replace x @ w + bias by linear(x, wᵀ, bias)."""
     transposed = _insert(module, node, aten.t.default, (w,), w.meta["shape"][::-1])
@@ -294,7 +256,7 @@ def _split_attention(module: fx.GraphModule) -> None:
             continue
         query, key, value, mask, dropout, is_causal = (*node.args, None, 0.0, False)[:6]
         if dropout or node.kwargs.get("enable_gqa"):
-            continue  # and `_check_products` refuses it
+            continue  # and `_name_operations` refuses it
         q_shape = query.meta["shape"]
         k_shape = key.meta["shape"]
         scale = node.kwargs.get("scale") or q_shape[-1] ** -0.5
@@ -353,25 +315,19 @@ def _constants(module: fx.GraphModule) -> set[fx.Node]:
 def _fold_constants(module: fx.GraphModule) -> None:
     """Compute once what depends on weights and buffers alone, and read the results as constants."""
     constant = _constants(module)
-    values = {}
-    for node in [*module.graph.nodes]:
-        if node not in constant:
-            continue
-        arguments = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        is_read = node.op == "get_attr"
-        values[node] = (
-            get_tensor(module, node.target)
-            if is_read
-            else node.target(*arguments[0], **arguments[1])
-        )
-        if is_read or not isinstance(values[node], Tensor) or not (node.users.keys() - constant):
+    computed = [
+        node
+        for node in module.graph.nodes
+        if node in constant and node.op != "get_attr" and node.users.keys() - constant
+    ]
+    values = returning_values(module, computed)(None)  # of no images
+    for node, value in zip(computed, values, strict=True):
+        if not isinstance(value, Tensor):
             continue
         path = node.meta["path"]
         with module.graph.inserting_before(node):
-            name = f"{path}.{node.name}".lstrip(".")
-            read = read_tensor(module, name, values[node].detach().clone())
-        learned = any(_is_learned(source) for source in node.all_input_nodes)
-        read.meta |= {"path": path, "computed": True, "is_parameter": learned}
+            read = read_tensor(module, f"{path}.{node.name}".lstrip("."), value.detach().clone())
+        read.meta |= {"path": path, "computed": True, "is_parameter": _is_learned(node)}
         for user in node.users.keys() - constant:
             user.replace_input_with(node, read)
 
@@ -411,6 +367,11 @@ POOLINGS = {
 SUMS = {aten.add.Tensor: "add", aten.mul.Tensor: "mul", aten.cat.default: "cat"}
 KINDS = {**PRODUCTS, **POOLINGS, **SUMS}
 POOLED_DIMS = {4: ({2, 3}, {1, 2}), 3: ({1},)}  # of a mean over pixels or tokens, by dimensions
+# Operations with products inside that no quantizer reaches.
+UNSEEN_PRODUCTS = {
+    "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "bilinear", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "conv_tbc", "scaled_dot_product_attention", "_native_multi_head_attention",
+}  # fmt: skip
 # Modules that are one operation each, which is called after them.
 OPERATION_MODULES = (
     "torch.nn.modules.conv.",
@@ -532,10 +493,16 @@ def weights(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _name_operations(module: fx.GraphModule) -> None:
-    """Put the name of each operation into its `meta`."""
+    """Put the name of each operation into its `meta`.
+
+    Raises NetworkError, naming it, for a product that would stay in float unseen.
+    """
     constant = _constants(module)
     taken = Counter()
     for node in module.graph.nodes:
+        if (kind := getattr(node.target, "_opname", "")) in UNSEEN_PRODUCTS:
+            where = node.meta["path"] or "the network"
+            raise NetworkError(f"{where} calls {kind}, whose products cannot be quantized")
         if _is_operation(node, constant):
             name = _operation_name(node)
             taken[name] += 1
@@ -603,27 +570,18 @@ Transform = Callable[[Tensor], Tensor]
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of the graph with those tensors that it reads; none is changed in place."""
-    copied = fx.GraphModule(nn.Module(), fx.Graph())
-    values: dict[fx.Node, fx.Node] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and not node.users:
-            continue
-        values[node] = copied.graph.node_copy(node, values.__getitem__)
-        values[node].meta = dict(node.meta)
-        if node.op == "get_attr":
-            set_tensor(copied, node.target, get_tensor(graph, node.target))
-    copied.recompile()
-    return copied
+    [output] = graph.graph.find_nodes(op="output")
+    return returning_values(graph, output.args[0])
 
 
-def returning_values(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> fx.GraphModule:
-    """Return a copy that returns the values of these nodes, a list, and runs nothing else."""
-    cut = copy_graph(graph)
-    same = {node.name: node for node in cut.graph.nodes}
-    [output] = cut.graph.find_nodes(op="output")
-    output.args = ([same[node.name] for node in nodes],)
-    cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    return copy_graph(cut)
+def returning_values(graph: fx.GraphModule, results: fx.node.Argument) -> fx.GraphModule:
+    """Return a copy that returns the value of a node, or of a list of them, and runs no more."""
+    copied = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    copied.graph_copy(graph.graph, copies)
+    copied.output(fx.node.map_arg(results, copies.__getitem__))
+    copied.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return fx.GraphModule(graph, copied)
 
 
 def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:
@@ -646,16 +604,9 @@ def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> f
 def by_channel(w: Tensor, layer: Operation) -> Tensor:
     """Return a layer's weight, or what has its shape, with the output channels first.
 
-    That of a transposed convolution of g groups is (inputs, outputs / g, …).
+    That of a transposed convolution of g groups is (inputs, outputs / g, …): of what this has
+    returned, this is the inverse as well.
     """
-    if layer.kind != "conv_transpose":
-        return w
-    groups = layer.argument(6, "groups", 1)
-    return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def from_channels(w: Tensor, layer: Operation) -> Tensor:
-    """Return what `by_channel` was given."""
     if layer.kind != "conv_transpose":
         return w
     groups = layer.argument(6, "groups", 1)

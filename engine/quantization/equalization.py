@@ -48,7 +48,7 @@ RESHAPINGS = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
 # Least and largest number that an operation lets through, unless its arguments say others.
 CLAMPS = {"relu": (0, None), "relu6": (0, 6), "hardtanh": (-1, 1)}
 CLAMPS |= dict.fromkeys(("clamp", "clamp_min"), (None, None))
-NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)  # what reads shapes alone
+NO_VALUES = (aten.sym_size.int,)  # what reads shapes alone
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from engine.networks.exported import (
     by_channel,
     copy_graph,
     export_network,
-    from_channels,
     get_tensor,
     layers,
     set_constant,
@@ -121,7 +120,7 @@ def quantize_layer(
         raise ValueError(f"{layer.name}: {error}") from error
     if correction:
         w_q = correction(w, w_q)
-    set_constant(graph, layer, "weight", from_channels(w_q, layer))
+    set_constant(graph, layer, "weight", by_channel(w_q, layer))
     squared_error = (w_q - w).double().square().sum().item()
     is_on_grid = not correction and isinstance(parts, tuple)
     return QuantizedLayer(layer.name, squared_error, w.numel(), parts if is_on_grid else None)
