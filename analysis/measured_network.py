@@ -266,8 +266,7 @@ class MeasuredNetwork:
                 options = how.layer_options()
                 quantizer = how.make_quantizer(0)
                 quantize_layer(graph, layer, quantizer, n_bits, **options, round_up=round_up)
-                names = {"weight": layer.weight, "bias": layer.bias}
-                return {kind: get_tensor(graph, each) for kind, each in names.items() if each}
+                return {kind: get_tensor(graph, each) for kind, each in layer.tensors.items()}
 
             rank = distributed.get_rank()
             world_size = distributed.get_world_size()

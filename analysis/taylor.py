@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import grad
 
 from engine.images.loader import Loader
-from engine.networks.exported import Operation, copy_graph, get_tensor, layers, set_tensor
+from engine.networks.exported import copy_graph, get_tensor, layers, set_tensor
 from engine.networks.outputs import run_network
 from engine.system import distributed
 from engine.system.hardware import with_float64
@@ -31,8 +31,8 @@ class TaylorTerms(NamedTuple):
 
 def parameter_change(new: fx.GraphModule, old: fx.GraphModule, layer: str) -> Delta:
     """Return Δ of the named layer's weight and bias between two graphs of one network."""
-    tensors = _tensors(layers(old)[layer])
-    return {name: get_tensor(new, name) - get_tensor(old, name) for name in tensors}
+    names = layers(old)[layer].tensors.values()
+    return {name: get_tensor(new, name) - get_tensor(old, name) for name in names}
 
 
 def taylor_terms(
@@ -42,7 +42,7 @@ def taylor_terms(
     graph = copy_graph(graph)
     params = {}
     for layer in layers(graph).values():
-        for name in _tensors(layer):
+        for name in layer.tensors.values():
             params[name] = get_tensor(graph, name).clone().requires_grad_()
             set_tensor(graph, name, params[name])
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
@@ -51,11 +51,6 @@ def taylor_terms(
         TaylorTerms(dot(g, delta).item(), first_order_bound(g, delta), curvature)
         for delta, curvature in zip(deltas, second_order, strict=True)
     ]
-
-
-def _tensors(layer: Operation) -> list[str]:
-    """Return the names of a layer's weight and bias."""
-    return [name for name in (layer.weight, layer.bias) if name]
 
 
 def gradient_and_curvatures(

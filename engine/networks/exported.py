@@ -19,7 +19,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -151,10 +151,7 @@ def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModul
             tensor = tensors[spec.target]
             attributes[name] = copies.setdefault(id(tensor), tensor.detach().clone())
             values[node] = graph.get_attr(name)
-            values[node].meta = {
-                "val": tensor,
-                "is_parameter": spec.kind == InputKind.PARAMETER,
-            }
+            values[node].meta = {"val": tensor, "is_parameter": spec.kind == InputKind.PARAMETER}
     results = graph.graph_copy(program.graph, values)
     [logits] = [
         value
@@ -389,71 +386,57 @@ class Operation:
         name: the module's; or that of the module in whose forward it runs, a dot, its kind and,
             from the second on, its number.
         kind: a value of KINDS.
-        inputs: by name, where in `node.args` that stands which is quantized beside weights. A
-            single input is called as the operation is, several have [0], [1], … after that.
+        inputs: the names of what is quantized beside weights, in order. A single input is called as
+            the operation is, several have [0], [1], … after that.
     """
 
     def __init__(self, node: fx.Node) -> None:
         """Read it off a node that has a name."""
         self.node, self.name, self.kind = node, node.meta["name"], KINDS[node.target]
-        places = [(0,)]
-        if self.kind in ("matmul", "add", "mul"):
-            places = [(0,), (1,)]
-        elif self.kind == "cat":
-            places = [(0, i) for i in range(len(node.args[0]))]
-        ends = [f"[{i}]" for i in range(len(places))] if len(places) > 1 else [""]
-        self.inputs = {f"{self.name}{end}": place for end, place in zip(ends, places, strict=True)}
+        self.is_product = node.target in PRODUCTS
+        self.is_sum = node.target in SUMS  # of several values: added, multiplied or concatenated
+        self.is_layer = self.kind in LAYERS
+        n_inputs = 2 if self.kind in ("matmul", "add", "mul") else 1
+        n_inputs = len(node.args[0]) if self.kind == "cat" else n_inputs
+        names = [f"{self.name}[{i}]" for i in range(n_inputs)]
+        self.inputs = names if n_inputs > 1 else [self.name]
 
     @property
-    def is_product(self) -> bool:
-        """Whether it is a convolution, linear map or matrix product."""
-        return self.node.target in PRODUCTS
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether it combines several values: an addition, multiplication or concatenation."""
-        return self.node.target in SUMS
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether its second operand is a weight."""
-        return self.kind in LAYERS
+    def tensors(self) -> dict[str, str]:
+        """The names of those tensors that a layer has, by "weight" and "bias"."""
+        reads = self.node.args[1:3] if self.is_layer else ()
+        return {
+            kind: read.target
+            for kind, read in zip(("weight", "bias"), reads, strict=False)
+            if isinstance(read, fx.Node) and read.op == "get_attr"
+        }
 
     @property
     def weight(self) -> str | None:
         """The name of the weight's tensor; None where there is none."""
-        return self._constant(1)
+        return self.tensors.get("weight")
 
     @property
     def bias(self) -> str | None:
         """The name of the bias' tensor; None where there is none."""
-        return self._constant(2)
+        return self.tensors.get("bias")
 
-    def _constant(self, position: int) -> str | None:
-        is_there = self.is_layer and len(self.node.args) > position
-        read = self.node.args[position] if is_there else None
-        return read.target if isinstance(read, fx.Node) and read.op == "get_attr" else None
+    @property
+    def groups(self) -> int:
+        """Of how many groups a convolution is, 1 for others."""
+        return self.node.args[6] if self.is_layer and len(self.node.args) > 6 else 1
 
     def source(self, name: str) -> fx.Node:
         """Return the node of that input."""
-        value = self.node.args
-        for place in self.inputs[name]:
-            value = value[place]
-        return value
+        operands = self.node.args[0] if self.kind == "cat" else self.node.args
+        return operands[self.inputs.index(name)]
 
     def set_source(self, name: str, value: fx.Node) -> None:
         """Replace the node of that input."""
-        position, *inner = self.inputs[name]
-        if inner:
-            operands = list(self.node.args[position])
-            operands[inner[0]] = value
-            value = operands
-        self.node.update_arg(position, value)
-
-    def argument(self, position: int, name: str, default: object) -> object:
-        """Return an argument of the operation that may be left out."""
-        args = self.node.args
-        return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+        first, *others = self.node.args
+        operands = [*first] if self.kind == "cat" else [first, *others]
+        operands[self.inputs.index(name)] = value
+        self.node.args = (operands, *others) if self.kind == "cat" else tuple(operands)
 
     def multiply_adds(self) -> int:
         """Return how many products of two numbers it computes for one image."""
@@ -467,10 +450,10 @@ class Operation:
 def set_constant(graph: fx.GraphModule, layer: Operation, kind: str, tensor: Tensor) -> None:
     """Give a layer another "weight" or "bias", under the layer's own name for it."""
     position = {"weight": 1, "bias": 2}[kind]
+    arguments = [*layer.node.args]
     with graph.graph.inserting_before(layer.node):
         read = read_tensor(graph, f"{layer.name}.{kind}", tensor)
-    arguments = [*layer.node.args, None][: max(len(layer.node.args), position + 1)]
-    arguments[position] = read
+    arguments[position : position + 1] = [read]
     layer.node.args = tuple(arguments)
 
 
@@ -547,20 +530,12 @@ def _own_tensors(module: fx.GraphModule) -> None:
     Its `meta` keeps under `stored` which tensors of the network's `state_dict` they are.
     """
     for layer in layers(module).values():
-        layer.node.meta["stored"] = {}
-        for position, kind in ((1, "weight"), (2, "bias")):
-            target = layer._constant(position)
-            if target is None:
-                continue
-            read = layer.node.args[position]
-            if "computed" not in read.meta:
-                layer.node.meta["stored"][kind] = target
-            name = f"{layer.name}.{kind}"
-            if name != target:
-                with module.graph.inserting_before(layer.node):
-                    own = read_tensor(module, name, get_tensor(module, target).clone())
-                layer.node.update_arg(position, own)
-    module.graph.eliminate_dead_code()
+        stored = layer.node.meta["stored"] = {}
+        for position, (kind, target) in enumerate(layer.tensors.items(), 1):
+            if "computed" not in layer.node.args[position].meta:
+                stored[kind] = target
+            if target != f"{layer.name}.{kind}":
+                set_constant(module, layer, kind, get_tensor(module, target).clone())
 
 
 # --- changed copies ----------------------------------------------------------------------------
@@ -609,8 +584,7 @@ def by_channel(w: Tensor, layer: Operation) -> Tensor:
     """
     if layer.kind != "conv_transpose":
         return w
-    groups = layer.argument(6, "groups", 1)
-    return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return w.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @torch.no_grad()
@@ -623,16 +597,13 @@ def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
     copied = copy.deepcopy(net)
     written = {}
     for layer in layers(graph).values():
-        for kind, name in (("weight", layer.weight), ("bias", layer.bias)):
-            if name is None:
-                continue
+        path = layer.node.meta["path"]
+        for kind, name in layer.tensors.items():
             tensor = get_tensor(graph, name)
             stored = layer.node.meta["stored"].get(kind)
-            if stored is None and not _remove_parametrization(
-                copied, layer.node.meta["path"], kind
-            ):
+            if stored is None and not _remove_parametrization(copied, path, kind):
                 return graph
-            stored = stored or f"{layer.node.meta['path']}.{kind}".lstrip(".")
+            stored = stored or f"{path}.{kind}".lstrip(".")
             if not torch.equal(written.setdefault(stored, tensor), tensor):
                 return graph
             get_tensor(copied, stored).copy_(tensor)

@@ -145,7 +145,7 @@ def output_error(
     batch in each network, and only as far as the layer.
     """
     layer, w = layers(full)[name], get_tensor(full, f"{name}.weight")
-    gain = gain.double().view(layer.argument(6, "groups", 1), -1, 1)
+    gain = gain.double().view(layer.groups, -1, 1)
     (groups, c_out, _), k = gain.shape, w[0].numel()
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
     constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
@@ -171,7 +171,7 @@ def output_error(
 def apply_layer(graph: fx.GraphModule, layer: Operation, x: Tensor) -> Tensor:
     """Return what the layer makes of x with the weight and the bias that it has in the graph."""
     tensors = [None if t is None else get_tensor(graph, t) for t in (layer.weight, layer.bias)]
-    return layer.node.target(x, *tensors, *layer.node.args[3:], **layer.node.kwargs)
+    return layer.node.target(x, *tensors, *layer.node.args[3:])
 
 
 def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tensor:
@@ -181,10 +181,9 @@ def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tens
     """
     if layer.kind == "linear":
         return x
-    stride, dilation = (  # one number is for height and width
-        (layer.argument(*each, [1]) * 2)[:2] for each in ((3, "stride"), (5, "dilation"))
-    )
-    padding = layer.argument(4, "padding", [0])
+    given = layer.node.args[3:6]
+    stride, padding, dilation = (*given, *([1], [0], [1])[len(given) :])
+    stride, dilation = ((each * 2)[:2] for each in (stride, dilation))  # one number is for both
     (top, left), (bottom, right) = padding_widths(padding, kernel, dilation)
     x = F.pad(x, [left, right, top, bottom])
     return F.unfold(x, tuple(kernel), dilation, stride=stride)
@@ -193,7 +192,7 @@ def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tens
 def to_columns(t: Tensor, layer: Operation) -> Tensor:
     """Return inputs or outputs of a layer as (groups, channels / groups, all positions)."""
     t = t.reshape(1, -1, t.shape[-1]).mT if layer.kind == "linear" else t.flatten(2)
-    columns = t.unflatten(1, (layer.argument(6, "groups", 1), -1)).permute(1, 2, 0, 3)
+    columns = t.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3)
     return columns.reshape(*columns.shape[:2], -1)
 
 

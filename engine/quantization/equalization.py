@@ -250,7 +250,7 @@ def _channel_views(graph: fx.GraphModule, pairs: Sequence[Pair]) -> dict[str, Te
         if layer.kind == "linear":
             view = w.reshape(1, len(w), n_inputs.get(layer.name, 1), -1)
         else:
-            view = w.flatten(2).unflatten(0, (layer.argument(6, "groups", 1), -1))
+            view = w.flatten(2).unflatten(0, (layer.groups, -1))
         is_transposed = layer.kind == "conv_transpose"  # (in, out / groups, …) in the graph
         views[layer.name] = view.transpose(1, 2) if is_transposed else view
     return views

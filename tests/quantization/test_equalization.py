@@ -142,7 +142,7 @@ def shape_for(name):
 def ranges(graph, pair):
     """r1 and r2 of a pair, channel by channel: a bias counts in the first layer."""
     w1, w2 = (get_tensor(graph, layer.weight) for layer in (pair.first, pair.second))
-    groups, n = pair.second.argument(6, "groups", 1), len(w1)
+    groups, n = pair.second.groups, len(w1)
     b1 = torch.zeros(n) if pair.first.bias is None else get_tensor(graph, pair.first.bias)
     r1, r2 = [], []
     for i in range(n):
