@@ -58,6 +58,13 @@ class LoadedNetwork(NamedTuple):
     model: str  # its name
     file: WeightsFile
 
+    def describe(
+        self, how: Quantization, args: argparse.Namespace, dataset: ImageDataset
+    ) -> dict[str, str]:
+        """Return the metadata of a file to deploy."""
+        path, classes = self.file.path, dataset.classes
+        return deployed_files.describe_source(path, vars(args), how, self.model, classes)
+
 
 # --- the sweep -------------------------------------------------------------------------------
 
@@ -262,7 +269,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
         for network in loaded.values():
-            source = describe_source(network, quantizations[0], vars(args), dataset)
+            source = network.describe(quantizations[0], args, dataset)
             deployed_files.read_model(Path(args.verify), source)
     networks = {}
     try:
@@ -286,21 +293,6 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     return is_complete
 
 
-def describe_source(
-    network: LoadedNetwork, how: Quantization, settings: Mapping[str, Any], dataset: ImageDataset
-) -> dict[str, str]:
-    """Return the metadata of a file to deploy."""
-    return deployed_files.describe_source(
-        network.file.path,
-        settings,
-        model=network.model,
-        scheme=how.scheme,
-        n_bits=how.n_bits,
-        act_bits=how.act_bits,
-        classes=dataset.classes,
-    )
-
-
 def deploy(
     network: MeasuredNetwork,
     loaded: LoadedNetwork,
@@ -319,7 +311,7 @@ def deploy(
         deployed_files.write_files(net_q=write_back(network.net, graph_q), **targets)
         return True
     integers = network.integers(how)
-    source = describe_source(loaded, how, vars(args), dataset)
+    source = loaded.describe(how, args, dataset)
     graph_int = with_integers(graph_q, integers.integers())
     net_q = write_back(network.net, graph_int)
     deployed_files.write_files(

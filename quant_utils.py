@@ -34,8 +34,6 @@ from engine.quantization.activations import (  # noqa: F401  used as parts of th
     RANGE_FACTORS,
     activation_grids,
     calibrate,
-    first_and_last,
-    input_shapes,
     least_error_ranges,
     quantize_activations,
     quantized_inputs,
@@ -102,18 +100,13 @@ def safe_divisor(scale: Tensor) -> Tensor:
 # --- quantizers ------------------------------------------------------------------------------
 
 
-def two_to_the_bits(n_bits: int, overlapping: bool = False) -> int | None:
-    """Return how many values n_bits can take."""
-    return 2**n_bits
-
-
 def scheme(
-    *, own_bias_range: bool = False, n_levels: Callable[..., int | None] = two_to_the_bits
+    *, own_bias_range: bool = False, n_levels: Callable[[int, bool], int | None] | None = None
 ) -> Callable[[Callable[..., Parts]], Quantizer]:
     """Return a decorator for a quantizer that returns parts on uniform grids, see the module.
 
     `own_bias_range`: its published code gives a bias a range and breakpoint of its own.
-    `n_levels(n_bits, overlapping)` is how many values a quantized tensor can take.
+    `n_levels(n_bits, overlapping)` is how many values a quantized tensor can take, if not 2^n_bits.
     """
 
     def decorate(grid: Callable[..., Parts]) -> Quantizer:
@@ -133,14 +126,6 @@ def on_grid(rows: Tensor, scale: Tensor, w: Tensor) -> OnGrid:
     """Return codes as rows, (rows, elements), in the shape of w, with the scale of each row."""
     shape = (len(scale), *[1] * (w.dim() - 1)) if len(scale) > 1 else ()
     return OnGrid(rows.reshape(w.shape), scale.reshape(shape))
-
-
-def pwlq_levels(n_bits: int, overlapping: bool) -> int | None:
-    """Return as many as a uniform quantizer of one more bit has, less one.
-
-    None with overlapping regions, where it depends on the breakpoint.
-    """
-    return None if overlapping else 2 ** (n_bits + 1) - 1
 
 
 @scheme()
@@ -169,13 +154,10 @@ def round_within(
     int_max = 2 ** (n_bits - 1) - 1
     scale = limit / (int_max + 0.5)
     x = rows / safe_divisor(scale)
-    codes = x.round_() if round_up is None else x.floor_().add_(as_rows(round_up, rows))
+    if isinstance(round_up, Tensor):
+        round_up = round_up.reshape(rows.shape)
+    codes = x.round_() if round_up is None else x.floor_().add_(round_up)
     return codes.clamp_(int_min, int_max), scale
-
-
-def as_rows(round_up: Tensor | int, rows: Tensor) -> Tensor | int:
-    """Return a tensor in the shape of the rows; a number as it is."""
-    return round_up.reshape(rows.shape) if isinstance(round_up, Tensor) else round_up
 
 
 @scheme()
@@ -238,7 +220,11 @@ def dorefa(
     return (on_grid(x_int.mul_(2).sub_(int_max), scale / 2, w),)
 
 
-@scheme(own_bias_range=True, n_levels=pwlq_levels)
+# Levels: those of a uniform quantizer of one more bit, less one; with overlapping regions their
+# number depends on the breakpoint.
+@scheme(
+    own_bias_range=True, n_levels=lambda n, overlapping: None if overlapping else 2 ** (n + 1) - 1
+)
 def pwlq(
     w: Tensor,
     n_bits: int,
@@ -259,7 +245,11 @@ def pwlq(
     """
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
-    p = choose_breakpoint(range_rows, m, n_bits, distribution, approximate, overlapping)
+    if distribution == "search":
+        p = search_breakpoint(range_rows, m, n_bits, overlapping)
+    else:
+        density = DISTRIBUTIONS[distribution]
+        p = breakpoint_from_distribution(range_rows, m, density, approximate, overlapping)
     if not overlapping:
         return pwlq_with_breakpoint(rows, m, p, n_bits, False).reshape(w.shape)
     in_tail = rows.abs() >= p
@@ -267,16 +257,6 @@ def pwlq(
         on_grid(round_to(rows, scale, n_bits) * region, scale, w)
         for scale, region in zip(pwlq_scales(m, p, n_bits, True), (~in_tail, in_tail), strict=True)
     )
-
-
-def choose_breakpoint(
-    rows: Tensor, m: Tensor, n_bits: int, distribution: str, approximate: bool, overlapping: bool
-) -> Tensor:
-    """Return the breakpoint p of each row, in w's units; see `pwlq` for the options."""
-    if distribution == "search":
-        return search_breakpoint(rows, m, n_bits, overlapping)
-    density = DISTRIBUTIONS[distribution]
-    return breakpoint_from_distribution(rows, m, density, approximate, overlapping)
 
 
 def pwlq_with_breakpoint(
@@ -459,8 +439,8 @@ def bias_range(scheme_name: str, biases: str, fold_bn: bool) -> str | None:
 
 def n_levels(scheme_name: str, n_bits: int, overlapping: bool = False) -> int | None:
     """Return how many values a tensor quantized with the scheme can take; None: it depends."""
-    levels = getattr(QUANTIZERS[scheme_name], "n_levels", two_to_the_bits)
-    return levels(n_bits, overlapping)
+    levels = getattr(QUANTIZERS[scheme_name], "n_levels", None)
+    return levels(n_bits, overlapping) if levels else 2**n_bits
 
 
 # --- corrections of quantized weights --------------------------------------------------------

@@ -23,6 +23,7 @@ from analysis.weights_files import (
 )
 from engine.networks.exported import layers, operations
 from engine.networks.folding import batch_norms, foldable
+from engine.quantization.coverage import by_reason
 from engine.system import distributed
 from engine.system.cli import Parser
 from engine.system.errors import DataError, FileError, NetworkError
@@ -239,7 +240,5 @@ def describe_biases(quantizations: Sequence[Quantization]) -> str:
         "weight": "on their weights' grids",
         "own": "with a range of their own",
     }
-    schemes: dict[str, dict[str, None]] = {}
-    for how in quantizations:
-        schemes.setdefault(words[how.bias_range], {})[how.scheme] = None
+    schemes = by_reason({how.scheme: words[how.bias_range] for how in quantizations})
     return "; ".join(f"{text} ({', '.join(names)})" for text, names in schemes.items())

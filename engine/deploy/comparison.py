@@ -7,6 +7,7 @@ from engine.deploy.integer_layers import MAX_BIAS, IntegerLayer, with_integers
 from engine.deploy.integer_network import IntegerNetwork
 from engine.networks.exported import copy_graph, get_tensor, layers
 from engine.quantization.grids import Grid
+from engine.quantization.weights import total
 
 MAX_ROUNDING = 0.501  # of a scale: what rounding to the nearest code explains
 RELATIVE_ERROR = 2e-5  # of the largest value: sums and products of numbers in float32
@@ -37,7 +38,7 @@ def first_disagreement(
 
 def _is_rounded(layer: IntegerLayer, w: Tensor, bias: Tensor | None) -> bool:
     """Tell whether the integers are the weight w, and the bias to half of its scale."""
-    rows = (layer.weight() - w.cpu()).double().abs().flatten(1).amax(1)
+    rows = (total(layer.parts) - w.cpu()).double().abs().flatten(1).amax(1)
     scale = layer.parts[0].scale.double().flatten()
     is_coarser = layer.bias.abs() > MAX_BIAS / 2  # see make_integer_layer
     allowed = torch.where(is_coarser, scale * MAX_ROUNDING, RELATIVE_ERROR * w.abs().max())

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from engine.deploy import packing
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.onnx_emitter import onnx
-from engine.deploy.onnx_export import FORMAT, FORMAT_KEY, to_onnx
+from engine.deploy.onnx_emitter import Emitter, TensorProto, helper, onnx
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
@@ -23,6 +22,8 @@ PACKAGES = {
     "save_integers": ("safetensors",),
     "save_quantized": (),
 }
+FORMAT_KEY = "regulquant_format"  # in a model's metadata
+FORMAT = "1"
 # What the metadata of earlier versions' files do not say.
 NOT_RECORDED = dict(act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4")
 
@@ -46,18 +47,11 @@ def check_run(flags: Collection[str]) -> None:
 
 
 def describe_source(
-    path: Path,
-    settings: Mapping[str, Any],
-    *,
-    model: str,
-    scheme: str,
-    n_bits: int,
-    act_bits: int,
-    classes: Sequence[str],
+    path: Path, settings: Mapping[str, Any], how: Any, model: str, classes: Sequence[str]
 ) -> dict[str, str]:
     """Return a file's metadata: what it was made from, and how. All of it decides the integers.
 
-    `settings` are the values of the script's flags by name.
+    `settings` are the values of the script's flags by name, `how` has scheme, n_bits and act_bits.
     """
     learned = "adaround on {rounding_images} images in {rounding_steps} steps"
     pwlq = [settings[flag] for flag in ("distribution", "approximate", "overlapping")]
@@ -67,9 +61,9 @@ def describe_source(
         "checkpoint": path.name,
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "class_names": json.dumps(classes),
-        "scheme": scheme,
-        "bits": str(n_bits),
-        "act_bits": str(act_bits),
+        "scheme": how.scheme,
+        "bits": str(how.n_bits),
+        "act_bits": str(how.act_bits),
         "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
         **{k: json.dumps(settings[k]) for k in ("per_channel", "keep_first_last", "equalize")},
         "clip_p": str(settings["clip_p"]),
@@ -94,7 +88,8 @@ def write_files(
     OSError.
     """
     if export:
-        model = to_model(integers, dataset, source)
+        shape = dataset.test_images.shape[1:]
+        model = to_onnx(integers, shape, dataset.mean, dataset.std, source)
         atomic_write(Path(export), lambda temporary: temporary.write_bytes(model))
         print(f"integers as ONNX:  {export}")
     if save_quantized:
@@ -105,10 +100,30 @@ def write_files(
         print(f"packed integers:   {save_integers}")
 
 
-def to_model(net: IntegerNetwork, dataset: ImageDataset, source: Mapping[str, str]) -> bytes:
-    """Return the ONNX model of a network of the data set's images."""
-    shape = dataset.test_images.shape[1:]
-    return to_onnx(net, shape, dataset.mean, dataset.std, source)
+def to_onnx(
+    net: IntegerNetwork,
+    image_shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Return the ONNX model of a network, as a file's content; a quantized one has Q/DQ pairs.
+
+    It maps "images", uint8 (batch, *image_shape), to "logits", (batch, classes). Images are
+    normalized by mean and std, of pixels scaled to 0..1, as in engine/images/loader.py. The output
+    of every quantized operation is a value with the operation's name. What each operation becomes
+    is defined with its simulation in engine/deploy/integer_operations.py.
+    """
+    emitter = Emitter()
+    emitter.normalize(mean, std)
+    for operation in net.operations:
+        operation.emit(emitter)
+    emitter.node("Identity", [emitter.as_float(net.output)], "logits")
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "classes"])
+    model = emitter.model([images], logits)
+    helper.set_model_props(model, {FORMAT_KEY: FORMAT, **metadata})
+    return model.SerializeToString()
 
 
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:

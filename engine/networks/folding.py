@@ -7,7 +7,6 @@ Folding replaces layer → batch norm by one layer with the same outputs in eval
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -96,26 +95,19 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
     kept = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
     if not kept:
         raise ValueError("the network has no batch-norm statistics to estimate again")
-    updated, momentum = copy_graph(graph), 1.0
-
-    def batch_norm(x, gamma, beta, mean, var, training, old_momentum, eps, cudnn):  # noqa: ANN001, ANN202
-        """Normalize by the batch's statistics, and move the running ones towards them in place."""
-        return F.batch_norm(x, mean, var, gamma, beta, True, momentum, eps)
-
-    running = copy_graph(updated)
-    for norm in batch_norms(running):
-        if norm.args[3] is not None:
-            norm.target = batch_norm
-            for read, start in zip(
-                norm.args[3:5], (torch.zeros_like, torch.ones_like), strict=True
-            ):
-                statistic = start(get_tensor(updated, read.target))
-                set_tensor(updated, read.target, statistic)
-                set_tensor(running, read.target, statistic)
-    running.recompile()
+    updated = copy_graph(graph)
+    for norm in kept:
+        mean, var = (read.target for read in norm.args[3:5])
+        set_tensor(updated, mean, torch.zeros_like(get_tensor(graph, mean)))
+        set_tensor(updated, var, torch.ones_like(get_tensor(graph, var)))
+    running = copy_graph(updated)  # of the same tensors, which it changes in place
     n_images = 0
     for images in batches:
         n_images += len(images)
-        momentum = len(images) / n_images  # a mean over all images, not a moving one
+        for norm in batch_norms(running):
+            if norm.args[3] is not None:
+                norm.update_arg(5, True)  # training
+                norm.update_arg(6, len(images) / n_images)  # a mean over images, not a moving one
+        running.recompile()
         running(images)
     return updated

@@ -96,7 +96,10 @@ def _weights(
     for operation in operations(graph):
         for name in operation.inputs:
             if name in (inputs or ()):
-                covered.add(_origin(operation.source(name)))
+                source = operation.source(name)
+                while source.target in MOVES:  # such as an expanded token
+                    source = source.args[0]
+                covered.add(source)
     done = total = 0
     for node in graph.graph.nodes:
         is_weight = node in covered and node.op == "get_attr"
@@ -106,17 +109,6 @@ def _weights(
         total += n
         done += n if node in covered else 0
         if node not in covered:
-            in_float[node.target] = f"read by {_reader(node)}, by no product"
+            reader = next(iter(node.users)).name.rstrip("_0123456789")
+            in_float[node.target] = f"read by {reader}, by no product"
     return done, total
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """Return the value that a node only moves or repeats, such as an expanded token."""
-    while node.target in MOVES:
-        node = node.args[0]
-    return node
-
-
-def _reader(node: fx.Node) -> str:
-    """Return what reads a constant: the kind of the first operation that does."""
-    return next(iter(node.users)).name.rstrip("_0123456789")

@@ -12,12 +12,12 @@ from torch import nn
 
 from engine.deploy.comparison import first_disagreement
 from engine.deploy.integer_layers import MAX_BIAS, make_integer_layer, n_bits_needed, with_integers
-from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.deploy.packing import pack, save_integers, unpack
-from engine.deploy.values import shared_ranges
 from engine.networks.exported import export_network, get_tensor, layers, set_constant, with_inputs
 from engine.networks.folding import fold_batch_norms
 from engine.quantization.grids import Grid, OnGrid, activation_grid
+from engine.quantization.weights import total
 from engine.system.errors import NetworkError
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_a_bias_fits_into_int32_whatever_the_weights_of_its_channel(per_channel)
     assert layer.bias.abs().max() <= 1.001 * MAX_BIAS
     atol = 1e-4 if per_channel else layer.product_scale(layer.parts[0]).item() / 2
     torch.testing.assert_close(layer.dequantized_bias(), bias, rtol=0, atol=atol)
-    torch.testing.assert_close(layer.weight(), w, rtol=0, atol=0.01)
+    torch.testing.assert_close(total(layer.parts), w, rtol=0, atol=0.01)
 
 
 def test_a_bias_is_on_the_grid_of_products():

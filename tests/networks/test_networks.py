@@ -19,6 +19,7 @@ import quant_inference
 import quant_utils as qu
 import train
 import utils
+from analysis.measured_network import Conditions, Images, MeasuredNetwork
 from engine.networks import (
     batch_norm,
     compiling,
@@ -414,8 +415,8 @@ class WithResidual(nn.Module):
 
 def test_functions_of_modules_without_children_are_quantized_too():
     net = fast_layers.use_fast_layers(WithResidual()).eval()
-    shapes = qu.input_shapes(net, torch.zeros(1, 3, 8, 8), sums=True)
-    assert [*shapes] == ["conv", "sum.add[0]", "sum.add[1]", "sum.pool"]
+    inputs = qu.quantized_inputs(export_network(net, (3, 8, 8)), sums=True)
+    assert [*inputs] == ["conv", "sum.add[0]", "sum.add[1]", "sum.pool"]
 
 
 def test_sums_and_pooling_of_our_networks_are_modules():
@@ -426,12 +427,17 @@ def test_sums_and_pooling_of_our_networks_are_modules():
         modules = dict(net.named_modules())
         assert sum(each.is_sum for each in inputs.values()) == 2 * n_sums
         assert all(key.partition("[")[0] in modules for key in inputs)
-        assert qu.first_and_last(graph) == (next(iter(inputs)), next(reversed(inputs)))
+        assert ends(graph) == (next(iter(inputs)), next(reversed(inputs)))
+
+
+def ends(graph):
+    """The names of the first and the last layer, as --keep_first_last has them."""
+    return MeasuredNetwork("", graph, None, True, Conditions("cpu"), Images(test=None)).ends
 
 
 def test_first_and_last_layer_keep_8_bits():
     net = reference.Stranger().eval()
-    first_last = dict.fromkeys(qu.first_and_last(export_network(net, (3, 8, 8))), 8)
+    first_last = dict.fromkeys(ends(export_network(net, (3, 8, 8))), 8)
     assert list(first_last) == ["conv1", "fc"]
     net_q, _ = qu.quantize_model(net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last)
     for name, layer in layers.quantizable_layers(net).items():

@@ -218,7 +218,7 @@ def test_every_weight_and_every_input_is_seen(name):
     kinds = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
     names = {k for k, m in net.named_modules() if isinstance(m, kinds)}
     names |= {f"{k}.in_proj" for k, m in net.named_modules() if hasattr(m, "in_proj_weight")}
-    assert names <= qu.input_shapes(graph, images()).keys()
+    assert names <= qu.quantized_inputs(graph).keys()
     assert names <= layers(graph).keys() and names <= make_steps(net, shape, 4, 4).layers.keys()
     assert coverage(graph, qu.quantized_inputs(graph)).multiply_adds == 1
 
@@ -236,7 +236,7 @@ def test_one_image_more_does_not_shrink_ranges(method):
 
 
 def test_sums_are_named_in_the_order_in_which_they_run():
-    names = list(qu.input_shapes(make(LearnedMap), images(), sums=True))
+    names = list(qu.quantized_inputs(export_network(make(LearnedMap), SHAPE), sums=True))
     assert names == [
         *("stem.0", "add[0]", "add[1]", "block.0", "add_2[0]", "add_2[1]", "pool", "fc")
     ]
