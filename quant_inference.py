@@ -279,9 +279,8 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
             images = make_images(args, dataset)
             for name, each in loaded.items():
                 display.describe(name)
-                networks[name] = network = MeasuredNetwork(
-                    name, each.graph, each.net, not args.fold_bn, conditions, images
-                )
+                network = MeasuredNetwork(name, each.graph, each.net, conditions, images)
+                networks[name] = network
                 measure_network(network, each.file, quantizations, steps, record, args, results)
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:

@@ -252,10 +252,12 @@ def pwlq(
         p = breakpoint_from_distribution(range_rows, m, density, approximate, overlapping)
     if not overlapping:
         return pwlq_with_breakpoint(rows, m, p, n_bits, False).reshape(w.shape)
-    in_tail = rows.abs() >= p
+    magnitude = rows.abs()
+    regions = magnitude < p, magnitude >= p
+    int_max = 2 ** (n_bits - 1) - 1
     return tuple(
-        on_grid(round_to(rows, scale, n_bits) * region, scale, w)
-        for scale, region in zip(pwlq_scales(m, p, n_bits, True), (~in_tail, in_tail), strict=True)
+        on_grid((magnitude / scale).round_().clamp_(max=int_max).copysign_(rows) * in_it, scale, w)
+        for scale, in_it in zip(pwlq_scales(m, p, n_bits, True), regions, strict=True)
     )
 
 
@@ -282,11 +284,6 @@ def pwlq_scales(m: Tensor, p: Tensor, n_bits: int, overlapping: bool) -> tuple[T
     int_max = 2 ** (n_bits - 1) - 1
     tail = m / (int_max + 0.5) if overlapping else (m - p) / int_max
     return safe_divisor(p / (int_max + 0.5)), safe_divisor(tail)
-
-
-def round_to(rows: Tensor, scale: Tensor, n_bits: int) -> Tensor:
-    """Return the codes of rows on a symmetric grid of 2^n_bits − 1 points."""
-    return (rows.abs() / scale).round_().clamp_(max=2 ** (n_bits - 1) - 1).copysign_(rows)
 
 
 # --- PWLQ's breakpoint -----------------------------------------------------------------------

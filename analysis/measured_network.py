@@ -17,10 +17,10 @@ from analysis.report import FLOAT_BITS, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
-from engine.networks.exported import copy_graph, get_tensor, layers
+from engine.networks.exported import copy_graph, layers
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
 from engine.quantization import activations as acts
-from engine.quantization.adaround import learn_rounding, learnable_layers
+from engine.quantization.adaround import learn_rounding
 from engine.quantization.coverage import Coverage, coverage
 from engine.quantization.weights import (
     NO_EXCEPTIONS,
@@ -100,14 +100,11 @@ class MeasuredNetwork:
     Attributes:
         graph: as it is quantized, with batch norms folded and channels equalized if asked for.
         net: the network itself, for learned step sizes.
-        fold: whether batch norms are folded after quantizing, which changes no output and halves
-            the time.
     """
 
     name: str
     graph: fx.GraphModule
     net: nn.Module
-    fold: bool
     conditions: Conditions
     images: Images
 
@@ -184,9 +181,12 @@ class MeasuredNetwork:
     # --- measuring ---------------------------------------------------------------------------
 
     def prepared(self, graph: fx.GraphModule) -> fx.GraphModule:
-        """Return a copy of a graph of this network as it is evaluated."""
-        copied = fold_batch_norms(graph) if self.fold else copy_graph(graph)
-        return copied.to(self.conditions.device, memory_format=self.conditions.memory_format)
+        """Return a copy of a graph of this network as it is evaluated.
+
+        Batch norms that are left are folded, which changes no output and halves the time.
+        """
+        memory_format = self.conditions.memory_format
+        return fold_batch_norms(graph).to(self.conditions.device, memory_format=memory_format)
 
     def _measure(self, net: nn.Module, loader: Loader) -> dict[str, float]:
         """Return the mean "loss" (cross entropy) and the "accuracy" of a network on images."""
@@ -258,12 +258,11 @@ class MeasuredNetwork:
                 options = {**how.layer_options(), "round_up": round_up}
                 n_bits = bits.get(name, how.n_bits)
                 quantize_layer(graph, layer, how.make_quantizer(0), n_bits, **options)
-                return {kind: get_tensor(graph, each) for kind, each in layer.tensors.items()}
+                return {kind: graph.get_buffer(each) for kind, each in layer.tensors.items()}
 
             part = distributed.get_rank(), distributed.get_world_size()
             learned = learn_rounding(
                 self.graph,
-                learnable_layers(self.graph),
                 quantized,
                 lambda: batches(self.images.rounding, *part),
                 self.conditions.rounding_iterations,

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import grad
 
 from engine.images.loader import Loader
-from engine.networks.exported import copy_graph, get_tensor, layers, set_tensor
+from engine.networks.exported import copy_graph, layers, set_tensor
 from engine.networks.outputs import run_network
 from engine.system import distributed
 from engine.system.hardware import with_float64
@@ -32,7 +32,7 @@ class TaylorTerms(NamedTuple):
 def parameter_change(new: fx.GraphModule, old: fx.GraphModule, layer: str) -> Delta:
     """Return Δ of the named layer's weight and bias between two graphs of one network."""
     names = layers(old)[layer].tensors.values()
-    return {name: get_tensor(new, name) - get_tensor(old, name) for name in names}
+    return {name: new.get_buffer(name) - old.get_buffer(name) for name in names}
 
 
 def taylor_terms(
@@ -43,14 +43,16 @@ def taylor_terms(
     params = {}
     for layer in layers(graph).values():
         for name in layer.tensors.values():
-            params[name] = get_tensor(graph, name).clone().requires_grad_()
+            params[name] = graph.get_buffer(name).clone().requires_grad_()
             set_tensor(graph, name, params[name])
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
     g, second_order = gradient_and_curvatures(graph, params, loader, deltas)
-    return [
-        TaylorTerms(dot(g, delta).item(), first_order_bound(g, delta), curvature)
-        for delta, curvature in zip(deltas, second_order, strict=True)
-    ]
+    terms = []
+    for delta, curvature in zip(deltas, second_order, strict=True):
+        l1_norm = sum(g[key].abs().sum().item() for key in delta)
+        bound = l1_norm * max(d.abs().max().item() for d in delta.values())
+        terms.append(TaylorTerms(dot(g, delta).item(), bound, curvature))
+    return terms
 
 
 def gradient_and_curvatures(
@@ -84,9 +86,3 @@ def gradient_and_curvatures(
 def dot(a: Delta, delta: Delta) -> Tensor:
     """Return a·Δ over the parameters that Δ changes."""
     return sum((a[key] * d).sum() for key, d in delta.items())
-
-
-def first_order_bound(g: Delta, delta: Delta) -> float:
-    """Return ‖g‖₁·‖Δ‖_∞ over the parameters that Δ changes."""
-    l1_norm = sum(g[key].abs().sum().item() for key in delta)
-    return l1_norm * max(d.abs().max().item() for d in delta.values())

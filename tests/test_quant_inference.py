@@ -266,7 +266,7 @@ def test_folding_for_evaluation_after_quantizing_changes_no_output(tiny):
     x = torch.randn(4, 3, 32, 32)
     graph = export_network(net, (3, 32, 32))
     conditions = Conditions("cpu")
-    network = MeasuredNetwork("a", graph, net, True, conditions, Images(test=None))
+    network = MeasuredNetwork("a", graph, net, conditions, Images(test=None))
     with torch.no_grad():
         torch.testing.assert_close(network.prepared(graph)(x), net(x)[0], rtol=1e-4, atol=1e-4)
     assert batch_norms(graph) and not batch_norms(network.prepared(graph))

@@ -5,7 +5,7 @@ from torch import Tensor, fx
 
 from engine.deploy.integer_layers import MAX_BIAS, IntegerLayer, with_integers
 from engine.deploy.integer_network import IntegerNetwork
-from engine.networks.exported import copy_graph, get_tensor, layers
+from engine.networks.exported import copy_graph, layers
 from engine.quantization.grids import Grid
 from engine.quantization.weights import total
 
@@ -27,8 +27,8 @@ def first_disagreement(
     """
     integers = net.integers()
     for name, layer in layers(quantized).items():
-        bias = None if layer.bias is None else get_tensor(quantized, layer.bias)
-        if not _is_rounded(integers[name], get_tensor(quantized, layer.weight), bias):
+        bias = None if layer.bias is None else quantized.get_buffer(layer.bias)
+        if not _is_rounded(integers[name], quantized.get_buffer(layer.weight), bias):
             return f"{name}: its integers are not those of its quantized weights and bias"
     reference = copy_graph(with_integers(quantized, integers)).double()
     comparison = _Comparison(reference, net, net.values(images))

@@ -88,13 +88,10 @@ class IntegerNetwork(nn.Module):
                     values.pop(name, None)
         return values
 
-    def layers(self) -> list[Layer]:
-        """Return the operations that have weights of the network's."""
-        return [each for each in self.operations if isinstance(each, Layer) and each.layer]
-
     def integers(self) -> dict[str, IntegerLayer]:
         """Return the integers of every layer by name."""
-        return {each.layer: each.integers for each in self.layers()}
+        operations = (each for each in self.operations if isinstance(each, Layer) and each.layer)
+        return {each.layer: each.integers for each in operations}
 
 
 class Values:

@@ -25,12 +25,6 @@ def pack(codes: Tensor, n_bits: int) -> np.ndarray:
     return np.packbits(bits.astype(np.uint8), bitorder="little")
 
 
-def unpack(packed: np.ndarray, n_bits: int, n: int) -> np.ndarray:
-    """Return the n codes, int8, that `pack` made bytes of."""
-    bits = np.unpackbits(packed, count=n * n_bits, bitorder="little").reshape(n, n_bits)
-    return (bits @ (1 << np.arange(n_bits)) - 2 ** (n_bits - 1)).astype(np.int8)
-
-
 def packed(layers: Mapping[str, IntegerLayer]) -> dict[str, np.ndarray]:
     """Return the weights, scales and biases by their names in a file."""
     arrays = {}

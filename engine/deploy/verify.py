@@ -124,7 +124,7 @@ def compare_predictions(
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
     logits = {name: torch.cat(parts[name]) for name in parts}
     labels = test.labels.cpu()
-    last = compared.integers.layers()[-1].integers
+    last = [*compared.integers.integers().values()][-1]
     differences = {name: logits[name] - logits["engine"] for name in nets}
     scale = last.product_scale(last.parts[0])
     predicted = {name: each.argmax(1) for name, each in logits.items()}

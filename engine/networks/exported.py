@@ -334,11 +334,6 @@ def _is_learned(node: fx.Node) -> bool:
     return node.meta.get("is_parameter", False) or any(map(_is_learned, node.all_input_nodes))
 
 
-def get_tensor(module: nn.Module, name: str) -> Tensor:
-    """Return the tensor that `set_tensor` set."""
-    return operator.attrgetter(name)(module)
-
-
 # --- operations ------------------------------------------------------------------------------
 
 PRODUCTS = {
@@ -470,7 +465,7 @@ def layers(graph: fx.GraphModule) -> dict[str, Operation]:
 def weights(graph: fx.GraphModule) -> dict[str, Tensor]:
     """Return the weight of each layer by the layer's name, with the output channels first."""
     return {
-        name: by_channel(get_tensor(graph, layer.weight), layer)
+        name: by_channel(graph.get_buffer(layer.weight), layer)
         for name, layer in layers(graph).items()
     }
 
@@ -535,7 +530,7 @@ def _own_tensors(module: fx.GraphModule) -> None:
             if "computed" not in layer.node.args[position].meta:
                 stored[kind] = target
             if target != f"{layer.name}.{kind}":
-                set_constant(module, layer, kind, get_tensor(module, target).clone())
+                set_constant(module, layer, kind, module.get_buffer(target).clone())
 
 
 # --- changed copies ----------------------------------------------------------------------------
@@ -599,14 +594,14 @@ def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
     for layer in layers(graph).values():
         path = layer.node.meta["path"]
         for kind, name in layer.tensors.items():
-            tensor = get_tensor(graph, name)
+            tensor = graph.get_buffer(name)
             stored = layer.node.meta["stored"].get(kind)
             if stored is None and not _remove_parametrization(copied, path, kind):
                 return graph
             stored = stored or f"{path}.{kind}".lstrip(".")
             if not torch.equal(written.setdefault(stored, tensor), tensor):
                 return graph
-            get_tensor(copied, stored).copy_(tensor)
+            operator.attrgetter(stored)(copied).copy_(tensor)
     return copied
 
 

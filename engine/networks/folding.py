@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from engine.networks.exported import (
-    Operation,
-    aten,
-    copy_graph,
-    get_tensor,
-    layers,
-    set_constant,
-    set_tensor,
-)
+from engine.networks.exported import Operation, aten, copy_graph, layers, set_constant, set_tensor
 from engine.system.errors import NetworkError
 
 
@@ -46,15 +38,15 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
     graph = copy_graph(graph)
     for layer, norm in foldable(graph):
         gamma, beta, mean, var = (
-            None if each is None else get_tensor(graph, each.target).double()
+            None if each is None else graph.get_buffer(each.target).double()
             for each in norm.args[1:5]
         )
         if var is None:
             raise NetworkError(
                 f"--fold_bn: {norm.meta['path']} is a batch norm without running statistics"
             )
-        w = get_tensor(graph, layer.weight)
-        b = None if layer.bias is None else get_tensor(graph, layer.bias).double()
+        w = graph.get_buffer(layer.weight)
+        b = None if layer.bias is None else graph.get_buffer(layer.bias).double()
         is_transposed = layer.kind == "conv_transpose"
         folded_w, folded_b = fuse_conv_bn_weights(
             w.double(), b, mean, var, norm.args[7], gamma, beta, transpose=is_transposed
@@ -75,9 +67,9 @@ def output_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
     gains = {}
     for layer, norm in foldable(graph):
         if norm.args[4] is not None:
-            gain = (get_tensor(graph, norm.args[4].target).double() + norm.args[7]).rsqrt()
+            gain = (graph.get_buffer(norm.args[4].target).double() + norm.args[7]).rsqrt()
             if norm.args[1] is not None:
-                gain = gain * get_tensor(graph, norm.args[1].target).double()
+                gain = gain * graph.get_buffer(norm.args[1].target).double()
             gains[layer.name] = gain
     return gains
 
@@ -98,8 +90,8 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
     updated = copy_graph(graph)
     for norm in kept:
         mean, var = (read.target for read in norm.args[3:5])
-        set_tensor(updated, mean, torch.zeros_like(get_tensor(graph, mean)))
-        set_tensor(updated, var, torch.ones_like(get_tensor(graph, var)))
+        set_tensor(updated, mean, torch.zeros_like(graph.get_buffer(mean)))
+        set_tensor(updated, var, torch.ones_like(graph.get_buffer(var)))
     running = copy_graph(updated)  # of the same tensors, which it changes in place
     n_images = 0
     for images in batches:

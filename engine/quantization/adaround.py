@@ -29,7 +29,6 @@ from engine.networks.exported import (
     Operation,
     aten,
     copy_graph,
-    get_tensor,
     layers,
     returning_values,
     set_tensor,
@@ -51,30 +50,18 @@ WARM_UP = 0.2  # share of the steps
 LEARNING_RATE = 0.1  # of Adam: in 500 steps a tenth less error than 0.03 (ConvNet, layer2, 3 bits)
 
 
-def learnable_layers(graph: fx.GraphModule) -> list[str]:
-    """Return the names of the layers whose rounding can be learned, in the order they run.
-
-    Those are 2-d convolutions and linear layers. Weights of others go to nearest.
-    """
-    return [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
-
-
 @torch.no_grad()
 def learn_rounding(
-    graph: fx.GraphModule,
-    names: Sequence[str],
-    quantized: Quantized,
-    batches: Batches,
-    n_steps: int,
-    device: str,
+    graph: fx.GraphModule, quantized: Quantized, batches: Batches, n_steps: int, device: str
 ) -> dict[str, Tensor]:
     """Return where the weights of each layer are rounded up, by its name: bools of their shape.
 
-    `graph` is an exported network on the CPU, and `names` are among its `learnable_layers`, in that
-    order. Each is learned in n_steps steps; where that has no less error on the images than
-    rounding to nearest, the latter is returned. What is returned is on the CPU. In a run of N
-    processes, `batches` are this process's, and rank 0 learns.
+    `graph` is an exported network on the CPU. Its 2-d convolutions and linear layers are learned in
+    the order in which they run, each in n_steps steps; weights of others go to nearest, and so does
+    a layer where learning has no less error on the images. What is returned is on the CPU. In a run
+    of N processes, `batches` are this process's, and rank 0 learns.
     """
+    names = [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
     full = copy_graph(graph).to(device)
     graph_q = copy_graph(full)
     gains = output_gains(graph)
@@ -87,7 +74,7 @@ def learn_rounding(
             # While its weight is learned, the layer has the bias already that it will have.
             for kind, tensor in trials[0].items():
                 set_tensor(graph_q, f"{name}.{kind}", tensor.to(device))
-            w = get_tensor(full, f"{name}.weight")
+            w = full.get_buffer(f"{name}.weight")
             set_tensor(graph_q, f"{name}.weight", w)
             gain = gains.get(name, torch.ones(len(w))).to(device)
             error = output_error(full, graph_q, name, batches, gain)
@@ -144,7 +131,7 @@ def output_error(
     `gain` (output channels) multiplies the output's channels. Images are read twice at a time, one
     batch in each network, and only as far as the layer.
     """
-    layer, w = layers(full)[name], get_tensor(full, f"{name}.weight")
+    layer, w = layers(full)[name], full.get_buffer(f"{name}.weight")
     gain = gain.double().view(layer.groups, -1, 1)
     (groups, c_out, _), k = gain.shape, w[0].numel()
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
@@ -170,7 +157,7 @@ def output_error(
 
 def apply_layer(graph: fx.GraphModule, layer: Operation, x: Tensor) -> Tensor:
     """Return what the layer makes of x with the weight and the bias that it has in the graph."""
-    tensors = [None if t is None else get_tensor(graph, t) for t in (layer.weight, layer.bias)]
+    tensors = [None if t is None else graph.get_buffer(t) for t in (layer.weight, layer.bias)]
     return layer.node.target(x, *tensors, *layer.node.args[3:])
 
 

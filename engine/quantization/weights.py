@@ -17,7 +17,6 @@ from engine.networks.exported import (
     by_channel,
     copy_graph,
     export_network,
-    get_tensor,
     layers,
     set_constant,
     write_back,
@@ -104,13 +103,13 @@ def quantize_layer(
     as `mean_correction` is. `round_up` is that of the weight, in its shape in the graph, for
     quantizers that take it. Raises ValueError, naming the layer, for NaN weights.
     """
-    w = by_channel(get_tensor(graph, layer.weight), layer)
+    w = by_channel(graph.get_buffer(layer.weight), layer)
     if isinstance(round_up, Tensor):
         round_up = by_channel(round_up, layer)
     rounding = {} if round_up is None else {"round_up": round_up}
     try:
         if bias_range and layer.bias:
-            bias = get_tensor(graph, layer.bias)
+            bias = graph.get_buffer(layer.bias)
             set_constant(
                 graph, layer, "bias", quantize_bias(bias, w, quantizer, n_bits, bias_range)
             )

@@ -432,7 +432,7 @@ def test_sums_and_pooling_of_our_networks_are_modules():
 
 def ends(graph):
     """The names of the first and the last layer, as --keep_first_last has them."""
-    return MeasuredNetwork("", graph, None, True, Conditions("cpu"), Images(test=None)).ends
+    return MeasuredNetwork("", graph, None, Conditions("cpu"), Images(test=None)).ends
 
 
 def test_first_and_last_layer_keep_8_bits():
