@@ -30,8 +30,9 @@ from analysis.weights_files import WeightsFile, find_weights
 from data import DATASETS, ImageDataset, accepts
 from engine.deploy import deployed_files, verify
 from engine.deploy.integer_layers import with_integers
-from engine.networks.exported import export_network, layers, weights, write_back
+from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
+from engine.networks.graph import layers, weights
 from engine.networks.outputs import check_network
 from engine.quantization.equalization import equalize
 from engine.system import distributed
@@ -64,9 +65,6 @@ class LoadedNetwork(NamedTuple):
         """Return the metadata of a file to deploy."""
         path, classes = self.file.path, dataset.classes
         return deployed_files.describe_source(path, vars(args), how, self.model, classes)
-
-
-# --- the sweep -------------------------------------------------------------------------------
 
 
 def sweep(
@@ -169,9 +167,6 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
     )
 
 
-# --- networks --------------------------------------------------------------------------------
-
-
 recorded_network = partial(
     checks.find_recorded_network, is_model=is_model, parse_width=utils.parse_width
 )
@@ -234,9 +229,6 @@ def prepare_graph(graph: fx.GraphModule, path: Path, args: argparse.Namespace) -
     else:
         checks.print_warning(f"{path}: --equalize has no effect: {equalization}")
     return graph
-
-
-# --- a run -----------------------------------------------------------------------------------
 
 
 def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
@@ -396,9 +388,7 @@ def report_results(
     if len(measured) > 1 or args.layers:
         plots |= draw_distributions(layer_weights, args, folder)
     if not args.no_plots:
-        n_bits = 4 if 4 in args.bits else min(args.bits)
-        quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
-        plots |= draw_plots(results, layer_weights, quantizers, n_bits, args.per_channel, folder)
+        plots |= draw_plots(results, layer_weights, quantizations, args, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print(f"plots:   {', '.join(map(str, plots.values()))}")
@@ -431,9 +421,8 @@ def draw_distributions(
 def draw_plots(
     results: Results,
     layer_weights: Mapping[str, Mapping[str, torch.Tensor]],
-    quantizers: Mapping[str, qu.Quantizer],
-    n_bits: int,
-    per_channel: bool,
+    quantizations: Sequence[Quantization],
+    args: argparse.Namespace,
     folder: Path,
 ) -> dict[str, Path]:
     """Draw the plots into the folder and return their paths by title."""
@@ -444,13 +433,12 @@ def draw_plots(
     if results.layer_rows:
         plots["per_layer"] = folder / "per_layer.png"
         figures.per_layer_plot(results.layer_rows, plots["per_layer"])
+    n_bits = 4 if 4 in args.bits else min(args.bits)
+    quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
     for name, of_layers in layer_weights.items():
         path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
-        figures.weights_plot(name, of_layers, quantizers, n_bits, per_channel, path)
+        figures.weights_plot(name, of_layers, quantizers, n_bits, args.per_channel, path)
     return plots
-
-
-# --- the script ------------------------------------------------------------------------------
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:

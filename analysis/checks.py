@@ -21,8 +21,8 @@ from analysis.weights_files import (
     read_record,
     read_training_record,
 )
-from engine.networks.exported import layers, operations
 from engine.networks.folding import batch_norms, foldable
+from engine.networks.graph import layers, operations
 from engine.quantization.coverage import by_reason
 from engine.system import distributed
 from engine.system.cli import Parser
@@ -42,9 +42,6 @@ def print_warning(message: str) -> None:
     """Print one line about a file on rank 0."""
     if distributed.get_rank() == 0:
         tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
-
-
-# --- files and flags ---------------------------------------------------------------------------
 
 
 def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:

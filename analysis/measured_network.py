@@ -17,8 +17,8 @@ from analysis.report import FLOAT_BITS, Row, Trial
 from analysis.taylor import parameter_change, taylor_terms
 from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
-from engine.networks.exported import copy_graph, layers
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
+from engine.networks.graph import copy_graph, layers
 from engine.quantization import activations as acts
 from engine.quantization.adaround import learn_rounding
 from engine.quantization.coverage import Coverage, coverage
@@ -113,8 +113,6 @@ class MeasuredNetwork:
         self._rounding: tuple[tuple[str, int], dict[str, Tensor]] = (("", 0), {})
         self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] = (None, None)
 
-    # --- what is known of it -----------------------------------------------------------------
-
     @cached_property
     def unquantized(self) -> Trial:
         """Loss and accuracy without quantizing."""
@@ -177,8 +175,6 @@ class MeasuredNetwork:
         if steps.act_bits:
             inputs = {name for name, kinds in steps.layers.items() if "input" in kinds}
         return coverage(self.graph, inputs)
-
-    # --- measuring ---------------------------------------------------------------------------
 
     def prepared(self, graph: fx.GraphModule) -> fx.GraphModule:
         """Return a copy of a graph of this network as it is evaluated.
@@ -290,8 +286,6 @@ class MeasuredNetwork:
         ranges = dict.fromkeys(inputs, (0.0, 1.0))
         grids = acts.activation_grids(ranges, act_bits, self.layer_bits(act_bits))
         IntegerNetwork.from_graph(self.graph, grids, {})
-
-    # --- one layer at a time -----------------------------------------------------------------
 
     def per_layer(self, quantizations: Sequence[Quantization]) -> Iterator[Row]:
         """Quantize the weights of one layer at a time; yield a row for each way and layer.

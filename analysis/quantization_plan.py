@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from analysis.measured_network import MeasuredNetwork, Quantization
 from analysis.report import FLOAT_BITS, Row
-from engine.networks.exported import operations
+from engine.networks.graph import operations
 from engine.quantization.activations import quantized_inputs
 from engine.quantization.grids import Grid
 

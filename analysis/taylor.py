@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import grad
 
 from engine.images.loader import Loader
-from engine.networks.exported import copy_graph, layers, set_tensor
+from engine.networks.graph import copy_graph, layers, set_tensor
 from engine.networks.outputs import run_network
 from engine.system import distributed
 from engine.system.hardware import with_float64

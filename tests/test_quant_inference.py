@@ -17,7 +17,7 @@ import quant_utils as qu
 from analysis import measured_network
 from analysis.measured_network import Conditions, Images, MeasuredNetwork
 from engine.networks import layers
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.folding import batch_norms
 from engine.system import progress
 from engine.system.io import save_weights

@@ -13,7 +13,7 @@ from torch import nn
 
 import quant_utils as qu
 from engine.networks import layers
-from engine.networks.exported import operations, returning_values
+from engine.networks.graph import operations, returning_values
 from engine.quantization.activations import minmax, percentile, topk_median
 from engine.quantization.grids import MIN_SCALE, activation_grid
 

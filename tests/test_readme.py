@@ -25,7 +25,7 @@ import regularizers
 import study
 import train
 from engine.images.loader import Loader
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
 from engine.networks.outputs import run_network

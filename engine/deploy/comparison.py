@@ -5,7 +5,7 @@ from torch import Tensor, fx
 
 from engine.deploy.integer_layers import MAX_BIAS, IntegerLayer, with_integers
 from engine.deploy.integer_network import IntegerNetwork
-from engine.networks.exported import copy_graph, layers
+from engine.networks.graph import copy_graph, layers
 from engine.quantization.grids import Grid
 from engine.quantization.weights import total
 

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
-from engine.deploy import packing
+from engine.deploy.integer_layers import IntegerLayer, n_bits_needed
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import Emitter, TensorProto, helper, onnx
 from engine.system import distributed
@@ -96,7 +97,7 @@ def write_files(
         save_weights(net_q, Path(save_quantized))
         print(f"quantized weights: {save_quantized}")
     if save_integers:
-        packing.save_integers(integers.integers(), source, Path(save_integers))
+        save_packed(integers.integers(), source, Path(save_integers))
         print(f"packed integers:   {save_integers}")
 
 
@@ -124,6 +125,49 @@ def to_onnx(
     model = emitter.model([images], logits)
     helper.set_model_props(model, {FORMAT_KEY: FORMAT, **metadata})
     return model.SerializeToString()
+
+
+def pack(codes: Tensor, n_bits: int) -> np.ndarray:
+    """Return int8 codes of n_bits, which fit, as ⌈n·n_bits / 8⌉ bytes."""
+    unsigned = codes.flatten().numpy().astype(np.int16) + 2 ** (n_bits - 1)
+    bits = (unsigned[:, None] >> np.arange(n_bits)) & 1
+    return np.packbits(bits.astype(np.uint8), bitorder="little")
+
+
+def packed(layers: Mapping[str, IntegerLayer]) -> dict[str, np.ndarray]:
+    """Return the weights, scales and biases by their names in a file."""
+    arrays = {}
+    for name, layer in layers.items():
+        for i, part in enumerate(layer.parts):
+            arrays[f"{name}.codes{i}"] = pack(part.codes, n_bits_needed(part.codes))
+            arrays[f"{name}.scale{i}"] = part.scale.flatten().numpy()
+        arrays[f"{name}.bias"] = layer.bias.numpy()
+    return arrays
+
+
+def save_packed(
+    layers: Mapping[str, IntegerLayer], metadata: Mapping[str, str], path: Path
+) -> None:
+    """Write the layers' integers: weights of b bits packed into bytes, with scales and biases.
+
+    For each layer NAME and part i of its weight: `NAME.codes<i>`, uint8, code + 2^(b − 1) in b
+    bits, the lowest bit first, across bytes; `NAME.scale<i>`, float32; `NAME.bias`, int32. The
+    file's metadata "layers" is JSON: {NAME: {"shape", "bits": one a part, "input_scale",
+    "input_zero_point", "input_bits"}}. docs/deploy.md has a loader of ten lines. Raises OSError.
+    """
+    numpy_files = require("safetensors.numpy", "--save_integers")
+    described = {
+        name: {
+            "shape": list(layer.parts[0].codes.shape),
+            "bits": [n_bits_needed(part.codes) for part in layer.parts],
+            "input_scale": layer.in_grid.scale,
+            "input_zero_point": layer.in_grid.zero_point,
+            "input_bits": layer.in_grid.n_bits,
+        }
+        for name, layer in layers.items()
+    }
+    content = numpy_files.save(packed(layers), {**metadata, "layers": json.dumps(described)})
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from engine.networks.exported import copy_graph, layers, set_constant
+from engine.networks.graph import copy_graph, layers, set_constant
 from engine.quantization.grids import Grid, OnGrid
 from engine.quantization.weights import total
 

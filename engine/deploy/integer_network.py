@@ -9,27 +9,11 @@ from itertools import count
 
 from torch import Tensor, fx, nn
 
+from engine.deploy import integer_operations as integer
 from engine.deploy.integer_layers import IntegerLayer, make_integer_layer
-from engine.deploy.integer_operations import (
-    Arithmetic,
-    IntegerOperation,
-    Layer,
-    Move,
-    Pad,
-    Rescale,
-    Sum,
-)
 from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
-from engine.deploy.supported import (
-    NONE,
-    OPERATIONS,
-    Stage,
-    check_supported,
-    name_of,
-    operands,
-    refuse,
-)
-from engine.networks.exported import Operation
+from engine.deploy.supported import NONE, OPERATIONS, check_supported, name_of, operands, refuse
+from engine.networks.graph import Operation
 from engine.quantization.equalization import NO_VALUES
 from engine.quantization.grids import Grid, OnGrid
 from engine.system.errors import NetworkError
@@ -49,7 +33,7 @@ class IntegerNetwork(nn.Module):
 
     def __init__(
         self,
-        operations: list[IntegerOperation],
+        operations: list[integer.IntegerOperation],
         output: str,
         values_of: Mapping[str, tuple[str, Grid | None]] = NONE,
     ) -> None:
@@ -90,8 +74,8 @@ class IntegerNetwork(nn.Module):
 
     def integers(self) -> dict[str, IntegerLayer]:
         """Return the integers of every layer by name."""
-        operations = (each for each in self.operations if isinstance(each, Layer) and each.layer)
-        return {each.layer: each.integers for each in operations}
+        layers = [each for each in self.operations if isinstance(each, integer.Layer)]
+        return {each.layer: each.integers for each in layers if each.layer}
 
 
 class Values:
@@ -115,7 +99,7 @@ class Values:
             if node.op == "call_function" and node.target not in NO_VALUES
         ]
         check_supported(self.nodes)
-        self.stages: dict[fx.Node, list[Stage]] = {}
+        self.stages: dict[fx.Node, list] = {}
         self.tensor = {self.images: self.images}
         self.bounds: dict[fx.Node, Bounds] = {}
         self.unrectified: set[fx.Node] = set()
@@ -131,11 +115,11 @@ class Values:
 
     def _add(self, node: fx.Node) -> None:
         stages = OPERATIONS[node.target](node)
-        if stages and stages[0][0] is Rescale and self._join(node, stages[0][1]["bounds"]):
+        if stages and stages[0][0] is integer.Rescale and self._join(node, stages[0][1]["bounds"]):
             stages = []
         self.stages[node] = stages
         self.tensor[node] = node
-        if all(issubclass(kind, Move) for kind, _ in stages):
+        if all(issubclass(kind, integer.Move) for kind, _ in stages):
             joined = {self.tensor[source] for source in operands(node)} | {node}
             first, *_ = (each for each in self.tensor if each in joined)
             self.tensor |= {k: first for k, each in self.tensor.items() if each in joined}
@@ -168,10 +152,10 @@ class Values:
             return []
         passed.add(node)
         kinds = [kind for kind, _ in self.stages[node]]
-        if kinds and issubclass(kinds[0], Arithmetic):
+        if kinds and issubclass(kinds[0], integer.Arithmetic):
             return [node]
         makers = [self._makers(source, passed, has_zero) for source in operands(node)]
-        return sum(makers, []) if all(makers) and (has_zero or Pad not in kinds) else []
+        return sum(makers, []) if all(makers) and (has_zero or integer.Pad not in kinds) else []
 
 
 class _Builder(Values):
@@ -180,7 +164,7 @@ class _Builder(Values):
     def __init__(self, graph: fx.GraphModule, grids: Mapping[str, Grid], parts: Mapping) -> None:
         super().__init__(graph)
         self.parts, self.is_float = parts, not grids
-        self.operations: list[IntegerOperation] = []
+        self.operations: list[integer.IntegerOperation] = []
         self.names = {self.images: "input"}
         self.taken = set(RESERVED)
         found = self._grids_of_tensors(grids)
@@ -208,7 +192,7 @@ class _Builder(Values):
     def network(self) -> IntegerNetwork:
         """Return the network."""
         if grid := self.grids[self.images]:
-            self.operations.append(Rescale("input_codes", ("input",), (None,), grid))
+            self.operations.append(integer.Rescale("input_codes", ("input",), (None,), grid))
             self.names[self.images] = "input_codes"
         for node in self.nodes:
             self._add_operations(node)
@@ -243,11 +227,11 @@ class _Builder(Values):
 
     def _check(self, node: fx.Node, kind: type, names: tuple, in_grids: tuple) -> None:
         """Raise NetworkError where a value would stay in float."""
-        if self.is_float or not issubclass(kind, Arithmetic) or kind is Rescale:
+        if self.is_float or not issubclass(kind, integer.Arithmetic) or kind is integer.Rescale:
             return
         if None in in_grids:
             raise refuse(node, "nothing quantizes its input")
-        if kind is Sum and names[0] == names[1]:
+        if kind is integer.Sum and names[0] == names[1]:
             raise refuse(node, "a sum of a tensor and itself is not supported")
         if not self.grids[node] and self.tensor[node] is not self.tensor[self.output]:
             raise refuse(node, "what reads its output does not quantize it")

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from engine.deploy import integer_operations as integer
 from engine.networks.convolution import padding_widths
-from engine.networks.exported import BATCH, KINDS, aten
+from engine.networks.graph import BATCH, KINDS, aten
 from engine.quantization.equalization import clamp_bounds, kind_of
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError

@@ -14,10 +14,9 @@ from torch import Tensor, fx, nn
 
 from engine.deploy import onnx_session
 from engine.deploy.comparison import first_disagreement
-from engine.deploy.deployed_files import ImageDataset, read_model, to_onnx
+from engine.deploy.deployed_files import ImageDataset, packed, read_model, to_onnx
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
-from engine.deploy.packing import packed
 from engine.images.loader import Loader
 from engine.networks.outputs import run_network
 from engine.quantization.coverage import first_names
@@ -99,9 +98,6 @@ def verify_file(
     save_json(measured, record)
     print(f"verified: {record}")
     return not (measured["differing_predictions"]["integer"] or measured["disagreement"])
-
-
-# --- predictions and speed -------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -216,9 +212,6 @@ def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]
         for _ in range(ROUNDS)
     ]
     return {name: median(seconds[name] for seconds in rounds) for name in runs}
-
-
-# --- the report ------------------------------------------------------------------------------
 
 
 def format_report(measured: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from engine.networks.exported import Operation, aten, copy_graph, layers, set_constant, set_tensor
+from engine.networks.graph import Operation, aten, copy_graph, layers, set_constant, set_tensor
 from engine.system.errors import NetworkError
 
 

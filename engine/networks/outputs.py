@@ -26,9 +26,6 @@ ACTIVATIONS = (
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
-# --- logits and activations ------------------------------------------------------------------
-
-
 def run_network(
     net: nn.Module, x: Tensor, with_activations: bool = False
 ) -> tuple[Tensor, list[Tensor]]:

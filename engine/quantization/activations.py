@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from engine.networks.exported import Operation, operations, with_inputs
+from engine.networks.graph import Operation, operations, with_inputs
 from engine.quantization.grids import Grid, activation_grid
 from engine.quantization.weights import NO_EXCEPTIONS
 

@@ -25,15 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from engine.networks.convolution import padding_widths
-from engine.networks.exported import (
-    Operation,
-    aten,
-    copy_graph,
-    layers,
-    returning_values,
-    set_tensor,
-)
 from engine.networks.folding import output_gains
+from engine.networks.graph import Operation, aten, copy_graph, layers, returning_values, set_tensor
 from engine.system import distributed
 from engine.system.progress import StepDisplay
 

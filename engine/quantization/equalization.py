@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from engine.networks.exported import (
+from engine.networks.graph import (
     KINDS,
     Operation,
     aten,

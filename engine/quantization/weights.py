@@ -12,15 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from engine.networks.exported import (
-    Operation,
-    by_channel,
-    copy_graph,
-    export_network,
-    layers,
-    set_constant,
-    write_back,
-)
+from engine.networks.export import export_network, write_back
+from engine.networks.graph import Operation, by_channel, copy_graph, layers, set_constant
 from engine.quantization.grids import OnGrid
 
 Quantizer = Callable[..., Tensor]

@@ -13,7 +13,7 @@ import models
 import quant_inference as qi
 from analysis.measured_network import MeasuredNetwork
 from engine.deploy import verify
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load

@@ -12,7 +12,7 @@ from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
 from engine.deploy.onnx_emitter import RELU, UNBOUNDED
 from engine.images.loader import Loader
-from engine.networks.exported import set_tensor
+from engine.networks.graph import set_tensor
 from engine.system.errors import FileError
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")

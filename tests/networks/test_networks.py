@@ -29,7 +29,7 @@ from engine.networks import (
     layers,
     outputs,
 )
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.folding import batch_norms, fold_batch_norms
 from engine.step.gradients import compute_gradients
 from engine.system.errors import NetworkError

@@ -14,14 +14,9 @@ from torch import nn
 import quant_inference as qi
 import quant_utils as qu
 from analysis import measured_network
-from engine.networks.exported import (
-    copy_graph,
-    export_network,
-    layers,
-    returning_values,
-    set_tensor,
-)
+from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms, output_gains
+from engine.networks.graph import copy_graph, layers, returning_values, set_tensor
 from engine.quantization import adaround
 
 LAYERS = {

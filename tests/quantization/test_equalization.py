@@ -16,9 +16,10 @@ from torch import nn
 import models
 import quant_inference as qi
 from engine.deploy import deployed_files, verify
-from engine.networks.exported import aten, export_network
+from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
+from engine.networks.graph import aten
 from engine.networks.layers import quantizable_layers
 from engine.quantization import equalization
 from engine.quantization.equalization import equalize, find_pairs

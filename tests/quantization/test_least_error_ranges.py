@@ -15,7 +15,8 @@ from torch import nn
 import quant_inference as qi
 import quant_utils as qu
 from engine.deploy import verify
-from engine.networks.exported import export_network, with_inputs
+from engine.networks.export import export_network
+from engine.networks.graph import with_inputs
 from engine.networks.layers import Add
 from engine.quantization import activations
 from engine.quantization.activations import activation_errors, minmax

@@ -14,8 +14,9 @@ import data
 import models
 import quant_inference as qi
 import quant_utils as qu
-from engine.networks.exported import export_network, layers, operations
+from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
+from engine.networks.graph import layers, operations
 from engine.quantization.activations import quantized_inputs
 from engine.quantization.coverage import coverage
 from engine.system.errors import NetworkError
