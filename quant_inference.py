@@ -27,13 +27,14 @@ from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Results, Row
 from analysis.weights_files import WeightsFile, find_weights
-from data import DATASETS, ImageDataset, accepts
+from data import ImageDataset
 from engine.deploy import deployed_files, verify
 from engine.deploy.integer_layers import with_integers
 from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.graph import layers, weights
 from engine.networks.outputs import check_network
+from engine.quantization.activations import quantize_activations
 from engine.quantization.equalization import equalize
 from engine.system import distributed
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
@@ -44,7 +45,7 @@ from engine.system.progress import StepDisplay
 from engine.system.signals import GracefulShutdown
 from engine.training.learned_steps import LearnedSteps
 from flags import FILE_FLAGS, INTEGER_FLAGS
-from models import is_model, make_model
+from models import make_model
 
 FLAGS_OF_RECORDS = [*flags.NETWORK[1:], *flags.DATA[1:]]  # known when records have been read
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
@@ -167,9 +168,7 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
     )
 
 
-recorded_network = partial(
-    checks.find_recorded_network, is_model=is_model, parse_width=utils.parse_width
-)
+recorded_network = partial(checks.find_recorded_network, parse_width=utils.parse_width)
 
 
 def load_networks(
@@ -237,10 +236,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     files, results = find_weights(args.checkpoints), Results()
     if not any(file.path.exists() for file in files.values()):
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
-    has_size = partial(accepts, option="image_size")
-    checks.choose_dataset(
-        files.values(), args, explicit_flags, DATASETS, has_size, utils.parse_image_size
-    )
+    checks.choose_dataset(files.values(), args, explicit_flags, utils.parse_image_size)
     models = [recorded_network(f, args, explicit_flags | {"width"})[0] for f in files.values()]
     warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=models)
     dataset = utils.load_dataset(args)
@@ -297,21 +293,18 @@ def deploy(
     verify is not of this network and these flags.
     """
     graph_q, _ = network.quantized_weights(how)
-    targets = {flag: getattr(args, flag) for flag in ("export", "save_quantized", "save_integers")}
     if not network.conditions.in_integers:
-        deployed_files.write_files(net_q=write_back(network.net, graph_q), **targets)
+        deployed_files.write_files(vars(args), write_back(network.net, graph_q))
         return True
     integers = network.integers(how)
     source = loaded.describe(how, args, dataset)
     graph_int = with_integers(graph_q, integers.integers())
     net_q = write_back(network.net, graph_int)
-    deployed_files.write_files(
-        net_q=net_q, integers=integers, dataset=dataset, source=source, **targets
-    )
+    deployed_files.write_files(vars(args), net_q, integers, dataset, source)
     if not args.verify:
         return True
     simulations = {
-        name: qu.quantize_activations(graph, network.grids(how.act_bits))
+        name: quantize_activations(graph, network.grids(how.act_bits))
         for name, graph in (("float32", graph_int), ("float32, biases not rounded", graph_q))
     }
     compared = verify.Compared(integers, simulations, graph_q, network.graph)

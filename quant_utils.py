@@ -1,4 +1,4 @@
-"""Post-training quantization of tensors and of whole networks.
+"""Post-training quantization of tensors; of whole networks: `engine.quantization`.
 
 A quantizer is a pure function `(w, n_bits, …) -> w_q`: same shape, values on a grid, `w` untouched.
 It chooses a range, rounds to integers and goes back to float, in that order. All of them take
@@ -29,33 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.quantization.activations import (  # noqa: F401  used as parts of this module
-    CALIBRATIONS,
-    RANGE_FACTORS,
-    activation_grids,
-    calibrate,
-    least_error_ranges,
-    quantize_activations,
-    quantized_inputs,
-)
+from engine.quantization.activations import CALIBRATIONS, RANGE_FACTORS  # noqa: F401
 from engine.quantization.bit_widths import check_bits
 from engine.quantization.grids import OnGrid
-from engine.quantization.weights import (  # noqa: F401  used as parts of this module
-    NO_EXCEPTIONS,
-    Parts,
-    QuantizedLayer,
-    Quantizer,
-    grid_of,
-    model_error,
-    quantize_layer,
-    quantize_model,
-    quantize_weights,
-    total,
-)
+from engine.quantization.weights import Parts, Quantizer, total
 
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
-
-# --- ranges and integers ---------------------------------------------------------------------
 
 
 def to_2d(w: Tensor, per_channel: bool) -> Tensor:
@@ -95,9 +74,6 @@ def clamp_to_range(
 def safe_divisor(scale: Tensor) -> Tensor:
     """Return the scale, or the smallest normal number in place of 0: then 0 / scale is 0."""
     return scale.clamp(min=torch.finfo(scale.dtype).tiny)
-
-
-# --- quantizers ------------------------------------------------------------------------------
 
 
 def scheme(
@@ -286,9 +262,6 @@ def pwlq_scales(m: Tensor, p: Tensor, n_bits: int, overlapping: bool) -> tuple[T
     return safe_divisor(p / (int_max + 0.5)), safe_divisor(tail)
 
 
-# --- PWLQ's breakpoint -----------------------------------------------------------------------
-
-
 class Distribution(NamedTuple):
     """Density f of weights in σ, symmetric about 0, and the paper's closed form of p."""
 
@@ -402,9 +375,6 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-# --- what is known of a scheme, by its name -----------------------------------------------------
-
-
 def quantizer_options(scheme_name: str) -> Set[str]:
     """Return the names of the arguments that the scheme's quantizer takes."""
     return inspect.signature(QUANTIZERS[scheme_name]).parameters.keys()
@@ -438,9 +408,6 @@ def n_levels(scheme_name: str, n_bits: int, overlapping: bool = False) -> int | 
     """Return how many values a tensor quantized with the scheme can take; None: it depends."""
     levels = getattr(QUANTIZERS[scheme_name], "n_levels", None)
     return levels(n_bits, overlapping) if levels else 2**n_bits
-
-
-# --- corrections of quantized weights --------------------------------------------------------
 
 
 def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:

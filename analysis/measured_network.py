@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from analysis.report import FLOAT_BITS, Row, Trial
-from analysis.taylor import parameter_change, taylor_terms
+from analysis.taylor import taylor_terms
 from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
@@ -302,7 +302,8 @@ class MeasuredNetwork:
                 quantizer, options = how.make_quantizer(0), how.layer_options()
                 layer = layers(graph)[name]
                 quantized = quantize_layer(graph, layer, quantizer, how.n_bits, **options)
-                deltas.append(parameter_change(graph, self.graph, name))
+                names = layer.tensors.values()
+                deltas.append({n: graph.get_buffer(n) - self.graph.get_buffer(n) for n in names})
                 ready = self.prepared(graph)
                 accuracy = self._measure(ready, self.images.test)["accuracy"]
                 change = self._measure(ready, self.images.expansion)["loss"] - loss

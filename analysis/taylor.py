@@ -29,12 +29,6 @@ class TaylorTerms(NamedTuple):
     second_order: float  # ½·ΔᵀHΔ
 
 
-def parameter_change(new: fx.GraphModule, old: fx.GraphModule, layer: str) -> Delta:
-    """Return Δ of the named layer's weight and bias between two graphs of one network."""
-    names = layers(old)[layer].tensors.values()
-    return {name: new.get_buffer(name) - old.get_buffer(name) for name in names}
-
-
 def taylor_terms(
     graph: fx.GraphModule, loader: Loader, deltas: Sequence[Delta]
 ) -> list[TaylorTerms]:

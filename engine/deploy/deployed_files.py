@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from engine.deploy.integer_layers import IntegerLayer, n_bits_needed
@@ -74,31 +75,28 @@ def describe_source(
 
 
 def write_files(
-    *,
+    paths: Mapping[str, str | None],
     net_q: nn.Module,
     integers: IntegerNetwork | None = None,
     dataset: ImageDataset | None = None,
     source: Mapping[str, str] | None = None,
-    export: str | None = None,
-    save_quantized: str | None = None,
-    save_integers: str | None = None,
 ) -> None:
-    """Write the files whose names are given: ONNX, `net_q`'s weights, packed integers.
+    """Write the files whose paths are given by flag: ONNX, `net_q`'s weights, packed integers.
 
     `integers`, `dataset` and `source`, the metadata, are for the first and the last of them. Raises
     OSError.
     """
-    if export:
+    if path := paths.get("export"):
         shape = dataset.test_images.shape[1:]
         model = to_onnx(integers, shape, dataset.mean, dataset.std, source)
-        atomic_write(Path(export), lambda temporary: temporary.write_bytes(model))
-        print(f"integers as ONNX:  {export}")
-    if save_quantized:
-        save_weights(net_q, Path(save_quantized))
-        print(f"quantized weights: {save_quantized}")
-    if save_integers:
-        save_packed(integers.integers(), source, Path(save_integers))
-        print(f"packed integers:   {save_integers}")
+        atomic_write(Path(path), lambda temporary: temporary.write_bytes(model))
+        print(f"integers as ONNX:  {path}")
+    if path := paths.get("save_quantized"):
+        save_weights(net_q, Path(path))
+        print(f"quantized weights: {path}")
+    if path := paths.get("save_integers"):
+        save_integers(integers.integers(), source, Path(path))
+        print(f"packed integers:   {path}")
 
 
 def to_onnx(
@@ -116,7 +114,11 @@ def to_onnx(
     is defined with its simulation in engine/deploy/integer_operations.py.
     """
     emitter = Emitter()
-    emitter.normalize(mean, std)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+    scale = emitter.constant("normalize.scale", (1 / (255 * std)).float())
+    shift = emitter.constant("normalize.shift", (-mean / std).float())
+    scaled = emitter.node("Mul", [emitter.cast_to_float("images", "pixels"), scale], "scaled")
+    emitter.node("Add", [scaled, shift], "input")
     for operation in net.operations:
         operation.emit(emitter)
     emitter.node("Identity", [emitter.as_float(net.output)], "logits")
@@ -145,7 +147,7 @@ def packed(layers: Mapping[str, IntegerLayer]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def save_packed(
+def save_integers(
     layers: Mapping[str, IntegerLayer], metadata: Mapping[str, str], path: Path
 ) -> None:
     """Write the layers' integers: weights of b bits packed into bytes, with scales and biases.

@@ -67,14 +67,6 @@ class Emitter:
         """Add integers → float32 and return the name of the result."""
         return self.node("Cast", [x], name, to=TensorProto.FLOAT)
 
-    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Add what makes the network's input of uint8 images."""
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
-        scale = self.constant("normalize.scale", (1 / (255 * std)).float())
-        shift = self.constant("normalize.shift", (-mean / std).float())
-        scaled = self.node("Mul", [self.cast_to_float("images", "pixels"), scale], "scaled")
-        self.node("Add", [scaled, shift], "input")
-
     def grid_constants(self, name: str, grid: Grid) -> list[str]:
         """Return the names of scale and zero point of a value."""
         return [

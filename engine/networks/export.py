@@ -115,9 +115,6 @@ def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
     return program
 
 
-# --- from torch.export's program to a module -------------------------------------------------
-
-
 def _without_inplace(graph: fx.Graph) -> bool:
     """Replace operations in place by those that return a new value; False where views forbid it.
 
@@ -189,9 +186,6 @@ def _described(node: fx.Node) -> dict:
         described["shape"] = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
     described["is_bool"] = isinstance(value, Tensor) and value.dtype == torch.bool
     return described | {"is_parameter": node.meta.get("is_parameter", False)}
-
-
-# --- one form for what can be written in several ways ----------------------------------------
 
 
 def _inline_regions(module: fx.GraphModule) -> None:
@@ -295,9 +289,6 @@ def _replace(module: fx.GraphModule, node: fx.Node, target: Callable, args: tupl
     return new
 
 
-# --- constants -------------------------------------------------------------------------------
-
-
 def _constants(module: fx.GraphModule) -> set[fx.Node]:
     """Return the nodes whose values depend on neither images nor random numbers."""
     constant: set[fx.Node] = set()
@@ -333,9 +324,6 @@ def _fold_constants(module: fx.GraphModule) -> None:
 def _is_learned(node: fx.Node) -> bool:
     """Tell whether a constant is a parameter, or computed from one."""
     return node.meta.get("is_parameter", False) or any(map(_is_learned, node.all_input_nodes))
-
-
-# --- names and tensors of operations ---------------------------------------------------------
 
 
 def _name_operations(module: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.networks import batch_norm_kernels as kernels
-from engine.networks.double_backward import forbid_third_derivative
+from engine.networks.convolution import forbid_third_derivative
 from engine.system import distributed
 from engine.system.errors import BatchTooSmallError, SetupError
 

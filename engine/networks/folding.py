@@ -78,11 +78,9 @@ def output_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
 def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> fx.GraphModule:
     """Return a copy whose batch norms have the running statistics of these images.
 
-    `batches` are images (B, 3, H, W) on the graph's device. Mean and variance are the means over
-    images of their batch's own, each layer seeing what the quantized ones before it give:
-    quantization shifts both, and statistics of the unquantized network no longer fit. Source: Sun
-    et al., NeurIPS 2019 (hybrid 8-bit floating point). Raises ValueError where no batch norm keeps
-    statistics.
+    `batches` are images (B, 3, H, W) on the graph's device. What the statistics are, and why, is
+    told at `recalibrate_batch_norm`, which does this to a network. Raises ValueError where no batch
+    norm keeps statistics.
     """
     kept = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
     if not kept:

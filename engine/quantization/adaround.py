@@ -80,9 +80,6 @@ def learn_rounding(
     return round_up
 
 
-# --- the error of a layer's output -----------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class OutputError:
     """A layer's mean squared output error, as a quadratic function of its weight's change D.
@@ -174,9 +171,6 @@ def to_columns(t: Tensor, layer: Operation) -> Tensor:
     t = t.reshape(1, -1, t.shape[-1]).mT if layer.kind == "linear" else t.flatten(2)
     columns = t.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3)
     return columns.reshape(*columns.shape[:2], -1)
-
-
-# --- learning --------------------------------------------------------------------------------
 
 
 def learn_layer(

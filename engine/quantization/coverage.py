@@ -11,19 +11,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from engine.networks.graph import Operation, aten, operations
+from engine.networks.graph import Operation, operations
 
 MAX_NAMES = 4  # of layers, in a line
-MOVES = {
-    aten.expand.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.clone.default,
-}
+MOVES = set("expand view reshape permute transpose unsqueeze slice clone".split())
 
 
 class Coverage(NamedTuple):
@@ -32,11 +23,6 @@ class Coverage(NamedTuple):
     multiply_adds: float
     weights: float
     in_float: dict[str, str]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing stays in float that the shares are about."""
-        return not self.in_float
 
     def __str__(self) -> str:
         """Return a line: shares, and what stays in float and why."""
@@ -81,7 +67,7 @@ def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
         for name in operation.inputs:
             if name in (inputs or ()):
                 source = operation.source(name)
-                while source.target in MOVES:  # such as an expanded token
+                while getattr(source.target, "_opname", "") in MOVES:  # such as an expanded token
                     source = source.args[0]
                 covered.add(source)
     for node in graph.graph.nodes:

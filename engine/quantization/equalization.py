@@ -101,9 +101,6 @@ def equalize(
     return equalized, Equalization(len(pairs), n_sweeps, left_alone)
 
 
-# --- which layers ----------------------------------------------------------------------------
-
-
 def find_pairs(
     graph: fx.GraphModule, across_relu6: bool = True
 ) -> tuple[list[Pair], dict[str, str]]:
@@ -194,9 +191,6 @@ def _fits(second: Operation, shape: Sequence[int], axis: int, n_channels: int) -
     if second.kind == "linear":
         return axis == -1 or len(shape) == 2
     return axis == 1 and shape[1] == n_channels
-
-
-# --- scales ----------------------------------------------------------------------------------
 
 
 def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Tensor], int]:

@@ -177,9 +177,8 @@ def test_an_unsupported_layer_is_named(tiny, monkeypatch, capsys):
             return self.classifier(x.tanh().mean(dim=(2, 3))), []
 
     monkeypatch.setitem(models.MODELS, "Folding", Averaging)
-    monkeypatch.setattr(
-        MeasuredNetwork, "measure", None
-    )  # it is refused before anything is measured
+    # it is refused before anything is measured
+    monkeypatch.setattr(MeasuredNetwork, "_measure", None)
     assert main(f"{FLAGS} --export net.onnx") == 1
     assert "--export: the network calls tanh, which has no integer form" in capsys.readouterr().err
 

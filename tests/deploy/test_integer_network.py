@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.deploy.comparison import first_disagreement
-from engine.deploy.deployed_files import pack, save_packed
+from engine.deploy.deployed_files import pack, save_integers
 from engine.deploy.integer_layers import MAX_BIAS, make_integer_layer, n_bits_needed, with_integers
 from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.networks.export import export_network
@@ -154,7 +154,7 @@ def test_the_loader_of_the_page_reads_the_integers(tmp_path, scheme):
     net, x = small_net(), images()
     integer_net, graph, _ = quantize(net, x, 3, 4, scheme, per_channel=True)
     path = tmp_path / "net.safetensors"
-    save_packed(integer_net.integers(), {"bits": "3"}, path)
+    save_integers(integer_net.integers(), {"bits": "3"}, path)
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}
@@ -319,7 +319,7 @@ def test_an_input_that_only_the_simulation_quantizes_is_refused():
 def test_packed_metadata_is_json(tmp_path):
     safetensors = pytest.importorskip("safetensors", reason="requirements-export.txt")
     integer_net, *_ = quantize(small_net(), images(), 4, 4)
-    save_packed(integer_net.integers(), {"bits": "4"}, tmp_path / "net.safetensors")
+    save_integers(integer_net.integers(), {"bits": "4"}, tmp_path / "net.safetensors")
     with safetensors.safe_open(tmp_path / "net.safetensors", "np") as file:
         layers = json.loads(file.metadata()["layers"])
     assert layers["conv1"]["shape"] == [6, 3, 3, 3] and layers["conv1"]["bits"] == [4]

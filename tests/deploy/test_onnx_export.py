@@ -176,9 +176,7 @@ def test_a_file_is_written_and_verified(scheme, tmp_path, monkeypatch, capsys):
     how = SimpleNamespace(scheme=scheme, n_bits=4, act_bits=4)
     source = deployed_files.describe_source(checkpoint, SETTINGS, how, "Small", Images.classes)
     rounded = with_integers(quantized, integers.integers())
-    deployed_files.write_files(
-        net_q=rounded, integers=integers, dataset=Images, source=source, export=str(path)
-    )
+    deployed_files.write_files({"export": str(path)}, rounded, integers, Images, source)
     test = Loader(Images.test_images, torch.zeros(40, dtype=torch.long), 16, MEAN, STD)
     simulations = {"float32": rounded}
     compared = verify.Compared(integers, simulations, quantized, folded(net))
