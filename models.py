@@ -56,9 +56,6 @@ class ConvNet(nn.Module):
             return self.classifier(pooled), activations
 
 
-# --- residual networks -----------------------------------------------------------------------
-
-
 class PadShortcut(nn.Module):
     """Shortcut without parameters: every second pixel, zeros for the new channels (option A)."""
 
@@ -172,9 +169,6 @@ def scaled(width: float, *channels: int) -> list[int]:
     return [max(1, round(width * c)) for c in channels]
 
 
-# --- without residuals, and with inverted ones -----------------------------------------------
-
-
 class VGGSmall(nn.Sequential):
     """2 × 128, 2 × 256 and 2 × 512 channels, each pair before max-pooling; one linear layer.
 
@@ -253,9 +247,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "VGGSmall": VGGSmall,
     "MobileNetV2": MobileNetV2,
 }
-
-
-# --- by name ---------------------------------------------------------------------------------
 
 
 def find_model(name: str) -> tuple[str, Callable[..., nn.Module]]:

@@ -27,12 +27,14 @@ from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Results, Row
 from analysis.weights_files import WeightsFile, find_weights
-from data import DATASETS, ImageDataset, accepts
+from data import ImageDataset
 from engine.deploy import deployed_files, verify
 from engine.deploy.integer_layers import with_integers
-from engine.networks.exported import export_network, layers, weights, write_back
+from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
+from engine.networks.graph import layers, weights
 from engine.networks.outputs import check_network
+from engine.quantization.activations import quantize_activations
 from engine.quantization.equalization import equalize
 from engine.system import distributed
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
@@ -43,7 +45,7 @@ from engine.system.progress import StepDisplay
 from engine.system.signals import GracefulShutdown
 from engine.training.learned_steps import LearnedSteps
 from flags import FILE_FLAGS, INTEGER_FLAGS
-from models import is_model, make_model
+from models import make_model
 
 FLAGS_OF_RECORDS = [*flags.NETWORK[1:], *flags.DATA[1:]]  # known when records have been read
 CALIBRATION_BATCH = 64  # images: ranges must not depend on --batch_size
@@ -58,8 +60,12 @@ class LoadedNetwork(NamedTuple):
     model: str  # its name
     file: WeightsFile
 
-
-# --- the sweep -------------------------------------------------------------------------------
+    def describe(
+        self, how: Quantization, args: argparse.Namespace, dataset: ImageDataset
+    ) -> dict[str, str]:
+        """Return the metadata of a file to deploy."""
+        path, classes = self.file.path, dataset.classes
+        return deployed_files.describe_source(path, vars(args), how, self.model, classes)
 
 
 def sweep(
@@ -162,12 +168,7 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
     )
 
 
-# --- networks --------------------------------------------------------------------------------
-
-
-recorded_network = partial(
-    checks.find_recorded_network, is_model=is_model, parse_width=utils.parse_width
-)
+recorded_network = partial(checks.find_recorded_network, parse_width=utils.parse_width)
 
 
 def load_networks(
@@ -229,19 +230,13 @@ def prepare_graph(graph: fx.GraphModule, path: Path, args: argparse.Namespace) -
     return graph
 
 
-# --- a run -----------------------------------------------------------------------------------
-
-
 def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     """Measure every file and report into the folder; return whether all could be measured."""
     explicit_flags = parser.explicit_flags
     files, results = find_weights(args.checkpoints), Results()
     if not any(file.path.exists() for file in files.values()):
         raise FileError(f"{', '.join(str(file.path) for file in files.values())}: no such file")
-    has_size = partial(accepts, option="image_size")
-    checks.choose_dataset(
-        files.values(), args, explicit_flags, DATASETS, has_size, utils.parse_image_size
-    )
+    checks.choose_dataset(files.values(), args, explicit_flags, utils.parse_image_size)
     models = [recorded_network(f, args, explicit_flags | {"width"})[0] for f in files.values()]
     warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=models)
     dataset = utils.load_dataset(args)
@@ -262,7 +257,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
         for network in loaded.values():
-            source = describe_source(network, quantizations[0], vars(args), dataset)
+            source = network.describe(quantizations[0], args, dataset)
             deployed_files.read_model(Path(args.verify), source)
     networks = {}
     try:
@@ -272,9 +267,8 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
             images = make_images(args, dataset)
             for name, each in loaded.items():
                 display.describe(name)
-                networks[name] = network = MeasuredNetwork(
-                    name, each.graph, each.net, not args.fold_bn, conditions, images
-                )
+                network = MeasuredNetwork(name, each.graph, each.net, conditions, images)
+                networks[name] = network
                 measure_network(network, each.file, quantizations, steps, record, args, results)
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:
@@ -284,21 +278,6 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
         [(name, network)] = networks.items()
         return deploy(network, loaded[name], quantizations[0], args, dataset)
     return is_complete
-
-
-def describe_source(
-    network: LoadedNetwork, how: Quantization, settings: Mapping[str, Any], dataset: ImageDataset
-) -> dict[str, str]:
-    """Return the metadata of a file to deploy."""
-    return deployed_files.describe_source(
-        network.file.path,
-        settings,
-        model=network.model,
-        scheme=how.scheme,
-        n_bits=how.n_bits,
-        act_bits=how.act_bits,
-        classes=dataset.classes,
-    )
 
 
 def deploy(
@@ -314,21 +293,18 @@ def deploy(
     verify is not of this network and these flags.
     """
     graph_q, _ = network.quantized_weights(how)
-    targets = {flag: getattr(args, flag) for flag in ("export", "save_quantized", "save_integers")}
     if not network.conditions.in_integers:
-        deployed_files.write_files(net_q=write_back(network.net, graph_q), **targets)
+        deployed_files.write_files(vars(args), write_back(network.net, graph_q))
         return True
     integers = network.integers(how)
-    source = describe_source(loaded, how, vars(args), dataset)
+    source = loaded.describe(how, args, dataset)
     graph_int = with_integers(graph_q, integers.integers())
     net_q = write_back(network.net, graph_int)
-    deployed_files.write_files(
-        net_q=net_q, integers=integers, dataset=dataset, source=source, **targets
-    )
+    deployed_files.write_files(vars(args), net_q, integers, dataset, source)
     if not args.verify:
         return True
     simulations = {
-        name: qu.quantize_activations(graph, network.grids(how.act_bits))
+        name: quantize_activations(graph, network.grids(how.act_bits))
         for name, graph in (("float32", graph_int), ("float32, biases not rounded", graph_q))
     }
     compared = verify.Compared(integers, simulations, graph_q, network.graph)
@@ -405,9 +381,7 @@ def report_results(
     if len(measured) > 1 or args.layers:
         plots |= draw_distributions(layer_weights, args, folder)
     if not args.no_plots:
-        n_bits = 4 if 4 in args.bits else min(args.bits)
-        quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
-        plots |= draw_plots(results, layer_weights, quantizers, n_bits, args.per_channel, folder)
+        plots |= draw_plots(results, layer_weights, quantizations, args, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print(f"plots:   {', '.join(map(str, plots.values()))}")
@@ -440,9 +414,8 @@ def draw_distributions(
 def draw_plots(
     results: Results,
     layer_weights: Mapping[str, Mapping[str, torch.Tensor]],
-    quantizers: Mapping[str, qu.Quantizer],
-    n_bits: int,
-    per_channel: bool,
+    quantizations: Sequence[Quantization],
+    args: argparse.Namespace,
     folder: Path,
 ) -> dict[str, Path]:
     """Draw the plots into the folder and return their paths by title."""
@@ -453,13 +426,12 @@ def draw_plots(
     if results.layer_rows:
         plots["per_layer"] = folder / "per_layer.png"
         figures.per_layer_plot(results.layer_rows, plots["per_layer"])
+    n_bits = 4 if 4 in args.bits else min(args.bits)
+    quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
     for name, of_layers in layer_weights.items():
         path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
-        figures.weights_plot(name, of_layers, quantizers, n_bits, per_channel, path)
+        figures.weights_plot(name, of_layers, quantizers, n_bits, args.per_channel, path)
     return plots
-
-
-# --- the script ------------------------------------------------------------------------------
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:

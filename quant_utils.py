@@ -1,4 +1,4 @@
-"""Post-training quantization of tensors and of whole networks.
+"""Post-training quantization of tensors; of whole networks: `engine.quantization`.
 
 A quantizer is a pure function `(w, n_bits, …) -> w_q`: same shape, values on a grid, `w` untouched.
 It chooses a range, rounds to integers and goes back to float, in that order. All of them take
@@ -29,35 +29,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.quantization.activations import (  # noqa: F401  used as parts of this module
-    CALIBRATIONS,
-    RANGE_FACTORS,
-    activation_grids,
-    calibrate,
-    first_and_last,
-    input_shapes,
-    least_error_ranges,
-    quantize_activations,
-    quantized_inputs,
-)
+from engine.quantization.activations import CALIBRATIONS, RANGE_FACTORS  # noqa: F401
 from engine.quantization.bit_widths import check_bits
 from engine.quantization.grids import OnGrid
-from engine.quantization.weights import (  # noqa: F401  used as parts of this module
-    NO_EXCEPTIONS,
-    Parts,
-    QuantizedLayer,
-    Quantizer,
-    grid_of,
-    model_error,
-    quantize_layer,
-    quantize_model,
-    quantize_weights,
-    total,
-)
+from engine.quantization.weights import Parts, Quantizer, total
 
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
-
-# --- ranges and integers ---------------------------------------------------------------------
 
 
 def to_2d(w: Tensor, per_channel: bool) -> Tensor:
@@ -99,21 +76,13 @@ def safe_divisor(scale: Tensor) -> Tensor:
     return scale.clamp(min=torch.finfo(scale.dtype).tiny)
 
 
-# --- quantizers ------------------------------------------------------------------------------
-
-
-def two_to_the_bits(n_bits: int, overlapping: bool = False) -> int | None:
-    """Return how many values n_bits can take."""
-    return 2**n_bits
-
-
 def scheme(
-    *, own_bias_range: bool = False, n_levels: Callable[..., int | None] = two_to_the_bits
+    *, own_bias_range: bool = False, n_levels: Callable[[int, bool], int | None] | None = None
 ) -> Callable[[Callable[..., Parts]], Quantizer]:
     """Return a decorator for a quantizer that returns parts on uniform grids, see the module.
 
     `own_bias_range`: its published code gives a bias a range and breakpoint of its own.
-    `n_levels(n_bits, overlapping)` is how many values a quantized tensor can take.
+    `n_levels(n_bits, overlapping)` is how many values a quantized tensor can take, if not 2^n_bits.
     """
 
     def decorate(grid: Callable[..., Parts]) -> Quantizer:
@@ -133,14 +102,6 @@ def on_grid(rows: Tensor, scale: Tensor, w: Tensor) -> OnGrid:
     """Return codes as rows, (rows, elements), in the shape of w, with the scale of each row."""
     shape = (len(scale), *[1] * (w.dim() - 1)) if len(scale) > 1 else ()
     return OnGrid(rows.reshape(w.shape), scale.reshape(shape))
-
-
-def pwlq_levels(n_bits: int, overlapping: bool) -> int | None:
-    """Return as many as a uniform quantizer of one more bit has, less one.
-
-    None with overlapping regions, where it depends on the breakpoint.
-    """
-    return None if overlapping else 2 ** (n_bits + 1) - 1
 
 
 @scheme()
@@ -169,13 +130,10 @@ def round_within(
     int_max = 2 ** (n_bits - 1) - 1
     scale = limit / (int_max + 0.5)
     x = rows / safe_divisor(scale)
-    codes = x.round_() if round_up is None else x.floor_().add_(as_rows(round_up, rows))
+    if isinstance(round_up, Tensor):
+        round_up = round_up.reshape(rows.shape)
+    codes = x.round_() if round_up is None else x.floor_().add_(round_up)
     return codes.clamp_(int_min, int_max), scale
-
-
-def as_rows(round_up: Tensor | int, rows: Tensor) -> Tensor | int:
-    """Return a tensor in the shape of the rows; a number as it is."""
-    return round_up.reshape(rows.shape) if isinstance(round_up, Tensor) else round_up
 
 
 @scheme()
@@ -238,7 +196,11 @@ def dorefa(
     return (on_grid(x_int.mul_(2).sub_(int_max), scale / 2, w),)
 
 
-@scheme(own_bias_range=True, n_levels=pwlq_levels)
+# Levels: those of a uniform quantizer of one more bit, less one; with overlapping regions their
+# number depends on the breakpoint.
+@scheme(
+    own_bias_range=True, n_levels=lambda n, overlapping: None if overlapping else 2 ** (n + 1) - 1
+)
 def pwlq(
     w: Tensor,
     n_bits: int,
@@ -259,24 +221,20 @@ def pwlq(
     """
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
-    p = choose_breakpoint(range_rows, m, n_bits, distribution, approximate, overlapping)
+    if distribution == "search":
+        p = search_breakpoint(range_rows, m, n_bits, overlapping)
+    else:
+        density = DISTRIBUTIONS[distribution]
+        p = breakpoint_from_distribution(range_rows, m, density, approximate, overlapping)
     if not overlapping:
         return pwlq_with_breakpoint(rows, m, p, n_bits, False).reshape(w.shape)
-    in_tail = rows.abs() >= p
+    magnitude = rows.abs()
+    regions = magnitude < p, magnitude >= p
+    int_max = 2 ** (n_bits - 1) - 1
     return tuple(
-        on_grid(round_to(rows, scale, n_bits) * region, scale, w)
-        for scale, region in zip(pwlq_scales(m, p, n_bits, True), (~in_tail, in_tail), strict=True)
+        on_grid((magnitude / scale).round_().clamp_(max=int_max).copysign_(rows) * in_it, scale, w)
+        for scale, in_it in zip(pwlq_scales(m, p, n_bits, True), regions, strict=True)
     )
-
-
-def choose_breakpoint(
-    rows: Tensor, m: Tensor, n_bits: int, distribution: str, approximate: bool, overlapping: bool
-) -> Tensor:
-    """Return the breakpoint p of each row, in w's units; see `pwlq` for the options."""
-    if distribution == "search":
-        return search_breakpoint(rows, m, n_bits, overlapping)
-    density = DISTRIBUTIONS[distribution]
-    return breakpoint_from_distribution(rows, m, density, approximate, overlapping)
 
 
 def pwlq_with_breakpoint(
@@ -302,14 +260,6 @@ def pwlq_scales(m: Tensor, p: Tensor, n_bits: int, overlapping: bool) -> tuple[T
     int_max = 2 ** (n_bits - 1) - 1
     tail = m / (int_max + 0.5) if overlapping else (m - p) / int_max
     return safe_divisor(p / (int_max + 0.5)), safe_divisor(tail)
-
-
-def round_to(rows: Tensor, scale: Tensor, n_bits: int) -> Tensor:
-    """Return the codes of rows on a symmetric grid of 2^n_bits − 1 points."""
-    return (rows.abs() / scale).round_().clamp_(max=2 ** (n_bits - 1) - 1).copysign_(rows)
-
-
-# --- PWLQ's breakpoint -----------------------------------------------------------------------
 
 
 class Distribution(NamedTuple):
@@ -425,9 +375,6 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-# --- what is known of a scheme, by its name -----------------------------------------------------
-
-
 def quantizer_options(scheme_name: str) -> Set[str]:
     """Return the names of the arguments that the scheme's quantizer takes."""
     return inspect.signature(QUANTIZERS[scheme_name]).parameters.keys()
@@ -459,11 +406,8 @@ def bias_range(scheme_name: str, biases: str, fold_bn: bool) -> str | None:
 
 def n_levels(scheme_name: str, n_bits: int, overlapping: bool = False) -> int | None:
     """Return how many values a tensor quantized with the scheme can take; None: it depends."""
-    levels = getattr(QUANTIZERS[scheme_name], "n_levels", two_to_the_bits)
-    return levels(n_bits, overlapping)
-
-
-# --- corrections of quantized weights --------------------------------------------------------
+    levels = getattr(QUANTIZERS[scheme_name], "n_levels", None)
+    return levels(n_bits, overlapping) if levels else 2**n_bits
 
 
 def mean_correction(w: Tensor, w_q: Tensor) -> Tensor:

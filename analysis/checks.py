@@ -3,9 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 from tqdm import tqdm
@@ -21,13 +20,16 @@ from analysis.weights_files import (
     read_record,
     read_training_record,
 )
-from engine.networks.exported import layers, operations
+from data import DATASETS, accepts
 from engine.networks.folding import batch_norms, foldable
+from engine.networks.graph import layers, operations
+from engine.quantization.coverage import by_reason
 from engine.system import distributed
 from engine.system.cli import Parser
 from engine.system.errors import DataError, FileError, NetworkError
 from engine.system.io import check_writable
 from engine.training.learned_steps import LearnedSteps, read_steps
+from models import is_model
 
 MAX_ACCURACY_CHANGE = 0.01  # of accuracy since training: more than bfloat16 or another machine does
 
@@ -41,9 +43,6 @@ def print_warning(message: str) -> None:
     """Print one line about a file on rank 0."""
     if distributed.get_rank() == 0:
         tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
-
-
-# --- files and flags ---------------------------------------------------------------------------
 
 
 def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
@@ -88,8 +87,6 @@ def find_recorded_network(
     file: WeightsFile,
     args: argparse.Namespace,
     explicit_flags: Set[str],
-    *,
-    is_model: Callable[[Any], bool],
     parse_width: Callable[[str], float],
 ) -> tuple[str, float]:
     """Return name and width of the network in the file's record, unless the flags are given.
@@ -120,16 +117,14 @@ def choose_dataset(
     files: Iterable[WeightsFile],
     args: argparse.Namespace,
     explicit_flags: Set[str],
-    datasets: Collection[str],
-    has_size: Callable[[str], bool],
     parse_size: Callable[[str], float],
 ) -> None:
     """Set --dataset to what the files were trained on, unless it is given: then warn of others.
 
-    And --image_size to that of their images; `has_size` tells whether a data set has one.
+    And --image_size to that of their images.
     """
     if "dataset" not in explicit_flags:
-        args.dataset = common_dataset(files, datasets) or args.dataset
+        args.dataset = common_dataset(files, DATASETS) or args.dataset
     if "image_size" not in explicit_flags:
         size = common_image_size(files, args.dataset) or args.image_size
         args.image_size = parse_recorded(parse_size, size, "the record's image_size")
@@ -138,7 +133,7 @@ def choose_dataset(
         if trained_on != args.dataset:
             print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
         size = file.image_size() or args.image_size
-        if size != args.image_size and has_size(args.dataset):
+        if size != args.image_size and accepts(args.dataset, "image_size"):
             pixels = f"images of {size} pixels, not of {args.image_size}"
             print_warning(f"{file.path} was trained on {pixels}: --image_size")
 
@@ -171,11 +166,10 @@ def check_coverage(
     """Print what stays in float, if anything does; with --strict that is a ValueError."""
     for act_bits in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
         covered = network.coverage(FLOAT_BITS if act_bits else 8)
-        if covered.is_whole:
-            continue
-        if strict:
+        if covered.in_float and strict:
             raise ValueError(f"--strict: {covered}")
-        print_warning(f"{network.name}: {covered}")
+        if covered.in_float:
+            print_warning(f"{network.name}: {covered}")
 
 
 def check_sums(network: MeasuredNetwork, path: Path) -> None:
@@ -239,7 +233,5 @@ def describe_biases(quantizations: Sequence[Quantization]) -> str:
         "weight": "on their weights' grids",
         "own": "with a range of their own",
     }
-    schemes: dict[str, dict[str, None]] = {}
-    for how in quantizations:
-        schemes.setdefault(words[how.bias_range], {})[how.scheme] = None
+    schemes = by_reason({how.scheme: words[how.bias_range] for how in quantizations})
     return "; ".join(f"{text} ({', '.join(names)})" for text, names in schemes.items())

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from analysis.report import FLOAT_BITS, Row, Trial
-from analysis.taylor import parameter_change, taylor_terms
-from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.values import shared_ranges
+from analysis.taylor import taylor_terms
+from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
-from engine.networks.exported import copy_graph, get_tensor, layers
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
+from engine.networks.graph import copy_graph, layers
 from engine.quantization import activations as acts
-from engine.quantization.adaround import learn_rounding, learnable_layers
+from engine.quantization.adaround import learn_rounding
 from engine.quantization.coverage import Coverage, coverage
 from engine.quantization.weights import (
     NO_EXCEPTIONS,
@@ -94,44 +93,36 @@ class Conditions:
     tick: Callable[[], Any] = int  # called after each measurement
 
 
+@dataclass(eq=False)
 class MeasuredNetwork:
     """A network in float, on the CPU, and how it fares when it is quantized.
 
     Attributes:
         graph: as it is quantized, with batch norms folded and channels equalized if asked for.
         net: the network itself, for learned step sizes.
-        fold: whether batch norms are folded after quantizing, which changes no output and halves
-            the time.
     """
 
-    def __init__(
-        self,
-        name: str,
-        graph: fx.GraphModule,
-        net: nn.Module,
-        fold: bool,
-        conditions: Conditions,
-        images: Images,
-    ) -> None:
-        """Keep what it is; nothing is computed yet."""
-        self.name, self.graph, self.net, self.fold = name, graph, net, fold
-        self.conditions = conditions
-        self.images = images
+    name: str
+    graph: fx.GraphModule
+    net: nn.Module
+    conditions: Conditions
+    images: Images
+
+    def __post_init__(self) -> None:
         self._ranges: dict[int, dict[str, acts.Range]] = {}
         self._rounding: tuple[tuple[str, int], dict[str, Tensor]] = (("", 0), {})
-        self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] | None = None
-
-    # --- what is known of it -----------------------------------------------------------------
+        self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] = (None, None)
 
     @cached_property
     def unquantized(self) -> Trial:
         """Loss and accuracy without quantizing."""
-        return Trial(**self.measure(self.graph))
+        return Trial(**self._measure(self.prepared(self.graph), self.images.test))
 
     @cached_property
     def ends(self) -> tuple[str, str]:
         """The names of the first and the last layer."""
-        return acts.first_and_last(self.graph)
+        names = [*layers(self.graph)]
+        return names[0], names[-1]
 
     def layer_bits(self, n_bits: int) -> dict[str, int]:
         """Return the bits of layers, by name, that have others than n_bits."""
@@ -185,18 +176,16 @@ class MeasuredNetwork:
             inputs = {name for name, kinds in steps.layers.items() if "input" in kinds}
         return coverage(self.graph, inputs)
 
-    # --- measuring ---------------------------------------------------------------------------
-
     def prepared(self, graph: fx.GraphModule) -> fx.GraphModule:
-        """Return a copy of a graph of this network as it is evaluated."""
-        copied = fold_batch_norms(graph) if self.fold else copy_graph(graph)
-        return copied.to(self.conditions.device, memory_format=self.conditions.memory_format)
+        """Return a copy of a graph of this network as it is evaluated.
 
-    def measure(self, graph: fx.GraphModule) -> dict[str, float]:
-        """Return the mean "loss" (cross entropy) and the "accuracy" of a graph on test images."""
-        return self._measure(self.prepared(graph), self.images.test)
+        Batch norms that are left are folded, which changes no output and halves the time.
+        """
+        memory_format = self.conditions.memory_format
+        return fold_batch_norms(graph).to(self.conditions.device, memory_format=memory_format)
 
     def _measure(self, net: nn.Module, loader: Loader) -> dict[str, float]:
+        """Return the mean "loss" (cross entropy) and the "accuracy" of a network on images."""
         measured = evaluate(net, nn.CrossEntropyLoss(), loader, self.conditions.dtype)
         self.conditions.tick()
         return measured
@@ -236,7 +225,7 @@ class MeasuredNetwork:
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
         """Return a copy of the graph with quantized weights, and what became of each layer."""
         key = how.scheme, how.n_bits, trial  # bits of inputs do not matter
-        if self._weights is None or self._weights[0] != key:
+        if self._weights[0] != key:
             quantized = quantize_weights(
                 self.graph,
                 how.make_quantizer(trial),
@@ -262,26 +251,20 @@ class MeasuredNetwork:
             def quantized(name: str, round_up: Tensor | int | None) -> dict[str, Tensor]:
                 graph = copy_graph(self.graph)
                 layer = layers(graph)[name]
+                options = {**how.layer_options(), "round_up": round_up}
                 n_bits = bits.get(name, how.n_bits)
-                options = how.layer_options()
-                quantizer = how.make_quantizer(0)
-                quantize_layer(graph, layer, quantizer, n_bits, **options, round_up=round_up)
-                names = {"weight": layer.weight, "bias": layer.bias}
-                return {kind: get_tensor(graph, each) for kind, each in names.items() if each}
+                quantize_layer(graph, layer, how.make_quantizer(0), n_bits, **options)
+                return {kind: graph.get_buffer(each) for kind, each in layer.tensors.items()}
 
-            rank = distributed.get_rank()
-            world_size = distributed.get_world_size()
-            self._rounding = (
-                key,
-                learn_rounding(
-                    self.graph,
-                    learnable_layers(self.graph),
-                    quantized,
-                    lambda: batches(self.images.rounding, rank, world_size),
-                    self.conditions.rounding_iterations,
-                    self.conditions.device,
-                ),
+            part = distributed.get_rank(), distributed.get_world_size()
+            learned = learn_rounding(
+                self.graph,
+                quantized,
+                lambda: batches(self.images.rounding, *part),
+                self.conditions.rounding_iterations,
+                self.conditions.device,
             )
+            self._rounding = key, learned
         return self._rounding[1]
 
     def integers(self, how: Quantization, trial: int = 0) -> IntegerNetwork:
@@ -304,8 +287,6 @@ class MeasuredNetwork:
         grids = acts.activation_grids(ranges, act_bits, self.layer_bits(act_bits))
         IntegerNetwork.from_graph(self.graph, grids, {})
 
-    # --- one layer at a time -----------------------------------------------------------------
-
     def per_layer(self, quantizations: Sequence[Quantization]) -> Iterator[Row]:
         """Quantize the weights of one layer at a time; yield a row for each way and layer.
 
@@ -318,12 +299,11 @@ class MeasuredNetwork:
         for how in quantizations:
             for name in layers(self.graph):
                 graph = copy_graph(self.graph)
+                quantizer, options = how.make_quantizer(0), how.layer_options()
                 layer = layers(graph)[name]
-                options = how.layer_options()
-                quantized = quantize_layer(
-                    graph, layer, how.make_quantizer(0), how.n_bits, **options
-                )
-                deltas.append(parameter_change(graph, self.graph, name))
+                quantized = quantize_layer(graph, layer, quantizer, how.n_bits, **options)
+                names = layer.tensors.values()
+                deltas.append({n: graph.get_buffer(n) - self.graph.get_buffer(n) for n in names})
                 ready = self.prepared(graph)
                 accuracy = self._measure(ready, self.images.test)["accuracy"]
                 change = self._measure(ready, self.images.expansion)["loss"] - loss

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from analysis.measured_network import MeasuredNetwork, Quantization
 from analysis.report import FLOAT_BITS, Row
-from engine.networks.exported import get_tensor, operations
-from engine.quantization.activations import Range, quantized_inputs
+from engine.networks.graph import operations
+from engine.quantization.activations import quantized_inputs
 from engine.quantization.grids import Grid
 
 COLUMNS = ("operation", "tensor", "shape", "bits", "range")
@@ -30,13 +30,12 @@ def plan_rows(
             bits = [grid.n_bits for grid in grids]
             rows.append(_row(name, "input", shape, bits, "/".join(ranges)))
         if operation.weight:
-            name, w = operation.name, get_tensor(network.graph, operation.weight)
+            name, w = operation.name, network.graph.get_buffer(operation.weight)
             bits = [network.layer_bits(n).get(name, n) for n in weight_bits]
-            limit = w.abs().max().item()
-            extent = "per channel" if per_channel else _range((-limit, limit))
+            extent = "per channel" if per_channel else f"±{w.abs().max().item():.4g}"
             rows.append(_row(name, "weight", w.shape, bits, extent))
         if operation.bias:
-            shape = get_tensor(network.graph, operation.bias).shape
+            shape = network.graph.get_buffer(operation.bias).shape
             extent = "weight's" if with_biases else ""
             rows.append(_row(name, "bias", shape, bits if with_biases else (), extent))
     return [{"checkpoint": network.name, **row} for row in rows]
@@ -53,10 +52,4 @@ def _grid_range(grid: Grid) -> str:
     if grid.zero_point == 2 ** (grid.n_bits - 1):  # symmetric about 0
         return f"±{grid.scale * grid.max_code / 2:.4g}"
     low, high = (grid.scale * (code - grid.zero_point) for code in (0, grid.max_code))
-    return _range((0, high)) if grid.zero_point == 0 else f"{low:.4g} … {high:.4g}"
-
-
-def _range(limits: Range) -> str:
-    """Return a range as text: from 0 where the grid is unsigned, else as far on either side."""
-    low, high = limits
-    return f"0 … {high:.4g}" if low >= 0 else f"±{max(high, -low):.4g}"
+    return f"{low:.4g} … {high:.4g}"

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import grad
 
 from engine.images.loader import Loader
-from engine.networks.exported import Operation, copy_graph, get_tensor, layers, set_tensor
+from engine.networks.graph import copy_graph, layers, set_tensor
 from engine.networks.outputs import run_network
 from engine.system import distributed
 from engine.system.hardware import with_float64
@@ -29,12 +29,6 @@ class TaylorTerms(NamedTuple):
     second_order: float  # ½·ΔᵀHΔ
 
 
-def parameter_change(new: fx.GraphModule, old: fx.GraphModule, layer: str) -> Delta:
-    """Return Δ of the named layer's weight and bias between two graphs of one network."""
-    tensors = _tensors(layers(old)[layer])
-    return {name: get_tensor(new, name) - get_tensor(old, name) for name in tensors}
-
-
 def taylor_terms(
     graph: fx.GraphModule, loader: Loader, deltas: Sequence[Delta]
 ) -> list[TaylorTerms]:
@@ -42,20 +36,17 @@ def taylor_terms(
     graph = copy_graph(graph)
     params = {}
     for layer in layers(graph).values():
-        for name in _tensors(layer):
-            params[name] = get_tensor(graph, name).clone().requires_grad_()
+        for name in layer.tensors.values():
+            params[name] = graph.get_buffer(name).clone().requires_grad_()
             set_tensor(graph, name, params[name])
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
     g, second_order = gradient_and_curvatures(graph, params, loader, deltas)
-    return [
-        TaylorTerms(dot(g, delta).item(), first_order_bound(g, delta), curvature)
-        for delta, curvature in zip(deltas, second_order, strict=True)
-    ]
-
-
-def _tensors(layer: Operation) -> list[str]:
-    """Return the names of a layer's weight and bias."""
-    return [name for name in (layer.weight, layer.bias) if name]
+    terms = []
+    for delta, curvature in zip(deltas, second_order, strict=True):
+        l1_norm = sum(g[key].abs().sum().item() for key in delta)
+        bound = l1_norm * max(d.abs().max().item() for d in delta.values())
+        terms.append(TaylorTerms(dot(g, delta).item(), bound, curvature))
+    return terms
 
 
 def gradient_and_curvatures(
@@ -89,9 +80,3 @@ def gradient_and_curvatures(
 def dot(a: Delta, delta: Delta) -> Tensor:
     """Return a·Δ over the parameters that Δ changes."""
     return sum((a[key] * d).sum() for key, d in delta.items())
-
-
-def first_order_bound(g: Delta, delta: Delta) -> float:
-    """Return ‖g‖₁·‖Δ‖_∞ over the parameters that Δ changes."""
-    l1_norm = sum(g[key].abs().sum().item() for key in delta)
-    return l1_norm * max(d.abs().max().item() for d in delta.values())

@@ -11,8 +11,9 @@ from pathlib import Path
 import _root  # noqa: F401
 
 import quant_utils as qu
-from engine.networks.exported import export_network, weights
+from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
+from engine.networks.graph import weights
 from engine.system import cli
 from engine.system.errors import FileError
 from engine.system.io import load_weights

@@ -30,9 +30,9 @@ def _default_determinism():
 @pytest.fixture(autouse=True, scope="session")
 def _traced_once():
     """Trace each of these networks once: it takes a second, and none depends on its weights."""
-    from engine.networks import exported
+    from engine.networks import export
 
-    trace, programs = exported.traced, {}
+    trace, programs = export.traced, {}
 
     def traced(net, images):
         if type(net).__module__ not in ("models", "reference", "tiny_scripts"):
@@ -42,9 +42,9 @@ def _traced_once():
             programs[key] = trace(net, images)
         return programs[key]
 
-    exported.traced = traced
+    export.traced = traced
     yield
-    exported.traced = trace
+    export.traced = trace
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def net():
 @pytest.fixture(scope="session")
 def graph():
     """The exported graph of `net`."""
-    from engine.networks.exported import export_network
+    from engine.networks.export import export_network
 
     return export_network(make_net(), (3, 32, 32))
 

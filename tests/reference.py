@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.networks.exported import operations, with_inputs
+from engine.networks.graph import operations, with_inputs
 from engine.quantization.grids import OnGrid
 
 

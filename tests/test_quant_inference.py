@@ -17,8 +17,9 @@ import quant_utils as qu
 from analysis import measured_network
 from analysis.measured_network import Conditions, Images, MeasuredNetwork
 from engine.networks import layers
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.folding import batch_norms
+from engine.quantization.weights import model_error, quantize_model, quantize_weights
 from engine.system import progress
 from engine.system.io import save_weights
 from models import ConvNet
@@ -144,8 +145,8 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
         assert (row["accuracy_std"] is None) == (row["scheme"] != "dorefa")
         assert row["trials"] == (2 if row["scheme"] == "dorefa" else 1)
     for row, quantizer, source in ((rows[1], qu.uniform, "weight"), (rows[3], qu.pwlq, "own")):
-        net_q, layers = qu.quantize_model(make_net(), quantizer, 3, bias_range=source)
-        assert row["squared_error"] == qu.model_error(layers)
+        net_q, layers = quantize_model(make_net(), quantizer, 3, bias_range=source)
+        assert row["squared_error"] == model_error(layers)
         images = tiny.test_images / 255
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
         with torch.no_grad():
@@ -200,7 +201,7 @@ def test_biases_as_published_keep_full_precision_or_stay_on_the_weights_grid(tin
     for biases in ("published", "weight", "full"):
         flags = ["a.pt", "--biases", biases, "--bits", "3", "--schemes", "dorefa", "pwlq"]
         for how in qi.make_quantizations(qi.make_parser().parse_args(flags)):
-            graph_q, _ = qu.quantize_weights(
+            graph_q, _ = quantize_weights(
                 graph, how.make_quantizer(0), how.n_bits, **how.layer_options()
             )
             quantized[biases, how.scheme] = graph_q.classifier.bias
@@ -266,11 +267,11 @@ def test_16_bits_everywhere_are_as_good_as_none(tiny):
 
 
 def test_folding_for_evaluation_after_quantizing_changes_no_output(tiny):
-    net, _ = qu.quantize_model(make_net(), qu.uniform, 3)
+    net, _ = quantize_model(make_net(), qu.uniform, 3)
     x = torch.randn(4, 3, 32, 32)
     graph = export_network(net, (3, 32, 32))
     conditions = Conditions("cpu")
-    network = MeasuredNetwork("a", graph, net, True, conditions, Images(test=None))
+    network = MeasuredNetwork("a", graph, net, conditions, Images(test=None))
     with torch.no_grad():
         torch.testing.assert_close(network.prepared(graph)(x), net(x)[0], rtol=1e-4, atol=1e-4)
     assert batch_norms(graph) and not batch_norms(network.prepared(graph))

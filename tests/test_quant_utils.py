@@ -13,9 +13,17 @@ from torch import nn
 
 import quant_utils as qu
 from engine.networks import layers
-from engine.networks.exported import operations, returning_values
-from engine.quantization.activations import minmax, percentile, topk_median
+from engine.networks.graph import operations, returning_values
+from engine.quantization.activations import (
+    activation_grids,
+    calibrate,
+    minmax,
+    percentile,
+    quantize_activations,
+    topk_median,
+)
 from engine.quantization.grids import MIN_SCALE, activation_grid
+from engine.quantization.weights import model_error, quantize_model, quantize_weights
 
 SCIPY = {"norm": stats.norm, "laplace": stats.laplace(scale=1 / math.sqrt(2))}
 DETERMINISTIC = {
@@ -380,12 +388,12 @@ def test_what_is_no_quantized_weight_is_refused(quantizer, message):
     net = nn.Sequential()
     net.add_module("conv", nn.Conv2d(3, 4, 3))
     with pytest.raises(ValueError, match=message):
-        qu.quantize_model(net, quantizer, 4, bias_range=None)
+        quantize_model(net, quantizer, 4, bias_range=None)
 
 
 def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    net_q, errors = qu.quantize_model(net, qu.uniform, 4)
+    net_q, errors = quantize_model(net, qu.uniform, 4)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     originals = layers.quantizable_layers(net)
     assert [error.name for error in errors] == list(originals)
@@ -399,22 +407,22 @@ def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):
         assert error == pytest.approx((w_q - w).square().sum().item(), rel=1e-5)
     squared = torch.tensor([error.squared_error for error in errors])
     sizes = torch.tensor([error.n_weights for error in errors])
-    assert qu.model_error(errors) == pytest.approx(squared.mean().item(), rel=1e-5)
-    assert qu.model_error(errors, True) == pytest.approx((squared / sizes).mean().item(), rel=1e-5)
+    assert model_error(errors) == pytest.approx(squared.mean().item(), rel=1e-5)
+    assert model_error(errors, True) == pytest.approx((squared / sizes).mean().item(), rel=1e-5)
 
 
 def test_bias_shares_the_levels_of_its_weight_or_stays(net):
     net.classifier.bias.data.mul_(100)
-    layer = qu.quantize_model(net, qu.uniform, 3)[0].classifier
+    layer = quantize_model(net, qu.uniform, 3)[0].classifier
     assert len(torch.cat([layer.weight.flatten(), layer.bias]).unique()) <= 2**3
-    layer = qu.quantize_model(net, qu.uniform, 3, bias_range=None)[0].classifier
+    layer = quantize_model(net, qu.uniform, 3, bias_range=None)[0].classifier
     assert torch.equal(layer.bias, net.classifier.bias)
 
 
 def test_nan_weights_name_the_layer(net):
     net.layer4[0].weight.data[0] = math.nan
     with pytest.raises(ValueError, match=r"^layer4\.0: .*NaN"):
-        qu.quantize_model(net, qu.pwlq, 4)
+        quantize_model(net, qu.pwlq, 4)
 
 
 def test_bias_correction_keeps_each_channels_spread_and_moves_its_mean():
@@ -443,7 +451,7 @@ def test_mean_correction_keeps_each_channels_mean():
 @pytest.mark.parametrize("method", qu.CALIBRATIONS)
 def test_calibration_sees_every_input(net, graph, method):
     batches = torch.randn(2, 8, 3, 32, 32, generator=seeded())
-    ranges = qu.calibrate(graph, batches, method)
+    ranges = calibrate(graph, batches, method)
     assert set(ranges) == {*layers.quantizable_layers(net), "pool"}
     low, high = ranges["layer0.0"]
     assert low < 0 < high
@@ -478,12 +486,12 @@ def test_activation_grid(w, n_bits, positive):
 
 def test_activations_of_a_network_are_quantized(net, graph):
     x = torch.randn(8, 3, 32, 32, generator=seeded())
-    ranges = qu.calibrate(graph, [x], "minmax")
+    ranges = calibrate(graph, [x], "minmax")
     with torch.no_grad():
         reference, _ = net(x)
         for n_bits in (2, 16):
-            graph_q, _ = qu.quantize_weights(graph, qu.uniform, 16)
-            graph_q = qu.quantize_activations(graph_q, qu.activation_grids(ranges, n_bits))
+            graph_q, _ = quantize_weights(graph, qu.uniform, 16)
+            graph_q = quantize_activations(graph_q, activation_grids(ranges, n_bits))
             logits = graph_q(x)
             if n_bits == 2:
                 [pool] = [each for each in operations(graph_q) if each.name == "pool"]

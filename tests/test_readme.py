@@ -25,10 +25,11 @@ import regularizers
 import study
 import train
 from engine.images.loader import Loader
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
 from engine.networks.outputs import run_network
+from engine.quantization.weights import quantize_model
 from engine.step.gradients import compute_gradients
 from engine.system.cli import warn_unused_flags
 
@@ -393,7 +394,7 @@ def test_the_network_of_the_page_trains_in_bfloat16_and_quantizes(extended):
     made = regularizers.make_regularizer("L2Grad", 0.01)
     compute_gradients(net, nn.CrossEntropyLoss(), made, x.float(), y, torch.bfloat16)
     assert all(p.grad.isfinite().all() for p in net.parameters())
-    net_q, errors = quant_utils.quantize_model(net, quant_utils.uniform, 4, image_shape=(3, 8, 8))
+    net_q, errors = quantize_model(net, quant_utils.uniform, 4, image_shape=(3, 8, 8))
     names = ["stem.0", *(f"blocks.{i}.conv{n}" for i in (0, 1) for n in (1, 2))]
     assert [e.name for e in errors] == [*names, "blocks.1.down.0", "classifier"]
     assert net_q.eval()(x.float()).shape == (6, 4)
@@ -411,7 +412,7 @@ def test_the_quantizer_of_the_page_quantizes_a_network(extended, n_bits):
     assert len(values) <= 2 ** (n_bits - 1) and values.max() == w.abs().max()
     assert quantizer(w_q, n_bits).equal(w_q)
     net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
-    net_q, errors = quant_utils.quantize_model(net, quantizer, n_bits, image_shape=(9,))
+    net_q, errors = quantize_model(net, quantizer, n_bits, image_shape=(9,))
     assert net_q[0].weight.equal(quantizer(net[0].weight, n_bits))
     assert all(e.squared_error > 0 and e.parts is None for e in errors)
 
@@ -420,7 +421,7 @@ def test_the_quantizer_of_the_page_quantizes_a_network(extended, n_bits):
 def test_the_quantizer_of_integers_of_the_page_has_them(extended, per_channel):
     quantizer = partial(quant_utils.QUANTIZERS["narrow"], per_channel=per_channel)
     net = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
-    net_q, quantized = quant_utils.quantize_model(net, quantizer, 3, image_shape=(9,))
+    net_q, quantized = quantize_model(net, quantizer, 3, image_shape=(9,))
     for layer, (part,) in zip(net_q, (e.parts for e in quantized), strict=True):
         assert set(part.codes.unique().tolist()) <= {-3, -2, -1, 0, 1, 2, 3}
         assert part.codes.abs().max() == 3

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from engine.deploy import packing
+from engine.deploy.integer_layers import IntegerLayer, n_bits_needed
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.onnx_emitter import onnx
-from engine.deploy.onnx_export import FORMAT, FORMAT_KEY, to_onnx
+from engine.deploy.onnx_emitter import Emitter, TensorProto, helper, onnx
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
@@ -23,6 +24,8 @@ PACKAGES = {
     "save_integers": ("safetensors",),
     "save_quantized": (),
 }
+FORMAT_KEY = "regulquant_format"  # in a model's metadata
+FORMAT = "1"
 # What the metadata of earlier versions' files do not say.
 NOT_RECORDED = dict(act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4")
 
@@ -46,18 +49,11 @@ def check_run(flags: Collection[str]) -> None:
 
 
 def describe_source(
-    path: Path,
-    settings: Mapping[str, Any],
-    *,
-    model: str,
-    scheme: str,
-    n_bits: int,
-    act_bits: int,
-    classes: Sequence[str],
+    path: Path, settings: Mapping[str, Any], how: Any, model: str, classes: Sequence[str]
 ) -> dict[str, str]:
     """Return a file's metadata: what it was made from, and how. All of it decides the integers.
 
-    `settings` are the values of the script's flags by name.
+    `settings` are the values of the script's flags by name, `how` has scheme, n_bits and act_bits.
     """
     learned = "adaround on {rounding_images} images in {rounding_steps} steps"
     pwlq = [settings[flag] for flag in ("distribution", "approximate", "overlapping")]
@@ -67,9 +63,9 @@ def describe_source(
         "checkpoint": path.name,
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "class_names": json.dumps(classes),
-        "scheme": scheme,
-        "bits": str(n_bits),
-        "act_bits": str(act_bits),
+        "scheme": how.scheme,
+        "bits": str(how.n_bits),
+        "act_bits": str(how.act_bits),
         "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
         **{k: json.dumps(settings[k]) for k in ("per_channel", "keep_first_last", "equalize")},
         "clip_p": str(settings["clip_p"]),
@@ -79,36 +75,101 @@ def describe_source(
 
 
 def write_files(
-    *,
+    paths: Mapping[str, str | None],
     net_q: nn.Module,
     integers: IntegerNetwork | None = None,
     dataset: ImageDataset | None = None,
     source: Mapping[str, str] | None = None,
-    export: str | None = None,
-    save_quantized: str | None = None,
-    save_integers: str | None = None,
 ) -> None:
-    """Write the files whose names are given: ONNX, `net_q`'s weights, packed integers.
+    """Write the files whose paths are given by flag: ONNX, `net_q`'s weights, packed integers.
 
     `integers`, `dataset` and `source`, the metadata, are for the first and the last of them. Raises
     OSError.
     """
-    if export:
-        model = to_model(integers, dataset, source)
-        atomic_write(Path(export), lambda temporary: temporary.write_bytes(model))
-        print(f"integers as ONNX:  {export}")
-    if save_quantized:
-        save_weights(net_q, Path(save_quantized))
-        print(f"quantized weights: {save_quantized}")
-    if save_integers:
-        packing.save_integers(integers.integers(), source, Path(save_integers))
-        print(f"packed integers:   {save_integers}")
+    if path := paths.get("export"):
+        shape = dataset.test_images.shape[1:]
+        model = to_onnx(integers, shape, dataset.mean, dataset.std, source)
+        atomic_write(Path(path), lambda temporary: temporary.write_bytes(model))
+        print(f"integers as ONNX:  {path}")
+    if path := paths.get("save_quantized"):
+        save_weights(net_q, Path(path))
+        print(f"quantized weights: {path}")
+    if path := paths.get("save_integers"):
+        save_integers(integers.integers(), source, Path(path))
+        print(f"packed integers:   {path}")
 
 
-def to_model(net: IntegerNetwork, dataset: ImageDataset, source: Mapping[str, str]) -> bytes:
-    """Return the ONNX model of a network of the data set's images."""
-    shape = dataset.test_images.shape[1:]
-    return to_onnx(net, shape, dataset.mean, dataset.std, source)
+def to_onnx(
+    net: IntegerNetwork,
+    image_shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Return the ONNX model of a network, as a file's content; a quantized one has Q/DQ pairs.
+
+    It maps "images", uint8 (batch, *image_shape), to "logits", (batch, classes). Images are
+    normalized by mean and std, of pixels scaled to 0..1, as in engine/images/loader.py. The output
+    of every quantized operation is a value with the operation's name. What each operation becomes
+    is defined with its simulation in engine/deploy/integer_operations.py.
+    """
+    emitter = Emitter()
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+    scale = emitter.constant("normalize.scale", (1 / (255 * std)).float())
+    shift = emitter.constant("normalize.shift", (-mean / std).float())
+    scaled = emitter.node("Mul", [emitter.cast_to_float("images", "pixels"), scale], "scaled")
+    emitter.node("Add", [scaled, shift], "input")
+    for operation in net.operations:
+        operation.emit(emitter)
+    emitter.node("Identity", [emitter.as_float(net.output)], "logits")
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *image_shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "classes"])
+    model = emitter.model([images], logits)
+    helper.set_model_props(model, {FORMAT_KEY: FORMAT, **metadata})
+    return model.SerializeToString()
+
+
+def pack(codes: Tensor, n_bits: int) -> np.ndarray:
+    """Return int8 codes of n_bits, which fit, as ⌈n·n_bits / 8⌉ bytes."""
+    unsigned = codes.flatten().numpy().astype(np.int16) + 2 ** (n_bits - 1)
+    bits = (unsigned[:, None] >> np.arange(n_bits)) & 1
+    return np.packbits(bits.astype(np.uint8), bitorder="little")
+
+
+def packed(layers: Mapping[str, IntegerLayer]) -> dict[str, np.ndarray]:
+    """Return the weights, scales and biases by their names in a file."""
+    arrays = {}
+    for name, layer in layers.items():
+        for i, part in enumerate(layer.parts):
+            arrays[f"{name}.codes{i}"] = pack(part.codes, n_bits_needed(part.codes))
+            arrays[f"{name}.scale{i}"] = part.scale.flatten().numpy()
+        arrays[f"{name}.bias"] = layer.bias.numpy()
+    return arrays
+
+
+def save_integers(
+    layers: Mapping[str, IntegerLayer], metadata: Mapping[str, str], path: Path
+) -> None:
+    """Write the layers' integers: weights of b bits packed into bytes, with scales and biases.
+
+    For each layer NAME and part i of its weight: `NAME.codes<i>`, uint8, code + 2^(b − 1) in b
+    bits, the lowest bit first, across bytes; `NAME.scale<i>`, float32; `NAME.bias`, int32. The
+    file's metadata "layers" is JSON: {NAME: {"shape", "bits": one a part, "input_scale",
+    "input_zero_point", "input_bits"}}. docs/deploy.md has a loader of ten lines. Raises OSError.
+    """
+    numpy_files = require("safetensors.numpy", "--save_integers")
+    described = {
+        name: {
+            "shape": list(layer.parts[0].codes.shape),
+            "bits": [n_bits_needed(part.codes) for part in layer.parts],
+            "input_scale": layer.in_grid.scale,
+            "input_zero_point": layer.in_grid.zero_point,
+            "input_bits": layer.in_grid.n_bits,
+        }
+        for name, layer in layers.items()
+    }
+    content = numpy_files.save(packed(layers), {**metadata, "layers": json.dumps(described)})
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def read_model(path: Path, source: Mapping[str, str]) -> bytes:

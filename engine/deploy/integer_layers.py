@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from engine.networks.exported import copy_graph, layers, set_constant
+from engine.networks.graph import copy_graph, layers, set_constant
 from engine.quantization.grids import Grid, OnGrid
+from engine.quantization.weights import total
 
 MAX_CODE = 128  # |code| of a weight in int8
 MAX_BIAS = 2**30  # |bias| in units of its scale: what int32 holds beside the sum of products
@@ -29,10 +30,6 @@ class IntegerLayer:
     def product_scale(self, part: OnGrid) -> Tensor:
         """Return scale_x·scale_part, (1) or (C), rounded to float32 as engines do."""
         return torch.tensor(self.in_grid.scale) * part.scale.flatten()
-
-    def weight(self) -> Tensor:
-        """Return the dequantized weight."""
-        return sum(part.dequantize() for part in self.parts)
 
     def dequantized_bias(self) -> Tensor:
         """Return the bias in float32."""
@@ -81,7 +78,7 @@ def with_integers(graph: fx.GraphModule, integers: Mapping[str, IntegerLayer]) -
     graph = copy_graph(graph)
     for name, layer in layers(graph).items():
         if name in integers:
-            set_constant(graph, layer, "weight", integers[name].weight())
+            set_constant(graph, layer, "weight", total(integers[name].parts))
             set_constant(graph, layer, "bias", integers[name].dequantized_bias())
     graph.recompile()
     return graph

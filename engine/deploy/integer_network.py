@@ -3,15 +3,18 @@
 What the operations compute is defined in engine/deploy/integer_operations.py.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import count
 
 from torch import Tensor, fx, nn
 
+from engine.deploy import integer_operations as integer
 from engine.deploy.integer_layers import IntegerLayer, make_integer_layer
-from engine.deploy.integer_operations import Arithmetic, IntegerOperation, Layer, Rescale, Sum
-from engine.deploy.supported import NONE, name_of, operands, refuse
-from engine.deploy.values import Values
+from engine.deploy.onnx_emitter import UNBOUNDED, Bounds
+from engine.deploy.supported import NONE, OPERATIONS, check_supported, name_of, operands, refuse
+from engine.networks.graph import Operation
+from engine.quantization.equalization import NO_VALUES
 from engine.quantization.grids import Grid, OnGrid
 from engine.system.errors import NetworkError
 
@@ -30,7 +33,7 @@ class IntegerNetwork(nn.Module):
 
     def __init__(
         self,
-        operations: list[IntegerOperation],
+        operations: list[integer.IntegerOperation],
         output: str,
         values_of: Mapping[str, tuple[str, Grid | None]] = NONE,
     ) -> None:
@@ -52,7 +55,7 @@ class IntegerNetwork(nn.Module):
         and for a value that is needed on two grids; ValueError, naming the layer, where a quantized
         weight has no integers of 8 bits.
         """
-        return _Builder(Values(graph), grids, parts).network()
+        return _Builder(graph, grids, parts).network()
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map normalized images x (B, 3, H, W) to logits; no activations are returned."""
@@ -69,81 +72,150 @@ class IntegerNetwork(nn.Module):
                     values.pop(name, None)
         return values
 
-    def layers(self) -> list[Layer]:
-        """Return the operations that have weights of the network's."""
-        return [each for each in self.operations if isinstance(each, Layer) and each.layer]
-
-    def arithmetic(self) -> list[Arithmetic]:
-        """Return the operations that compute with codes, and round."""
-        computing = (each for each in self.operations if isinstance(each, Arithmetic))
-        return [each for each in computing if None not in each.in_grids]
-
     def integers(self) -> dict[str, IntegerLayer]:
         """Return the integers of every layer by name."""
-        return {each.layer: each.integers for each in self.layers()}
+        layers = [each for each in self.operations if isinstance(each, integer.Layer)]
+        return {each.layer: each.integers for each in layers if each.layer}
 
 
-class _Builder:
-    """From values to operations."""
+class Values:
+    """The values of a graph, and which of them an engine keeps on one grid.
 
-    def __init__(self, values: Values, grids: Mapping[str, Grid], parts: Mapping) -> None:
-        self.values, self.parts, self.is_float = values, parts, not grids
-        self.operations: list[IntegerOperation] = []
-        self.names = {values.images: "input"}
+    Attributes:
+        nodes: whose values are tensors computed from images, in the order in which they run.
+        stages: the integer operations of each node; a ReLU that is part of others has none.
+        tensor: by node, the one that stands for all whose values are on its grid.
+        bounds: of the ReLUs that are part of an operation, by its node.
+        unrectified: the nodes whose own value does not exist, as a ReLU is applied before.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        """Read the graph; NetworkError where an operation has no integer form."""
+        self.output: fx.Node = next(iter(reversed(graph.graph.nodes))).args[0]
+        [self.images] = graph.graph.find_nodes(op="placeholder")
+        self.nodes = [
+            node
+            for node in graph.graph.nodes
+            if node.op == "call_function" and node.target not in NO_VALUES
+        ]
+        check_supported(self.nodes)
+        self.stages: dict[fx.Node, list] = {}
+        self.tensor = {self.images: self.images}
+        self.bounds: dict[fx.Node, Bounds] = {}
+        self.unrectified: set[fx.Node] = set()
+        for node in self.nodes:
+            self._add(node)
+
+    def inputs(self) -> list[tuple[Operation, str, fx.Node]]:
+        """Return each operation with the name of an input, and the tensor that this is."""
+        named = [Operation(node) for node in self.nodes if "name" in node.meta]
+        return [
+            (each, name, self.tensor[each.source(name)]) for each in named for name in each.inputs
+        ]
+
+    def _add(self, node: fx.Node) -> None:
+        stages = OPERATIONS[node.target](node)
+        if stages and stages[0][0] is integer.Rescale and self._join(node, stages[0][1]["bounds"]):
+            stages = []
+        self.stages[node] = stages
+        self.tensor[node] = node
+        if all(issubclass(kind, integer.Move) for kind, _ in stages):
+            joined = {self.tensor[source] for source in operands(node)} | {node}
+            first, *_ = (each for each in self.tensor if each in joined)
+            self.tensor |= {k: first for k, each in self.tensor.items() if each in joined}
+
+    def _join(self, node: fx.Node, bounds: Bounds) -> bool:
+        """Make a ReLU part of the operations whose values it alone reads, or tell that it is not.
+
+        Values may be moved between: max-pooling and ReLU are the same in either order.
+        """
+        passed: set[fx.Node] = set()
+        makers = self._makers(node.args[0], passed, bounds[0] <= 0 <= bounds[1])
+        joined = {}
+        for maker in makers:
+            own = self.stages[maker][0][1].get("bounds", UNBOUNDED)
+            low, high = self.bounds.get(maker, own)
+            joined[maker] = max(low, bounds[0]), min(high, bounds[1])
+        if not makers or any(low > high for low, high in joined.values()):
+            return False
+        self.bounds |= joined
+        self.unrectified |= passed
+        return True
+
+    def _makers(self, node: fx.Node, passed: set[fx.Node], has_zero: bool) -> list[fx.Node]:
+        """Return what computes the value; none where others read it, too.
+
+        `passed` gains these and what moves their values; `has_zero`: the ReLU keeps zeros.
+        """
+        readers = [user for user in node.users if user.target not in NO_VALUES]
+        if len(readers) != 1 or node not in self.stages:
+            return []
+        passed.add(node)
+        kinds = [kind for kind, _ in self.stages[node]]
+        if kinds and issubclass(kinds[0], integer.Arithmetic):
+            return [node]
+        makers = [self._makers(source, passed, has_zero) for source in operands(node)]
+        return sum(makers, []) if all(makers) and (has_zero or integer.Pad not in kinds) else []
+
+
+class _Builder(Values):
+    """From the values of a graph to operations."""
+
+    def __init__(self, graph: fx.GraphModule, grids: Mapping[str, Grid], parts: Mapping) -> None:
+        super().__init__(graph)
+        self.parts, self.is_float = parts, not grids
+        self.operations: list[integer.IntegerOperation] = []
+        self.names = {self.images: "input"}
         self.taken = set(RESERVED)
-        self.grids = self._grids_of_tensors(grids)
+        found = self._grids_of_tensors(grids)
+        self.grids = {node: found.get(tensor) for node, tensor in self.tensor.items()}
 
     def _grids_of_tensors(self, grids: Mapping[str, Grid]) -> dict[fx.Node, Grid]:
         """Return the grid of each tensor that is quantized, by the node that stands for it."""
-        found: dict[fx.Node, Grid] = {}
-        inputs = self.values.inputs()
+        inputs = self.inputs()
         if unused := grids.keys() - {name for _, name, _ in inputs}:
             raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
+        found = {tensor: grids[name] for _, name, tensor in reversed(inputs) if name in grids}
         for each, name, tensor in inputs:
             if each.kind == "add" and grids and name not in grids:
                 raise refuse(each.node, "the sum would stay in float: --quantize_sums is needed")
-            if name in grids and found.setdefault(tensor, grids[name]) != grids[name]:
-                raise _conflict(name)
-        for each, name, tensor in inputs:
-            if name not in grids and tensor in found and each.kind != "cat":
-                raise _conflict(name)
-        if self.values.tensor[self.values.output] in found:
-            raise refuse(self.values.output, "the logits are quantized for another operation")
+            is_moved = each.kind == "cat" and name not in grids
+            if tensor in found and not is_moved and found[tensor] != grids.get(name):
+                raise NetworkError(
+                    f"--export: {name}: its input is quantized for another layer in another way, "
+                    "as with --keep_first_last"
+                )
+        if self.tensor[self.output] in found:
+            raise refuse(self.output, "the logits are quantized for another operation")
         return found
-
-    def _grid(self, node: fx.Node) -> Grid | None:
-        return self.grids.get(self.values.tensor[node])
 
     def network(self) -> IntegerNetwork:
         """Return the network."""
-        images = self.values.images
-        if grid := self._grid(images):
-            self.operations.append(Rescale("input_codes", ("input",), (None,), grid))
-            self.names[images] = "input_codes"
-        for node in self.values.nodes:
-            self._add(node)
+        if grid := self.grids[self.images]:
+            self.operations.append(integer.Rescale("input_codes", ("input",), (None,), grid))
+            self.names[self.images] = "input_codes"
+        for node in self.nodes:
+            self._add_operations(node)
         values_of = {
-            node.name: (name, self._grid(node))
+            node.name: (name, self.grids[node])
             for node, name in self.names.items()
-            if node not in self.values.unrectified
+            if node not in self.unrectified
         }
-        return IntegerNetwork(self.operations, self.names[self.values.output], values_of)
+        return IntegerNetwork(self.operations, self.names[self.output], values_of)
 
-    def _add(self, node: fx.Node) -> None:
-        """Add the operations of a node."""
+    def _add_operations(self, node: fx.Node) -> None:
         sources = operands(node)
-        grid = self._grid(node)
         names = tuple(self.names[source] for source in sources)
-        in_grids = tuple(self._grid(source) for source in sources)
-        for i, (kind, options) in enumerate(self.values.stages[node]):
+        in_grids = tuple(self.grids[source] for source in sources)
+        for i, (kind, options) in enumerate(self.stages[node]):
             if i == 0:
                 self._check(node, kind, names, in_grids)
                 options = self._options(node, options, in_grids)
                 own = self._name(node)
             else:
                 own = f"{own}.{kind.__name__.lower()}"
-            self.operations.append(kind(own, names, in_grids, grid, **options))
-            names, in_grids = (own,), (grid,)
+            self.operations.append(kind(own, names, in_grids, self.grids[node], **options))
+            names, in_grids = (own,), (self.grids[node],)
         self.names[node] = names[0]
 
     def _name(self, node: fx.Node) -> str:
@@ -155,21 +227,20 @@ class _Builder:
 
     def _check(self, node: fx.Node, kind: type, names: tuple, in_grids: tuple) -> None:
         """Raise NetworkError where a value would stay in float."""
-        if self.is_float or not issubclass(kind, Arithmetic) or kind is Rescale:
+        if self.is_float or not issubclass(kind, integer.Arithmetic) or kind is integer.Rescale:
             return
         if None in in_grids:
             raise refuse(node, "nothing quantizes its input")
-        if kind is Sum and names[0] == names[1]:
+        if kind is integer.Sum and names[0] == names[1]:
             raise refuse(node, "a sum of a tensor and itself is not supported")
-        is_result = self.values.tensor[node] is self.values.tensor[self.values.output]
-        if not self._grid(node) and not is_result:
+        if not self.grids[node] and self.tensor[node] is not self.tensor[self.output]:
             raise refuse(node, "what reads its output does not quantize it")
 
     def _options(self, node: fx.Node, options: dict, in_grids: tuple) -> dict:
         """Return the options of an operation, with its ReLU and a layer's integers."""
         options = dict(options)
-        if node in self.values.bounds:
-            options["bounds"] = self.values.bounds[node]
+        if node in self.bounds:
+            options["bounds"] = self.bounds[node]
         name = options.get("layer")
         parts = options.pop("parts", self.parts.get(name, ()))
         if parts is None:
@@ -180,9 +251,20 @@ class _Builder:
         return options
 
 
-def _conflict(name: str) -> NetworkError:
-    """Return the error of a value that is needed on two grids, or also in float."""
-    return NetworkError(
-        f"--export: {name}: its input is quantized for another layer in another way, as with "
-        "--keep_first_last"
-    )
+def shared_ranges(
+    graph: fx.GraphModule, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Return the ranges, by name, with one for all inputs that are, or are part of, one tensor.
+
+    It holds all of theirs: an engine keeps a tensor on one grid, whoever reads it.
+    """
+    values = Values(graph)
+    readers: dict[fx.Node, list[str]] = defaultdict(list)
+    for _, name, tensor in values.inputs():
+        if name in ranges:
+            readers[tensor].append(name)
+    shared = dict(ranges)
+    for names in readers.values():
+        low, high = zip(*(ranges[name] for name in names), strict=True)
+        shared |= dict.fromkeys(names, (min(low), max(high)))
+    return shared

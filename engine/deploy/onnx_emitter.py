@@ -67,14 +67,6 @@ class Emitter:
         """Add integers → float32 and return the name of the result."""
         return self.node("Cast", [x], name, to=TensorProto.FLOAT)
 
-    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Add what makes the network's input of uint8 images."""
-        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
-        scale = self.constant("normalize.scale", (1 / (255 * std)).float())
-        shift = self.constant("normalize.shift", (-mean / std).float())
-        scaled = self.node("Mul", [self.cast_to_float("images", "pixels"), scale], "scaled")
-        self.node("Add", [scaled, shift], "input")
-
     def grid_constants(self, name: str, grid: Grid) -> list[str]:
         """Return the names of scale and zero point of a value."""
         return [
@@ -82,29 +74,24 @@ class Emitter:
             self.constant(f"{name}.zero_point", np.uint8(grid.zero_point)),
         ]
 
-    def quantize(self, x: str, name: str, grid: Grid, bounds: Bounds = UNBOUNDED) -> None:
-        """Add float → codes called `name`, of values within the bounds."""
-        low, high = grid.code_range(bounds)
-        clipped = (low, high) != (0, 255)
-        target = f"{name}.rounded" if clipped else name
-        self.node("QuantizeLinear", [x, *self.grid_constants(name, grid)], target)
-        self.grids[name] = grid
-        if clipped:
-            limits = [self.constant(f"code.{n}", np.uint8(n)) for n in (low, high)]
-            self.node("Clip", [target, *limits], name)
-
     def finish(self, y: str, name: str, grid: Grid | None, bounds: Bounds) -> None:
         """Add what comes after a result y: rounding within its bounds, or these alone."""
         if grid:
-            self.quantize(y, name, grid, bounds)
+            low, high = grid.code_range(bounds)
+            is_clipped = (low, high) != (0, 255)
+            codes = f"{name}.rounded" if is_clipped else name
+            self.node("QuantizeLinear", [y, *self.grid_constants(name, grid)], codes)
+            self.grids[name] = grid
+            if is_clipped:
+                limits = [self.constant(f"code.{n}", np.uint8(n)) for n in (low, high)]
+                self.node("Clip", [codes, *limits], name)
         elif bounds == RELU:
             self.node("Relu", [y], name)
-        elif bounds == UNBOUNDED:
-            if y != name:
-                self.node("Identity", [y], name)
-        else:
+        elif bounds != UNBOUNDED:
             limits = [self.constant(f"bound.{bound}", np.float32(bound)) for bound in bounds]
             self.node("Clip", [y, *limits], name)
+        elif y != name:
+            self.node("Identity", [y], name)
 
     def as_float(self, name: str) -> str:
         """Return the name of the value in float32, dequantized where it is codes."""

@@ -1,14 +1,15 @@
 """ONNX Runtime: sessions on the CPU, what became of a model's nodes, and whether sums are exact."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.onnx_export import operation_to_onnx
+from engine.deploy.integer_operations import Arithmetic
+from engine.deploy.onnx_emitter import Emitter, TensorProto, helper
 from engine.system.extras import require
 from engine.system.io import file_boundary
 
@@ -64,6 +65,21 @@ def optimized_nodes(model: bytes, name: str, exact_products: bool = False) -> di
     return {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(nodes)}
 
 
+def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
+    """Return a model of one quantized operation alone: inputs such as `codes` → its output."""
+    emitter = Emitter()
+    emitter.grids |= zip(operation.sources, operation.in_grids, strict=True)
+    sources = [
+        helper.make_tensor_value_info(name, TensorProto.UINT8, ["batch", *example.shape[1:]])
+        for name, example in zip(operation.sources, codes, strict=True)
+    ]
+    operation.emit(emitter)
+    kind = TensorProto.UINT8 if operation.out_grid else TensorProto.FLOAT
+    sizes = ["batch", *(f"out{i}" for i in range(codes[0].dim() - 1))]
+    target = helper.make_tensor_value_info(operation.name, kind, sizes)
+    return emitter.model(sources, target).SerializeToString()
+
+
 def inexact_operations(net: IntegerNetwork, exact_products: bool = False) -> list[str]:
     """Return the layers, sums and poolings that this processor does not compute exactly.
 
@@ -72,7 +88,9 @@ def inexact_operations(net: IntegerNetwork, exact_products: bool = False) -> lis
     """
     generator = torch.Generator().manual_seed(0)
     names = []
-    for each in net.arithmetic():
+    for each in net.operations:
+        if not isinstance(each, Arithmetic) or None in each.in_grids:
+            continue
         codes = each.trial_codes(generator)
         model = operation_to_onnx(each, codes)
         run = open_session(model, each.name, exact_products=exact_products)

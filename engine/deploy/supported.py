@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from engine.deploy import integer_operations as integer
 from engine.networks.convolution import padding_widths
-from engine.networks.exported import BATCH, KINDS, aten, get_tensor
+from engine.networks.graph import BATCH, KINDS, aten
 from engine.quantization.equalization import clamp_bounds, kind_of
 from engine.quantization.grids import OnGrid
 from engine.system.errors import NetworkError
@@ -115,7 +115,7 @@ def _layer(node: fx.Node) -> list[Stage]:
         raise refuse(node, "its weight depends on the images")
     module = node.graph.owning_module
     weight, bias = (
-        get_tensor(module, arg.target) if arg is not None else None
+        module.get_buffer(arg.target) if arg is not None else None
         for arg in (*node.args[1:], None)[:2]
     )
     options = {"product": node.target}

@@ -14,10 +14,9 @@ from torch import Tensor, fx, nn
 
 from engine.deploy import onnx_session
 from engine.deploy.comparison import first_disagreement
-from engine.deploy.deployed_files import ImageDataset, read_model, to_model
+from engine.deploy.deployed_files import ImageDataset, packed, read_model, to_onnx
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
-from engine.deploy.packing import packed
 from engine.images.loader import Loader
 from engine.networks.outputs import run_network
 from engine.quantization.coverage import first_names
@@ -58,13 +57,40 @@ def verify_file(
     dataset: ImageDataset,
     source: Mapping[str, str],
 ) -> bool:
-    """Print what `verify` finds and write it beside the ONNX file; tell whether all agrees.
+    """Measure an ONNX file, print that and write it beside the file; tell whether all agrees.
 
-    Raises FileError where the file is not of this source.
+    What it gives on all test images is compared with simulations; `test` makes normalized batches
+    of these in their order. Where this processor needs a session option for exact sums, the engine
+    is measured with it, and counted without it. Raises FileError where the file is not of this
+    source.
     """
     model = read_model(path, source)
-    measured = {"file": path.name, "source": dict(source)}
-    measured |= verify(model, compared, test, dataset)
+    integers = compared.integers
+    inexact = onnx_session.inexact_operations(integers)
+    still_inexact = onnx_session.inexact_operations(integers, True) if inexact else []
+    exact_products = len(still_inexact) < len(inexact)
+    engines = {"engine": onnx_session.open_session(model, "the model", None, exact_products)}
+    if exact_products:
+        engines[DEFAULT_ENGINE] = onnx_session.open_session(model, "the model")
+    first_images = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
+    measured = {
+        "file": path.name,
+        "source": dict(source),
+        **compare_predictions(engines, compared, test, dataset.test_images),
+        "disagreement": first_disagreement(integers, compared.quantized.cpu(), first_images),
+        "inexact_layers": inexact,
+        "session_options": {onnx_session.EXACT_PRODUCTS: "1"} if exact_products else {},
+        "inexact_layers_with_options": still_inexact,
+        "nodes": onnx_session.optimized_nodes(model, "the model", exact_products),
+        "images_per_second": measure_speed(engines, compared, test, dataset, exact_products),
+        "bytes": {
+            "file": len(model),
+            "packed": sum(each.nbytes for each in packed(integers.integers()).values()),
+            "float32": 4 * sum(each.numel() for each in compared.float_net.buffers()),
+        },
+        "onnxruntime": require("onnxruntime", "--verify").__version__,
+        "environment": describe_environment(),
+    }
     print(f"\n{format_report(measured)}")
     for line in warnings(measured):
         print(f"quant_inference.py: warning: {line}", file=sys.stderr)
@@ -74,48 +100,15 @@ def verify_file(
     return not (measured["differing_predictions"]["integer"] or measured["disagreement"])
 
 
-def verify(model: bytes, compared: Compared, test: Loader, dataset: ImageDataset) -> dict[str, Any]:
-    """Return what the model gives on all test images beside simulations, its speed and its size.
-
-    `test` makes normalized batches of the test images in their order. Where this processor needs a
-    session option for exact sums, the engine is measured with it, and counted without it.
-    """
-    integers = compared.integers
-    inexact = onnx_session.inexact_operations(integers)
-    still_inexact = onnx_session.inexact_operations(integers, True) if inexact else []
-    exact_products = len(still_inexact) < len(inexact)
-    first_images = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
-    return {
-        **compare_predictions(model, compared, test, dataset.test_images, exact_products),
-        "disagreement": first_disagreement(integers, compared.quantized.cpu(), first_images),
-        "inexact_layers": inexact,
-        "session_options": {onnx_session.EXACT_PRODUCTS: "1"} if exact_products else {},
-        "inexact_layers_with_options": still_inexact,
-        "nodes": onnx_session.optimized_nodes(model, "the model", exact_products),
-        "images_per_second": measure_speed(model, compared, test, dataset, exact_products),
-        "bytes": {
-            "file": len(model),
-            "packed": sum(each.nbytes for each in packed(integers.integers()).values()),
-            "float32": 4 * sum(each.numel() for each in compared.float_net.buffers()),
-        },
-        "onnxruntime": require("onnxruntime", "--verify").__version__,
-        "environment": describe_environment(),
-    }
-
-
-# --- predictions -----------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def compare_predictions(
-    model: bytes, compared: Compared, test: Loader, images: Tensor, exact_products: bool = False
+    engines: Mapping[str, Run], compared: Compared, test: Loader, images: Tensor
 ) -> dict[str, Any]:
     """Return accuracies, and how far each simulation is from the engine.
 
-    Differences of logits are in units of the last layer's scale. With
-    `exact_products`, the engine with default options is compared with the integer simulation, too.
+    Differences of logits are in units of the last layer's scale. An engine with default options is
+    compared with the integer simulation, too.
     """
-    engines = _sessions(model, exact_products)
     nets = {"integer": compared.integers, **compared.simulations, "unquantized": compared.float_net}
     parts: dict[str, list[Tensor]] = {name: [] for name in (*engines, *nets)}
     n_done = 0
@@ -127,47 +120,36 @@ def compare_predictions(
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
     logits = {name: torch.cat(parts[name]) for name in parts}
     labels = test.labels.cpu()
-    last = compared.integers.layers()[-1].integers
+    last = [*compared.integers.integers().values()][-1]
+    differences = {name: logits[name] - logits["engine"] for name in nets}
     scale = last.product_scale(last.parts[0])
-    real = logits["engine"]
+    predicted = {name: each.argmax(1) for name, each in logits.items()}
+
+    def n_differing(name: str, other: str) -> int:
+        return (predicted[name] != predicted[other]).sum().item()
+
     measured = {
         "n_images": len(labels),
-        "accuracy": {k: (v.argmax(1) == labels).double().mean().item() for k, v in logits.items()},
-        "differing_predictions": {name: _n_differing(logits[name], real) for name in nets},
+        "accuracy": {k: (v == labels).double().mean().item() for k, v in predicted.items()},
+        "differing_predictions": {name: n_differing(name, "engine") for name in nets},
         "largest_logit_difference": {
-            name: ((logits[name] - real).abs() / scale).max().item() for name in nets
+            name: (difference.abs() / scale).max().item()
+            for name, difference in differences.items()
         },
     }
-    if exact_products:
-        measured["differing_by_default"] = _n_differing(logits["integer"], logits[DEFAULT_ENGINE])
+    if DEFAULT_ENGINE in engines:
+        measured["differing_by_default"] = n_differing("integer", DEFAULT_ENGINE)
     return measured
 
 
-def _sessions(model: bytes, exact_products: bool) -> dict[str, Run]:
-    """Return the engine and, if it needs an option, what it is without that."""
-    options = {"engine": True, DEFAULT_ENGINE: False} if exact_products else {"engine": False}
-    return {
-        name: onnx_session.open_session(model, "the model", exact_products=is_exact)
-        for name, is_exact in options.items()
-    }
-
-
-def _n_differing(logits: Tensor, others: Tensor) -> int:
-    """Return how many predictions differ."""
-    return (logits.argmax(1) != others.argmax(1)).sum().item()
-
-
-# --- speed -----------------------------------------------------------------------------------
-
-
 def measure_speed(
-    model: bytes,
+    engines: Mapping[str, Run],
     compared: Compared,
     test: Loader,
     dataset: ImageDataset,
-    exact_products: bool = False,
+    exact_products: bool,
 ) -> dict[str, dict[str, float]]:
-    """Return the images per second of the engine and of float32, by batch size.
+    """Return the images per second of the engines and of float32, by batch size.
 
     All of them begin with uint8 images, take turns, and have PyTorch's number of threads.
     """
@@ -179,9 +161,10 @@ def measure_speed(
         x = batch.to(torch.float32, memory_format=torch.channels_last)
         return run_network(float_net, x.mul_(scale).add_(shift))[0]
 
-    runs = {**_sessions(model, exact_products), "float32 PyTorch": in_pytorch}
-    for name, other in other_models(compared, dataset).items():
-        runs[name] = onnx_session.open_session(other, name, exact_products=exact_products)
+    runs = {**engines, "float32 PyTorch": in_pytorch}
+    for name, net in other_networks(compared).items():
+        model = to_onnx(net, dataset.test_images.shape[1:], dataset.mean, dataset.std, {})
+        runs[name] = onnx_session.open_session(model, name, exact_products=exact_products)
     speeds = {}
     for n in BATCHES:
         batch = dataset.test_images[:n].contiguous()
@@ -190,18 +173,16 @@ def measure_speed(
     return speeds
 
 
-def other_models(compared: Compared, dataset: ImageDataset) -> dict[str, bytes]:
-    """Return the models whose speed says something beside that of the engine's.
+def other_networks(compared: Compared) -> dict[str, IntegerNetwork]:
+    """Return the networks whose speed says something beside that of the engine's.
 
     The float32 one and, where layers have two weights, those without the second.
     """
-    float_net = IntegerNetwork.from_graph(compared.float_net.cpu())
-    models = {"float32 ONNX Runtime": to_model(float_net, dataset, {})}
+    nets = {"float32 ONNX Runtime": IntegerNetwork.from_graph(compared.float_net.cpu())}
     if any(len(layer.parts) > 1 for layer in compared.integers.integers().values()):
-        names = {"without the second sums": False, "one fused convolution a layer": True}
-        for name, is_fused in names.items():
-            models[name] = to_model(first_parts(compared.integers, is_fused), dataset, {})
-    return models
+        nets["without the second sums"] = first_parts(compared.integers, False)
+        nets["one fused convolution a layer"] = first_parts(compared.integers, True)
+    return nets
 
 
 def first_parts(net: IntegerNetwork, is_fused: bool) -> IntegerNetwork:
@@ -233,9 +214,6 @@ def seconds_per_call(runs: Mapping[str, Run], batch: Tensor) -> dict[str, float]
     return {name: median(seconds[name] for seconds in rounds) for name in runs}
 
 
-# --- the report ------------------------------------------------------------------------------
-
-
 def format_report(measured: Mapping[str, Any]) -> str:
     """Return the report as text."""
     n = measured["n_images"]
@@ -261,17 +239,11 @@ def format_report(measured: Mapping[str, Any]) -> str:
         f"bytes: file {size['file']:,}, packed integers {size['packed']:,}, "
         f"float32 weights {size['float32']:,}"
     )
-    return "\n".join([*lines, *format_kernels(measured["nodes"])])
-
-
-def format_kernels(nodes: Mapping[str, str]) -> list[str]:
-    """Return which nodes run in integers, and what is around them."""
-    lines = []
     for title, is_integer in (("integer kernels", True), ("around them", False)):
-        kernels = onnx_session.INTEGER_KERNELS
-        counts = Counter(op for op in nodes.values() if (op in kernels) == is_integer)
+        operators = measured["nodes"].values()
+        counts = Counter(o for o in operators if (o in onnx_session.INTEGER_KERNELS) == is_integer)
         lines.append(f"{title}: " + ", ".join(f"{n} {op}" for op, n in counts.most_common()))
-    return lines
+    return "\n".join(lines)
 
 
 def warnings(measured: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.folding import batch_norms, foldable
 from engine.networks.layers import penalized_weights
 from engine.networks.outputs import BATCH_NORMS
@@ -26,8 +26,6 @@ def freeze_batch_norms(net: nn.Module) -> None:
         if isinstance(m, BATCH_NORMS):
             m.eval()
 
-
-# --- folding ---------------------------------------------------------------------------------
 
 Pairs = list[tuple[str, str]]  # name of a weight, and of the batch norm after its layer
 _pairs: weakref.WeakKeyDictionary[nn.Module, Pairs] = weakref.WeakKeyDictionary()
@@ -80,9 +78,6 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int]) -> str | None:
     if not n_norms:
         return "--fold_bn has no effect: there are no batch norms"
     return f"{n_left} batch norms do not follow a layer alone: they stay" if n_left else None
-
-
-# --- statistics ------------------------------------------------------------------------------
 
 
 def norms_with_statistics(net: nn.Module) -> list[nn.BatchNorm2d]:

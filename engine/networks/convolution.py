@@ -1,18 +1,33 @@
-"""Convolution that is cheap to differentiate twice: each derivative is convolutions again.
+"""Convolution that is cheap to differentiate twice, and refuses to be differentiated three times.
 
-Under `torch.autocast` it takes autocast's dtype.
+Autograd reaches the second derivative of a convolution or batch norm through dozens of element-wise
+passes. Here, and in fast_batch_norm.py, each is one `autograd.Function` whose backward is another
+one with a hand-derived backward, so that every order is ordinary convolution kernels, one reduction
+and one element-wise pass. Under `torch.autocast` convolution takes autocast's dtype.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.networks.double_backward import forbid_third_derivative
-
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
+
+
+def forbid_third_derivative(backward: Callable) -> Callable:
+    """Decorate the backward of a backward: it raises RuntimeError where it would be recorded."""
+
+    @functools.wraps(backward)
+    def call(ctx, *grads):
+        # gradients are recorded only with create_graph=True, in the second backward pass.
+        # PyTorch's own once_differentiable lets some wrong third derivatives through
+        if torch.is_grad_enabled():
+            raise RuntimeError("these layers have no third derivative: leave out create_graph=True")
+        return backward(ctx, *grads)
+
+    return call
 
 
 class _Conv(torch.autograd.Function):

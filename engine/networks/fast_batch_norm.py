@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.networks import batch_norm_kernels as kernels
-from engine.networks.double_backward import forbid_third_derivative
+from engine.networks.convolution import forbid_third_derivative
 from engine.system import distributed
 from engine.system.errors import BatchTooSmallError, SetupError
 
@@ -183,19 +183,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class BatchNormReLU(BatchNorm2d):
-    """`nn.BatchNorm2d` and the ReLU after it, in one; keys of `nn.BatchNorm2d`.
-
-    `activation` is what remains of the module once its batch norm is folded away.
-    """
+    """`nn.BatchNorm2d` and the ReLU after it, in one; keys of `nn.BatchNorm2d`."""
 
     rectifier = "relu"
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation = nn.ReLU()
-
-
-# --- statistics of several processes ---------------------------------------------------------
 
 
 def set_sync_bn(net: nn.Module, enabled: bool) -> None:

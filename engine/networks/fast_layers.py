@@ -94,9 +94,6 @@ def plain_copy(net: nn.Module) -> nn.Module:
     return net
 
 
-# --- which module runs right after which -----------------------------------------------------
-
-
 class _Tracer(fx.Tracer):
     """Traces down to modules without children and to PyTorch's own."""
 

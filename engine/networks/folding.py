@@ -7,19 +7,10 @@ Folding replaces layer → batch norm by one layer with the same outputs in eval
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from engine.networks.exported import (
-    Operation,
-    aten,
-    copy_graph,
-    get_tensor,
-    layers,
-    set_constant,
-    set_tensor,
-)
+from engine.networks.graph import Operation, aten, copy_graph, layers, set_constant, set_tensor
 from engine.system.errors import NetworkError
 
 
@@ -47,15 +38,15 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
     graph = copy_graph(graph)
     for layer, norm in foldable(graph):
         gamma, beta, mean, var = (
-            None if each is None else get_tensor(graph, each.target).double()
+            None if each is None else graph.get_buffer(each.target).double()
             for each in norm.args[1:5]
         )
         if var is None:
             raise NetworkError(
                 f"--fold_bn: {norm.meta['path']} is a batch norm without running statistics"
             )
-        w = get_tensor(graph, layer.weight)
-        b = None if layer.bias is None else get_tensor(graph, layer.bias).double()
+        w = graph.get_buffer(layer.weight)
+        b = None if layer.bias is None else graph.get_buffer(layer.bias).double()
         is_transposed = layer.kind == "conv_transpose"
         folded_w, folded_b = fuse_conv_bn_weights(
             w.double(), b, mean, var, norm.args[7], gamma, beta, transpose=is_transposed
@@ -76,9 +67,9 @@ def output_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
     gains = {}
     for layer, norm in foldable(graph):
         if norm.args[4] is not None:
-            gain = (get_tensor(graph, norm.args[4].target).double() + norm.args[7]).rsqrt()
+            gain = (graph.get_buffer(norm.args[4].target).double() + norm.args[7]).rsqrt()
             if norm.args[1] is not None:
-                gain = gain * get_tensor(graph, norm.args[1].target).double()
+                gain = gain * graph.get_buffer(norm.args[1].target).double()
             gains[layer.name] = gain
     return gains
 
@@ -87,35 +78,26 @@ def output_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
 def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> fx.GraphModule:
     """Return a copy whose batch norms have the running statistics of these images.
 
-    `batches` are images (B, 3, H, W) on the graph's device. Mean and variance are the means over
-    images of their batch's own, each layer seeing what the quantized ones before it give:
-    quantization shifts both, and statistics of the unquantized network no longer fit. Source: Sun
-    et al., NeurIPS 2019 (hybrid 8-bit floating point). Raises ValueError where no batch norm keeps
-    statistics.
+    `batches` are images (B, 3, H, W) on the graph's device. What the statistics are, and why, is
+    told at `recalibrate_batch_norm`, which does this to a network. Raises ValueError where no batch
+    norm keeps statistics.
     """
     kept = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
     if not kept:
         raise ValueError("the network has no batch-norm statistics to estimate again")
-    updated, momentum = copy_graph(graph), 1.0
-
-    def batch_norm(x, gamma, beta, mean, var, training, old_momentum, eps, cudnn):  # noqa: ANN001, ANN202
-        """Normalize by the batch's statistics, and move the running ones towards them in place."""
-        return F.batch_norm(x, mean, var, gamma, beta, True, momentum, eps)
-
-    running = copy_graph(updated)
-    for norm in batch_norms(running):
-        if norm.args[3] is not None:
-            norm.target = batch_norm
-            for read, start in zip(
-                norm.args[3:5], (torch.zeros_like, torch.ones_like), strict=True
-            ):
-                statistic = start(get_tensor(updated, read.target))
-                set_tensor(updated, read.target, statistic)
-                set_tensor(running, read.target, statistic)
-    running.recompile()
+    updated = copy_graph(graph)
+    for norm in kept:
+        mean, var = (read.target for read in norm.args[3:5])
+        set_tensor(updated, mean, torch.zeros_like(graph.get_buffer(mean)))
+        set_tensor(updated, var, torch.ones_like(graph.get_buffer(var)))
+    running = copy_graph(updated)  # of the same tensors, which it changes in place
     n_images = 0
     for images in batches:
         n_images += len(images)
-        momentum = len(images) / n_images  # a mean over all images, not a moving one
+        for norm in batch_norms(running):
+            if norm.args[3] is not None:
+                norm.update_arg(5, True)  # training
+                norm.update_arg(6, len(images) / n_images)  # a mean over images, not a moving one
+        running.recompile()
         running(images)
     return updated

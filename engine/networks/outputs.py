@@ -26,9 +26,6 @@ ACTIVATIONS = (
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
-# --- logits and activations ------------------------------------------------------------------
-
-
 def run_network(
     net: nn.Module, x: Tensor, with_activations: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
@@ -45,10 +42,12 @@ def run_recorded(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return what `run_network` does, and all outputs of activation modules where asked for.
 
-    The A_l are others than these where the network returns its activations itself.
+    A module that runs twice has two. The A_l are others than these where the network returns its
+    activations itself.
     """
+    recorded: list[Tensor] = []
     with network_boundary(net, problem):
-        with recorded_activations(net) if with_activations else nullcontext([]) as recorded:
+        with _activation_hooks(net, recorded.append) if with_activations else nullcontext():
             output = net(x.clone())  # a network may write into its input
         logits, activations = split_output(net, output, recorded)
     if logits.dim() != 2 or len(logits) != len(x):
@@ -98,17 +97,6 @@ def split_output(
 
 
 @contextmanager
-def recorded_activations(net: nn.Module) -> Iterator[list[Tensor]]:
-    """Context manager that yields a list to which each run of an activation module adds its output.
-
-    A module that runs twice counts twice.
-    """
-    outputs: list[Tensor] = []
-    with _activation_hooks(net, outputs.append):
-        yield outputs
-
-
-@contextmanager
 def moved_activations(net: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator[None]:
     """Context manager in which the i-th run of an activation module returns offsets[i] more.
 
@@ -144,7 +132,7 @@ def activation_runs(
 ) -> list[int]:
     """Return which run of an activation module gave each of the activations.
 
-    `recorded` is what `recorded_activations` yielded. Raises NetworkError where none did, which a
+    `recorded` is what `run_recorded` returned. Raises NetworkError where none did, which a
     network can bring about that returns its activations itself.
     """
     run_of = {id(a): run for run, a in enumerate(recorded)}

@@ -4,15 +4,15 @@ PWLQ's recipe (Fang et al., arXiv 2002.00104): the inputs of every product and o
 one range for the whole tensor, which is calibrated on training images.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from engine.networks.exported import Operation, export_network, layers, operations, with_inputs
+from engine.networks.graph import Operation, operations, with_inputs
 from engine.quantization.grids import Grid, activation_grid
 from engine.quantization.weights import NO_EXCEPTIONS
 
@@ -40,37 +40,23 @@ def minmax(x: Tensor) -> Range:
     return tuple(extreme.item() for extreme in torch.aminmax(x))
 
 
-def mean(values: Sequence[float], n_images: Sequence[int]) -> float:
-    """Return the mean over images of a value of each batch: the last batch may be a small one."""
-    return fmean(values, n_images)
-
-
-def least(values: Sequence[float], n_images: Sequence[int]) -> float:
-    """Return the least value, whatever the batches."""
-    return min(values)
-
-
-def greatest(values: Sequence[float], n_images: Sequence[int]) -> float:
-    """Return the greatest value, whatever the batches."""
-    return max(values)
-
-
 class Calibration(NamedTuple):
     """How the range of an input comes from that of each batch.
 
-    `least_error`: `least_error_ranges` then narrows it for each number of bits.
+    `holds_all`: it holds those of all batches, in place of their mean over images. `least_error`:
+    `least_error_ranges` then narrows it for each number of bits.
     """
 
     batch_range: Callable[[Tensor], Range]
-    over_batches: tuple[Callable[..., float], Callable[..., float]] = (mean, mean)  # low, high
+    holds_all: bool = False
     least_error: bool = False
 
 
 CALIBRATIONS = {
     "topk_median": Calibration(topk_median),
     "percentile": Calibration(percentile),
-    "minmax": Calibration(minmax, (least, greatest)),
-    "mse": Calibration(minmax, (least, greatest), least_error=True),
+    "minmax": Calibration(minmax, holds_all=True),
+    "mse": Calibration(minmax, holds_all=True, least_error=True),
 }
 
 
@@ -97,8 +83,9 @@ def calibrate(
     `batches` are images (B, 3, H, W). A range is the mean over images of those of the batches, with
     "minmax" and "mse" the one that holds them all.
     """
-    rule, names, n_images = CALIBRATIONS[method], quantized_inputs(graph, sums), []
-    ranges: dict[str, list[Range]] = {name: [] for name in names}
+    rule = CALIBRATIONS[method]
+    ranges: dict[str, list[Range]] = {name: [] for name in quantized_inputs(graph, sums)}
+    n_images = []
 
     def recorder(name: str) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor) -> Tensor:
@@ -107,18 +94,15 @@ def calibrate(
 
         return record
 
-    recording = with_inputs(graph, {name: recorder(name) for name in names})
+    recording = with_inputs(graph, {name: recorder(name) for name in ranges})
     for images in batches:
         n_images.append(len(images))
         recording(images)
-    low, high = rule.over_batches
-    return {
-        name: (
-            low([r[0] for r in ranges[name]], n_images),
-            high([r[1] for r in ranges[name]], n_images),
-        )
-        for name in names
-    }
+    limits = {name: [*zip(*each, strict=True)] for name, each in ranges.items()}
+    if rule.holds_all:
+        return {name: (min(lows), max(highs)) for name, (lows, highs) in limits.items()}
+    # over images, not batches: the last batch may be a small one
+    return {name: tuple(fmean(each, n_images) for each in both) for name, both in limits.items()}
 
 
 @torch.no_grad()
@@ -193,16 +177,3 @@ def activation_grids(
 def quantize_activations(graph: fx.GraphModule, grids: Mapping[str, Grid]) -> fx.GraphModule:
     """Return a copy of an exported network in which inputs, by name, are rounded on their grids."""
     return with_inputs(graph, {name: grid.round for name, grid in grids.items()})
-
-
-def input_shapes(net: nn.Module, images: Tensor, sums: bool = False) -> dict[str, list[int]]:
-    """Return the shape of each of `quantized_inputs` without the batch, for a network of images."""
-    graph = net if isinstance(net, fx.GraphModule) else export_network(net, images.shape[1:])
-    inputs = quantized_inputs(graph, sums)
-    return {name: list(each.source(name).meta["shape"][1:]) for name, each in inputs.items()}
-
-
-def first_and_last(graph: fx.GraphModule) -> tuple[str, str]:
-    """Return the names of the first and the last layer that runs."""
-    names = [*layers(graph)]
-    return names[0], names[-1]

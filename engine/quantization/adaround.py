@@ -25,16 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from engine.networks.convolution import padding_widths
-from engine.networks.exported import (
-    Operation,
-    aten,
-    copy_graph,
-    get_tensor,
-    layers,
-    returning_values,
-    set_tensor,
-)
 from engine.networks.folding import output_gains
+from engine.networks.graph import Operation, aten, copy_graph, layers, returning_values, set_tensor
 from engine.system import distributed
 from engine.system.progress import StepDisplay
 
@@ -51,30 +43,18 @@ WARM_UP = 0.2  # share of the steps
 LEARNING_RATE = 0.1  # of Adam: in 500 steps a tenth less error than 0.03 (ConvNet, layer2, 3 bits)
 
 
-def learnable_layers(graph: fx.GraphModule) -> list[str]:
-    """Return the names of the layers whose rounding can be learned, in the order they run.
-
-    Those are 2-d convolutions and linear layers. Weights of others go to nearest.
-    """
-    return [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
-
-
 @torch.no_grad()
 def learn_rounding(
-    graph: fx.GraphModule,
-    names: Sequence[str],
-    quantized: Quantized,
-    batches: Batches,
-    n_steps: int,
-    device: str,
+    graph: fx.GraphModule, quantized: Quantized, batches: Batches, n_steps: int, device: str
 ) -> dict[str, Tensor]:
     """Return where the weights of each layer are rounded up, by its name: bools of their shape.
 
-    `graph` is an exported network on the CPU, and `names` are among its `learnable_layers`, in that
-    order. Each is learned in n_steps steps; where that has no less error on the images than
-    rounding to nearest, the latter is returned. What is returned is on the CPU. In a run of N
-    processes, `batches` are this process's, and rank 0 learns.
+    `graph` is an exported network on the CPU. Its 2-d convolutions and linear layers are learned in
+    the order in which they run, each in n_steps steps; weights of others go to nearest, and so does
+    a layer where learning has no less error on the images. What is returned is on the CPU. In a run
+    of N processes, `batches` are this process's, and rank 0 learns.
     """
+    names = [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
     full = copy_graph(graph).to(device)
     graph_q = copy_graph(full)
     gains = output_gains(graph)
@@ -87,7 +67,7 @@ def learn_rounding(
             # While its weight is learned, the layer has the bias already that it will have.
             for kind, tensor in trials[0].items():
                 set_tensor(graph_q, f"{name}.{kind}", tensor.to(device))
-            w = get_tensor(full, f"{name}.weight")
+            w = full.get_buffer(f"{name}.weight")
             set_tensor(graph_q, f"{name}.weight", w)
             gain = gains.get(name, torch.ones(len(w))).to(device)
             error = output_error(full, graph_q, name, batches, gain)
@@ -98,9 +78,6 @@ def learn_rounding(
             learned = quantized(name, round_up[name])["weight"]
             set_tensor(graph_q, f"{name}.weight", learned.to(device))
     return round_up
-
-
-# --- the error of a layer's output -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -144,8 +121,8 @@ def output_error(
     `gain` (output channels) multiplies the output's channels. Images are read twice at a time, one
     batch in each network, and only as far as the layer.
     """
-    layer, w = layers(full)[name], get_tensor(full, f"{name}.weight")
-    gain = gain.double().view(layer.argument(6, "groups", 1), -1, 1)
+    layer, w = layers(full)[name], full.get_buffer(f"{name}.weight")
+    gain = gain.double().view(layer.groups, -1, 1)
     (groups, c_out, _), k = gain.shape, w[0].numel()
     gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
     constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
@@ -170,8 +147,8 @@ def output_error(
 
 def apply_layer(graph: fx.GraphModule, layer: Operation, x: Tensor) -> Tensor:
     """Return what the layer makes of x with the weight and the bias that it has in the graph."""
-    tensors = [None if t is None else get_tensor(graph, t) for t in (layer.weight, layer.bias)]
-    return layer.node.target(x, *tensors, *layer.node.args[3:], **layer.node.kwargs)
+    tensors = [None if t is None else graph.get_buffer(t) for t in (layer.weight, layer.bias)]
+    return layer.node.target(x, *tensors, *layer.node.args[3:])
 
 
 def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tensor:
@@ -181,10 +158,9 @@ def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tens
     """
     if layer.kind == "linear":
         return x
-    stride, dilation = (  # one number is for height and width
-        (layer.argument(*each, [1]) * 2)[:2] for each in ((3, "stride"), (5, "dilation"))
-    )
-    padding = layer.argument(4, "padding", [0])
+    given = layer.node.args[3:6]
+    stride, padding, dilation = (*given, *([1], [0], [1])[len(given) :])
+    stride, dilation = ((each * 2)[:2] for each in (stride, dilation))  # one number is for both
     (top, left), (bottom, right) = padding_widths(padding, kernel, dilation)
     x = F.pad(x, [left, right, top, bottom])
     return F.unfold(x, tuple(kernel), dilation, stride=stride)
@@ -193,11 +169,8 @@ def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tens
 def to_columns(t: Tensor, layer: Operation) -> Tensor:
     """Return inputs or outputs of a layer as (groups, channels / groups, all positions)."""
     t = t.reshape(1, -1, t.shape[-1]).mT if layer.kind == "linear" else t.flatten(2)
-    columns = t.unflatten(1, (layer.argument(6, "groups", 1), -1)).permute(1, 2, 0, 3)
+    columns = t.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3)
     return columns.reshape(*columns.shape[:2], -1)
-
-
-# --- learning --------------------------------------------------------------------------------
 
 
 def learn_layer(

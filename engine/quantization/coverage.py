@@ -11,19 +11,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from engine.networks.exported import Operation, aten, operations
+from engine.networks.graph import Operation, operations
 
 MAX_NAMES = 4  # of layers, in a line
-MOVES = {
-    aten.expand.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.clone.default,
-}
+MOVES = set("expand view reshape permute transpose unsqueeze slice clone".split())
 
 
 class Coverage(NamedTuple):
@@ -32,11 +23,6 @@ class Coverage(NamedTuple):
     multiply_adds: float
     weights: float
     in_float: dict[str, str]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing stays in float that the shares are about."""
-        return not self.in_float
 
     def __str__(self) -> str:
         """Return a line: shares, and what stays in float and why."""
@@ -67,16 +53,34 @@ def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
     `inputs` is None where inputs stay in float on purpose: then only weights count.
     """
     in_float: dict[str, str] = {}
-    done = total = 0
+    covered: set[fx.Node] = set()  # what is quantized, weights and inputs
+    products = all_products = weights = all_weights = 0
     for operation in operations(graph):
         n = operation.multiply_adds()
         reason = _reason(operation, inputs)
-        total += n
-        done += 0 if reason else n
+        all_products += n
+        products += 0 if reason else n
         if reason and n:
             in_float[operation.name] = reason
-    quantized_weights, all_weights = _weights(graph, inputs, in_float)
-    return Coverage(done / max(total, 1), quantized_weights / max(all_weights, 1), in_float)
+        if operation.is_layer:
+            covered.add(operation.node.args[1])
+        for name in operation.inputs:
+            if name in (inputs or ()):
+                source = operation.source(name)
+                while getattr(source.target, "_opname", "") in MOVES:  # such as an expanded token
+                    source = source.args[0]
+                covered.add(source)
+    for node in graph.graph.nodes:
+        is_weight = node in covered and node.op == "get_attr"
+        if not is_weight and not (node.meta.get("is_parameter") and len(node.meta["shape"]) > 1):
+            continue
+        n = math.prod(node.meta["shape"])
+        all_weights += n
+        weights += n if node in covered else 0
+        if node not in covered:
+            reader = next(iter(node.users)).name.rstrip("_0123456789")
+            in_float[node.target] = f"read by {reader}, by no product"
+    return Coverage(products / max(all_products, 1), weights / max(all_weights, 1), in_float)
 
 
 def _reason(operation: Operation, inputs: Container[str] | None) -> str | None:
@@ -86,37 +90,3 @@ def _reason(operation: Operation, inputs: Container[str] | None) -> str | None:
         return None if is_covered else "no weight in this product: --act_bits quantizes its inputs"
     missing = [name for name in operation.inputs if name not in inputs]
     return f"its input {missing[0]} is not quantized" if missing else None
-
-
-def _weights(
-    graph: fx.GraphModule, inputs: Container[str] | None, in_float: dict[str, str]
-) -> tuple[int, int]:
-    """Return how many learned numbers are quantized, and how many there are; name the others."""
-    covered = {operation.node.args[1] for operation in operations(graph) if operation.is_layer}
-    for operation in operations(graph):
-        for name in operation.inputs:
-            if name in (inputs or ()):
-                covered.add(_origin(operation.source(name)))
-    done = total = 0
-    for node in graph.graph.nodes:
-        is_weight = node in covered and node.op == "get_attr"
-        if not is_weight and not (node.meta.get("is_parameter") and len(node.meta["shape"]) > 1):
-            continue
-        n = math.prod(node.meta["shape"])
-        total += n
-        done += n if node in covered else 0
-        if node not in covered:
-            in_float[node.target] = f"read by {_reader(node)}, by no product"
-    return done, total
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """Return the value that a node only moves or repeats, such as an expanded token."""
-    while node.target in MOVES:
-        node = node.args[0]
-    return node
-
-
-def _reader(node: fx.Node) -> str:
-    """Return what reads a constant: the kind of the first operation that does."""
-    return next(iter(node.users)).name.rstrip("_0123456789")

@@ -25,12 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from engine.networks.exported import (
+from engine.networks.graph import (
     KINDS,
     Operation,
     aten,
     copy_graph,
-    get_tensor,
     layers,
     read_tensor,
     set_tensor,
@@ -48,7 +47,7 @@ RESHAPINGS = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
 # Least and largest number that an operation lets through, unless its arguments say others.
 CLAMPS = {"relu": (0, None), "relu6": (0, 6), "hardtanh": (-1, 1)}
 CLAMPS |= dict.fromkeys(("clamp", "clamp_min"), (None, None))
-NO_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default)  # what reads shapes alone
+NO_VALUES = (aten.sym_size.int,)  # what reads shapes alone
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,11 @@ def equalize(
         return equalized, Equalization(0, n_sweeps, left_alone)
     [placeholder] = graph.graph.find_nodes(op="placeholder")
     images = torch.randn(placeholder.meta["shape"], generator=torch.Generator().manual_seed(0))
-    images = images.to(get_tensor(graph, pairs[0].first.weight))
+    images = images.to(graph.get_buffer(pairs[0].first.weight))
     logits = graph(images)
     if not (equalized(images) - logits).abs().max() <= MAX_CHANGE * logits.abs().max():
         raise NetworkError("--equalize: logits change: weights are too large or small to be scaled")
     return equalized, Equalization(len(pairs), n_sweeps, left_alone)
-
-
-# --- which layers ----------------------------------------------------------------------------
 
 
 def find_pairs(
@@ -197,9 +193,6 @@ def _fits(second: Operation, shape: Sequence[int], axis: int, n_channels: int) -
     return axis == 1 and shape[1] == n_channels
 
 
-# --- scales ----------------------------------------------------------------------------------
-
-
 def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Tensor], int]:
     """Return log s (channels) of each pair, with which all ranges are equal, and how many sweeps.
 
@@ -216,7 +209,7 @@ def equal_ranges(graph: fx.GraphModule, pairs: Sequence[Pair]) -> tuple[list[Ten
     biases = [
         torch.tensor(-math.inf)
         if pair.first.bias is None
-        else get_tensor(graph, pair.first.bias).abs().float().log()
+        else graph.get_buffer(pair.first.bias).abs().float().log()
         for pair in pairs
     ]
     scales = [torch.zeros(pair.n_channels) for pair in pairs]
@@ -246,11 +239,11 @@ def _channel_views(graph: fx.GraphModule, pairs: Sequence[Pair]) -> dict[str, Te
     n_inputs = {pair.second.name: pair.n_channels for pair in pairs}
     views = {}
     for layer in (layer for pair in pairs for layer in (pair.first, pair.second)):
-        w = get_tensor(graph, layer.weight)
+        w = graph.get_buffer(layer.weight)
         if layer.kind == "linear":
             view = w.reshape(1, len(w), n_inputs.get(layer.name, 1), -1)
         else:
-            view = w.flatten(2).unflatten(0, (layer.argument(6, "groups", 1), -1))
+            view = w.flatten(2).unflatten(0, (layer.groups, -1))
         is_transposed = layer.kind == "conv_transpose"  # (in, out / groups, …) in the graph
         views[layer.name] = view.transpose(1, 2) if is_transposed else view
     return views
@@ -258,7 +251,7 @@ def _channel_views(graph: fx.GraphModule, pairs: Sequence[Pair]) -> dict[str, Te
 
 def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Tensor]) -> None:
     """Scale weights, biases and bounds of the graph; in float64, so that each is rounded once."""
-    weights = {w: get_tensor(graph, w) for p in pairs for w in (p.first.weight, p.second.weight)}
+    weights = {w: graph.get_buffer(w) for p in pairs for w in (p.first.weight, p.second.weight)}
     for name, w in weights.items():  # copies, whose dimensions can all be viewed as others
         layout = torch.contiguous_format
         set_tensor(graph, name, w.to(torch.float64, memory_format=layout, copy=True))
@@ -269,12 +262,12 @@ def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Te
         w1 /= s.view(len(w1), -1, 1, 1)
         w2 *= s.view(len(w2), 1, -1, 1)
         if pair.first.bias is not None:
-            bias = get_tensor(graph, pair.first.bias)
+            bias = graph.get_buffer(pair.first.bias)
             set_tensor(graph, pair.first.bias, (bias / s).to(bias.dtype))
         for clamp in pair.clamps:
             _scale_bounds(graph, clamp, s, weights[pair.first.weight].dtype)
     for name, w in weights.items():
-        set_tensor(graph, name, get_tensor(graph, name).to(w.dtype))
+        set_tensor(graph, name, graph.get_buffer(name).to(w.dtype))
     graph.recompile()
 
 

@@ -12,17 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from engine.networks.exported import (
-    Operation,
-    by_channel,
-    copy_graph,
-    export_network,
-    from_channels,
-    get_tensor,
-    layers,
-    set_constant,
-    write_back,
-)
+from engine.networks.export import export_network, write_back
+from engine.networks.graph import Operation, by_channel, copy_graph, layers, set_constant
 from engine.quantization.grids import OnGrid
 
 Quantizer = Callable[..., Tensor]
@@ -105,13 +96,13 @@ def quantize_layer(
     as `mean_correction` is. `round_up` is that of the weight, in its shape in the graph, for
     quantizers that take it. Raises ValueError, naming the layer, for NaN weights.
     """
-    w = by_channel(get_tensor(graph, layer.weight), layer)
+    w = by_channel(graph.get_buffer(layer.weight), layer)
     if isinstance(round_up, Tensor):
         round_up = by_channel(round_up, layer)
     rounding = {} if round_up is None else {"round_up": round_up}
     try:
         if bias_range and layer.bias:
-            bias = get_tensor(graph, layer.bias)
+            bias = graph.get_buffer(layer.bias)
             set_constant(
                 graph, layer, "bias", quantize_bias(bias, w, quantizer, n_bits, bias_range)
             )
@@ -121,7 +112,7 @@ def quantize_layer(
         raise ValueError(f"{layer.name}: {error}") from error
     if correction:
         w_q = correction(w, w_q)
-    set_constant(graph, layer, "weight", from_channels(w_q, layer))
+    set_constant(graph, layer, "weight", by_channel(w_q, layer))
     squared_error = (w_q - w).double().square().sum().item()
     is_on_grid = not correction and isinstance(parts, tuple)
     return QuantizedLayer(layer.name, squared_error, w.numel(), parts if is_on_grid else None)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from engine.networks.exported import Operation, aten, export_network, layers, returning_values
+from engine.networks.export import export_network
+from engine.networks.graph import Operation, aten, layers, returning_values
 from engine.networks.layers import LAYER_TYPES, trainable_parameters
 from engine.quantization.bit_widths import check_bits
 from engine.system import distributed

@@ -7,7 +7,7 @@ from torch import nn
 
 from analysis.taylor import taylor_terms
 from engine.images.loader import Loader
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 
 
 def test_taylor_terms_are_those_of_autograd():

@@ -13,7 +13,7 @@ import models
 import quant_inference as qi
 from analysis.measured_network import MeasuredNetwork
 from engine.deploy import verify
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load
@@ -177,9 +177,8 @@ def test_an_unsupported_layer_is_named(tiny, monkeypatch, capsys):
             return self.classifier(x.tanh().mean(dim=(2, 3))), []
 
     monkeypatch.setitem(models.MODELS, "Folding", Averaging)
-    monkeypatch.setattr(
-        MeasuredNetwork, "measure", None
-    )  # it is refused before anything is measured
+    # it is refused before anything is measured
+    monkeypatch.setattr(MeasuredNetwork, "_measure", None)
     assert main(f"{FLAGS} --export net.onnx") == 1
     assert "--export: the network calls tanh, which has no integer form" in capsys.readouterr().err
 

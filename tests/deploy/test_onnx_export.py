@@ -1,16 +1,18 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_integer_network import Small, folded, quantize, small_net
 
-from engine.deploy import deployed_files, onnx_export, onnx_session, verify
+from engine.deploy import deployed_files, onnx_session, verify
 from engine.deploy.integer_layers import with_integers
 from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.integer_operations import Layer
 from engine.deploy.onnx_emitter import RELU, UNBOUNDED
 from engine.images.loader import Loader
-from engine.networks.exported import set_tensor
+from engine.networks.graph import set_tensor
 from engine.system.errors import FileError
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
@@ -31,7 +33,7 @@ def normalized(pixels):
 
 def exported(scheme="uniform", n_bits=4, act_bits=4, per_channel=False):
     net, *_ = quantize(small_net(), normalized(pixels(8)), n_bits, act_bits, scheme, per_channel)
-    return net, onnx_export.to_onnx(net, (3, 12, 12), MEAN, STD, {})
+    return net, deployed_files.to_onnx(net, (3, 12, 12), MEAN, STD, {})
 
 
 # --- the engine ------------------------------------------------------------------------------
@@ -68,10 +70,11 @@ def test_a_relu_after_max_pooling_is_part_of_the_layer_before_it():
 
     torch.manual_seed(0)
     net, *_ = quantize(PoolsFirst().eval(), normalized(pixels(8)), 4, 4)
-    model = onnx_export.to_onnx(net, (3, 12, 12), MEAN, STD, {})
+    model = deployed_files.to_onnx(net, (3, 12, 12), MEAN, STD, {})
     logits = onnx_session.open_session(model, "m")(pixels())
     torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
-    assert [layer.bounds for layer in net.layers()] == [RELU, RELU, UNBOUNDED]
+    bounds = [each.bounds for each in net.operations if isinstance(each, Layer)]
+    assert bounds == [RELU, RELU, UNBOUNDED]
 
 
 def test_all_products_are_summed_by_integer_kernels():
@@ -84,14 +87,16 @@ def test_all_products_are_summed_by_integer_kernels():
 
 def test_the_first_part_alone_has_half_the_products():
     net, model = exported("pwlq")
-    first = onnx_export.to_onnx(verify.first_parts(net, False), (3, 12, 12), MEAN, STD, {})
+    first = deployed_files.to_onnx(verify.first_parts(net, False), (3, 12, 12), MEAN, STD, {})
     operators = list(onnx_session.optimized_nodes(first, "m").values())
     assert operators.count("ConvInteger") == 2 and len(first) < len(model)
 
 
 def test_the_float_network_is_the_same_in_onnx():
     net, x = small_net(), normalized(pixels())
-    model = onnx_export.to_onnx(IntegerNetwork.from_graph(folded(net)), (3, 12, 12), MEAN, STD, {})
+    model = deployed_files.to_onnx(
+        IntegerNetwork.from_graph(folded(net)), (3, 12, 12), MEAN, STD, {}
+    )
     with torch.no_grad():
         torch.testing.assert_close(
             onnx_session.open_session(model, "m")(pixels()), net(x), rtol=1e-4, atol=1e-5
@@ -168,13 +173,10 @@ def test_a_file_is_written_and_verified(scheme, tmp_path, monkeypatch, capsys):
     integers, quantized, _ = quantize(net, normalized(pixels(8)), 4, 4, scheme, per_channel=True)
     checkpoint, path = tmp_path / "net.pt", tmp_path / "net.onnx"
     checkpoint.write_bytes(b"weights")
-    made_from = {"model": "Small", "scheme": scheme, "n_bits": 4, "act_bits": 4}
-    classes = Images.classes
-    source = deployed_files.describe_source(checkpoint, SETTINGS, **made_from, classes=classes)
+    how = SimpleNamespace(scheme=scheme, n_bits=4, act_bits=4)
+    source = deployed_files.describe_source(checkpoint, SETTINGS, how, "Small", Images.classes)
     rounded = with_integers(quantized, integers.integers())
-    deployed_files.write_files(
-        net_q=rounded, integers=integers, dataset=Images, source=source, export=str(path)
-    )
+    deployed_files.write_files({"export": str(path)}, rounded, integers, Images, source)
     test = Loader(Images.test_images, torch.zeros(40, dtype=torch.long), 16, MEAN, STD)
     simulations = {"float32": rounded}
     compared = verify.Compared(integers, simulations, quantized, folded(net))

@@ -7,12 +7,11 @@ from torch import nn
 
 import data
 import models
-from engine.deploy import onnx_export, onnx_session
+from engine.deploy import deployed_files, onnx_session
 from engine.deploy.comparison import first_disagreement
-from engine.deploy.integer_network import IntegerNetwork
+from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.deploy.integer_operations import Sum
 from engine.deploy.onnx_emitter import RELU, UNBOUNDED
-from engine.deploy.values import shared_ranges
 from engine.quantization.grids import Grid
 from engine.system.errors import NetworkError
 
@@ -78,7 +77,7 @@ def assert_engine_agrees(net, images, *options, **named):
     """Quantize the network and compare all logits of ONNX Runtime with the simulation's."""
     x = normalized(images)
     integers, graph, _ = quantize(net, x[:16], *options, **named)
-    model = onnx_export.to_onnx(integers, images.shape[1:], MEAN, STD, {})
+    model = deployed_files.to_onnx(integers, images.shape[1:], MEAN, STD, {})
     logits = onnx_session.open_session(model, "m", exact_products=True)(images)
     expected = integers(x)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
@@ -126,7 +125,7 @@ def test_a_sum_of_all_pairs_of_codes_is_that_of_the_engine(n_bits):
     a, b = pairs.reshape(2, 1, 1, -1, 2**n_bits).contiguous()
     for seed in range(6):
         each = random_sum(seed, n_bits)
-        run = onnx_session.open_session(onnx_export.operation_to_onnx(each, (a, b)), "m")
+        run = onnx_session.open_session(onnx_session.operation_to_onnx(each, (a, b)), "m")
         torch.testing.assert_close(
             run(a, b).float(), each.run(a.float(), b.float()), rtol=0, atol=0
         )
@@ -184,7 +183,7 @@ def test_a_relu6_ends_at_the_code_of_6():
 def test_the_float_network_with_sums_is_the_same_in_onnx(kind):
     net, images = residual_net(kind, 0), pixels(4, 10)
     x = normalized(images)
-    model = onnx_export.to_onnx(
+    model = deployed_files.to_onnx(
         IntegerNetwork.from_graph(folded(net, (3, 10, 10))), (3, 10, 10), MEAN, STD, {}
     )
     with torch.no_grad():

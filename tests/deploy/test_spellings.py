@@ -10,7 +10,7 @@ from test_integer_network import quantize
 from test_residual_export import MEAN, STD, normalized, pixels
 from torch import nn
 
-from engine.deploy import onnx_export, onnx_session, supported
+from engine.deploy import deployed_files, onnx_session, supported
 from engine.deploy.comparison import first_disagreement
 
 pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
@@ -133,7 +133,7 @@ def test_what_everybody_writes_is_exported(spelling, n_bits, asymmetric):
     tolerance = (0.5 if n_bits == 4 else 0.05) * (expected.max() - expected.min()).item()
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
     assert first_disagreement(integers, graph, x) is None
-    model = onnx_export.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
+    model = deployed_files.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
     run = onnx_session.open_session(model, "m", exact_products=True)
     torch.testing.assert_close(run(images), logits, rtol=0, atol=0)
     torch.testing.assert_close(run(images[:1]), logits[:1], rtol=0, atol=0)
@@ -152,6 +152,6 @@ def test_the_operation_of_the_page_is_exported(monkeypatch):
     net.eval()(x[:2])
     integers, graph, _ = quantize(net, x, 8, 8)
     assert first_disagreement(integers, graph, x) is None
-    model = onnx_export.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
+    model = deployed_files.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
     run = onnx_session.open_session(model, "m", exact_products=True)
     torch.testing.assert_close(run(images), integers(x)[0], rtol=0, atol=0)

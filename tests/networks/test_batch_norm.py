@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from engine.networks import batch_norm, layers
-from engine.networks.exported import export_network, returning_values, weights
+from engine.networks.export import export_network
 from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.networks.folding import batch_norms, fold_batch_norms
+from engine.networks.graph import returning_values, weights
 from engine.system.errors import NetworkError
 
 

@@ -19,6 +19,7 @@ import quant_inference
 import quant_utils as qu
 import train
 import utils
+from analysis.measured_network import Conditions, Images, MeasuredNetwork
 from engine.networks import (
     batch_norm,
     compiling,
@@ -28,8 +29,15 @@ from engine.networks import (
     layers,
     outputs,
 )
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.folding import batch_norms, fold_batch_norms
+from engine.quantization.activations import (
+    activation_grids,
+    calibrate,
+    quantize_activations,
+    quantized_inputs,
+)
+from engine.quantization.weights import quantize_model
 from engine.step.gradients import compute_gradients
 from engine.system.errors import NetworkError
 from regularizers import KurtosisNorm, StepNoise, make_regularizer
@@ -373,8 +381,8 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     names = ["conv1", "conv2", "conv3", "down", "pool", "fc"]
     graph = export_network(net, (3, 8, 8))
-    assert list(qu.calibrate(graph, [x])) == names
-    ranges = qu.calibrate(graph, [x], "minmax", sums=True)
+    assert list(calibrate(graph, [x])) == names
+    ranges = calibrate(graph, [x], "minmax", sums=True)
     sums = ["add[0]", "add[1]", "add_2[0]", "add_2[1]"]
     assert sorted(ranges) == sorted(names + sums)
     with torch.no_grad():
@@ -382,11 +390,11 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
         assert ranges["add[0]"] == pytest.approx((a.min().item(), a.max().item()))
         exact = net(x)
         for bits, tolerance in ((16, 1e-3), (3, 1.0)):
-            net_q = qu.quantize_activations(graph, qu.activation_grids(ranges, bits))
+            net_q = quantize_activations(graph, activation_grids(ranges, bits))
             change = (net_q(x) - exact).abs().max()
             assert 0 < change < tolerance
-        grids = qu.activation_grids({name: ranges[name] for name in sums}, 4)
-        only_sums = qu.quantize_activations(graph, grids)
+        grids = activation_grids({name: ranges[name] for name in sums}, 4)
+        only_sums = quantize_activations(graph, grids)
         a = grids["add[0]"].round(a)
         b = net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x)))))
         y = net.act(a + grids["add[1]"].round(b))
@@ -414,26 +422,31 @@ class WithResidual(nn.Module):
 
 def test_functions_of_modules_without_children_are_quantized_too():
     net = fast_layers.use_fast_layers(WithResidual()).eval()
-    shapes = qu.input_shapes(net, torch.zeros(1, 3, 8, 8), sums=True)
-    assert [*shapes] == ["conv", "sum.add[0]", "sum.add[1]", "sum.pool"]
+    inputs = quantized_inputs(export_network(net, (3, 8, 8)), sums=True)
+    assert [*inputs] == ["conv", "sum.add[0]", "sum.add[1]", "sum.pool"]
 
 
 def test_sums_and_pooling_of_our_networks_are_modules():
     for name, n_sums in (("ResNet20", 9), ("ResNet18", 8), ("MobileNetV2", 10), ("VGGSmall", 0)):
         net = models.make_model(name, 10, SMALL[name]).eval()
         graph = export_network(net, (3, 32, 32))
-        inputs = qu.quantized_inputs(graph, sums=True)
+        inputs = quantized_inputs(graph, sums=True)
         modules = dict(net.named_modules())
         assert sum(each.is_sum for each in inputs.values()) == 2 * n_sums
         assert all(key.partition("[")[0] in modules for key in inputs)
-        assert qu.first_and_last(graph) == (next(iter(inputs)), next(reversed(inputs)))
+        assert ends(graph) == (next(iter(inputs)), next(reversed(inputs)))
+
+
+def ends(graph):
+    """The names of the first and the last layer, as --keep_first_last has them."""
+    return MeasuredNetwork("", graph, None, Conditions("cpu"), Images(test=None)).ends
 
 
 def test_first_and_last_layer_keep_8_bits():
     net = reference.Stranger().eval()
-    first_last = dict.fromkeys(qu.first_and_last(export_network(net, (3, 8, 8))), 8)
+    first_last = dict.fromkeys(ends(export_network(net, (3, 8, 8))), 8)
     assert list(first_last) == ["conv1", "fc"]
-    net_q, _ = qu.quantize_model(net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last)
+    net_q, _ = quantize_model(net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last)
     for name, layer in layers.quantizable_layers(net).items():
         expected = qu.uniform(layer.weight, first_last.get(name, 3))
         assert torch.equal(net_q.get_submodule(name).weight, expected)

@@ -16,9 +16,10 @@ from torch import nn
 import models
 import quant_inference as qi
 from engine.deploy import deployed_files, verify
-from engine.networks.exported import aten, export_network, get_tensor
+from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
+from engine.networks.graph import aten
 from engine.networks.layers import quantizable_layers
 from engine.quantization import equalization
 from engine.quantization.equalization import equalize, find_pairs
@@ -141,9 +142,9 @@ def shape_for(name):
 
 def ranges(graph, pair):
     """r1 and r2 of a pair, channel by channel: a bias counts in the first layer."""
-    w1, w2 = (get_tensor(graph, layer.weight) for layer in (pair.first, pair.second))
-    groups, n = pair.second.argument(6, "groups", 1), len(w1)
-    b1 = torch.zeros(n) if pair.first.bias is None else get_tensor(graph, pair.first.bias)
+    w1, w2 = (graph.get_buffer(layer.weight) for layer in (pair.first, pair.second))
+    groups, n = pair.second.groups, len(w1)
+    b1 = torch.zeros(n) if pair.first.bias is None else graph.get_buffer(pair.first.bias)
     r1, r2 = [], []
     for i in range(n):
         r1.append(max(w1[i].abs().max().item(), b1[i].abs().item()))
@@ -196,7 +197,7 @@ def test_a_second_time_changes_nothing(name):
     twice, found = equalize(once)
     assert found.n_sweeps == 1
     for name, t in tensors(once).items():
-        assert torch.equal(t, get_tensor(twice, name)), name
+        assert torch.equal(t, twice.get_buffer(name)), name
 
 
 def test_one_pair_has_the_scales_of_the_paper():
@@ -205,7 +206,7 @@ def test_one_pair_has_the_scales_of_the_paper():
     net[0].bias.data *= 0.01
     equalized, found = equalize(export_network(net, (3, 1, 1)))
     w1, b1, w2 = net[0].weight, net[0].bias, net[2].weight
-    new = {name: get_tensor(equalized, name) for name in net.state_dict()}
+    new = {name: equalized.get_buffer(name) for name in net.state_dict()}
     for i in range(5):
         r1, r2 = w1[i].abs().max(), w2[:, i].abs().max()
         s = (r1 * r2).sqrt() / r2
@@ -243,8 +244,8 @@ def test_a_channel_that_has_only_a_bias_does_not_grow_beyond_all_others():
             net.eval()[1].weight[5], net[1].bias[5] = alive, 0.3
         graph = folded(net, torch.float32)
         equalized, _ = equalize(graph)
-        b, b_e = (get_tensor(g, "0.bias").abs() for g in (graph, equalized))
-        w_e = get_tensor(equalized, "0.weight").abs().amax((1, 2, 3))
+        b, b_e = (g.get_buffer("0.bias").abs() for g in (graph, equalized))
+        w_e = equalized.get_buffer("0.weight").abs().amax((1, 2, 3))
         others = w_e[[i for i in range(16) if i != 5]]
         assert b[5] == pytest.approx(0.3) and b_e[5] <= 2 * others.max() < 1
 
@@ -312,7 +313,7 @@ def test_shared_layers_and_values_read_twice_are_left_alone():
     }
     assert found.n_pairs == 0 and "pairs of layers equalized: 0, in" in str(found)
     for name, t in tensors(graph).items():
-        assert torch.equal(t, get_tensor(equalized, name))
+        assert torch.equal(t, equalized.get_buffer(name))
 
 
 def test_other_activations_and_relu6_functions_stop_it():
@@ -342,7 +343,7 @@ def test_a_relu6_has_a_bound_for_each_channel_or_is_left_alone():
         y = logits(graph, x)
         assert (y - logits(equalized, x)).abs().max() <= 1e-10 * y.abs().max()
         clamps = [n for n in equalized.graph.nodes if n.target is aten.clamp.Tensor]
-        bounds = [get_tensor(equalized, n.args[2].target) for n in clamps]
+        bounds = [equalized.get_buffer(n.args[2].target) for n in clamps]
         assert bool(bounds) == across and all(len(b.unique()) > 1 for b in bounds)
         assert (tensors(equalized).keys() == tensors(graph).keys()) == (not across)
     assert found.n_pairs == 1 and "read by relu6" in found.left_alone.values()

@@ -15,10 +15,17 @@ from torch import nn
 import quant_inference as qi
 import quant_utils as qu
 from engine.deploy import verify
-from engine.networks.exported import export_network, with_inputs
+from engine.networks.export import export_network
+from engine.networks.graph import with_inputs
 from engine.networks.layers import Add
 from engine.quantization import activations
-from engine.quantization.activations import activation_errors, minmax
+from engine.quantization.activations import (
+    activation_errors,
+    calibrate,
+    least_error_ranges,
+    minmax,
+    quantized_inputs,
+)
 from engine.quantization.grids import activation_grid
 from engine.system.io import save_weights
 
@@ -52,7 +59,7 @@ def slow_ranges(graph, batches, n_bits, layer_bits):
         seen.setdefault(name, []).append(x.detach().double().flatten())
         return x
 
-    names = qu.quantized_inputs(graph, sums=True)
+    names = quantized_inputs(graph, sums=True)
     recording = with_inputs(graph, {name: lambda x, name=name: keep(name, x) for name in names})
     with torch.no_grad():
         for x in batches:
@@ -81,9 +88,9 @@ def test_ranges_are_those_of_a_loop_over_ranges_and_values(n_bits):
     graph, layer_bits = export_network(residual(n_bits), (3, 8, 8)), {"conv1": 8}
     batches = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(n_bits))
     batches[2] *= 3  # the batches differ: their ranges are no mean of each one's own
-    extremes = qu.calibrate(graph, batches, "mse", sums=True)
-    assert extremes == qu.calibrate(graph, batches, "minmax", sums=True)
-    ranges = qu.least_error_ranges(graph, batches, extremes, n_bits, layer_bits)
+    extremes = calibrate(graph, batches, "mse", sums=True)
+    assert extremes == calibrate(graph, batches, "minmax", sums=True)
+    ranges = least_error_ranges(graph, batches, extremes, n_bits, layer_bits)
     expected = slow_ranges(graph, batches, n_bits, layer_bits)
     names = {"conv1", "conv2", "add[0]", "add[1]", "pool", "classifier"}
     assert ranges.keys() == expected.keys() == names
@@ -113,7 +120,7 @@ def with_one_input():
 def test_no_more_error_than_with_the_extremes(x, n_bits):
     extremes = minmax(x)
     graph = with_one_input()
-    found = qu.least_error_ranges(graph, [x[None, None, None]], {"0": extremes}, n_bits)["0"]
+    found = least_error_ranges(graph, [x[None, None, None]], {"0": extremes}, n_bits)["0"]
     m = max(-extremes[0], extremes[1]) or 1.0
     errors = []
     for limits in (found, extremes):

@@ -14,10 +14,17 @@ import data
 import models
 import quant_inference as qi
 import quant_utils as qu
-from engine.networks.exported import export_network, layers, operations
+from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
-from engine.quantization.activations import quantized_inputs
+from engine.networks.graph import layers, operations
+from engine.quantization.activations import (
+    activation_grids,
+    calibrate,
+    quantize_activations,
+    quantized_inputs,
+)
 from engine.quantization.coverage import coverage
+from engine.quantization.weights import quantize_model
 from engine.system.errors import NetworkError
 from engine.system.io import save_weights
 from engine.training.learned_steps import make_steps
@@ -171,7 +178,7 @@ def test_a_network_that_writes_into_its_input_folds(quantize):
 @pytest.mark.parametrize("network", [standardized, normalized])
 def test_weights_are_quantized_as_they_are_computed(network):
     net = make(network)
-    net_q, quantized = qu.quantize_model(net, qu.uniform, 2, image_shape=SHAPE)
+    net_q, quantized = quantize_model(net, qu.uniform, 2, image_shape=SHAPE)
     assert [layer.name for layer in quantized] == ["0", "2", "6"]
     graph = export_network(net, SHAPE)
     for layer in quantized:
@@ -189,7 +196,7 @@ def test_weights_are_quantized_as_they_are_computed(network):
 @pytest.mark.parametrize("network", [Twice, Tied])
 def test_a_weight_that_is_used_twice_is_quantized_once_for_each_use(network):
     net = make(network)
-    net_q, quantized = qu.quantize_model(net, qu.uniform, 2, image_shape=SHAPE)
+    net_q, quantized = quantize_model(net, qu.uniform, 2, image_shape=SHAPE)
     assert [layer.name for layer in quantized] == ["stem", "a", "b", "head.2"]
     assert net_q.b.weight is net_q.a.weight and (net_q.b is net_q.a) == (network is Twice)
     assert torch.equal(net_q.a.weight, qu.uniform(net.a.weight, 2))
@@ -212,15 +219,15 @@ NETWORKS = {
 def test_every_weight_and_every_input_is_seen(name):
     net, shape = make(NETWORKS[name]), (3, 16, 16) if name == "swin" else SHAPE
     graph = export_network(net, shape)
-    net_q, _ = qu.quantize_model(net, qu.uniform, 2, image_shape=shape)
+    net_q, _ = quantize_model(net, qu.uniform, 2, image_shape=shape)
     weights = {k: w for k, w in net_q.named_parameters() if w.dim() > 1 and k.endswith("weight")}
     assert [k for k, w in weights.items() if len(w.unique()) > 4] == []
     kinds = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
     names = {k for k, m in net.named_modules() if isinstance(m, kinds)}
     names |= {f"{k}.in_proj" for k, m in net.named_modules() if hasattr(m, "in_proj_weight")}
-    assert names <= qu.input_shapes(graph, images()).keys()
+    assert names <= quantized_inputs(graph).keys()
     assert names <= layers(graph).keys() and names <= make_steps(net, shape, 4, 4).layers.keys()
-    assert coverage(graph, qu.quantized_inputs(graph)).multiply_adds == 1
+    assert coverage(graph, quantized_inputs(graph)).multiply_adds == 1
 
 
 # --- inputs ----------------------------------------------------------------------------------
@@ -229,14 +236,14 @@ def test_every_weight_and_every_input_is_seen(name):
 @pytest.mark.parametrize("method", qu.CALIBRATIONS)
 def test_one_image_more_does_not_shrink_ranges(method):
     graph, x = fold_batch_norms(export_network(make(LearnedMap), SHAPE)), images(65)
-    ranges = [qu.calibrate(graph, x[:n].split(64), method) for n in (64, 65)]
+    ranges = [calibrate(graph, x[:n].split(64), method) for n in (64, 65)]
     for name, (low, high) in ranges[0].items():
         assert ranges[1][name][1] >= 0.98 * high
         assert low >= 0 or ranges[1][name][0] <= 0.98 * low
 
 
 def test_sums_are_named_in_the_order_in_which_they_run():
-    names = list(qu.input_shapes(make(LearnedMap), images(), sums=True))
+    names = list(quantized_inputs(export_network(make(LearnedMap), SHAPE), sums=True))
     assert names == [
         *("stem.0", "add[0]", "add[1]", "block.0", "add_2[0]", "add_2[1]", "pool", "fc")
     ]
@@ -253,12 +260,12 @@ def test_a_batch_of_one_image_gives_the_same_result(quantize):
 
 def test_a_zero_point_serves_lopsided_inputs(quantize):
     graph, x = export_network(make(lopsided), SHAPE), images(64)
-    ranges, errors = qu.calibrate(graph, [x], "minmax"), {}
+    ranges, errors = calibrate(graph, [x], "minmax"), {}
     assert ranges["2"][0] < 0 < -3 * ranges["2"][0] < ranges["2"][1]
     for asymmetric in (False, True):
-        grids = qu.activation_grids(ranges, 4, asymmetric=asymmetric)
+        grids = activation_grids(ranges, 4, asymmetric=asymmetric)
         with torch.no_grad():
-            change = qu.quantize_activations(graph, grids)(x) - graph(x)
+            change = quantize_activations(graph, grids)(x) - graph(x)
         errors[asymmetric] = change.square().mean().item()
         levels = len(grids["2"].round(F.silu(torch.linspace(-9, 9, 999))).unique())
         assert (levels == 16) == asymmetric
@@ -338,7 +345,7 @@ def test_products_of_activations_are_seen_however_they_are_written(mix):
     found = coverage(graph, None)
     expected = (16 * 8 * 192 + 80) / (16 * 8 * 192 + 80 + 2 * 16 * 16 * 8)
     assert found.multiply_adds == pytest.approx(expected) and len(found.in_float) == 2
-    assert coverage(graph, quantized_inputs(graph)).is_whole
+    assert not coverage(graph, quantized_inputs(graph)).in_float
 
 
 @pytest.mark.parametrize("name", ["baddbmm", "lstm"])

@@ -16,7 +16,7 @@ from torch import nn
 import train
 import utils
 from engine.images.loader import Loader
-from engine.networks.exported import export_network
+from engine.networks.export import export_network
 from engine.networks.layers import quantizable_layers
 from engine.system import distributed
 from engine.system.errors import FileError, NetworkError, StepSizeError

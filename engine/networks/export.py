@@ -1,0 +1,424 @@
+"""A network as one graph of PyTorch operations: what torch.export sees of its `forward`.
+
+`export_network` runs `torch.export` once, in evaluation mode and with a dynamic batch, and returns
+an `fx.GraphModule` that maps images (B, 3, H, W) to logits (B, classes). It has
+
+- no operation in place: strangers' code that writes into its input writes into a copy;
+- weights and buffers under the names of the network's `state_dict`. What is computed from them
+  alone, such as the weight of `weight_norm`, is a constant of its own;
+- a weight and a bias of its own for each operation that has one, also where the network runs a
+  layer twice: `<name of the operation>.weight` and `.bias`;
+- attention as two matrix products and a softmax.
+
+What its nodes hold in their `meta` is told in `engine/networks/graph.py`.
+"""
+
+import copy
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, default_decompositions, export
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.utils import parametrize
+
+from engine.networks.fast_layers import plain_copy
+from engine.networks.graph import (
+    BATCH,
+    KINDS,
+    LAYERS,
+    aten,
+    copy_graph,
+    layers,
+    read_tensor,
+    returning_values,
+    set_constant,
+)
+from engine.networks.outputs import network_boundary, split_output
+from engine.system.errors import NetworkError
+
+TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
+COMPOSED = {aten.einsum.default}  # of products that are seen
+CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+POOLED_DIMS = {4: ({2, 3}, {1, 2}), 3: ({1},)}  # of a mean over pixels or tokens, by dimensions
+# Operations with products inside that no quantizer reaches.
+UNSEEN_PRODUCTS = {
+    "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "bilinear", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "conv_tbc", "scaled_dot_product_attention", "_native_multi_head_attention",
+}  # fmt: skip
+# Modules that are one operation each, which is called after them.
+OPERATION_MODULES = (
+    "torch.nn.modules.conv.",
+    "torch.nn.modules.linear.",
+    "torch.nn.modules.pooling.",
+    "engine.",
+)
+
+
+def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+    """Return the network's graph for images of `image_shape` (3, H, W), with copies of its weights.
+
+    Raises NetworkError, in one line with PyTorch's reason, where it cannot be exported or the graph
+    computes something else than the network.
+    """
+    name = type(net).__name__
+    net = plain_copy(net).eval()
+    images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(net.parameters(), images))
+    problem = " cannot be exported by torch.export, which quantizing needs (training does not)"
+    with network_boundary(net, problem), torch.no_grad():
+        graph = _with_own_tensors(traced(net, images[:BATCH]), _Logits(net))
+        _inline_regions(graph)
+        for node in graph.graph.nodes:
+            node.meta = _described(node)
+        for transform in (_spell_one_way, _split_attention, _fold_constants):
+            graph.graph.eliminate_dead_code()
+            transform(graph)
+        graph.graph.eliminate_dead_code()
+        _name_operations(graph)
+        _own_tensors(graph)
+        graph = copy_graph(graph)
+        expected = _Logits(net)(images.clone())
+        logits = graph(images)
+    if images.is_meta:  # nothing is computed
+        return graph
+    limit = TOLERANCE * expected.nan_to_num(0, 0, 0).abs().max().item()
+    if not torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True):
+        raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
+    return graph
+
+
+class _Logits(nn.Module):
+    """The network without what it returns beside its logits."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return split_output(self.net, self.net(x), [])[0]
+
+
+def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
+    """Return what `torch.export` makes of the network, without operations in place."""
+    shapes = ({0: Dim.AUTO},)
+    # With gradients: without them attention runs as one kernel that hides its matrix products.
+    with torch.enable_grad():
+        program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
+    composed = COMPOSED & {node.target for node in program.graph.nodes}
+    if composed or not _without_inplace(program.graph):
+        table = default_decompositions() if composed else {}
+        program = program.run_decompositions({target: table[target] for target in composed})
+    return program
+
+
+def _without_inplace(graph: fx.Graph) -> bool:
+    """Replace operations in place by those that return a new value; False where views forbid it.
+
+    A view shares memory with what is written to: then all of its readers would have to change.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        if not schema.is_mutable or schema.name == "aten::batch_norm":
+            continue
+        written = node.args[0]
+        functional = getattr(aten, schema.name.removeprefix("aten::").rstrip("_"), None)
+        overload = getattr(functional, node.target._overloadname, None)
+        if overload is None or _is_view(written) or any(map(_is_view, written.users)):
+            return False
+        node.target = overload
+        for user in [*written.users]:
+            if order[user] > order[node]:
+                user.replace_input_with(written, node)
+    return True
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Tell whether the value shares memory with what the operation takes."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    results = node.target._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in results)
+
+
+def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
+    """Return a module with the program's graph that reads the network's tensors by their names."""
+    tensors = {**program.constants, **dict(net.named_buffers(remove_duplicate=False))}
+    tensors |= dict(net.named_parameters(remove_duplicate=False))
+    graph = fx.Graph()
+    attributes: dict[str, Tensor | fx.GraphModule] = {}
+    values: dict[fx.Node, fx.Node] = {}
+    copies: dict[int, Tensor] = {}
+    signature = program.graph_signature
+    placeholders = program.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind in CONSTANT_KINDS:
+            name = spec.target.removeprefix("net.")
+            tensor = tensors[spec.target]
+            attributes[name] = copies.setdefault(id(tensor), tensor.detach().clone())
+            values[node] = graph.get_attr(name)
+            values[node].meta = {"val": tensor, "is_parameter": spec.kind == InputKind.PARAMETER}
+    results = graph.graph_copy(program.graph, values)
+    [logits] = [
+        value
+        for value, spec in zip(results, signature.output_specs, strict=True)
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+    graph.output(logits)
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in attributes:  # the graph of a region, such as one of autocast
+            attributes[node.target] = getattr(program.graph_module, node.target)
+    return fx.GraphModule(attributes, graph)
+
+
+def _described(node: fx.Node) -> dict:
+    """Return the `meta` of a node, see the module; shapes with the batch that was exported."""
+    stack = [*(node.meta.get("nn_module_stack") or {"": ("", "")}).values()][-1]
+    value = node.meta.get("val")
+    described = {"path": stack[0].removeprefix("net").lstrip("."), "type": stack[1], "shape": ()}
+    if isinstance(value, Tensor):
+        described["shape"] = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
+    described["is_bool"] = isinstance(value, Tensor) and value.dtype == torch.bool
+    return described | {"is_parameter": node.meta.get("is_parameter", False)}
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Put what runs inside a region, such as one without autocast, in the region's place."""
+    for node in [*module.graph.nodes]:
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        # settings such as a dtype, the graph of the region, its inputs
+        start = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
+        inner = getattr(module, node.args[start].target).graph
+        sources = inner.find_nodes(op="placeholder")
+        values = dict(zip(sources, node.args[start + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner, values)
+        for user in [*node.users]:  # each takes one of the results
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+
+
+def _spell_one_way(module: fx.GraphModule) -> None:
+    """Write each batch norm, squeezing and product with a constant matrix in one form."""
+    constant = _constants(module)
+    for node in [*module.graph.nodes]:
+        match node.target, node.args:
+            case (aten._native_batch_norm_legit_no_training.default, _):
+                x, gamma, beta, mean, var, momentum, eps = node.args
+                arguments = (x, gamma, beta, mean, var, False, momentum, eps, False)
+                [result] = node.users
+                _replace(module, result, aten.batch_norm.default, arguments)
+            case (aten._assert_tensor_metadata.default, _):  # of the precision it was exported in
+                module.graph.erase_node(node)
+            case (aten.squeeze.default, (x,)):  # which would squeeze a batch of one image as well
+                shape = x.meta["shape"]
+                ones = [i for i, n in enumerate(shape) if i and n == 1]
+                _replace(module, node, aten.squeeze.dims, (x, ones))
+            case (aten.view.default | aten.reshape.default, (x, _)):
+                # len(x) is the number of images that were exported; -1 is any
+                (n, *before) = x.meta["shape"]
+                (n_after, *after) = node.meta["shape"]
+                if n == n_after == BATCH and math.prod(before) == math.prod(after):
+                    node.args = (x, [-1, *after])
+            case (aten.matmul.default | aten.mm.default, (x, w)) if w in constant:
+                if len(w.meta["shape"]) == 2:
+                    _to_linear(module, node, x, w)
+            case (aten.addmm.default, (b, x, w)) if w in constant and not node.kwargs:
+                _to_linear(module, node, x, w, b)
+
+
+def _to_linear(module: fx.GraphModule, node: fx.Node, x: fx.Node, w: fx.Node, *bias) -> None:
+    """Replace x @ w + bias by linear(x, wᵀ, bias)."""
+    transposed = _insert(module, node, aten.t.default, (w,), w.meta["shape"][::-1])
+    _replace(module, node, aten.linear.default, (x, transposed, *bias))
+
+
+def _split_attention(module: fx.GraphModule) -> None:
+    """Write scaled dot-product attention softmax(q kᵀ·scale + mask) v as these operations."""
+    for node in [*module.graph.nodes]:
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        query, key, value, mask, dropout, is_causal = (*node.args, None, 0.0, False)[:6]
+        if dropout or node.kwargs.get("enable_gqa"):
+            continue  # and `_name_operations` refuses it
+        q_shape = query.meta["shape"]
+        k_shape = key.meta["shape"]
+        scale = node.kwargs.get("scale") or q_shape[-1] ** -0.5
+        shape = (*q_shape[:-1], k_shape[-2])
+        transposed = (*k_shape[:-2], k_shape[-1], k_shape[-2])
+        k_t = _insert(module, node, aten.transpose.int, (key, -2, -1), transposed)
+        scores = _insert(module, node, aten.matmul.default, (query, k_t), shape)
+        scores = _insert(module, node, aten.mul.Tensor, (scores, scale), shape)
+        if is_causal:
+            with module.graph.inserting_before(node):
+                lower = torch.ones(shape[-2:], dtype=torch.bool).tril()
+                mask = read_tensor(module, f"{node.name}.mask", lower)
+        if mask is not None and mask.meta["is_bool"]:
+            out = _insert(module, node, aten.logical_not.default, (mask,), mask.meta["shape"])
+            masked = (scores, out, -math.inf)
+            scores = _insert(module, node, aten.masked_fill.Scalar, masked, shape)
+        elif mask is not None:
+            scores = _insert(module, node, aten.add.Tensor, (scores, mask), shape)
+        weights = _insert(module, node, aten.softmax.int, (scores, -1), shape)
+        _replace(module, node, aten.matmul.default, (weights, value))
+
+
+def _insert(
+    module: fx.GraphModule, before: fx.Node, target: Callable, args: tuple, shape: Sequence[int]
+) -> fx.Node:
+    """Add an operation of the same module before a node."""
+    with module.graph.inserting_before(before):
+        node = module.graph.call_function(target, args)
+    node.meta = {**before.meta, "shape": tuple(shape)}
+    return node
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, target: Callable, args: tuple) -> fx.Node:
+    """Put another operation in a node's place."""
+    new = _insert(module, node, target, args, node.meta["shape"])
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
+    return new
+
+
+def _constants(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes whose values depend on neither images nor random numbers."""
+    constant: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_value = node.op in ("get_attr", "call_function") and not is_random
+        if is_value and all(source in constant for source in node.all_input_nodes):
+            constant.add(node)
+    return constant
+
+
+@torch.no_grad()
+def _fold_constants(module: fx.GraphModule) -> None:
+    """Compute once what depends on weights and buffers alone, and read the results as constants."""
+    constant = _constants(module)
+    computed = [
+        node
+        for node in module.graph.nodes
+        if node in constant and node.op != "get_attr" and node.users.keys() - constant
+    ]
+    values = returning_values(module, computed)(None)  # of no images
+    for node, value in zip(computed, values, strict=True):
+        if not isinstance(value, Tensor):
+            continue
+        path = node.meta["path"]
+        with module.graph.inserting_before(node):
+            read = read_tensor(module, f"{path}.{node.name}".lstrip("."), value.detach().clone())
+        read.meta |= {"path": path, "computed": True, "is_parameter": _is_learned(node)}
+        for user in node.users.keys() - constant:
+            user.replace_input_with(node, read)
+
+
+def _is_learned(node: fx.Node) -> bool:
+    """Tell whether a constant is a parameter, or computed from one."""
+    return node.meta.get("is_parameter", False) or any(map(_is_learned, node.all_input_nodes))
+
+
+def _name_operations(module: fx.GraphModule) -> None:
+    """Put the name of each operation into its `meta`.
+
+    Raises NetworkError, naming it, for a product that would stay in float unseen.
+    """
+    constant = _constants(module)
+    taken = Counter()
+    for node in module.graph.nodes:
+        if (kind := getattr(node.target, "_opname", "")) in UNSEEN_PRODUCTS:
+            where = node.meta["path"] or "the network"
+            raise NetworkError(f"{where} calls {kind}, whose products cannot be quantized")
+        if _is_operation(node, constant):
+            name = _operation_name(node)
+            taken[name] += 1
+            node.meta["name"] = name if taken[name] == 1 else f"{name}_{taken[name]}"
+
+
+def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Tell whether the node is a product, pooling or sum of more than numbers and channels."""
+    if node.target not in KINDS or node in constant:
+        return False
+    kind = KINDS[node.target]
+    if kind in LAYERS:
+        return node.args[1] in constant
+    if node.target is aten.mean.dim:
+        shape = node.args[0].meta["shape"]
+        dims = {d % len(shape) for d in node.args[1] or ()}
+        return dims in POOLED_DIMS.get(len(shape), ())
+    if kind in ("add", "mul"):
+        operands = node.args[:2]
+        return all(isinstance(a, fx.Node) and len(a.meta["shape"]) > 2 for a in operands)
+    return True
+
+
+def _operation_name(node: fx.Node) -> str:
+    """Return what to call an operation, see `Operation`; a layer in a function after its weight."""
+    path = node.meta["path"]
+    kind = KINDS[node.target]
+    if node.meta["type"].startswith(OPERATION_MODULES):
+        return path
+    if kind in LAYERS:
+        weight = node.args[1]
+        is_stored = "computed" not in weight.meta and weight.target.endswith("weight")
+        parameter = weight.target.removesuffix("weight") if is_stored else path
+        if own := parameter.rstrip("._"):
+            return own
+    return f"{path}.{kind}".lstrip(".")
+
+
+def _own_tensors(module: fx.GraphModule) -> None:
+    """Give each layer a weight and a bias of its own, called after it.
+
+    Its `meta` keeps under `stored` which tensors of the network's `state_dict` they are.
+    """
+    for layer in layers(module).values():
+        stored = layer.node.meta["stored"] = {}
+        for position, (kind, target) in enumerate(layer.tensors.items(), 1):
+            if "computed" not in layer.node.args[position].meta:
+                stored[kind] = target
+            if target != f"{layer.name}.{kind}":
+                set_constant(module, layer, kind, module.get_buffer(target).clone())
+
+
+@torch.no_grad()
+def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
+    """Return a copy of the network with the layers' tensors of its graph, or the graph.
+
+    The graph where the network computes a weight in its `forward`, or has one parameter for layers
+    whose tensors now differ: then no copy computes what the graph does.
+    """
+    copied = copy.deepcopy(net)
+    written = {}
+    for layer in layers(graph).values():
+        path = layer.node.meta["path"]
+        for kind, name in layer.tensors.items():
+            tensor = graph.get_buffer(name)
+            stored = layer.node.meta["stored"].get(kind)
+            if stored is None and not _remove_parametrization(copied, path, kind):
+                return graph
+            stored = stored or f"{path}.{kind}".lstrip(".")
+            if not torch.equal(written.setdefault(stored, tensor), tensor):
+                return graph
+            operator.attrgetter(stored)(copied).copy_(tensor)
+    return copied
+
+
+def _remove_parametrization(net: nn.Module, path: str, kind: str) -> bool:
+    """Make a parametrized tensor of a module a parameter of its own; tell whether it was one."""
+    module = net.get_submodule(path)
+    is_parametrized = parametrize.is_parametrized(module, kind)
+    if is_parametrized:
+        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        # a class of the copy's own: removing changes the class, which the original has as well
+        module.__class__ = type(type(module).__name__, type(module).__bases__, own)
+        parametrize.remove_parametrizations(module, kind)
+    return is_parametrized

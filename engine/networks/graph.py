@@ -1,0 +1,192 @@
+"""The graph of a network: its operations, weights and inputs by name, and changed copies of it.
+
+It is an `fx.GraphModule` whose tensors are buffers; `engine/networks/export.py` makes it. A node's
+`meta` holds the `path` of the module in whose forward it runs, the module's `type`, the `shape` of
+its value for a batch of `BATCH` images and, where it is one of `operations`, its `name`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+BATCH = 2  # images that the network is exported with; any number can be run afterwards
+
+PRODUCTS = {
+    aten.conv1d.default: "conv",
+    aten.conv1d.padding: "conv",
+    aten.conv2d.default: "conv",
+    aten.conv2d.padding: "conv",
+    aten.conv3d.default: "conv",
+    aten.conv_transpose1d.default: "conv_transpose",
+    aten.conv_transpose2d.input: "conv_transpose",
+    aten.conv_transpose3d.input: "conv_transpose",
+    aten.linear.default: "linear",
+    aten.matmul.default: "matmul",
+    aten.bmm.default: "matmul",
+    aten.mm.default: "matmul",
+}
+LAYERS = ("conv", "conv_transpose", "linear")  # products whose second operand is a weight
+POOLINGS = {
+    aten.avg_pool2d.default: "pool",
+    aten.adaptive_avg_pool2d.default: "pool",
+    aten.mean.dim: "pool",
+}
+SUMS = {aten.add.Tensor: "add", aten.mul.Tensor: "mul", aten.cat.default: "cat"}
+KINDS = {**PRODUCTS, **POOLINGS, **SUMS}
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Operation:
+    """A product, pooling or sum of the graph: what quantization is about.
+
+    Attributes:
+        node: the operation in the graph.
+        name: the module's; or that of the module in whose forward it runs, a dot, its kind and,
+            from the second on, its number.
+        kind: a value of KINDS.
+        inputs: the names of what is quantized beside weights, in order. A single input is called as
+            the operation is, several have [0], [1], … after that.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        """Read it off a node that has a name."""
+        self.node, self.name, self.kind = node, node.meta["name"], KINDS[node.target]
+        self.is_product = node.target in PRODUCTS
+        self.is_sum = node.target in SUMS  # of several values: added, multiplied or concatenated
+        self.is_layer = self.kind in LAYERS
+        n_inputs = 2 if self.kind in ("matmul", "add", "mul") else 1
+        n_inputs = len(node.args[0]) if self.kind == "cat" else n_inputs
+        names = [f"{self.name}[{i}]" for i in range(n_inputs)]
+        self.inputs = names if n_inputs > 1 else [self.name]
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """The names of those tensors that a layer has, by "weight" and "bias"."""
+        reads = self.node.args[1:3] if self.is_layer else ()
+        return {
+            kind: read.target
+            for kind, read in zip(("weight", "bias"), reads, strict=False)
+            if isinstance(read, fx.Node) and read.op == "get_attr"
+        }
+
+    @property
+    def weight(self) -> str | None:
+        """The name of the weight's tensor; None where there is none."""
+        return self.tensors.get("weight")
+
+    @property
+    def bias(self) -> str | None:
+        """The name of the bias' tensor; None where there is none."""
+        return self.tensors.get("bias")
+
+    @property
+    def groups(self) -> int:
+        """Of how many groups a convolution is, 1 for others."""
+        return self.node.args[6] if self.is_layer and len(self.node.args) > 6 else 1
+
+    def source(self, name: str) -> fx.Node:
+        """Return the node of that input."""
+        operands = self.node.args[0] if self.kind == "cat" else self.node.args
+        return operands[self.inputs.index(name)]
+
+    def set_source(self, name: str, value: fx.Node) -> None:
+        """Replace the node of that input."""
+        first, *others = self.node.args
+        operands = [*first] if self.kind == "cat" else [first, *others]
+        operands[self.inputs.index(name)] = value
+        self.node.args = (operands, *others) if self.kind == "cat" else tuple(operands)
+
+    def multiply_adds(self) -> int:
+        """Return how many products of two numbers it computes for one image."""
+        if not self.is_product:
+            return 0
+        first, second = (operand.meta["shape"] for operand in self.node.args[:2])
+        values = math.prod(first if self.kind == "conv_transpose" else self.node.meta["shape"])
+        return values // BATCH * (first[-1] if self.kind == "matmul" else math.prod(second[1:]))
+
+
+def operations(graph: fx.GraphModule) -> list[Operation]:
+    """Return the products, poolings and sums of an exported network, in the order they run."""
+    return [Operation(node) for node in graph.graph.nodes if "name" in node.meta]
+
+
+def layers(graph: fx.GraphModule) -> dict[str, Operation]:
+    """Return the operations that have a weight, by name, in the order in which they run."""
+    return {each.name: each for each in operations(graph) if each.is_layer}
+
+
+def weights(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """Return the weight of each layer by the layer's name, with the output channels first."""
+    return {
+        name: by_channel(graph.get_buffer(layer.weight), layer)
+        for name, layer in layers(graph).items()
+    }
+
+
+def by_channel(w: Tensor, layer: Operation) -> Tensor:
+    """Return a layer's weight, or what has its shape, with the output channels first.
+
+    That of a transposed convolution of g groups is (inputs, outputs / g, …): of what this has
+    returned, this is the inverse as well.
+    """
+    if layer.kind != "conv_transpose":
+        return w
+    return w.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of the graph with those tensors that it reads; none is changed in place."""
+    [output] = graph.graph.find_nodes(op="output")
+    return returning_values(graph, output.args[0])
+
+
+def returning_values(graph: fx.GraphModule, results: fx.node.Argument) -> fx.GraphModule:
+    """Return a copy that returns the value of a node, or of a list of them, and runs no more."""
+    copied = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    copied.graph_copy(graph.graph, copies)
+    copied.output(fx.node.map_arg(results, copies.__getitem__))
+    copied.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return fx.GraphModule(graph, copied)
+
+
+def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:
+    """Return a copy in which each named input of an operation goes through its function first."""
+    copied = copy_graph(graph)
+    for operation in operations(copied):
+        for name in filter(transforms.__contains__, operation.inputs):
+            value = operation.source(name)
+            with copied.graph.inserting_before(operation.node):
+                changed = copied.graph.call_function(transforms[name], (value,))
+            changed.meta = {k: v for k, v in value.meta.items() if k != "name"}
+            operation.set_source(name, changed)
+    copied.recompile()
+    return copied
+
+
+def read_tensor(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """Set a buffer of the module under a name with dots, and return a new node that reads it."""
+    set_tensor(module, name, tensor)
+    node = module.graph.get_attr(name)
+    is_bool = tensor.dtype == torch.bool
+    node.meta = {"path": "", "type": "", "shape": tuple(tensor.shape), "is_bool": is_bool}
+    return node
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a buffer of the module, or of its submodules, under a name with dots."""
+    fx.graph_module._assign_attr(tensor, module, name)
+
+
+def set_constant(graph: fx.GraphModule, layer: Operation, kind: str, tensor: Tensor) -> None:
+    """Give a layer another "weight" or "bias", under the layer's own name for it."""
+    position = {"weight": 1, "bias": 2}[kind]
+    arguments = [*layer.node.args]
+    with graph.graph.inserting_before(layer.node):
+        read = read_tensor(graph, f"{layer.name}.{kind}", tensor)
+    arguments[position : position + 1] = [read]
+    layer.node.args = tuple(arguments)
