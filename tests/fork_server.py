@@ -135,7 +135,9 @@ def _fork(running, env, function, arguments):
         return pid
     code = 1
     try:
-        torch.set_num_threads(1)  # makes the pool anew that a fork loses, before a second thread does
+        torch.set_num_threads(
+            1
+        )  # makes the pool anew that a fork loses, before a second thread does
         running.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ.clear()

@@ -182,19 +182,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         return batch_norm(x, self.weight, self.bias, *buffers, *options)
 
 
-class BatchNormReLU(BatchNorm2d):
-    """`nn.BatchNorm2d` and the ReLU after it, in one; keys of `nn.BatchNorm2d`.
-
-    `activation` is what remains of the module once its batch norm is folded away.
-    """
-
-    rectifier = "relu"
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation = nn.ReLU()
-
-
 # --- statistics of several processes ---------------------------------------------------------
 
 
