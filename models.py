@@ -14,9 +14,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from engine.networks.convolution import Conv2d
-from engine.networks.fast_batch_norm import BatchNormReLU
-from engine.networks.layers import Add
+from engine.networks.layers import Add, FullPrecisionLinear
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 TIMM = "timm:"
@@ -39,11 +37,13 @@ class ConvNet(nn.Module):
         super().__init__()
         for i, (c_in, c_out, stride) in enumerate(self.BLOCKS):
             block = nn.Sequential(
-                Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), BatchNormReLU(c_out)
+                nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
             )
             self.add_module(f"layer{i}", block)
         self.pool = nn.AdaptiveAvgPool2d(1)  # a module, so that its input can be quantized
-        self.classifier = nn.Linear(self.BLOCKS[-1][1], num_classes)
+        self.classifier = FullPrecisionLinear(self.BLOCKS[-1][1], num_classes)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Map images x (B, 3, H, W) to logits (B, num_classes) and the nine block outputs."""
@@ -51,9 +51,8 @@ class ConvNet(nn.Module):
         for i in range(len(self.BLOCKS)):
             x = self.get_submodule(f"layer{i}")(x)
             activations.append(x)
-        with torch.autocast(x.device.type, enabled=False):  # few numbers: keep them exact
-            pooled = self.pool(x.to(self.classifier.weight.dtype)).flatten(1)  # (B, 256)
-            return self.classifier(pooled), activations
+        pooled = self.pool(x.to(self.classifier.weight.dtype)).flatten(1)  # (B, 256)
+        return self.classifier(pooled), activations
 
 
 class PadShortcut(nn.Module):

@@ -35,10 +35,11 @@ from bf16_cosine import cosine
 from epoch_time import make_work
 from epoch_time import seconds as epoch_seconds
 from launches import count
-from step_time import ROWS, machine, make_steps, milliseconds, peak_megabytes, plain_net
+from step_time import ROWS, machine, make_steps, milliseconds, peak_megabytes
 from torch import nn
 
 import data
+import models
 import utils
 from engine.images.loader import Loader
 from engine.networks.compiling import set_compile
@@ -101,7 +102,7 @@ def our_gradient(
 
 def plain_gradient(args: argparse.Namespace, penalty: str, device: str) -> torch.Tensor:
     """Return the same by plain autograd in float64, of PyTorch's own layers."""
-    ours, net = our_net(args, torch.float64, device), plain_net(args)
+    ours, net = our_net(args, torch.float64, device), models.make_model(args.model, 10, args.width)
     net.to(device, torch.float64).train().load_state_dict(ours.state_dict())
     x, y = random_batch(args.n_images, args.image_size, torch.float64, device)
     logits, activations = run_network(net, x, with_activations=True)

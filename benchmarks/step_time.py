@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import _root  # noqa: F401
 import torch
@@ -92,20 +91,6 @@ FIGURES = {  # of the last line: (row, side) of a time, and (row, side) of what 
 }
 
 
-class PlainNormReLU(nn.BatchNorm2d):
-    """PyTorch's batch norm and ReLU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x (N, C, H, W) to relu(batch_norm(x))."""
-        return super().forward(x).relu()
-
-
-def plain_net(args: argparse.Namespace) -> nn.Module:
-    """Make the network of PyTorch's own modules; of ConvNet, too, which is written with ours."""
-    with mock.patch.multiple(models, Conv2d=nn.Conv2d, BatchNormReLU=PlainNormReLU):
-        return models.make_model(args.model, 10, args.width)
-
-
 def plain_step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -142,7 +127,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     if side != "reference":
         layout = hardware.MEMORY_FORMATS[args.memory_format]
     if is_plain:
-        net = plain_net(args).to(args.device, memory_format=layout)
+        net = models.make_model(args.model, 10, args.width).to(args.device, memory_format=layout)
     else:
         hardware.tune_glibc_malloc()
         set_compile(args.compile, args.device)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.networks.fast_batch_norm import BatchNorm2d
 from engine.networks.graph import operations, with_inputs
 from engine.quantization.grids import OnGrid
 
@@ -22,6 +23,13 @@ class SmoothNet(nn.Module):
         a1 = self.softplus(self.norm1(self.conv1(x)))
         a2 = self.softplus(self.conv2(a1))
         return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
+
+
+def rectifying_norm(channels: int, **settings: object) -> nn.BatchNorm2d:
+    """Return one of our batch norms that does the work of a ReLU after it as well."""
+    norm = BatchNorm2d(channels, **settings)
+    norm.rectifier = "relu"
+    return norm
 
 
 class Reordered(nn.Module):

@@ -18,7 +18,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 import quant_inference  # noqa: E402
 import train  # noqa: E402
-from engine.networks import convolution, fast_batch_norm  # noqa: E402
+from engine.networks import fast_layers  # noqa: E402
 from engine.system import wandb_logger  # noqa: E402
 
 SCRIPTS = {
@@ -46,19 +46,20 @@ class Foreign(Tiny):
 
 
 class TinyFused(nn.Module):
-    """The same of fused layers, whose batch norms synchronize."""
+    """The same of fast layers, whose batch norms synchronize."""
 
     def __init__(self, num_classes: int = 4) -> None:
         super().__init__()
-        self.conv1 = convolution.Conv2d(3, 5, 3, padding=1, bias=False)
-        self.norm1 = fast_batch_norm.BatchNormReLU(5)
-        self.conv2 = convolution.Conv2d(5, 6, 3, stride=2, padding=1)
-        self.norm2 = fast_batch_norm.BatchNormReLU(6)
+        self.conv1 = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+        self.norm1, self.relu1 = nn.BatchNorm2d(5), nn.ReLU()
+        self.conv2 = nn.Conv2d(5, 6, 3, stride=2, padding=1)
+        self.norm2, self.relu2 = nn.BatchNorm2d(6), nn.ReLU()
         self.linear = nn.Linear(6, num_classes)
+        fast_layers.use_fast_layers(self)
 
     def forward(self, x):
-        a1 = self.norm1(self.conv1(x))
-        a2 = self.norm2(self.conv2(a1))
+        a1 = self.relu1(self.norm1(self.conv1(x)))
+        a2 = self.relu2(self.norm2(self.conv2(a1)))
         return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
 
 

@@ -108,15 +108,12 @@ class Arithmetic(IntegerOperation):
 
     def emit(self, onnx: Emitter) -> None:
         """Add the operator between dequantizing and rounding, which engines fuse."""
-        self.emit_node(onnx, self.op)
-
-    def emit_node(self, onnx: Emitter, op: str, *constants: str, **attributes: object) -> None:
-        """Add an operator on dequantized values, and the rounding of its result."""
-        sources = [onnx.as_float(name) for name in self.sources]
-        is_last = not self.out_grid and self.bounds == UNBOUNDED
-        target = self.name if is_last else f"{self.name}.result"
-        y = onnx.node(op, [*sources, *constants], target, **attributes)
+        y = onnx.node(self.op, self.float_sources(onnx), f"{self.name}.result")
         onnx.finish(y, self.name, self.out_grid, self.bounds)
+
+    def float_sources(self, onnx: Emitter) -> list[str]:
+        """Return the names of the inputs in float32, dequantized where they are codes."""
+        return [onnx.as_float(name) for name in self.sources]
 
 
 @dataclass
@@ -208,7 +205,10 @@ class Layer(Arithmetic):
             w = onnx.constant(f"{name}.weight", self.weight.detach().cpu().contiguous())
             b = onnx.constant(f"{name}.bias", bias.detach().cpu())
         op, options = ("Conv", self.attributes) if self.attributes else ("Gemm", {"transB": 1})
-        self.emit_node(onnx, op, w, b, **options)
+        y = onnx.node(op, [*self.float_sources(onnx), w, b], f"{name}.result", **options)
+        if integers and not self.out_grid:
+            y = onnx.round_to_steps(y, name, scale.view([-1] + [1] * (self.weight.dim() - 2)))
+        onnx.finish(y, name, self.out_grid, self.bounds)
 
     def _emit_integer_sums(self, onnx: Emitter) -> None:
         """Add a layer of several weights: a sum in int32 for each, which are added in float32.
@@ -246,6 +246,11 @@ class Sum(Arithmetic):
     """The sum of two values of one shape: of codes, or both of floats."""
 
     op = "Add"
+
+    def float_sources(self, onnx: Emitter) -> list[str]:
+        """Return the names of the operands in float32; of codes, each rounded twice."""
+        names = self.sources
+        return [onnx.as_float_again(name) if name in onnx.grids else name for name in names]
 
     def run(self, a: Tensor, b: Tensor) -> Tensor:
         """Map codes, in float32, to codes or floats."""

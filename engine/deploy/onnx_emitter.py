@@ -3,6 +3,9 @@
 Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of integers, and two
 `DequantizeLinear → Add → QuantizeLinear` to a sum of integers. A grid of fewer than 8 bits is
 `QuantizeLinear → Clip` on uint8, which does not stand in the way of that.
+
+Two things are for other engines than ONNX Runtime, which is as fast and exact without them:
+operands of sums are quantized twice, and logits rounded to whole steps.
 """
 
 from collections.abc import Sequence
@@ -19,8 +22,8 @@ try:
 except ImportError:  # an extra; see engine/system/extras.py
     onnx = TensorProto = helper = numpy_helper = None
 
-OPSET = 13  # the first with scales per channel
-IR_VERSION = 7  # its format
+OPSET = 21
+IR_VERSION = 10  # its format
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-np.inf, np.inf)
 RELU: Bounds = (0.0, np.inf)
@@ -100,6 +103,29 @@ class Emitter:
             return f"{name}.float" if grid else name
         constants = self.grid_constants(name, grid)
         return self.node("DequantizeLinear", [name, *constants], f"{name}.float")
+
+    def as_float_again(self, name: str) -> str:
+        """Return the name of codes in float32, dequantized, quantized and dequantized again.
+
+        OpenVINO 2026.4.1 computes a convolution and the sum that reads it as one, and leaves out
+        the rounding between them. A second, equal one keeps the first; ONNX Runtime removes it.
+        """
+        constants = self.grid_constants(name, self.grids[name])
+        again = f"{name}.again"
+        if again not in self.known:
+            self.node("QuantizeLinear", [self.as_float(name), *constants], f"{again}.codes")
+            self.node("DequantizeLinear", [f"{again}.codes", *constants], again)
+        return again
+
+    def round_to_steps(self, y: str, name: str, step: Tensor) -> str:
+        """Add float32 → its nearest whole number of steps, and return the name of the result.
+
+        Engines add a bias before or after they scale a sum of integers, which moves its last bits.
+        """
+        size = self.constant(f"{name}.step", step)
+        in_steps = self.node("Div", [y, size], f"{name}.in_steps")
+        rounded = self.node("Round", [in_steps], f"{name}.rounded_steps")
+        return self.node("Mul", [rounded, size], f"{name}.whole_steps")
 
     def dequantize_constant(self, name: str, codes: Tensor, scale: Tensor) -> str:
         """Return the name of a constant codes·scale; one scale, or one for each codes[i]."""

@@ -182,10 +182,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         return batch_norm(x, self.weight, self.bias, *buffers, *options)
 
 
-class BatchNormReLU(BatchNorm2d):
-    """`nn.BatchNorm2d` and the ReLU after it, in one; keys of `nn.BatchNorm2d`."""
-
-    rectifier = "relu"
 
 
 def set_sync_bn(net: nn.Module, enabled: bool) -> None:

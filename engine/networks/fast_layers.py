@@ -3,11 +3,10 @@
 import copy
 from collections import Counter
 
-import torch
 from torch import Tensor, fx, nn
 
 from engine.networks.convolution import Conv2d
-from engine.networks.fast_batch_norm import BatchNorm2d, BatchNormReLU
+from engine.networks.fast_batch_norm import BatchNorm2d
 from engine.networks.outputs import BATCH_NORMS, every_module_in
 
 
@@ -68,18 +67,9 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
     return net
 
 
-class PlainBatchNormReLU(nn.BatchNorm2d):
-    """What `BatchNormReLU` computes, of PyTorch's own operations."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, C, H, W) to relu(batch_norm(x))."""
-        return torch.relu(super().forward(x))
-
-
 PLAIN = {
     Conv2d: nn.Conv2d,
     BatchNorm2d: nn.BatchNorm2d,
-    BatchNormReLU: PlainBatchNormReLU,
     BatchNormBeforeRectifier: nn.BatchNorm2d,
     ReLU: nn.ReLU,
     ReLU6: nn.ReLU6,

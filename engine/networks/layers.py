@@ -1,5 +1,6 @@
 """Which layers and parameters count: those that are trained, penalized and quantized."""
 
+import torch
 from torch import Tensor, nn
 
 LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized and quantized
@@ -13,6 +14,15 @@ class Add(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a + b, of one shape."""
         return a + b
+
+
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer whose products are not rounded to bfloat16 under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (…, in_features), in the weight's dtype, to (…, out_features)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
 
 
 def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:

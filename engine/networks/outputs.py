@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.system.errors import NetworkError, ReportedError
 
 # Modules whose outputs are the activations A_l, with their subclasses. Functions such as F.relu are
@@ -21,7 +20,7 @@ from engine.system.errors import NetworkError, ReportedError
 ACTIVATIONS = (
     nn.ReLU | nn.ReLU6 | nn.LeakyReLU | nn.PReLU | nn.RReLU | nn.ELU | nn.SELU | nn.CELU | nn.GELU
     | nn.SiLU | nn.Mish | nn.Softplus | nn.Softsign | nn.Tanh | nn.Sigmoid | nn.LogSigmoid
-    | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU | BatchNormReLU
+    | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU
 )  # fmt: skip
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 

@@ -11,10 +11,9 @@ from torch import nn
 import data
 import models
 import quant_inference as qi
-from analysis.measured_network import MeasuredNetwork
+from analysis import measured_network
 from engine.deploy import verify
 from engine.networks.export import export_network
-from engine.networks.fast_batch_norm import BatchNormReLU
 from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load
 
@@ -27,12 +26,12 @@ class Folding(nn.Module):
 
     def __init__(self, num_classes=10):
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), BatchNormReLU(6)
-        self.conv2, self.norm2 = nn.Conv2d(6, 8, 3, stride=2, bias=False), BatchNormReLU(8)
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.norm2 = nn.Conv2d(6, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8)
         self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(8, num_classes)
 
     def forward(self, x):
-        x = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+        x = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
         return self.classifier(self.pool(x).flatten(1)), []
 
 
@@ -173,12 +172,12 @@ def test_files_that_are_not_of_this_network_get_a_line_each(tiny, capsys):
 def test_an_unsupported_layer_is_named(tiny, monkeypatch, capsys):
     class Averaging(Folding):
         def forward(self, x):
-            x = self.norm2(self.conv2(self.norm1(self.conv1(x))))
+            x = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
             return self.classifier(x.tanh().mean(dim=(2, 3))), []
 
     monkeypatch.setitem(models.MODELS, "Folding", Averaging)
     # it is refused before anything is measured
-    monkeypatch.setattr(MeasuredNetwork, "_measure", None)
+    monkeypatch.setattr(measured_network, "evaluate", None)
     assert main(f"{FLAGS} --export net.onnx") == 1
     assert "--export: the network calls tanh, which has no integer form" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.networks import batch_norm, layers
 from engine.networks.export import export_network
-from engine.networks.fast_batch_norm import BatchNormReLU
+from engine.networks.fast_batch_norm import BatchNorm2d
 from engine.networks.folding import batch_norms, fold_batch_norms
 from engine.networks.graph import returning_values, weights
 from engine.system.errors import NetworkError
@@ -124,7 +124,7 @@ def test_a_check_of_folding_draws_nothing_from_the_stream(net):
 # --- activations -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormReLU])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d])
 def test_recalibrated_statistics_are_those_of_the_images(norm):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 2, 3), norm(2)).eval()

@@ -54,7 +54,7 @@ def tiny_convnet():
     net = models.ConvNet(4)
     for i, (c_in, c_out, stride) in enumerate(((3, 6, 1), (6, 8, 2), (8, 5, 1))):
         net.get_submodule(f"layer{i}")[0] = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        net.get_submodule(f"layer{i}")[1] = models.BatchNormReLU(c_out)
+        net.get_submodule(f"layer{i}")[1] = nn.BatchNorm2d(c_out)
     net.BLOCKS = net.BLOCKS[:3]
     net.classifier = nn.Linear(5, 4)
     return net
