@@ -285,6 +285,8 @@ def run_here(script, argv):
 
 
 class NoTracker:
+    run = None
+
     def __init__(self, *_):
         pass
 
@@ -293,8 +295,8 @@ class NoTracker:
 
     summarize = log_weights = fail = log
 
-    def finish(self):
-        return ""
+    def close(self):
+        pass
 
 
 class Runs:
