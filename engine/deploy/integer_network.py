@@ -125,7 +125,7 @@ class _Builder:
         values_of = {
             node.name: (name, self._grid(node))
             for node, name in self.names.items()
-            if node not in self.values.unrectified
+            if node not in self.values.unrectified and node.meta["shape"]  # a list has none
         }
         return IntegerNetwork(self.operations, self.names[self.values.output], values_of)
 
