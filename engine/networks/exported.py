@@ -34,15 +34,20 @@ from engine.system.errors import NetworkError
 aten = torch.ops.aten
 BATCH = 2  # images that the network is exported with; any number can be run afterwards
 TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
+TOLERANCE_OF_EARLIER = 1e-5  # the same for the graph of another network: a number in it may differ
 COMPOSED = {aten.einsum.default}  # of products that are seen
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+def export_network(
+    net: nn.Module, image_shape: Sequence[int], earlier: list[ExportedProgram] | None = None
+) -> fx.GraphModule:
     """Return the network's graph for images of `image_shape` (3, H, W), with copies of its weights.
 
-    Raises NetworkError, in one line with PyTorch's reason, where it cannot be exported or the graph
-    computes something else than the network.
+    `earlier` are what `torch.export` made of other networks of the same code, for images of that
+    shape: one that computes this network's logits with this network's tensors saves the time to
+    run it again. Otherwise it gains this network's. Raises NetworkError, in one line with PyTorch's
+    reason, where it cannot be exported or the graph computes something else than the network.
     """
     name = type(net).__name__
     net = plain_copy(net).eval()
@@ -50,15 +55,40 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     images = images.to(next(net.parameters(), images))
     problem = " cannot be exported by torch.export, which quantizing needs (training does not)"
     with network_boundary(net, problem), torch.no_grad():
-        graph = _exported(net, images[:BATCH])
         expected = _Logits(net)(images.clone())
+        for program in earlier or ():
+            if _has_tensors_of(program, net):
+                graph = _exported(program, net)
+                if _is_near(graph(images), expected, TOLERANCE_OF_EARLIER):
+                    return graph
+        program = traced(net, images[:BATCH])
+        graph = _exported(program, net)
         logits = graph(images)
-    if images.is_meta:  # nothing is computed
-        return graph
-    limit = TOLERANCE * expected.nan_to_num(0, 0, 0).abs().max().item()
-    if not torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True):
+    if not _is_near(logits, expected, TOLERANCE):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
+    if earlier is not None:
+        earlier.append(program)
     return graph
+
+
+def _has_tensors_of(program: ExportedProgram, net: nn.Module) -> bool:
+    """Tell whether each tensor of another network's program is a parameter or buffer of this one.
+
+    A tensor that a module keeps as a plain attribute, or makes as it runs, is neither.
+    """
+    own = {name: tensor.shape for name, tensor in _named_tensors(_Logits(net)).items()}
+    traced_ones = program.state_dict | program.constants
+    inputs = program.graph_signature.input_specs
+    targets = [spec.target for spec in inputs if spec.kind in CONSTANT_KINDS]
+    return all(own.get(target) == traced_ones[target].shape for target in targets)
+
+
+def _is_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Tell whether the logits are those expected, to a part of the largest."""
+    if expected.is_meta:  # nothing is computed
+        return True
+    limit = tolerance * expected.nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True)
 
 
 class _Logits(nn.Module):
@@ -72,9 +102,8 @@ class _Logits(nn.Module):
         return split_output(self.net, self.net(x), [])[0]
 
 
-def _exported(net: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Return the graph as the module describes it."""
-    program = traced(net, images)
+def _exported(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
+    """Return the graph as the module describes it, with this network's tensors."""
     graph = _with_own_tensors(program, _Logits(net))
     for transform in (_inline_regions, _spell_one_way, _split_attention, _fold_constants):
         transform(graph)
@@ -136,8 +165,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
     """Return a module with the program's graph that reads the network's tensors by their names."""
-    tensors = {**program.constants, **dict(net.named_buffers(remove_duplicate=False))}
-    tensors |= dict(net.named_parameters(remove_duplicate=False))
+    tensors = program.constants | _named_tensors(net)
     root = nn.Module()
     module = fx.GraphModule(root, fx.Graph())
     values: dict[fx.Node, fx.Node] = {}
@@ -165,6 +193,12 @@ def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModul
             values[node] = module.graph.node_copy(node, values.__getitem__)
             values[node].meta = _described(node)
     return module
+
+
+def _named_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Return all buffers and parameters of the network."""
+    buffers = dict(net.named_buffers(remove_duplicate=False))
+    return buffers | dict(net.named_parameters(remove_duplicate=False))
 
 
 def _described(node: fx.Node) -> dict:
