@@ -258,7 +258,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         run_id = checkpoint["run_id"] or run_id
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
-        load_weights(state.net, Path(args.init_weights))
+        load_weights(state.net, Path(args.init_weights), dataset.num_classes, args.new_head)
     if not args.resume:
         files = [(name, suffix) for name in run_names(args, out) for suffix in RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: backup_existing(files))
