@@ -187,6 +187,7 @@ def load_networks(
     for name, file in files.items():
         try:
             model, width = recorded_network(file, args, explicit_flags)
+            model = utils.model_of_file(model, file)
             net = make_model(model, dataset.num_classes, width).eval()
             image_shape = dataset.test_images.shape[1:]
             check_network(net, image_shape, dataset.num_classes)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import flags
 import utils
+from analysis.weights_files import WeightsFile, read_record
 from data import ImageDataset
 from engine.images.loader import Loader
 from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
@@ -241,6 +242,9 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     tune_glibc_malloc()
     use_ieee_float32()
     utils.seed_everything(args.seed)
+    if args.init_weights:
+        path = Path(args.init_weights)
+        args.model = utils.model_of_file(args.model, WeightsFile(path, read_record(path)))
     schedule = utils.schedule_settings(args)
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
         lambda: find_checkpoint(args, out, schedule)
