@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -246,9 +247,19 @@ def load_weights(
     state |= {name: own[name] for name in heads}
     kind = type(net).__name__
     with file_boundary(path, f"is not of this {kind}{_made_for(path, kind)}"):
-        net.load_state_dict(state)  # which converts
+        load_tensors(net, state)  # which converts
     if undone:
         print(f"{path}: weights {', '.join(undone)}")
+
+
+def load_tensors(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state_dict as one of the network's own version, which torchvision's MNASNet asks for.
+
+    What else a file says about versions is left out: that may be anything.
+    """
+    state = OrderedDict(state)
+    state._metadata = {"": net.state_dict()._metadata[""]}
+    net.load_state_dict(state)
 
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which weights lie

@@ -211,6 +211,22 @@ def test_old_names_of_densenets_are_read_as_torchvision_reads_them(tmp_path, cap
     assert "weights renamed, without the prefix 'module.'" in capsys.readouterr().out
 
 
+def test_a_network_that_asks_for_its_version_is_loaded(tmp_path):
+    class Versioned(nn.BatchNorm2d):
+        _version = 7
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            if metadata.get("version") != 7:  # as torchvision's MNASNet
+                raise ValueError("no version")
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    source, net = Versioned(3), Versioned(3)
+    source.running_mean.normal_()
+    save_weights(source, tmp_path / "w.pt")
+    load_weights(net, tmp_path / "w.pt")
+    assert torch.equal(net.running_mean, source.running_mean)
+
+
 def classifier(n_classes, n_channels=5):
     """A convolution, a classifier and an auxiliary one, as of GoogLeNet."""
     heads = {"fc": nn.Linear(n_channels, n_classes), "aux": nn.Conv2d(n_channels, n_classes, 1)}
