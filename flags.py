@@ -158,6 +158,7 @@ TRAINING: Table = [
          "momentum, schedule and epoch", "CKPT", requires=existing("init_from")),
     Flag("init_weights", file_name, None, "start from the weights in a .pt file, at epoch 0", "PT",
          requires=[existing("init_weights"), "no --init_from: that has weights already"]),
+    switch("new_head", "--init_weights: leave out a last layer of other classes", "--init_weights"),
     switch("allow_changed_settings", "continue although settings differ", CONTINUES,
            was="override"),
     *NETWORK,
@@ -216,8 +217,7 @@ PHASES: Table = [
 PENALTIES: Table = [
     "options of regularizers",
     Flag("lmbda_warmup", not_negative, 0.0, "raise λ from 0 over these", "EPOCHS", PENALTY),
-    Flag("penalty_every", count, 1, "penalize every K-th batch of an epoch only, times K", "K",
-         PENALTY),
+    Flag("penalty_every", count, 1, "penalize every K-th batch of an epoch, times K", "K", PENALTY),
     Flag("penalty_gradient", ("exact", "difference"), "exact", "of a penalty of gradients: exact, "
          "or from a difference of gradients: an estimate for one plain step", needs=GRADIENTS),
     Flag("penalty_step", positive, DIFFERENCE_STEP, "--penalty_gradient difference: part of its "

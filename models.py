@@ -18,6 +18,8 @@ from engine.networks.layers import Add, FullPrecisionLinear
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 TIMM = "timm:"
+TRANSFORMED = "@transform_input"  # after these names: the network maps its inputs to [-1, 1] first
+TRANSFORMING = ("googlenet", "inception_v3")
 
 
 class ConvNet(nn.Module):
@@ -276,15 +278,27 @@ def _find_in_torchvision(name: str) -> tuple[str, Callable[..., nn.Module]]:
     from torchvision import models as torchvision_models  # slow to import: only where it is used
 
     names = torchvision_models.list_models(module=torchvision_models)
-    if name not in names:
+    plain = name.removesuffix(TRANSFORMED)
+    options = {} if plain == name else {"transform_input": True}
+    if plain not in names or (options and plain not in TRANSFORMING):
         raise ValueError(f"unknown classifier {name!r} of torchvision: choose {', '.join(names)}")
-    build = torchvision_models.get_model_builder(name)
-    options = {"init_weights": True} if "init_weights" in _parameters(build) else {}
+    build = torchvision_models.get_model_builder(plain)
+    options |= {"init_weights": True} if "init_weights" in _parameters(build) else {}
 
     def make(num_classes: int) -> nn.Module:
         return build(weights=None, num_classes=num_classes, **options)
 
     return TORCHVISION + name, make
+
+
+def model_of_record(name: str, recorded: object) -> str:
+    """Return the network that a file of weights for that network is of, by what its record says.
+
+    torchvision's pretrained GoogLeNet and Inception, and what is made of these, take inputs in
+    another range: so does a file without a `recorded` network.
+    """
+    is_transformed = is_model(name + TRANSFORMED) and recorded in (None, name + TRANSFORMED)
+    return name + TRANSFORMED * is_transformed
 
 
 def _find_in_timm(name: str) -> tuple[str, Callable[..., nn.Module]]:

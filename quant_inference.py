@@ -9,6 +9,7 @@ import argparse
 import inspect
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import redirect_stdout
 from functools import partial
@@ -183,9 +184,11 @@ def load_networks(
     NetworkError for a network that cannot be quantized.
     """
     loaded = {}
+    programs = defaultdict(list)  # by model and width: tracing a network takes seconds
     for name, file in files.items():
         try:
             model, width = recorded_network(file, args, explicit_flags)
+            model = utils.model_of_file(model, file)
             net = make_model(model, dataset.num_classes, width).eval()
             image_shape = dataset.test_images.shape[1:]
             check_network(net, image_shape, dataset.num_classes)
@@ -193,7 +196,8 @@ def load_networks(
             for key, value in net.state_dict().items():
                 if not value.isfinite().all():
                     raise FileError(f"{file.path}: {key} holds NaN or infinite values")
-            graph = prepare_graph(export_network(net, image_shape), file.path, args)
+            graph = export_network(net, image_shape, programs[model, width])
+            graph = prepare_graph(graph, file.path, args)
         except FileError as error:
             checks.print_error(error)
         else:

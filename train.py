@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import flags
 import utils
+from analysis.weights_files import WeightsFile, read_record
 from data import ImageDataset
 from engine.images.loader import Loader
 from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
@@ -219,6 +220,9 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     hardware.tune_glibc_malloc()
     hardware.use_ieee_float32()
     utils.seed_everything(args.seed)
+    if args.init_weights:
+        path = Path(args.init_weights)
+        args.model = utils.model_of_file(args.model, WeightsFile(path, read_record(path)))
     schedule = utils.schedule_settings(args)
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
         lambda: find_checkpoint(args, out, schedule)
@@ -236,7 +240,8 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         run_id = checkpoint["run_id"] or run_id
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
-        io.load_weights(state.net, Path(args.init_weights))
+        weights = Path(args.init_weights)
+        io.load_weights(state.net, weights, dataset.num_classes, args.new_head)
     if not args.resume:
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))

@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 import data
 import quant_utils as qu
 from analysis.report import FLOAT_BITS
+from analysis.weights_files import WeightsFile
 from engine.images.loader import Loader
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.outputs import check_network
@@ -24,7 +25,7 @@ from engine.system import distributed
 from engine.system.cli import argument_errors, bounded_number, choice_ignoring_case
 from engine.system.errors import DataError
 from engine.system.hardware import MEMORY_FORMATS
-from models import find_model, make_model
+from models import find_model, make_model, model_of_record
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
 
 CRITERIA: dict[str, Callable[..., nn.Module]] = {"CE": nn.CrossEntropyLoss}
@@ -202,6 +203,15 @@ def make_net(
         check_network(net, image_shape, num_classes)
     net = use_fast_layers(net)
     return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
+
+
+def model_of_file(name: str, file: WeightsFile) -> str:
+    """Return the network that the file is of; print it where that is not the one of the name."""
+    found = model_of_record(name, file.setting("model"))
+    if found != name:
+        why = "its record says so" if file.setting("model") else "no record says how it was trained"
+        print(f"{file.path}: read as {found}, as torchvision's own weights are: {why}")
+    return found
 
 
 def make_scheduler(

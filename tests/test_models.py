@@ -1,12 +1,18 @@
 import importlib.machinery
+import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from models import ConvNet, find_model, make_model
+import data
+import quant_inference as qi
+import train
+from analysis.weights_files import find_weights
+from models import ConvNet, find_model, is_model, make_model
 
 
 def plain_convnet(num_classes=10):
@@ -84,3 +90,66 @@ def test_networks_of_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="timm:NAME needs timm: .*requirements-timm.txt"):
         find_model("timm:resnet10t")
+
+
+# --- inputs that torchvision's weights expect -------------------------------------------------
+
+PLAIN, TRANSFORMED = "torchvision:googlenet", "torchvision:googlenet@transform_input"
+
+
+@pytest.fixture
+def googlenet(monkeypatch, tmp_path, tiny_images):
+    """A file of weights of a small network in place of torchvision's GoogLeNet, w.pt."""
+    torchvision = pytest.importorskip("torchvision")
+
+    class Small(nn.Sequential):
+        def __init__(self, weights, num_classes, transform_input=False):
+            super().__init__(nn.Flatten(), nn.Linear(192, num_classes))
+            self.transform_input = transform_input
+
+        def forward(self, x):
+            return super().forward(x + 1 if self.transform_input else x)
+
+    monkeypatch.setattr(torchvision.models, "get_model_builder", lambda name: Small)
+    monkeypatch.chdir(tmp_path)
+    torch.save(Small(None, 4).state_dict(), "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "transforms"),
+    [
+        (None, PLAIN, True),  # as torchvision's files
+        (PLAIN, PLAIN, False),
+        (TRANSFORMED, PLAIN, True),
+        (TRANSFORMED, None, True),
+        (PLAIN, TRANSFORMED, True),
+    ],
+)
+def test_inputs_are_transformed_as_the_file_was_trained(
+    recorded, asked, transforms, googlenet, capsys
+):
+    if recorded:
+        Path("w.json").write_text(json.dumps({"settings": {"model": recorded}}))
+    flags = ["w.pt", "--dataset", "Tiny", *(["--model", asked] if asked else [])]
+    args = (parser := qi.make_parser()).parse_args(flags)
+    dataset = data.DATASETS["Tiny"]("", 0)
+    loaded = qi.load_networks(find_weights(["w.pt"]), args, parser.explicit_flags, dataset)["w"]
+    assert loaded.net.transform_input == transforms
+    assert loaded.model == (TRANSFORMED if transforms else PLAIN)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == (asked == PLAIN and transforms)
+    assert all(line.startswith(f"w.pt: read as {TRANSFORMED}, as ") for line in printed)
+
+
+def test_a_training_from_torchvisions_weights_is_of_the_network_that_they_are_of(googlenet):
+    flags = f"--model {PLAIN} --dataset Tiny --n_epochs 1 --init_weights w.pt --run_name r"
+    flags = [*flags.split(), "--no-compile", "--precision", "fp32"]
+    train.main(flags)
+    assert json.loads(Path("r.json").read_text())["settings"]["model"] == TRANSFORMED
+    train.main([*flags, "--resume"])  # the file, and with it the network, is the same
+
+
+def test_only_two_networks_transform_their_inputs():
+    pytest.importorskip("torchvision")
+    assert is_model("torchvision:Inception_v3@transform_input")
+    assert not any(map(is_model, ["ConvNet@transform_input", "torchvision:vgg11@transform_input"]))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import combined_protocol
+import models
 import train
 import utils
 from data import synthetic
@@ -1002,6 +1003,28 @@ def test_any_run_can_start_from_weights_alone(script, tmp_path):
     assert torch.allclose(a["0.0.weight"], b["0.0.weight"])
     wrong = script("train.py", "--run_name", "c", "--init_from", "a.pt", *flags)
     assert wrong.returncode == 1 and "--init_weights" in wrong.stderr.splitlines()[-1]
+
+
+def test_a_file_of_other_classes_is_fine_tuned_with_a_new_head(
+    tiny_images, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.MODELS, "Flat", lambda n: nn.Sequential(*flat(n)))
+    torch.save(nn.Sequential(*flat(7)).state_dict(), "w.pt")
+    flags = "--run_name r --model Flat --dataset Tiny --n_epochs 1 --lr 1e-12 --init_weights w.pt"
+    flags = [*flags.split(), "--no-compile", "--precision", "fp32"]
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert "w.pt has 7 classes, not 4: --new_head" in capsys.readouterr().err.splitlines()[-1]
+    train.main([*flags, "--new_head"])
+    assert "w.pt: weights without 2.weight, 2.bias, drawn anew" in capsys.readouterr().out
+    before, after = (torch.load(f"{name}.pt", weights_only=True) for name in "wr")
+    torch.testing.assert_close(before["1.weight"], after["1.weight"])
+    assert after["2.weight"].shape == (4, 5)
+
+
+def flat(n_classes):
+    return nn.Flatten(), nn.Linear(192, 5), nn.Linear(5, n_classes)
 
 
 @pytest.mark.parametrize("limit", [0.5, 10.0])

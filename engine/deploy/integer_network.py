@@ -199,7 +199,7 @@ class _Builder(Values):
         values_of = {
             node.name: (name, self.grids[node])
             for node, name in self.names.items()
-            if node not in self.unrectified
+            if node not in self.unrectified and node.meta["shape"]  # a list has none
         }
         return IntegerNetwork(self.operations, self.names[self.output], values_of)
 

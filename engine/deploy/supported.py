@@ -244,6 +244,17 @@ def _slice(node: fx.Node) -> list[Stage]:
     return _move("Slice", _applied(node), {**ranges, "steps": [stride]})
 
 
+def _part(node: fx.Node) -> list[Stage]:
+    """Return one of the parts into which a value is split; splitting itself changes nothing."""
+    split, i = node.args
+    whole = torch.empty(split.args[0].meta["shape"], device="meta")
+    dim = _dimension(node, split.args[2] if len(split.args) > 2 else 0)
+    sizes = [part.shape[dim] for part in split.target(whole, *split.args[1:])]
+    start, end = sum(sizes[:i]), sum(sizes[: i + 1])
+    ranges = {"starts": [start], "ends": [end], "axes": [dim], "steps": [1]}
+    return _move("Slice", lambda x: x.narrow(dim, start, end - start), ranges)
+
+
 def _pad(node: fx.Node) -> list[Stage]:
     widths, *rest = node.args[1:]
     values = {*rest, *node.kwargs.values()} - {"constant", None, 0}  # "reflect", or a number
@@ -286,10 +297,12 @@ READERS: dict[Reader, str] = {
     "squeeze.dim unsqueeze.default",
     _dropout: "dropout.default feature_dropout.default alpha_dropout.default",
     _identity: "clone.default contiguous.default detach.default alias.default to.dtype to.device "
-    "to.dtype_layout _to_copy.default",
+    "to.dtype_layout _to_copy.default chunk.default split.Tensor split_with_sizes.default "
+    "tensor_split.sections",
 }
 OPERATIONS: dict[Callable, Reader] = {
     operator.attrgetter(name)(aten): reader
     for reader, names in READERS.items()
     for name in names.split()
 }
+OPERATIONS[operator.getitem] = _part

@@ -41,6 +41,7 @@ from engine.networks.outputs import network_boundary, split_output
 from engine.system.errors import NetworkError
 
 TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
+TOLERANCE_OF_EARLIER = 1e-5  # the same for the graph of another network: a number in it may differ
 COMPOSED = {aten.einsum.default}  # of products that are seen
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 POOLED_DIMS = {4: ({2, 3}, {1, 2}), 3: ({1},)}  # of a mean over pixels or tokens, by dimensions
@@ -58,11 +59,15 @@ OPERATION_MODULES = (
 )
 
 
-def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+def export_network(
+    net: nn.Module, image_shape: Sequence[int], earlier: list[ExportedProgram] | None = None
+) -> fx.GraphModule:
     """Return the network's graph for images of `image_shape` (3, H, W), with copies of its weights.
 
-    Raises NetworkError, in one line with PyTorch's reason, where it cannot be exported or the graph
-    computes something else than the network.
+    `earlier` are what `torch.export` made of other networks of the same code, for images of that
+    shape: one that computes this network's logits with this network's tensors saves the time to
+    run it again. Otherwise it gains this network's. Raises NetworkError, in one line with PyTorch's
+    reason, where it cannot be exported or the graph computes something else than the network.
     """
     name = type(net).__name__
     net = plain_copy(net).eval()
@@ -70,25 +75,40 @@ def export_network(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule
     images = images.to(next(net.parameters(), images))
     problem = " cannot be exported by torch.export, which quantizing needs (training does not)"
     with network_boundary(net, problem), torch.no_grad():
-        graph = _with_own_tensors(traced(net, images[:BATCH]), _Logits(net))
-        _inline_regions(graph)
-        for node in graph.graph.nodes:
-            node.meta = _described(node)
-        for transform in (_spell_one_way, _split_attention, _fold_constants):
-            graph.graph.eliminate_dead_code()
-            transform(graph)
-        graph.graph.eliminate_dead_code()
-        _name_operations(graph)
-        _own_tensors(graph)
-        graph = copy_graph(graph)
         expected = _Logits(net)(images.clone())
+        for program in earlier or ():
+            if _has_tensors_of(program, net):
+                graph = _exported(program, net)
+                if _is_near(graph(images), expected, TOLERANCE_OF_EARLIER):
+                    return graph
+        program = traced(net, images[:BATCH])
+        graph = _exported(program, net)
         logits = graph(images)
-    if images.is_meta:  # nothing is computed
-        return graph
-    limit = TOLERANCE * expected.nan_to_num(0, 0, 0).abs().max().item()
-    if not torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True):
+    if not _is_near(logits, expected, TOLERANCE):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
+    if earlier is not None:
+        earlier.append(program)
     return graph
+
+
+def _has_tensors_of(program: ExportedProgram, net: nn.Module) -> bool:
+    """Tell whether each tensor of another network's program is a parameter or buffer of this one.
+
+    A tensor that a module keeps as a plain attribute, or makes as it runs, is neither.
+    """
+    own = {name: tensor.shape for name, tensor in _named_tensors(_Logits(net)).items()}
+    traced_ones = program.state_dict | program.constants
+    inputs = program.graph_signature.input_specs
+    targets = [spec.target for spec in inputs if spec.kind in CONSTANT_KINDS]
+    return all(own.get(target) == traced_ones[target].shape for target in targets)
+
+
+def _is_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Tell whether the logits are those expected, to a part of the largest."""
+    if expected.is_meta:  # nothing is computed
+        return True
+    limit = tolerance * expected.nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True)
 
 
 class _Logits(nn.Module):
@@ -100,6 +120,21 @@ class _Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return split_output(self.net, self.net(x), [])[0]
+
+
+def _exported(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
+    """Return the graph as the module describes it, with this network's tensors."""
+    graph = _with_own_tensors(program, _Logits(net))
+    _inline_regions(graph)
+    for node in graph.graph.nodes:
+        node.meta = _described(node)
+    for transform in (_spell_one_way, _split_attention, _fold_constants):
+        graph.graph.eliminate_dead_code()
+        transform(graph)
+    graph.graph.eliminate_dead_code()
+    _name_operations(graph)
+    _own_tensors(graph)
+    return copy_graph(graph)
 
 
 def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
@@ -149,8 +184,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
     """Return a module with the program's graph that reads the network's tensors by their names."""
-    tensors = {**program.constants, **dict(net.named_buffers(remove_duplicate=False))}
-    tensors |= dict(net.named_parameters(remove_duplicate=False))
+    tensors = program.constants | _named_tensors(net)
     graph = fx.Graph()
     attributes: dict[str, Tensor | fx.GraphModule] = {}
     values: dict[fx.Node, fx.Node] = {}
@@ -175,6 +209,12 @@ def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModul
         if node.target not in attributes:  # the graph of a region, such as one of autocast
             attributes[node.target] = getattr(program.graph_module, node.target)
     return fx.GraphModule(attributes, graph)
+
+
+def _named_tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Return all buffers and parameters of the network."""
+    buffers = dict(net.named_buffers(remove_duplicate=False))
+    return buffers | dict(net.named_parameters(remove_duplicate=False))
 
 
 def _described(node: fx.Node) -> dict:

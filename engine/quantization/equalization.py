@@ -174,8 +174,10 @@ def _keeps_channels(node: fx.Node, axis: int, n_channels: int) -> bool:
     name = kind_of(node)
     if name in POINTWISE:
         return True
+    if axis != 1 or not isinstance(node.args[0], fx.Node):  # but a list, as of `cat`
+        return False
     shape, old = node.meta["shape"], node.args[0].meta["shape"]
-    if axis != 1 or len(old) < 2:
+    if len(old) < 2:
         return False
     if name == "mean":
         return all(d % len(old) > 1 for d in node.args[1] or (0,))

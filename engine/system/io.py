@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -187,11 +188,15 @@ def save_json(value: object, path: Path) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
+def load_weights(
+    net: nn.Module, path: Path, num_classes: int | None = None, new_head: bool = False
+) -> None:
     """Read a file of weights, or the weights in a .ckpt, into the network.
 
     Other tools wrap, name and round them in their own ways: what had to be undone is printed in one
-    line. Raises FileError, in one line, where they are not of that network.
+    line. With `new_head` the layers that end in the network's `num_classes`, where the file has
+    another number of classes, keep the weights they have. Raises FileError, in one line, where they
+    are not of that network; with `num_classes` it names --new_head where that would help.
     """
     state = torch_load(path)
     undone = [] if _is_zip(path) else ["in a format without checksums"]
@@ -207,11 +212,30 @@ def load_weights(net: nn.Module, path: Path) -> None:
     own_dtypes = {t.dtype for t in own.values()}
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()} - own_dtypes
     undone += [*renamed, *sorted(f"converted from {d}".replace("torch.", "") for d in dtypes)]
+    heads = _heads(state, own, num_classes)
+    if heads and not new_head:
+        classes = f"{len(state[heads[0]])} classes, not {num_classes}"
+        raise FileError(f"{path} has {classes}: --new_head takes all but {', '.join(heads)}")
+    if heads:
+        undone.append(f"without {', '.join(heads)}, drawn anew for {num_classes} classes")
+    elif new_head:
+        undone.append(f"of {num_classes} classes, so that --new_head has no effect")
+    state |= {name: own[name] for name in heads}
     kind = type(net).__name__
     with file_boundary(path, f"is not of this {kind}{_made_for(path, kind)}"):
-        net.load_state_dict(state)  # which converts
+        load_tensors(net, state)  # which converts
     if undone:
         print(f"{path}: weights {', '.join(undone)}")
+
+
+def load_tensors(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state_dict as one of the network's own version, which torchvision's MNASNet asks for.
+
+    What else a file says about versions is left out: that may be anything.
+    """
+    state = OrderedDict(state)
+    state._metadata = {"": net.state_dict()._metadata[""]}
+    net.load_state_dict(state)
 
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which weights lie
@@ -242,6 +266,19 @@ def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict,
         state = {name.removeprefix(prefix): t for name, t in state.items()}
         done.append(f"without the prefix {prefix!r}")
     return state, done
+
+
+def _heads(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int | None
+) -> list[str]:
+    """Return which tensors differ in shape, if it is by another number of classes alone."""
+    shapes = {k: (t.shape, own[k].shape) for k, t in state.items() if k in own}
+    differing = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
+    changes = {
+        (a[:1], b[:1]) if len(a) and a[1:] == b[1:] and b[:1] == (num_classes,) else None
+        for a, b in differing.values()
+    }
+    return list(differing) if len(changes) == 1 and None not in changes else []
 
 
 def _made_for(path: Path, kind: str) -> str:

@@ -16,7 +16,7 @@ from engine.networks.layers import trainable_parameters
 from engine.step.metrics import epoch_means
 from engine.system import distributed
 from engine.system.errors import FileError, NotFiniteError
-from engine.system.io import file_boundary
+from engine.system.io import file_boundary, load_tensors
 from engine.training.checkpoints import NOT_OURS, set_rng_state
 from engine.training.learned_steps import LearnedSteps
 
@@ -111,7 +111,7 @@ class TrainState:
         with file_boundary("the checkpoint:", NOT_OURS):
             self.progress = self._read_progress(content["state"], n_epochs, n_batches)
             with file_boundary("the checkpoint", "is of another network"):
-                self.net.load_state_dict(dict(content["net"]))
+                load_tensors(self.net, content["net"])
                 _check_loaded(content["net"], self.net.state_dict())
             if self.average is not None:
                 self._load_average(self.average, content)

@@ -67,6 +67,13 @@ def shuffled(net, x):
     return whole(net, net.a(x).permute(0, 1, 3, 2))
 
 
+def split(net, x):
+    x = stem(net, x)
+    a, b = net.a(x).chunk(2, dim=1)  # a ReLU on one half does not go into the convolution
+    c, d, e = torch.split(net.b(torch.cat([F.relu(a), b], 1)), [1, 4, 3], -3)
+    return whole(net, torch.cat([e, c, *d.split(3, 1), *x.tensor_split(3, 1)[:2]], 1))
+
+
 def residual(net, x):
     x = stem(net, x)
     x = F.relu6(x + net.a(x))
@@ -103,6 +110,7 @@ SPELLINGS = {
     "concatenated": concatenated,
     "concatenated in turn": dense,
     "shuffled": shuffled,
+    "split": split,
     "residual": residual,
     "hardtanh": lambda net, x: whole(net, net.a(F.hardtanh(net.stem(x), 0.0, 6.0))),
     "hardtanh of both signs": lambda net, x: whole(net, net.a(F.hardtanh(net.stem(x)))),

@@ -292,11 +292,12 @@ class Shared(nn.Module):
         self.c, self.d, self.e = (nn.Conv2d(4, 4, 1) for _ in range(3))
         self.d.weight = self.b.weight
         self.f, self.g = nn.Conv2d(4, 4, 1), nn.Conv2d(4, num_classes, 1)
+        self.h = nn.Conv2d(4, 3, 1)
 
     def forward(self, x):
         x = self.b(self.twice(self.twice(self.a(x)).relu()).relu())
         x = self.e(self.d(self.c(x.relu()).relu()).relu())
-        x = self.f(x.relu() + x)
+        x = self.f(x.relu() + torch.cat([x[:, :1], self.h(x)], 1))
         first, second = self.g(x.chunk(2, dim=2)[0]).chunk(2, dim=2)
         return (first + second).mean((2, 3))
 
@@ -309,6 +310,7 @@ def test_shared_layers_and_values_read_twice_are_left_alone():
         **dict.fromkeys(["a", "twice", "twice_2", "b", "c", "d"], shared),
         "e": "read in several places",
         "f": "read by chunk",
+        "h": "read by cat",
         "g": "read by chunk",
     }
     assert found.n_pairs == 0 and "pairs of layers equalized: 0, in" in str(found)

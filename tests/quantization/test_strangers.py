@@ -14,6 +14,7 @@ import data
 import models
 import quant_inference as qi
 import quant_utils as qu
+from engine.networks import export
 from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
 from engine.networks.graph import layers, operations
@@ -128,10 +129,10 @@ def quantize(monkeypatch, tmp_path, tiny_images):
     """Save a network's weights and run quant_inference.py on them; return its exit code."""
     monkeypatch.chdir(tmp_path)
 
-    def run(network, flags):
+    def run(network, flags, files="mine.pt"):
         monkeypatch.setitem(models.MODELS, "Mine", network)
         save_weights(make(network), Path("mine.pt"))
-        common = "mine.pt --model Mine --dataset Tiny --device cpu --schemes uniform --no_plots"
+        common = f"{files} --model Mine --dataset Tiny --device cpu --schemes uniform --no_plots"
         with pytest.raises(SystemExit) as caught:
             qi.main([*common.split(), *flags.split()])
         return caught.value.code
@@ -143,12 +144,12 @@ def rows():
     return json.loads(Path("results.json").read_text())["rows"]
 
 
-def own_loss(network):
+def own_loss(network, seed=0):
     """The loss that the network itself has on the test images."""
     tiny = data.DATASETS["Tiny"]("", 0)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (tiny.mean, tiny.std))
     with torch.no_grad():
-        logits = make(network)((tiny.test_images / 255 - mean) / std)
+        logits = make(network, seed)((tiny.test_images / 255 - mean) / std)
     return F.cross_entropy(logits, tiny.test_labels).item()
 
 
@@ -170,6 +171,78 @@ def test_a_network_that_writes_into_its_input_folds(quantize):
     x = images()
     export_network(make(InPlace), SHAPE)(x)
     assert torch.equal(x, images())
+
+
+# --- one trace for networks of the same code --------------------------------------------------
+
+
+class RandomTensor(nn.Module):
+    """It draws a tensor that no state_dict holds; `draw` gives it to the network."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Sequential(*head())
+        draw(self)
+
+    def forward(self, x):
+        return self.head(self.conv(x) * self.scale)
+
+
+def constant(net):
+    net.scale = torch.rand(8, 1, 1)
+
+
+def number(net):
+    net.scale = torch.rand(()).item()
+
+
+def buffer(net):
+    net.register_buffer("scale", torch.rand(8, 1, 1), persistent=False)
+
+
+def n_parameters(net):
+    net.scale = nn.Parameter(torch.rand([(), (8, 1, 1), (1, 4, 4)][torch.randint(3, ())]))
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """A list of the networks that are traced."""
+    found, trace = [], export.traced
+    monkeypatch.setattr(
+        export, "traced", lambda net, images: found.append(net) or trace(net, images)
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("network", "n_traces"),
+    [
+        (InPlace, 1),
+        (normalized, 1),
+        (Tied, 1),
+        (lambda: RandomTensor(buffer), 1),
+        (lambda: RandomTensor(constant), 3),
+        (lambda: RandomTensor(number), 3),
+        (lambda: RandomTensor(n_parameters), 2),  # of three networks, two have the same shape
+    ],
+)
+def test_a_trace_serves_other_networks_whose_tensors_it_reads(network, n_traces, traces):
+    earlier = []
+    for seed in range(3):
+        net, x = make(network, seed), images()
+        graph = export_network(net, SHAPE, earlier)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(x), net(x.clone()))
+    assert len(traces) == len(earlier) == n_traces
+
+
+def test_files_of_one_network_are_traced_once(quantize, traces):
+    for seed in (1, 2):
+        save_weights(make(Twice, seed), Path(f"{seed}.pt"))
+    assert quantize(Twice, "--bits 8", files="mine.pt 1.pt 2.pt") == 0
+    assert len(traces) == 1
+    losses = [row["loss"] for row in rows() if row["scheme"] == "none"]
+    assert losses == pytest.approx([own_loss(Twice, seed) for seed in range(3)], rel=1e-5)
 
 
 # --- weights ---------------------------------------------------------------------------------

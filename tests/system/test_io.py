@@ -211,6 +211,63 @@ def test_old_names_of_densenets_are_read_as_torchvision_reads_them(tmp_path, cap
     assert "weights renamed, without the prefix 'module.'" in capsys.readouterr().out
 
 
+def test_a_network_that_asks_for_its_version_is_loaded(tmp_path):
+    class Versioned(nn.BatchNorm2d):
+        _version = 7
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            if metadata.get("version") != 7:  # as torchvision's MNASNet
+                raise ValueError("no version")
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    source, net = Versioned(3), Versioned(3)
+    source.running_mean.normal_()
+    save_weights(source, tmp_path / "w.pt")
+    load_weights(net, tmp_path / "w.pt")
+    assert torch.equal(net.running_mean, source.running_mean)
+
+
+def classifier(n_classes, n_channels=5):
+    """A convolution, a classifier and an auxiliary one, as of GoogLeNet."""
+    heads = {"fc": nn.Linear(n_channels, n_classes), "aux": nn.Conv2d(n_channels, n_classes, 1)}
+    return nn.ModuleDict({"conv": nn.Conv2d(3, n_channels, 1), **heads})
+
+
+def test_a_file_of_other_classes_gives_all_but_the_heads(tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    net, source = classifier(4), classifier(7)
+    save_weights(nn.ModuleDict({"module": source.half()}), path)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    heads = "fc.weight, fc.bias, aux.weight, aux.bias"
+    with pytest.raises(FileError, match=f"w.pt has 7 classes, not 4: --new_head .*{heads}"):
+        load_weights(net, path, 4)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    load_weights(net, path, 4, new_head=True)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith(f"without {heads}, drawn anew for 4 classes") and "prefix" in line
+    for name, t in net.state_dict().items():
+        expected = source.state_dict()[name].float() if "conv" in name else before[name]
+        torch.testing.assert_close(t, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "other", [classifier(7, 6), nn.Linear(5, 7), nn.ModuleDict({"fc": nn.Linear(5, 7)})]
+)
+@pytest.mark.parametrize("new_head", [False, True])
+def test_a_new_head_is_no_way_out_for_another_network(other, new_head, tmp_path):
+    torch.save({**other.state_dict(), "conv.bias": torch.tensor(1.0)}, tmp_path / "w.pt")
+    with pytest.raises(FileError, match=r"w.pt is not of this ModuleDict") as refused:
+        load_weights(classifier(4), tmp_path / "w.pt", 4, new_head)
+    assert "--new_head" not in str(refused.value)
+
+
+def test_a_new_head_that_is_not_needed_is_said(tmp_path, capsys):
+    save_weights(classifier(4), tmp_path / "w.pt")
+    load_weights(classifier(4), tmp_path / "w.pt", 4, new_head=True)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.endswith("weights of 4 classes, so that --new_head has no effect")
+
+
 def test_safetensors_are_read_and_a_damaged_file_is_one_line(tmp_path):
     safetensors = pytest.importorskip(
         "safetensors.torch", reason="requirements-export.txt is not installed"
