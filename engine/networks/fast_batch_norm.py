@@ -182,8 +182,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         return batch_norm(x, self.weight, self.bias, *buffers, *options)
 
 
-
-
 def set_sync_bn(net: nn.Module, enabled: bool) -> None:
     """Have batch norms take their statistics over all processes, or over each one's own share.
 
