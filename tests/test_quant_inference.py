@@ -561,7 +561,7 @@ def test_per_layer(tiny, capsys):
     flags = ["--schemes", "uniform", "--bits", 9, "--per_layer", "--per_layer_images", 48]
     assert main("a.pt", *flags, plots=True) == 0
     rows = results()["per_layer"]
-    assert [row["layer"] for row in rows] == list(layers.quantizable_layers(ConvNet()))
+    assert [row["layer"] for row in rows] == list(layers.penalized_layers(ConvNet()))
     for row in rows:
         assert abs(row["first_order"]) <= row["first_order_bound"]
     total = sum(abs(row["loss_change"]) for row in rows)

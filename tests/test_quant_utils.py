@@ -395,7 +395,7 @@ def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):
     before = {key: value.clone() for key, value in net.state_dict().items()}
     net_q, errors = quantize_model(net, qu.uniform, 4)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    originals = layers.quantizable_layers(net)
+    originals = layers.penalized_layers(net)
     assert [error.name for error in errors] == list(originals)
     weights = [module.weight for module in originals.values()]
     for (name, error, n, parts), w in zip(errors, weights, strict=True):
@@ -452,7 +452,7 @@ def test_mean_correction_keeps_each_channels_mean():
 def test_calibration_sees_every_input(net, graph, method):
     batches = torch.randn(2, 8, 3, 32, 32, generator=seeded())
     ranges = calibrate(graph, batches, method)
-    assert set(ranges) == {*layers.quantizable_layers(net), "pool"}
+    assert set(ranges) == {*layers.penalized_layers(net), "pool"}
     low, high = ranges["layer0.0"]
     assert low < 0 < high
     assert all(low == 0 < high for name, (low, high) in ranges.items() if name != "layer0.0")

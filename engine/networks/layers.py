@@ -1,9 +1,12 @@
-"""Which layers and parameters count: those that are trained, penalized and quantized."""
+"""Which layers and parameters of a network in training are trained and penalized.
+
+What is quantized is found elsewhere, on the network's graph: engine/networks/export.py.
+"""
 
 import torch
 from torch import Tensor, nn
 
-LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized and quantized
+LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized
 
 
 class Add(nn.Module):
@@ -25,7 +28,7 @@ class FullPrecisionLinear(nn.Linear):
             return super().forward(x)
 
 
-def quantizable_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+def penalized_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return every convolution and linear layer by name, in module order.
 
     Layers that share one weight count once, under the name of the first. Those whose weight is
@@ -55,5 +58,5 @@ def penalized_weights(net: nn.Module) -> list[nn.Parameter]:
 
     Frozen weights are constants: neither they nor their gradients are penalized.
     """
-    weights = (layer.weight for layer in quantizable_layers(net).values())
+    weights = (layer.weight for layer in penalized_layers(net).values())
     return [w for w in weights if w.requires_grad]

@@ -1,1 +1,1 @@
-"""What repairs a quantized network."""
+"""Quantizing the graph of a network: grids, weights, inputs, and what repairs the result."""

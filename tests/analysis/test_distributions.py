@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from analysis import distributions
-from engine.networks.layers import quantizable_layers
+from engine.networks.layers import penalized_layers
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -25,7 +25,7 @@ def make_net(scale=1.0, outlier=0.0, seed=0):
 def flat_weights(**nets):
     return distributions.flat_weights(
         {
-            name: {key: m.weight for key, m in quantizable_layers(net).items()}
+            name: {key: m.weight for key, m in penalized_layers(net).items()}
             for name, net in nets.items()
         }
     )

@@ -45,7 +45,7 @@ def test_folded_weights_are_those_of_the_folded_network(net, graph):
     found = batch_norm.folded_weights(net)
     folded = weights(fold_batch_norms(graph))
     assert len(found) == len(net.BLOCKS) + 1
-    for w, (name, m) in zip(found, layers.quantizable_layers(net).items(), strict=True):
+    for w, (name, m) in zip(found, layers.penalized_layers(net).items(), strict=True):
         torch.testing.assert_close(w, folded[name])
         assert (w is m.weight) == isinstance(m, nn.Linear)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 2))

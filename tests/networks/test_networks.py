@@ -300,7 +300,7 @@ def test_a_folded_weight_of_zero_has_no_kurtosis_and_no_gradient():
 def test_layers_that_share_a_weight_count_once():
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     net[2].weight = net[0].weight
-    assert len(layers.penalized_weights(net)) == len(layers.quantizable_layers(net)) == 1
+    assert len(layers.penalized_weights(net)) == len(layers.penalized_layers(net)) == 1
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -447,7 +447,7 @@ def test_first_and_last_layer_keep_8_bits():
     first_last = dict.fromkeys(ends(export_network(net, (3, 8, 8))), 8)
     assert list(first_last) == ["conv1", "fc"]
     net_q, _ = quantize_model(net, qu.uniform, 3, image_shape=(3, 8, 8), layer_bits=first_last)
-    for name, layer in layers.quantizable_layers(net).items():
+    for name, layer in layers.penalized_layers(net).items():
         expected = qu.uniform(layer.weight, first_last.get(name, 3))
         assert torch.equal(net_q.get_submodule(name).weight, expected)
 

@@ -20,7 +20,7 @@ from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
 from engine.networks.graph import aten
-from engine.networks.layers import quantizable_layers
+from engine.networks.layers import penalized_layers
 from engine.quantization import equalization
 from engine.quantization.equalization import equalize, find_pairs
 from engine.system.errors import FileError, NetworkError
@@ -443,7 +443,7 @@ def test_files_to_deploy_hold_weights_only(run, capsys):
     printed = capsys.readouterr().out
     assert "a.pt: pairs of layers equalized: 1, in " in printed and "read by relu6 (" in printed
     net, weights = NETWORKS["MobileNetV2"](), torch.load("q.pt")
-    names = quantizable_layers(net)
+    names = penalized_layers(net)
     assert weights.keys() == {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
     assert all(weights[f"{name}.weight"].shape == m.weight.shape for name, m in names.items())
 

@@ -17,7 +17,7 @@ import train
 import utils
 from engine.images.loader import Loader
 from engine.networks.export import export_network
-from engine.networks.layers import quantizable_layers
+from engine.networks.layers import penalized_layers
 from engine.system import distributed
 from engine.system.errors import FileError, NetworkError, StepSizeError
 from engine.training import learned_steps
@@ -128,13 +128,13 @@ class Plain(nn.Module):
     def forward(self, x):
         weights = {
             f"{name}.weight": self.quantize(f"{name}.weight", layer.weight)
-            for name, layer in quantizable_layers(self.net).items()
+            for name, layer in penalized_layers(self.net).items()
         }
         handles = [
             layer.register_forward_pre_hook(
                 lambda m, args, name=name: self.quantize(f"{name}.input", args[0])
             )
-            for name, layer in quantizable_layers(self.net).items()
+            for name, layer in penalized_layers(self.net).items()
         ]
         try:
             return torch.func.functional_call(self.net, weights, (x,))
