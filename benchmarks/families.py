@@ -28,7 +28,7 @@ import data
 import quant_inference
 import train
 from engine.deploy import verify
-from engine.networks import exported
+from engine.networks import export
 from engine.networks.outputs import check_network
 from engine.system.errors import NetworkError
 from engine.system.io import save_weights
@@ -155,7 +155,7 @@ def write_table(rows: Mapping[str, Mapping[str, str]]) -> None:
 
 def trace_once() -> None:
     """Let the commands share what torch.export makes of a network: that takes longest."""
-    trace, programs = exported.traced, {}
+    trace, programs = export.traced, {}
 
     def traced(net: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
         key = (repr(net), images.shape, images.dtype)
@@ -164,7 +164,7 @@ def trace_once() -> None:
             programs[key] = trace(net, images)
         return programs[key]
 
-    exported.traced = traced
+    export.traced = traced
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ SMALL = {
     "Stranger": 1,
     "torchvision:shufflenet_v2_x0_5": 1,
 }
+LARGE = {"torchvision:shufflenet_v2_x0_5"}  # torch.export takes seconds
 
 
 def make(name, num_classes=10):
@@ -303,7 +304,10 @@ def test_layers_that_share_a_weight_count_once():
     assert len(layers.penalized_weights(net)) == len(layers.penalized_layers(net)) == 1
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [*sorted(SMALL.keys() - LARGE), *(pytest.param(n, marks=pytest.mark.slow) for n in LARGE)],
+)
 def test_folding(name):
     net = fast_layers.use_fast_layers(make(name)).eval()
     size = 32 if "torchvision" in name else 16

@@ -288,7 +288,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = {"swin"}  # the attention in windows is a graph of hundreds of nodes
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NETWORKS]
+)
 def test_every_weight_and_every_input_is_seen(name):
     net, shape = make(NETWORKS[name]), (3, 16, 16) if name == "swin" else SHAPE
     graph = export_network(net, shape)

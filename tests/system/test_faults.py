@@ -120,7 +120,10 @@ def assert_resumes(launcher, number, folder, uninterrupted):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)],
+)
 def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, uninterrupted, tmp_path):
     chance, when = random.Random(number), Counter()
     n_moments = {"short": 2, "long": 30}[size]
@@ -160,9 +163,8 @@ def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, uninterru
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["train.py", pytest.param("combined_protocol.py", marks=pytest.mark.faults)]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["train.py", "combined_protocol.py"])
 def test_the_scripts_exit_with_143(name, tmp_path):
     """Through the interpreter: a signal in the middle, and the exit code of the process."""
     process = subprocess.Popen(
@@ -185,7 +187,7 @@ def test_the_scripts_exit_with_143(name, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mode", ["fail", "die"])
+@pytest.mark.parametrize("mode", ["fail", pytest.param("die", marks=pytest.mark.faults)])
 def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrupted, tmp_path):
     n_broken, went_on = 0, 0
     for number in range(1, 1000, {"short": 41, "long": 1}[size]):
@@ -670,15 +672,9 @@ def train_online(port, folder, *flags):
     return completed, time.monotonic() - started_at
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param("answers", marks=pytest.mark.faults),
-        pytest.param("refuses", marks=pytest.mark.faults),
-        pytest.param("hangs from the start", marks=pytest.mark.faults),
-        pytest.param("hangs later", marks=pytest.mark.faults),
-        "dies",
-    ],
+    "fault", ["answers", "refuses", "hangs from the start", "hangs later", "dies"]
 )
 def test_a_logger_never_hurts_the_run(fault, server, tmp_path, uninterrupted):
     port, flags = server.server_port, RUNS[0][1][len(FAST) :]
