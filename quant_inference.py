@@ -178,10 +178,9 @@ def load_networks(
     explicit_flags: Set[str],
     dataset: ImageDataset,
 ) -> dict[str, LoadedNetwork]:
-    """Return the networks of all files that can be read; for the others an error is printed.
+    """Return the networks that can be read and quantized; for the others an error is printed.
 
-    Without --model a network is the one that the file's record names, in its width. Raises
-    NetworkError for a network that cannot be quantized.
+    Without --model a network is the one that the file's record names, in its width.
     """
     loaded = {}
     programs = defaultdict(list)  # by model and width: tracing a network takes seconds
@@ -198,7 +197,7 @@ def load_networks(
                     raise FileError(f"{file.path}: {key} holds NaN or infinite values")
             graph = export_network(net, image_shape, programs[model, width])
             graph = prepare_graph(graph, file.path, args)
-        except FileError as error:
+        except (FileError, NetworkError) as error:
             checks.print_error(error)
         else:
             loaded[name] = LoadedNetwork(net, graph, model, file)

@@ -202,6 +202,7 @@ def run(
                     seconds = time.perf_counter() - training.started_at
                     about = {"settings": vars(training.args), "run_id": training.record["run_id"]}
                     save_checkpoint({**content, **about, "seconds": seconds}, Path(f"{out}.ckpt"))
+                    clock.restart()
                 if signal:
                     raise StoppedBySignal(128 + signal)
         finish(training)

@@ -21,6 +21,7 @@ from engine.networks.export import export_network
 from engine.networks.folding import batch_norms
 from engine.quantization.weights import model_error, quantize_model, quantize_weights
 from engine.system import progress
+from engine.system.errors import NetworkError
 from engine.system.io import save_weights
 from models import ConvNet
 
@@ -310,6 +311,24 @@ def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
     assert "layer3.0.weight" in lines[bad.index("nan")]
     assert {row["checkpoint"] for row in results()["rows"]} == {"good"}
     assert not Path("executed").exists()
+
+
+def test_a_network_that_cannot_be_quantized_leaves_the_others(tiny, capsys, monkeypatch):
+    plain, calls = qi.export_network, []
+
+    def export(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise NetworkError("ConvNet cannot be exported")
+        return plain(*arguments)
+
+    monkeypatch.setattr(qi, "export_network", export)
+    for name in "ab":
+        save_weights(make_net(), Path(f"{name}.pt"))
+    assert main("a.pt", "b.pt", "--bits", 4, "--schemes", "uniform") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "error: ConvNet cannot be exported" in message
+    assert [row["checkpoint"] for row in results()["rows"]] == ["b", "b"]
 
 
 def test_calibration_does_not_depend_on_the_batch_size(tiny):

@@ -14,10 +14,13 @@ What its nodes hold in their `meta` is told in `engine/networks/graph.py`.
 """
 
 import copy
+import io
+import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import Tensor, fx, nn
@@ -141,13 +144,24 @@ def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
     """Return what `torch.export` makes of the network, without operations in place."""
     shapes = ({0: Dim.AUTO},)
     # With gradients: without them attention runs as one kernel that hides its matrix products.
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_listing():
         program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
     composed = COMPOSED & {node.target for node in program.graph.nodes}
     if composed or not _without_inplace(program.graph):
         table = default_decompositions() if composed else {}
         program = program.run_decompositions({target: table[target] for target in composed})
     return program
+
+
+@contextmanager
+def _no_listing() -> Iterator[None]:
+    """Context manager that drops what torch.export writes beside its error: the graph so far."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _without_inplace(graph: fx.Graph) -> bool:
@@ -194,6 +208,11 @@ def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModul
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         if spec.kind in CONSTANT_KINDS:
             name = spec.target.removeprefix("net.")
+            first = name.partition(".")[0]
+            if hasattr(fx.GraphModule, first):
+                raise NetworkError(
+                    f"what is called {first!r} needs another name: graphs have that one"
+                )
             tensor = tensors[spec.target]
             attributes[name] = copies.setdefault(id(tensor), tensor.detach().clone())
             values[node] = graph.get_attr(name)
@@ -235,6 +254,8 @@ def _inline_regions(module: fx.GraphModule) -> None:
             continue
         # settings such as a dtype, the graph of the region, its inputs
         start = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
+        if node.args[start].op != "get_attr":  # a branch or a loop
+            raise NetworkError(f"{node.target.name()} is no operation that can be quantized")
         inner = getattr(module, node.args[start].target).graph
         sources = inner.find_nodes(op="placeholder")
         values = dict(zip(sources, node.args[start + 1 :], strict=True))
@@ -372,7 +393,7 @@ def _name_operations(module: fx.GraphModule) -> None:
     Raises NetworkError, naming it, for a product that would stay in float unseen.
     """
     constant = _constants(module)
-    taken = Counter()
+    taken = Counter({read.target for read in module.graph.find_nodes(op="get_attr")})
     for node in module.graph.nodes:
         if (kind := getattr(node.target, "_opname", "")) in UNSEEN_PRODUCTS:
             where = node.meta["path"] or "the network"

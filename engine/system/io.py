@@ -229,12 +229,17 @@ def load_weights(
 
 
 def load_tensors(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state_dict as one of the network's own version, which torchvision's MNASNet asks for.
+    """Load a state_dict as one of the modules' own versions, which torchvision's MNASNet asks for.
 
-    What else a file says about versions is left out: that may be anything.
+    What a file says about versions is left out: that may be anything. Batch norms have none, so
+    that files from before they counted batches are read.
     """
     state = OrderedDict(state)
-    state._metadata = {"": net.state_dict()._metadata[""]}
+    state._metadata = {
+        name: version
+        for name, version in net.state_dict()._metadata.items()
+        if not isinstance(net.get_submodule(name), nn.modules.batchnorm._BatchNorm)
+    }
     net.load_state_dict(state)
 
 
@@ -271,8 +276,10 @@ def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict,
 def _heads(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int | None
 ) -> list[str]:
-    """Return which tensors differ in shape, if it is by another number of classes alone."""
-    shapes = {k: (t.shape, own[k].shape) for k, t in state.items() if k in own}
+    """Return which tensors differ in shape, if nothing else differs but the number of classes."""
+    if state.keys() != own.keys():
+        return []
+    shapes = {k: (t.shape, own[k].shape) for k, t in state.items()}
     differing = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
     changes = {
         (a[:1], b[:1]) if len(a) and a[1:] == b[1:] and b[:1] == (num_classes,) else None

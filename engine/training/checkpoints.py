@@ -20,7 +20,7 @@ NOT_OURS = "not what this run would have saved"  # of a part of a checkpoint, in
 
 @dataclass
 class CheckpointClock:
-    """Says when the next checkpoint is due; minutes count from when one was last due."""
+    """Says when the next checkpoint is due; minutes count from `restart`, after one was written."""
 
     every: int  # epochs between checkpoints
     minutes: float  # between checkpoints inside an epoch
@@ -30,10 +30,11 @@ class CheckpointClock:
     def is_due(self, epoch: int, batch: int) -> bool:
         """Return whether to save with so many epochs done, and so many batches of the next."""
         is_last = batch == 0 and (epoch % self.every == 0 or epoch == self.n_epochs)
-        is_due = is_last or time.monotonic() - self.saved_at > 60 * self.minutes
-        if is_due:
-            self.saved_at = time.monotonic()
-        return is_due
+        return is_last or time.monotonic() - self.saved_at > 60 * self.minutes
+
+    def restart(self) -> None:
+        """Count minutes from now."""
+        self.saved_at = time.monotonic()
 
 
 def backup_path(path: Path) -> Path:

@@ -157,7 +157,7 @@ class TrainState:
             return
         with file_boundary("the checkpoint.average:", NOT_OURS):
             saved = {key: content["average"][key] for key in average.state_dict()}
-            average.load_state_dict(saved)
+            load_tensors(average, saved)
             _check_loaded(saved, average.state_dict())
             if average.n_averaged < 0:
                 raise ValueError(f"an average of {average.n_averaged} steps")

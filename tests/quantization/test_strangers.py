@@ -432,3 +432,35 @@ def test_products_that_no_quantizer_reaches_are_refused(name):
     mixes = {"baddbmm": lambda t: torch.baddbmm(t, t @ t.mT, t), "lstm": lambda t: lstm(t)[0]}
     with pytest.raises(NetworkError, match=f"calls {name}, whose products cannot be quantized"):
         export_network(Tokens(mixes[name]), (3, 32, 32))
+
+
+class OneName(nn.Module):
+    """A convolution of a parameter whose name a layer would have, and a module of any name."""
+
+    def __init__(self, name="fc", before=lambda x: x):
+        super().__init__()
+        self.conv, self.before = nn.Parameter(torch.randn(4, 3, 1, 1)), before
+        self.add_module(name, nn.Linear(4, 4))
+        self.last = name
+
+    def forward(self, x):
+        pixels = F.conv2d(self.before(x), self.conv).mean((2, 3))
+        return self.get_submodule(self.last)(pixels)
+
+
+def branch(x):
+    return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+def test_names_that_a_graph_has_itself():
+    assert [*layers(export_network(OneName().eval(), SHAPE))] == ["conv_2", "fc"]
+    with pytest.raises(NetworkError, match="what is called 'code' needs another name"):
+        export_network(OneName("code").eval(), SHAPE)
+
+
+def test_a_network_with_branches_is_refused_in_one_line(capfd):
+    with pytest.raises(NetworkError, match="cond is no operation that can be quantized"):
+        export_network(OneName(before=branch).eval(), SHAPE)
+    with pytest.raises(NetworkError, match="Could not guard on data-dependent"):
+        export_network(OneName(before=lambda x: x + 1 if x.sum() > 0 else x).eval(), SHAPE)
+    assert capfd.readouterr().err == ""

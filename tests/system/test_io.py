@@ -18,6 +18,7 @@ from engine.system.io import (
     atomic_write,
     backup_existing,
     check_writable,
+    load_tensors,
     load_weights,
     run_lock,
     save_json,
@@ -211,8 +212,8 @@ def test_old_names_of_densenets_are_read_as_torchvision_reads_them(tmp_path, cap
     assert "weights renamed, without the prefix 'module.'" in capsys.readouterr().out
 
 
-def test_a_network_that_asks_for_its_version_is_loaded(tmp_path):
-    class Versioned(nn.BatchNorm2d):
+def test_a_module_that_asks_for_its_version_is_loaded(tmp_path):
+    class Versioned(nn.Linear):
         _version = 7
 
         def _load_from_state_dict(self, state, prefix, metadata, *rest):
@@ -220,11 +221,17 @@ def test_a_network_that_asks_for_its_version_is_loaded(tmp_path):
                 raise ValueError("no version")
             super()._load_from_state_dict(state, prefix, metadata, *rest)
 
-    source, net = Versioned(3), Versioned(3)
-    source.running_mean.normal_()
-    save_weights(source, tmp_path / "w.pt")
+    source, net = (
+        nn.Sequential(nn.ModuleDict({"backbone": Versioned(3, 2)}), nn.BatchNorm2d(2))
+        for _ in range(2)
+    )
+    state = source.state_dict()
+    del state["1.num_batches_tracked"]  # as before PyTorch 0.4.1
+    torch.save(state, tmp_path / "w.pt")
     load_weights(net, tmp_path / "w.pt")
-    assert torch.equal(net.running_mean, source.running_mean)
+    assert torch.equal(net[0]["backbone"].weight, source[0]["backbone"].weight)
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    load_tensors(averaged, averaged.state_dict())
 
 
 def classifier(n_classes, n_channels=5):
@@ -258,6 +265,15 @@ def test_a_new_head_is_no_way_out_for_another_network(other, new_head, tmp_path)
     torch.save({**other.state_dict(), "conv.bias": torch.tensor(1.0)}, tmp_path / "w.pt")
     with pytest.raises(FileError, match=r"w.pt is not of this ModuleDict") as refused:
         load_weights(classifier(4), tmp_path / "w.pt", 4, new_head)
+    assert "--new_head" not in str(refused.value)
+
+
+def test_a_new_head_is_no_way_out_where_layers_are_missing(tmp_path):
+    source = classifier(7)
+    del source["aux"]
+    save_weights(source, tmp_path / "w.pt")
+    with pytest.raises(FileError, match="is not of this ModuleDict") as refused:
+        load_weights(classifier(4), tmp_path / "w.pt", 4)
     assert "--new_head" not in str(refused.value)
 
 
