@@ -101,6 +101,18 @@ def test_every_logit_of_a_residual_network_is_that_of_the_simulation(kind, seed,
     assert onnx_session.inexact_operations(integers, exact_products=True) == []
 
 
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_another_evaluator_gives_the_same_logits(kind):
+    """ONNX's own, node by node; there, operands of sums are rounded twice and logits to steps."""
+    images = pixels(4, 10)
+    integers, _, _ = quantize(residual_net(kind, 2), normalized(images), 4, 4)
+    model = onnx.load_from_string(deployed_files.to_onnx(integers, images.shape[1:], MEAN, STD, {}))
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator(model)
+    [logits] = evaluator.run(None, {model.graph.input[0].name: images.numpy()})
+    expected = integers(normalized(images))[0]
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=0)
+
+
 def random_sum(seed, n_bits):
     """Return a sum of random grids: some signed, some whose halves are exact."""
     generator = np.random.default_rng(seed)
