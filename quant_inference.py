@@ -62,11 +62,11 @@ class LoadedNetwork(NamedTuple):
     file: WeightsFile
 
     def describe(
-        self, how: Quantization, args: argparse.Namespace, dataset: ImageDataset
+        self, how: Quantization, settings: Mapping[str, Any], dataset: ImageDataset
     ) -> dict[str, str]:
         """Return the metadata of a file to deploy."""
         path, classes = self.file.path, dataset.classes
-        return deployed_files.describe_source(path, vars(args), how, self.model, classes)
+        return deployed_files.describe_source(path, settings, how, self.model, classes)
 
 
 def sweep(
@@ -260,7 +260,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str) and args.verify != args.export:
         for network in loaded.values():
-            source = network.describe(quantizations[0], args, dataset)
+            source = network.describe(quantizations[0], vars(args), dataset)
             deployed_files.read_model(Path(args.verify), source)
     networks = {}
     try:
@@ -300,7 +300,7 @@ def deploy(
         deployed_files.write_files(vars(args), write_back(network.net, graph_q))
         return True
     integers = network.integers(how)
-    source = loaded.describe(how, args, dataset)
+    source = loaded.describe(how, vars(args), dataset)
     graph_int = with_integers(graph_q, integers.integers())
     net_q = write_back(network.net, graph_int)
     deployed_files.write_files(vars(args), net_q, integers, dataset, source)
