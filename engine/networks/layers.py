@@ -22,8 +22,8 @@ class Add(nn.Module):
 class FullPrecisionLinear(nn.Linear):
     """A linear layer whose products are not rounded to bfloat16 under autocast."""
 
-    # a layer of its own: with autocast in a network's forward, torch.fx could not trace the order of
-    # its modules, and no batch norm would do the work of the ReLU after it
+    # a layer of its own: with autocast in a network's forward, torch.fx could not trace the order
+    # of its modules, and no batch norm would do the work of the ReLU after it
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (…, in_features), in the weight's dtype, to (…, out_features)."""
