@@ -156,12 +156,13 @@ def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
 @contextmanager
 def _no_listing() -> Iterator[None]:
     """Context manager that drops what torch.export writes beside its error: the graph so far."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _without_inplace(graph: fx.Graph) -> bool:

@@ -21,7 +21,6 @@ from engine.step.batch_loss import BatchLoss, FirstOrderResult
 from engine.step.norms import lp_norms, whole_batch_norms
 from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward
 from engine.system import distributed
-from engine.system.errors import PenaltyError
 from engine.system.hardware import get_rng_state
 
 NOT_TWICE = " cannot be differentiated twice, which --penalty_gradient difference does without"
@@ -46,13 +45,12 @@ def compute_gradients(
     itself. The directions ∂R/∂t are taken on detached copies, which is cheap. For gradients,
     `vector_jacobian_product` carries them to the parameters through the graph of the first-order
     pass or, with a `difference_step`, `difference_product` without one.
-    Batch norms are folded with the running statistics from before this batch.
 
     Raises PenaltyError where the regularizer returns no scalar, or none that depends on its inputs.
     """
     inputs = regularizer.inputs if regularizer else ()
     params = [*trainable_parameters(net).values()]
-    # before the forward pass, which moves the running statistics
+    # with the running statistics from before this batch, which the forward pass moves
     folded = folded_weights(net) if "folded_weights" in inputs else []
     second_order = needs_double_backward(regularizer)
     by_difference = second_order and difference_step is not None
@@ -71,16 +69,12 @@ def compute_gradients(
     # a graph from the copies t to R alone: the way from p to t, which is long, is not walked twice
     copies = _detached_copies(first.tensors, penalized_weights(net))
     penalty = evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
-    if not penalty.requires_grad:
-        raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
     penalty = penalty_scale * penalty  # before the directions, which then have the factor
     directions = _add_direct_gradients(params, penalty, first.tensors, copies)
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
-        with network_boundary(net, NOT_TWICE):
-            products = vector_jacobian_product(params, first, directions)
-        _add(params, products)
+        _add(params, vector_jacobian_product(net, params, first, directions))
     return loss, penalty.detach(), n_correct
 
 
@@ -133,11 +127,12 @@ def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
 
 
 def vector_jacobian_product(
-    params: Sequence[Tensor], first: FirstOrderResult, directions: Directions
+    net: nn.Module, params: Sequence[Tensor], first: FirstOrderResult, directions: Directions
 ) -> list[Tensor | None]:
     """Return Σ_t d_t · ∂t/∂p of every parameter p: t are gradients with their graph.
 
     Where the directions d_t are None or the t constants, there is nothing to return but Nones.
+    Raises NetworkError where the network cannot be differentiated twice.
     """
     pairs = [
         (t, d)
@@ -149,7 +144,8 @@ def vector_jacobian_product(
         return [None] * len(params)
     # one backward pass from all of them, however many layers: the price is that of one
     outputs, vectors = zip(*pairs, strict=True)
-    with distributed.overlapped_grad_all_reduce(params) as sum_grads:
+    overlapped = distributed.overlapped_grad_all_reduce(params)
+    with network_boundary(net, NOT_TWICE), overlapped as sum_grads:
         return sum_grads(grad(outputs, params, vectors, allow_unused=True))
 
 

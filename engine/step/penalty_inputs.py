@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from engine.networks.layers import penalized_weights, trainable_parameters
@@ -49,7 +50,7 @@ def evaluate_penalty(
     tensors: Mapping[str, Sequence[Tensor]],
     folded: Sequence[Tensor],
 ) -> Tensor:
-    """Return the penalty (scalar) of a batch; PenaltyError where it is none.
+    """Return the penalty (scalar) of a batch; PenaltyError where it is none, or a constant.
 
     `loss` and `grads`, its derivatives in the trainable parameters (none where the regularizer does
     not need gradients), are those of the whole batch. `tensors` are the "weights", "w_grads" and
@@ -68,4 +69,6 @@ def evaluate_penalty(
     if not isinstance(penalty, Tensor) or penalty.dim():
         shape = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
         raise PenaltyError(f"{regularizer.name} returned {shape}: it must return a scalar tensor")
+    if torch.is_grad_enabled() and not penalty.requires_grad:
+        raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
     return penalty
