@@ -34,7 +34,7 @@ $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/installed-test: requirements-test.txt requirements-export.txt $(VENV)/installed
+$(VENV)/installed-test: requirements-test.txt requirements-export.txt requirements-runtimes.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-test.txt
 	touch $@
 

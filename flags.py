@@ -35,6 +35,7 @@ positive, not_negative = bounded_number(float, above=0), bounded_number(float, a
 fraction = bounded_number(float, at_least=0, below=1)
 INTEGER_FLAGS = ("export", "verify", "save_integers")  # of one network in integer arithmetic
 FILE_FLAGS = (*INTEGER_FLAGS, "save_quantized")  # of one quantized network
+RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-web", "onnxruntime-node", "reference")
 PHASE_SYNTAX = "EPOCH:none or EPOCH:NAME=λ[+NAME=λ…]"
 OLD_OPTIONS = {"detach_step": "hold_step"}  # old spellings of what regularizers declare
 
@@ -299,6 +300,14 @@ QUANTIZATION: Table = [
          "measure the same integer arithmetic", "ONNX", requires=INTEGERS),
     Flag("verify", file_name, None, "compare the file of --export, or this one, in ONNX Runtime "
          "with the simulation and float32", "ONNX", requires=VERIFIED, nargs="?", const=True),
+    Flag("runtimes", RUNTIMES, ["onnxruntime"], "what --verify runs the file in, each as users "
+         "start it; -web and -node are packages of Node.js, reference is ONNX's own evaluator",
+         needs="--verify", nargs="+"),
+    Flag("pack_weights", ("int8", "int4", "int2"), "int8", "--export: weights of up to 4 bits in "
+         "half a byte each (int4), those of 2 bits also in a quarter (int2)", needs="--export"),
+    Flag("export_for", ("all", "vnni", "litert"), "all", "--export: all is exact everywhere; vnni "
+         "has 8-bit weights that are faster with VNNI and wrong on x86 without it; litert has "
+         "inputs as int8, for which ONNX Runtime has slow kernels only", needs="--export"),
     Flag("save_quantized", file_name, None, "write a state_dict of floats", "PT", requires=ONE),
     Flag("save_integers", file_name, None, "write the integers of the weights packed into b bits, "
          "with scales and biases", "SAFETENSORS", requires=INTEGERS),

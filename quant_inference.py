@@ -31,6 +31,7 @@ from analysis.weights_files import WeightsFile, find_weights
 from data import ImageDataset
 from engine.deploy import deployed_files, verify
 from engine.deploy.integer_layers import with_integers
+from engine.deploy.onnx_emitter import FileForm
 from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.graph import layers, weights
@@ -303,7 +304,10 @@ def deploy(
     source = loaded.describe(how, vars(args), dataset)
     graph_int = with_integers(graph_q, integers.integers())
     net_q = write_back(network.net, graph_int)
-    deployed_files.write_files(vars(args), net_q, integers, dataset, source)
+    form = file_form(args)
+    deployed_files.write_files(vars(args), net_q, integers, dataset, source, form)
+    if args.export:
+        checks.report_form(network, how, form)
     if not args.verify:
         return True
     simulations = {
@@ -313,7 +317,17 @@ def deploy(
     compared = verify.Compared(integers, simulations, graph_q, network.graph)
     path = Path(args.export if args.verify is True else args.verify)
     test = network.images.test
-    return verify.verify_file(path, compared, test=test, dataset=dataset, source=source)
+    others = [name for name in args.runtimes if name != "onnxruntime"]  # which is always run
+    return verify.verify_file(
+        path, compared, test=test, dataset=dataset, source=source, runtimes=others
+    )
+
+
+def file_form(args: argparse.Namespace) -> FileForm:
+    """Return the form of the ONNX file that the flags ask for."""
+    n_bits = int(args.pack_weights.removeprefix("int"))
+    is_litert = args.export_for == "litert"
+    return FileForm(n_bits, is_litert, may_saturate=is_litert or args.export_for == "vnni")
 
 
 def n_measurements(
@@ -465,7 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = checks.make_output_folder(parser, args)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
         print_device(args.device)
-        deployed_files.check_run([flag for flag in FILE_FLAGS if getattr(args, flag)])
+        runtimes = args.runtimes if args.verify else ()
+        deployed_files.check_run([flag for flag in FILE_FLAGS if getattr(args, flag)], runtimes)
         is_complete = run(parser, args, folder)
     sys.exit(0 if is_complete else 1)
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 from torch import fx, nn
@@ -21,9 +22,10 @@ from analysis.weights_files import (
     read_training_record,
 )
 from data import DATASETS, accepts
+from engine.deploy.onnx_emitter import FileForm
 from engine.networks.folding import batch_norms, foldable
 from engine.networks.graph import layers, operations
-from engine.quantization.coverage import by_reason
+from engine.quantization.coverage import by_reason, first_names
 from engine.system import distributed
 from engine.system.cli import Parser
 from engine.system.errors import DataError, FileError, NetworkError
@@ -170,6 +172,29 @@ def check_coverage(
             raise ValueError(f"--strict: {covered}")
         if covered.in_float:
             print_warning(f"{network.name}: {covered}")
+
+
+def report_form(network: MeasuredNetwork, how: Quantization, form: FileForm) -> None:
+    """Say which layers of an ONNX file compute twice as much as they need, and what 7 bits cost."""
+    integers = network.integers(how)
+    names = [name for name, layer in integers.integers().items() if layer.can_saturate]
+    if not names or form.signed_codes:
+        return
+    if form.may_saturate:
+        print_warning(
+            f"8-bit sums of {first_names(names)} saturate on x86 processors without VNNI: "
+            "the ONNX file is for others (--export_for all is for these, too)"
+        )
+        return
+    line = (
+        f"8-bit weights of {first_names(names)} are two halves in the ONNX file, which has twice "
+        "their bytes and products: sums of whole ones saturate on x86 processors without VNNI "
+        "(--export_for vnni: whole)"
+    )
+    if how.n_bits == 8:
+        accuracy = network.trial(replace(how, n_bits=7), 0).accuracy
+        line += f"; with --bits 7, which needs no halves, the accuracy is {accuracy:.2%}"
+    print(line)
 
 
 def check_sums(network: MeasuredNetwork, path: Path) -> None:

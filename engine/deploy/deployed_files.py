@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from engine.deploy.integer_layers import IntegerLayer, n_bits_needed
 from engine.deploy.integer_network import IntegerNetwork
-from engine.deploy.onnx_emitter import Emitter, TensorProto, helper, onnx
+from engine.deploy.onnx_emitter import DEFAULT_FORM, Emitter, FileForm, TensorProto, helper, onnx
+from engine.deploy.runtimes import RUNTIMES
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
@@ -39,13 +40,18 @@ class ImageDataset(Protocol):
     classes: tuple[str, ...]
 
 
-def check_run(flags: Collection[str]) -> None:
-    """Raise SetupError where the given ones of PACKAGES need what is missing, or one process."""
+def check_run(flags: Collection[str], runtimes: Collection[str] = ()) -> None:
+    """Raise SetupError where the given ones of PACKAGES need what is missing, or one process.
+
+    `runtimes` are those of --verify, which must not be missing either.
+    """
     for flag in flags:
         for package in PACKAGES[flag]:
             require(package, f"--{flag}")
         if distributed.get_world_size() > 1:
             raise SetupError(f"--{flag} runs in one process: start it without torchrun")
+    for name in runtimes:
+        RUNTIMES[name].load()
 
 
 def describe_source(
@@ -80,15 +86,16 @@ def write_files(
     integers: IntegerNetwork | None = None,
     dataset: ImageDataset | None = None,
     source: Mapping[str, str] | None = None,
+    form: FileForm = DEFAULT_FORM,
 ) -> None:
     """Write the files whose paths are given by flag: ONNX, `net_q`'s weights, packed integers.
 
-    `integers`, `dataset` and `source`, the metadata, are for the first and the last of them. Raises
-    OSError.
+    `integers`, `dataset` and `source`, the metadata, are for the first and the last of them, `form`
+    for the first. Raises OSError.
     """
     if path := paths.get("export"):
         shape = dataset.test_images.shape[1:]
-        model = to_onnx(integers, shape, dataset.mean, dataset.std, source)
+        model = to_onnx(integers, shape, dataset.mean, dataset.std, source, form)
         atomic_write(Path(path), lambda temporary: temporary.write_bytes(model))
         print(f"integers as ONNX:  {path}")
     if path := paths.get("save_quantized"):
@@ -105,6 +112,7 @@ def to_onnx(
     mean: Sequence[float],
     std: Sequence[float],
     metadata: Mapping[str, str],
+    form: FileForm = DEFAULT_FORM,
 ) -> bytes:
     """Return the ONNX model of a network, as a file's content; a quantized one has Q/DQ pairs.
 
@@ -113,7 +121,7 @@ def to_onnx(
     of every quantized operation is a value with the operation's name. What each operation becomes
     is defined with its simulation in engine/deploy/integer_operations.py.
     """
-    emitter = Emitter()
+    emitter = Emitter(form)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
     scale = emitter.constant("normalize.scale", (1 / (255 * std)).float())
     shift = emitter.constant("normalize.shift", (-mean / std).float())

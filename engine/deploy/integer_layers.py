@@ -12,6 +12,7 @@ from engine.quantization.grids import Grid, OnGrid
 from engine.quantization.weights import total
 
 MAX_CODE = 128  # |code| of a weight in int8
+MAX_INT16 = 2**15 - 1
 MAX_BIAS = 2**30  # |bias| in units of its scale: what int32 holds beside the sum of products
 
 
@@ -30,6 +31,21 @@ class IntegerLayer:
     def product_scale(self, part: OnGrid) -> Tensor:
         """Return scale_x·scale_part, (1) or (C), rounded to float32 as engines do."""
         return torch.tensor(self.in_grid.scale) * part.scale.flatten()
+
+    @property
+    def can_saturate(self) -> bool:
+        """Whether the sum of two products can leave 16 bits.
+
+        ONNX Runtime 1.32.0 adds products of uint8 and int8 in pairs, in 16 bits that saturate, on
+        x86 processors without VNNI or the like. Which weights are a pair depends on its kernels:
+        these are the two largest of one sign of an output channel.
+        """
+        codes = torch.cat([part.codes.flatten(1).int() for part in self.parts])
+        pairs = (sign * codes for sign in (1, -1))
+        most = max(
+            each.topk(min(2, each.shape[1])).values.clamp(min=0).sum(1).max() for each in pairs
+        )
+        return self.in_grid.max_code * int(most) > MAX_INT16
 
     def dequantized_bias(self) -> Tensor:
         """Return the bias in float32."""
@@ -65,6 +81,11 @@ def _in_8_bits(part: OnGrid, min_scale: Tensor) -> OnGrid:
     scale = torch.where(scale > 0, scale, 1).float()
     coarser = (given / scale).where(scale > given * (1 + 1e-6), 1)
     return OnGrid((codes * coarser).round().to(torch.int8), scale)
+
+
+def unsigned(codes: Tensor) -> Tensor:
+    """Return int8 codes as uint8, of which MAX_CODE stands for 0."""
+    return (codes.int() + MAX_CODE).to(torch.uint8)
 
 
 def n_bits_needed(codes: Tensor) -> int:

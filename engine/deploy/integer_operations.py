@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.deploy.integer_layers import MAX_CODE, IntegerLayer
+from engine.deploy.integer_layers import MAX_CODE, IntegerLayer, unsigned
 from engine.deploy.onnx_emitter import UNBOUNDED, Bounds, Emitter
 from engine.quantization.grids import Grid, OnGrid
 
@@ -87,7 +87,7 @@ class Pad(Move):
 
     def emit(self, onnx: Emitter) -> None:
         """Add the operator, with the code of 0."""
-        zero = np.uint8(self.out_grid.zero_point) if self.out_grid else np.float32(0)
+        zero = onnx.form.stored(self.out_grid.zero_point) if self.out_grid else np.float32(0)
         super().emit(onnx, onnx.constant(f"{self.name}.zero", zero))
 
 
@@ -192,12 +192,19 @@ class Layer(Arithmetic):
         """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
         name = self.name
         integers = self.integers
+        is_twice = False
         if integers and (len(integers.parts) > 1 or not self.is_fused):
             self._emit_integer_sums(onnx)
             return
         if integers:
             [part] = integers.parts
-            w = onnx.dequantize_constant(f"{name}.weight", part.codes, part.scale)
+            weight = f"{name}.weight"
+            if is_twice := self._takes_input_twice(onnx):
+                w = onnx.dequantize_halves(weight, part)
+            elif integers.can_saturate and not onnx.form.may_saturate:
+                w = onnx.dequantize_constant(weight, unsigned(part.codes), part.scale, MAX_CODE)
+            else:
+                w = onnx.dequantize_weight(weight, part)
             scale = integers.product_scale(part)
             b = onnx.dequantize_constant(f"{name}.bias", integers.bias, scale)
         else:
@@ -205,32 +212,35 @@ class Layer(Arithmetic):
             w = onnx.constant(f"{name}.weight", self.weight.detach().cpu().contiguous())
             b = onnx.constant(f"{name}.bias", bias.detach().cpu())
         op, options = ("Conv", self.attributes) if self.attributes else ("Gemm", {"transB": 1})
-        y = onnx.node(op, [*self.float_sources(onnx), w, b], f"{name}.result", **options)
+        sources = [onnx.as_float_twice(self.sources[0])] if is_twice else self.float_sources(onnx)
+        y = onnx.node(op, [*sources, w, b], f"{name}.result", **options)
         if integers and not self.out_grid:
             y = onnx.round_to_steps(y, name, scale.view([-1] + [1] * (self.weight.dim() - 2)))
         onnx.finish(y, name, self.out_grid, self.bounds)
 
+    def _takes_input_twice(self, onnx: Emitter) -> bool:
+        """Tell whether two halves of the weight each get the input: see `dequantize_halves`."""
+        is_grouped = self.attributes is not None and self.attributes["group"] > 1
+        return self.integers.can_saturate and not (is_grouped or onnx.form.may_saturate)
+
     def _emit_integer_sums(self, onnx: Emitter) -> None:
         """Add a layer of several weights: a sum in int32 for each, which are added in float32.
 
-        Codes of a convolution are uint8 with the zero point 128: ONNX Runtime's kernel for those is
-        four times as fast as that for int8.
+        Codes are uint8 with the zero point 128: ONNX Runtime's kernel of ConvInteger for those is
+        four times as fast as that for int8, and their sums cannot saturate.
         """
         [source] = self.sources
         zero_point = onnx.grid_constants(source, self.in_grids[0])[1]
+        middle = onnx.constant("code.middle", np.uint8(MAX_CODE))
         total = None
         shape = [-1] + [1] * (self.weight.dim() - 2)
         for i, part in enumerate(self.integers.parts):
             name = f"{self.name}.part{i}"
+            op, codes = "ConvInteger", unsigned(part.codes)
             if self.attributes is None:
-                codes = onnx.constant(f"{name}.codes", part.codes.T.contiguous())
-                y = onnx.node("MatMulInteger", [source, codes, zero_point], f"{name}.sum")
-            else:
-                unsigned = (part.codes.int() + MAX_CODE).to(torch.uint8)
-                codes = onnx.constant(f"{name}.codes", unsigned)
-                middle = onnx.constant("code.middle", np.uint8(MAX_CODE))
-                inputs = [source, codes, zero_point, middle]
-                y = onnx.node("ConvInteger", inputs, f"{name}.sum", **self.attributes)
+                op, codes = "MatMulInteger", codes.T.contiguous()
+            inputs = [source, onnx.constant(f"{name}.codes", codes), zero_point, middle]
+            y = onnx.node(op, inputs, f"{name}.sum", **(self.attributes or {}))
             if i == 0:
                 bias = onnx.constant(f"{self.name}.bias", self.integers.bias.view(shape))
                 y = onnx.node("Add", [y, bias], f"{name}.sum_bias")

@@ -5,16 +5,19 @@ Engines fuse `DequantizeLinear → Conv → QuantizeLinear` to a convolution of 
 `QuantizeLinear → Clip` on uint8, which does not stand in the way of that.
 
 Two things are for other engines than ONNX Runtime, which is as fast and exact without them:
-operands of sums are quantized twice, and logits rounded to whole steps.
+operands of sums are quantized twice, and logits rounded to whole steps. And a layer of
+8-bit weights whose sums could leave 16 bits gets its input twice, for two halves of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.quantization.grids import Grid
+from engine.deploy.integer_layers import MAX_CODE, n_bits_needed
+from engine.quantization.grids import Grid, OnGrid
 
 try:
     import onnx
@@ -22,17 +25,55 @@ try:
 except ImportError:  # an extra; see engine/system/extras.py
     onnx = TensorProto = helper = numpy_helper = None
 
-OPSET = 21
-IR_VERSION = 10  # its format
+OPSET, IR_VERSION = 21, 10
+MAX_HALF = 64  # |code| of weights whose products with uint8 can be added in pairs, in 16 bits
+OPSET_OF_INT2, IR_VERSION_OF_INT2 = 25, 13
 Bounds = tuple[float, float]
 UNBOUNDED: Bounds = (-np.inf, np.inf)
 RELU: Bounds = (0.0, np.inf)
 
 
+@dataclass(frozen=True)
+class FileForm:
+    """How integers are stored in a file. It changes no prediction where a runtime takes the file.
+
+    Attributes:
+        packed_bits: weights of so few bits are packed into half a byte (4), and with 2 those of 2
+            bits into a quarter; 8: a byte each.
+        signed_codes: inputs are int8 in place of uint8.
+        may_saturate: 8-bit weights are int8 as they are, see `IntegerLayer.can_saturate`.
+    """
+
+    packed_bits: int = 8
+    signed_codes: bool = False
+    may_saturate: bool = False
+
+    @property
+    def code_type(self) -> type[np.integer]:
+        """The type of the codes of inputs."""
+        return np.int8 if self.signed_codes else np.uint8
+
+    def stored(self, code: int) -> np.integer:
+        """Return an input's code as it is stored."""
+        return self.code_type(code - MAX_CODE * self.signed_codes)
+
+    def weight_bits(self, codes: Tensor) -> int:
+        """Return how many bits each of a weight's codes takes: 8, 4 or 2."""
+        needed = n_bits_needed(codes)
+        if needed <= self.packed_bits == 2:
+            return 2
+        return 4 if needed <= 4 and self.packed_bits <= 4 else 8
+
+
+DEFAULT_FORM = FileForm()
+
+
 class Emitter:
     """Nodes and constants so far; `grids` are those of the values that are codes, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: FileForm = DEFAULT_FORM) -> None:
+        self.form = form
+        self.opset, self.ir_version = OPSET, IR_VERSION
         self.nodes: list = []
         self.initializers: list = []
         self.grids: dict[str, Grid] = {}
@@ -45,8 +86,8 @@ class Emitter:
         graph = helper.make_graph(self.nodes, "network", sources, [target], self.initializers)
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=self.ir_version,
             producer_name="RegulQuant",
         )
         onnx.checker.check_model(model, full_check=True)
@@ -74,7 +115,7 @@ class Emitter:
         """Return the names of scale and zero point of a value."""
         return [
             self.constant(f"{name}.scale", np.float32(grid.scale)),
-            self.constant(f"{name}.zero_point", np.uint8(grid.zero_point)),
+            self.constant(f"{name}.zero_point", self.form.stored(grid.zero_point)),
         ]
 
     def finish(self, y: str, name: str, grid: Grid | None, bounds: Bounds) -> None:
@@ -86,7 +127,7 @@ class Emitter:
             self.node("QuantizeLinear", [y, *self.grid_constants(name, grid)], codes)
             self.grids[name] = grid
             if is_clipped:
-                limits = [self.constant(f"code.{n}", np.uint8(n)) for n in (low, high)]
+                limits = [self.constant(f"code.{n}", self.form.stored(n)) for n in (low, high)]
                 self.node("Clip", [codes, *limits], name)
         elif bounds == RELU:
             self.node("Relu", [y], name)
@@ -127,12 +168,55 @@ class Emitter:
         rounded = self.node("Round", [in_steps], f"{name}.rounded_steps")
         return self.node("Mul", [rounded, size], f"{name}.whole_steps")
 
-    def dequantize_constant(self, name: str, codes: Tensor, scale: Tensor) -> str:
-        """Return the name of a constant codes·scale; one scale, or one for each codes[i]."""
+    def dequantize_constant(
+        self, name: str, codes: Tensor, scale: Tensor, zero_point: int = 0, n_bits: int = 8
+    ) -> str:
+        """Return the name of (codes − zero_point)·scale; one scale, or one for each codes[i].
+
+        Codes of 4 or 2 bits are packed, and cast to int8: without that, ONNX Runtime 1.32.0
+        dequantizes them for a kernel in float32.
+        """
+        if n_bits < 8:
+            if n_bits == 2:
+                self.opset, self.ir_version = OPSET_OF_INT2, IR_VERSION_OF_INT2
+            kind = helper.tensor_dtype_to_np_dtype(getattr(TensorProto, f"INT{n_bits}"))
+            packed = self.constant(f"{name}.packed", codes.numpy().astype(kind))
+            stored = self.node("Cast", [packed], f"{name}.codes", to=TensorProto.INT8)
+        else:
+            stored = self.constant(f"{name}.codes", codes)
         scale = scale.flatten() if scale.numel() > 1 else scale.squeeze()
+        zero_points = torch.full_like(scale, zero_point, dtype=codes.dtype)
         inputs = [
-            self.constant(f"{name}.codes", codes),
+            stored,
             self.constant(f"{name}.scale", scale),
-            self.constant(f"{name}.zero_point", torch.zeros_like(scale, dtype=codes.dtype)),
+            self.constant(f"{name}.zero_point", zero_points),
         ]
         return self.node("DequantizeLinear", inputs, name, axis=0)
+
+    def dequantize_weight(self, name: str, part: OnGrid) -> str:
+        """Return the name of a weight in float32, whose codes are packed where the form says so."""
+        n_bits = self.form.weight_bits(part.codes)
+        return self.dequantize_constant(name, part.codes, part.scale, n_bits=n_bits)
+
+    def dequantize_halves(self, name: str, part: OnGrid) -> str:
+        """Return the name of a weight for an input that is there twice, as more channels.
+
+        It is two weights whose sum is the given one, of 7 bits each, as no sum of two of their
+        products leaves 16 bits. They are constants, as OpenVINO 2026.4.1 has no integer kernel for
+        weights that it computes.
+        """
+        first = part.codes.clamp(-MAX_HALF, MAX_HALF)
+        halves = torch.cat([first, part.codes - first], dim=1)
+        return self.dequantize_constant(name, halves, part.scale)
+
+    def as_float_twice(self, name: str) -> str:
+        """Return the name of codes in float32, twice beside each other as channels."""
+        twice = f"{name}.twice"
+        if twice not in self.known:
+            self.node("Concat", [name, name], twice, axis=1)
+            self.node(
+                "DequantizeLinear",
+                [twice, *self.grid_constants(name, self.grids[name])],
+                f"{twice}.float",
+            )
+        return f"{twice}.float"

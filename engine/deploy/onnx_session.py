@@ -22,26 +22,19 @@ FLOAT_KERNELS = set(
     "Conv FusedConv Gemm FusedGemm MatMul FusedMatMul GlobalAveragePool AveragePool".split()
 )
 ERRORS_ONLY = 3  # of ONNX Runtime's log
-# Session option with which sums of 8-bit products do not saturate on processors without VNNI.
-EXACT_PRODUCTS = "session.x64quantprecision"
 Run = Callable[..., Tensor]
 
 
-def open_session(
-    model: bytes, name: str, optimized: Path | None = None, exact_products: bool = False
-) -> Run:
+def open_session(model: bytes, name: str, optimized: Path | None = None) -> Run:
     """Return a function that runs the model: its inputs (batch, …) → its one output.
 
     It uses as many threads as PyTorch. `optimized`: where to write what the engine makes of it.
-    `exact_products`: set the session option EXACT_PRODUCTS. Raises FileError, with the model's
-    name, where the engine does not take it.
+    Raises FileError, with the model's name, where the engine does not take it.
     """
     ort = require("onnxruntime", "--verify")
     options = ort.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = torch.get_num_threads()
-    if exact_products:
-        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
     with file_boundary(f"{name}:", f"ONNX Runtime {ort.__version__} refuses it"):
@@ -55,12 +48,12 @@ def open_session(
     return run
 
 
-def optimized_nodes(model: bytes, name: str, exact_products: bool = False) -> dict[str, str]:
+def optimized_nodes(model: bytes, name: str) -> dict[str, str]:
     """Return the operator of every node that the engine runs, by the node's name."""
     onnx = require("onnx", "--verify")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "optimized.onnx")
-        open_session(model, name, path, exact_products)
+        open_session(model, name, path)
         nodes = onnx.load(path).graph.node
     return {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(nodes)}
 
@@ -80,11 +73,10 @@ def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
     return emitter.model(sources, target).SerializeToString()
 
 
-def inexact_operations(net: IntegerNetwork, exact_products: bool = False) -> list[str]:
+def inexact_operations(net: IntegerNetwork) -> list[str]:
     """Return the layers, sums and poolings that this processor does not compute exactly.
 
-    Each is tried alone, on codes that show it: without VNNI, sums of two products saturate at 16
-    bits, which needs weights of 8 bits.
+    Each is tried alone, on codes that show it.
     """
     generator = torch.Generator().manual_seed(0)
     names = []
@@ -92,8 +84,7 @@ def inexact_operations(net: IntegerNetwork, exact_products: bool = False) -> lis
         if not isinstance(each, Arithmetic) or None in each.in_grids:
             continue
         codes = each.trial_codes(generator)
-        model = operation_to_onnx(each, codes)
-        run = open_session(model, each.name, exact_products=exact_products)
+        run = open_session(operation_to_onnx(each, codes), each.name)
         if not torch.equal(run(*codes).float(), each.run(*(c.float() for c in codes))):
             names.append(each.name)
     return names

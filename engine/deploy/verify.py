@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from engine.deploy.comparison import first_disagreement
 from engine.deploy.deployed_files import ImageDataset, packed, read_model, to_onnx
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
+from engine.deploy.runtimes import compare_runtime
 from engine.images.loader import Loader
 from engine.networks.outputs import run_network
 from engine.quantization.coverage import first_names
@@ -27,7 +28,6 @@ from engine.system.io import save_json
 BATCHES = (1, 128)  # images at once whose times are measured
 ROUNDS = 5
 SECONDS_PER_ROUND = 0.3
-DEFAULT_ENGINE = "engine, default options"
 N_COMPARED = 16  # images on which operations are compared one by one
 Run = Callable[[Tensor], Any]
 
@@ -56,33 +56,33 @@ def verify_file(
     test: Loader,
     dataset: ImageDataset,
     source: Mapping[str, str],
+    runtimes: Sequence[str] = (),
 ) -> bool:
     """Measure an ONNX file, print that and write it beside the file; tell whether all agrees.
 
-    What it gives on all test images is compared with simulations; `test` makes normalized batches
-    of these in their order. Where this processor needs a session option for exact sums, the engine
-    is measured with it, and counted without it. Raises FileError where the file is not of this
-    source.
+    What ONNX Runtime gives on all test images is compared with simulations; `test` makes normalized
+    batches of these in their order. So is what other `runtimes` give, by name. Raises FileError
+    where the file is not of this source or a runtime refuses it.
     """
     model = read_model(path, source)
     integers = compared.integers
-    inexact = onnx_session.inexact_operations(integers)
-    still_inexact = onnx_session.inexact_operations(integers, True) if inexact else []
-    exact_products = len(still_inexact) < len(inexact)
-    engines = {"engine": onnx_session.open_session(model, "the model", None, exact_products)}
-    if exact_products:
-        engines[DEFAULT_ENGINE] = onnx_session.open_session(model, "the model")
-    first_images = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
+    engine = onnx_session.open_session(model, "the model")
+    logits = logits_on(test, engine, compared, dataset.test_images)
+    last = [*integers.integers().values()][-1]
+    scale = last.product_scale(last.parts[0])
+    first = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
+    simulated = logits["integer"], integers, first
     measured = {
         "file": path.name,
         "source": dict(source),
-        **compare_predictions(engines, compared, test, dataset.test_images),
-        "disagreement": first_disagreement(integers, compared.quantized.cpu(), first_images),
-        "inexact_layers": inexact,
-        "session_options": {onnx_session.EXACT_PRODUCTS: "1"} if exact_products else {},
-        "inexact_layers_with_options": still_inexact,
-        "nodes": onnx_session.optimized_nodes(model, "the model", exact_products),
-        "images_per_second": measure_speed(engines, compared, test, dataset, exact_products),
+        **compare_predictions(logits, test.labels.cpu(), scale),
+        "runtimes": {
+            name: compare_runtime(name, model, dataset.test_images, *simulated) for name in runtimes
+        },
+        "disagreement": first_disagreement(integers, compared.quantized.cpu(), first),
+        "inexact_layers": onnx_session.inexact_operations(integers),
+        "nodes": onnx_session.optimized_nodes(model, "the model"),
+        "images_per_second": measure_speed(engine, compared, test, dataset),
         "bytes": {
             "file": len(model),
             "packed": sum(each.nbytes for each in packed(integers.integers()).values()),
@@ -97,59 +97,51 @@ def verify_file(
     record = path.with_suffix(".verified.json")
     save_json(measured, record)
     print(f"verified: {record}")
-    return not (measured["differing_predictions"]["integer"] or measured["disagreement"])
+    differing = [measured["differing_predictions"]["integer"], measured["disagreement"]]
+    differing += [each["differing_predictions"] for each in measured["runtimes"].values()]
+    return not any(differing)
 
 
 @torch.inference_mode()
-def compare_predictions(
-    engines: Mapping[str, Run], compared: Compared, test: Loader, images: Tensor
-) -> dict[str, Any]:
-    """Return accuracies, and how far each simulation is from the engine.
-
-    Differences of logits are in units of the last layer's scale. An engine with default options is
-    compared with the integer simulation, too.
-    """
+def logits_on(test: Loader, engine: Run, compared: Compared, images: Tensor) -> dict[str, Tensor]:
+    """Return the logits of the engine and of all networks on the test images, by name."""
     nets = {"integer": compared.integers, **compared.simulations, "unquantized": compared.float_net}
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*engines, *nets)}
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("engine", *nets)}
     n_done = 0
     for x, _ in test.batches(0):
-        for name, engine in engines.items():
-            parts[name].append(engine(images[n_done : n_done + len(x)].contiguous()))
+        parts["engine"].append(engine(images[n_done : n_done + len(x)].contiguous()))
         n_done += len(x)
         for name, net in nets.items():
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
-    logits = {name: torch.cat(parts[name]) for name in parts}
-    labels = test.labels.cpu()
-    last = [*compared.integers.integers().values()][-1]
-    differences = {name: logits[name] - logits["engine"] for name in nets}
-    scale = last.product_scale(last.parts[0])
+    return {name: torch.cat(parts[name]) for name in parts}
+
+
+def compare_predictions(
+    logits: Mapping[str, Tensor], labels: Tensor, scale: Tensor
+) -> dict[str, Any]:
+    """Return accuracies, and how far each simulation is from the engine.
+
+    Differences of logits are in units of `scale`, the last layer's.
+    """
     predicted = {name: each.argmax(1) for name, each in logits.items()}
-
-    def n_differing(name: str, other: str) -> int:
-        return (predicted[name] != predicted[other]).sum().item()
-
-    measured = {
+    engine, predicted_by_engine = logits["engine"], predicted["engine"]
+    nets = [name for name in logits if name != "engine"]
+    return {
         "n_images": len(labels),
         "accuracy": {k: (v == labels).double().mean().item() for k, v in predicted.items()},
-        "differing_predictions": {name: n_differing(name, "engine") for name in nets},
+        "differing_predictions": {
+            name: (predicted[name] != predicted_by_engine).sum().item() for name in nets
+        },
         "largest_logit_difference": {
-            name: (difference.abs() / scale).max().item()
-            for name, difference in differences.items()
+            name: ((logits[name] - engine).abs() / scale).max().item() for name in nets
         },
     }
-    if DEFAULT_ENGINE in engines:
-        measured["differing_by_default"] = n_differing("integer", DEFAULT_ENGINE)
-    return measured
 
 
 def measure_speed(
-    engines: Mapping[str, Run],
-    compared: Compared,
-    test: Loader,
-    dataset: ImageDataset,
-    exact_products: bool,
+    engine: Run, compared: Compared, test: Loader, dataset: ImageDataset
 ) -> dict[str, dict[str, float]]:
-    """Return the images per second of the engines and of float32, by batch size.
+    """Return the images per second of the engine and of float32, by batch size.
 
     All of them begin with uint8 images, take turns, and have PyTorch's number of threads.
     """
@@ -161,10 +153,10 @@ def measure_speed(
         x = batch.to(torch.float32, memory_format=torch.channels_last)
         return run_network(float_net, x.mul_(scale).add_(shift))[0]
 
-    runs = {**engines, "float32 PyTorch": in_pytorch}
+    runs = {"engine": engine, "float32 PyTorch": in_pytorch}
     for name, net in other_networks(compared).items():
         model = to_onnx(net, dataset.test_images.shape[1:], dataset.mean, dataset.std, {})
-        runs[name] = onnx_session.open_session(model, name, exact_products=exact_products)
+        runs[name] = onnx_session.open_session(model, name)
     speeds = {}
     for n in BATCHES:
         batch = dataset.test_images[:n].contiguous()
@@ -221,7 +213,6 @@ def format_report(measured: Mapping[str, Any]) -> str:
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
         f"{measured['file']} in ONNX Runtime {measured['onnxruntime']} on {machine}",
-        *(f"with the session option {k}={v}" for k, v in measured["session_options"].items()),
         f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
     ]
     for name, n_differing in measured["differing_predictions"].items():
@@ -231,6 +222,11 @@ def format_report(measured: Mapping[str, Any]) -> str:
                 f"differ, logits by up to {measured['largest_logit_difference'][name]:.4g} of the "
                 "last scale"
             )
+    for name, found in measured["runtimes"].items():
+        lines.append(
+            f"{name} {found['version']}: {found['differing_predictions']} of {n} predictions and "
+            f"{found['differing_logits']:,} of {found['n_logits']:,} logits differ"
+        )
     for batch, speeds in measured["images_per_second"].items():
         numbers = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
         lines.append(f"images/s at batch {batch}: {numbers}")
@@ -251,19 +247,13 @@ def warnings(measured: Mapping[str, Any]) -> list[str]:
     lines = []
     if in_float := [k for k, op in measured["nodes"].items() if op in onnx_session.FLOAT_KERNELS]:
         lines.append(f"not on integer kernels: {', '.join(in_float)}")
-    if measured["session_options"]:
-        [(option, value)] = measured["session_options"].items()
-        lines.append(
-            f"8-bit sums of {first_names(measured['inexact_layers'])} saturate on this processor, "
-            "which lacks VNNI: set ONNX Runtime's session option "
-            f"{option}={value}, as was done here; without it "
-            f"{measured['differing_by_default']} of {measured['n_images']} predictions "
-            "differ (7 bits for weights do not need it)"
-        )
-    if names := measured["inexact_layers_with_options"]:
+    if names := measured["inexact_layers"]:
         lines.append(f"{first_names(names)}: not computed exactly on this processor")
     if line := measured["disagreement"]:
         lines.append(line)
     if n := measured["differing_predictions"]["integer"]:
         lines.append(f"{n} of {measured['n_images']} predictions differ from the simulation")
+    for name, found in measured["runtimes"].items():
+        if n := found["differing_predictions"]:
+            lines.append(f"{name}: {n} predictions differ; {found['first_difference']}")
     return lines

@@ -1,4 +1,4 @@
-"""Packages that only some flags need: requirements-export.txt."""
+"""Packages that only some flags need: requirements-export.txt and requirements-runtimes.txt."""
 
 import importlib
 from types import ModuleType
@@ -6,12 +6,10 @@ from types import ModuleType
 from engine.system.errors import SetupError
 
 
-def require(module: str, flag: str) -> ModuleType:
-    """Import and return a module of an extra package; SetupError, in one line, without it."""
+def require(module: str, flag: str, file: str = "requirements-export.txt") -> ModuleType:
+    """Import and return a module of a package in the file; SetupError, in one line, without it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise SetupError(
-            f"{flag} needs {package}: python -m pip install -r requirements-export.txt"
-        ) from error
+        raise SetupError(f"{flag} needs {package}: python -m pip install -r {file}") from error

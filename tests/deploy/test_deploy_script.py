@@ -1,18 +1,18 @@
 import json
+import re
 import sys
 from pathlib import Path
 
 import deploy_table
 import pytest
 import torch
-from test_onnx_export import without_vnni
 from torch import nn
 
 import data
 import models
 import quant_inference as qi
 from analysis import measured_network
-from engine.deploy import verify
+from engine.deploy import runtimes, verify
 from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load
@@ -76,7 +76,7 @@ def test_export_and_verify(tiny, capsys):
     found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
     assert found["differing_predictions"]["integer"] == 0
     assert found["largest_logit_difference"]["integer"] == 0
-    assert found["inexact_layers"] == [] and found["session_options"] == {}
+    assert found["inexact_layers"] == [] and found["runtimes"] == {}
     row = json.loads(Path("results.json").read_text(encoding="utf-8"))["rows"][1]
     assert row["accuracy"] == found["accuracy"]["engine"]
     assert set(found["images_per_second"]["1"]) == {
@@ -96,21 +96,51 @@ def test_export_and_verify(tiny, capsys):
     assert folded.conv1.weight.unique().numel() <= 16
 
 
-def test_a_processor_without_vnni_is_verified_with_the_option_that_it_needs(
-    tiny, monkeypatch, capsys
-):
-    without_vnni(monkeypatch, "conv1", "the model")
+def test_a_runtime_that_differs_is_named_with_its_first_operation(tiny, monkeypatch, capsys):
+    run = runtimes.run_in_reference
+
+    def wrong(reference, model, images):
+        version, outputs = run(reference, model, images)
+        return version, {k: v[::-1] for k, v in outputs.items()}  # of other images
+
+    monkeypatch.setitem(
+        runtimes.RUNTIMES, "openvino", runtimes.Runtime(lambda: onnx.reference, wrong)
+    )
+    flags = f"{FLAGS} --export net.onnx --verify --runtimes onnxruntime reference openvino"
+    assert main(flags) == 1
+    printed = capsys.readouterr()
+    assert f"reference {onnx.__version__}: 0 of 40 predictions and 0 of 400 logits" in printed.out
+    [line] = [x for x in printed.err.splitlines() if "warning" in x]
+    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))["runtimes"]
+    assert (
+        found["reference"]["differing_predictions"]
+        == 0
+        < (n := found["openvino"]["differing_predictions"])
+    )
+    assert f"openvino: {n} predictions differ; input_codes: " in line
+
+
+def test_8_bit_weights_are_halves_unless_the_file_is_for_vnni(tiny, capsys):
     flags = FLAGS.replace("bits 4", "bits 8")
     assert main(f"{flags} --export net.onnx --verify") == 0
-    [line] = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
-    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
-    assert found["session_options"] == {"session.x64quantprecision": "1"}
-    assert found["inexact_layers"] == ["conv1"] and found["inexact_layers_with_options"] == []
-    assert found["differing_predictions"]["integer"] == 0 < found["differing_by_default"]
-    assert f"without it {found['differing_by_default']} of 40 predictions differ" in line
-    assert "engine, default options" in found["images_per_second"]["1"]
-    by_default = f"| 0 ({found['differing_by_default']} by default) |"
-    assert by_default in deploy_table.table(deploy_table.read_records(Path(".")))
+    printed = capsys.readouterr()
+    assert "two halves" in printed.out and "with --bits 7" in printed.out
+    assert "0 of 40 predictions differ" in printed.out and "warning" not in printed.err
+    assert main(f"{flags} --export vnni.onnx --export_for vnni") == 0
+    printed = capsys.readouterr()
+    assert "halves" not in printed.out and "saturate on x86 processors" in printed.err
+    assert Path("vnni.onnx").stat().st_size < Path("net.onnx").stat().st_size
+
+
+def test_flags_of_the_file_without_a_file_have_no_effect(tiny, capsys):
+    assert main(f"{FLAGS} --pack_weights int4 --export_for litert --runtimes reference") == 0
+    lines = capsys.readouterr().err
+    for flag, needed in (
+        ("pack_weights", "export"),
+        ("export_for", "export"),
+        ("runtimes", "verify"),
+    ):
+        assert re.search(rf"--{flag}\b.*--{needed}", lines)
 
 
 def test_the_file_names_the_network_of_the_record(tiny):

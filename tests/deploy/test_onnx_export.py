@@ -54,12 +54,10 @@ def exported(scheme="uniform", n_bits=4, act_bits=4, per_channel=False):
 )
 def test_every_logit_of_the_engine_is_that_of_the_simulation(scheme, n_bits, act_bits, per_channel):
     net, model = exported(scheme, n_bits, act_bits, per_channel)
-    logits = onnx_session.open_session(model, "m", exact_products=True)(pixels())
+    logits = onnx_session.open_session(model, "m")(pixels())
     torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
     assert logits.unique().numel() > 10
-    assert onnx_session.inexact_operations(net, exact_products=True) == []
-    if n_bits < 8:
-        assert onnx_session.inexact_operations(net) == []
+    assert onnx_session.inexact_operations(net) == []
 
 
 def test_a_relu_after_max_pooling_is_part_of_the_layer_before_it():
@@ -103,41 +101,34 @@ def test_the_float_network_is_the_same_in_onnx():
         )
 
 
-def without_vnni(monkeypatch, *names):
-    """Have sessions of that name give wrong results unless they have the option for exact sums."""
+def test_operations_that_are_not_exact_are_noticed(monkeypatch):
+    net, _ = exported(n_bits=8, act_bits=8)
     plain = onnx_session.open_session
 
-    def saturating(model, name, optimized=None, exact_products=False):
-        run = plain(model, name, optimized, exact_products=True)
-        is_wrong = name in names and not exact_products
-        return lambda *x: -run(*x) if is_wrong else run(*x)
+    def wrong(model, name, optimized=None):
+        run = plain(model, name, optimized)
+        return lambda *x: -run(*x) if name == "conv2" else run(*x)
 
-    monkeypatch.setattr(onnx_session, "open_session", saturating)
-
-
-def test_sums_that_saturate_are_noticed(monkeypatch):
-    net, _ = exported(n_bits=8, act_bits=8)
-    without_vnni(monkeypatch, "conv2")
+    monkeypatch.setattr(onnx_session, "open_session", wrong)
     assert onnx_session.inexact_operations(net) == ["conv2"]
-    assert onnx_session.inexact_operations(net, exact_products=True) == []
 
 
 def test_everything_that_is_not_as_it_should_be_is_one_line():
     found = {
         "nodes": {"conv1": "FusedConv", "conv2": "QLinearConv"},
         "n_images": 5,
-        "inexact_layers": [f"conv{i}" for i in range(2, 7)],
-        "session_options": {"session.x64quantprecision": "1"},
-        "inexact_layers_with_options": ["add"],
+        "inexact_layers": ["add"],
         "disagreement": "conv3: differs",
-        "differing_by_default": 4,
         "differing_predictions": {"integer": 3},
+        "runtimes": {
+            "reference": {"differing_predictions": 0},
+            "openvino": {"differing_predictions": 2, "first_difference": "conv2: 1 of 9"},
+        },
     }
-    in_float, saturated, inexact, disagreement, differing = verify.warnings(found)
+    in_float, inexact, disagreement, differing, openvino = verify.warnings(found)
     assert "conv1" in in_float and "conv2" not in in_float
-    assert "conv2, conv3, conv4, conv5 and 1 more" in saturated and "VNNI" in saturated
-    assert "session.x64quantprecision=1" in saturated and "4 of 5 predictions" in saturated
     assert inexact == "add: not computed exactly on this processor"
+    assert openvino == "openvino: 2 predictions differ; conv2: 1 of 9"
     assert disagreement == "conv3: differs"
     assert differing.startswith("3 of 5 predictions differ")
 

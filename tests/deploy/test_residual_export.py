@@ -78,7 +78,7 @@ def assert_engine_agrees(net, images, *options, **named):
     x = normalized(images)
     integers, graph, _ = quantize(net, x[:16], *options, **named)
     model = deployed_files.to_onnx(integers, images.shape[1:], MEAN, STD, {})
-    logits = onnx_session.open_session(model, "m", exact_products=True)(images)
+    logits = onnx_session.open_session(model, "m")(images)
     expected = integers(x)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
     assert expected.unique().numel() > 20
@@ -98,7 +98,7 @@ def test_every_logit_of_a_residual_network_is_that_of_the_simulation(kind, seed,
         isinstance(each, Sum) for each in integers.operations
     )
     assert not onnx_session.FLOAT_KERNELS & set(operators)
-    assert onnx_session.inexact_operations(integers, exact_products=True) == []
+    assert onnx_session.inexact_operations(integers) == []
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

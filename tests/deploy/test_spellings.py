@@ -142,10 +142,10 @@ def test_what_everybody_writes_is_exported(spelling, n_bits, asymmetric):
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
     assert first_disagreement(integers, graph, x) is None
     model = deployed_files.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
-    run = onnx_session.open_session(model, "m", exact_products=True)
+    run = onnx_session.open_session(model, "m")
     torch.testing.assert_close(run(images), logits, rtol=0, atol=0)
     torch.testing.assert_close(run(images[:1]), logits[:1], rtol=0, atol=0)
-    assert onnx_session.inexact_operations(integers, exact_products=True) == []
+    assert onnx_session.inexact_operations(integers) == []
     assert not onnx_session.FLOAT_KERNELS & set(onnx_session.optimized_nodes(model, "m").values())
 
 
@@ -161,5 +161,5 @@ def test_the_operation_of_the_page_is_exported(monkeypatch):
     integers, graph, _ = quantize(net, x, 8, 8)
     assert first_disagreement(integers, graph, x) is None
     model = deployed_files.to_onnx(integers, (3, 12, 12), MEAN, STD, {})
-    run = onnx_session.open_session(model, "m", exact_products=True)
+    run = onnx_session.open_session(model, "m")
     torch.testing.assert_close(run(images), integers(x)[0], rtol=0, atol=0)
