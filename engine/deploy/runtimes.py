@@ -89,7 +89,7 @@ def find_node(package: str) -> tuple[str, str]:
     node = shutil.which("node")
     if not node or not Path("node_modules", package).is_dir():
         raise SetupError(
-            f"--runtimes {package} needs Node.js and, in this folder: npm install {package}"
+            f"--runtimes {package} needs Node.js and, in this folder: npm install --no-save {package}"
         )
     return node, package
 
