@@ -33,7 +33,12 @@ count, whole = bounded_number(int, at_least=1), bounded_number(int, at_least=0)
 at_least_2 = bounded_number(int, at_least=2)
 positive, not_negative = bounded_number(float, above=0), bounded_number(float, at_least=0)
 fraction = bounded_number(float, at_least=0, below=1)
-INTEGER_FLAGS = ("export", "verify", "save_integers")  # of one network in integer arithmetic
+INTEGER_FLAGS = (
+    "export",
+    "verify",
+    "save_integers",
+    "page",
+)  # of one network in integer arithmetic
 FILE_FLAGS = (*INTEGER_FLAGS, "save_quantized")  # of one quantized network
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-web", "onnxruntime-node", "reference")
 PHASE_SYNTAX = "EPOCH:none or EPOCH:NAME=λ[+NAME=λ…]"
@@ -99,6 +104,7 @@ INTEGERS = [
     Need("--schemes uniform, or pwlq with --overlapping: others are no integers times a scale",
          lambda run: "pwlq" not in run.schemes or run.overlapping),
 ]
+FILE_FORM = Need("--export or --page", lambda run: run.export or run.page)
 VERIFIED = [FLOAT64, ONE, Need("--export, or the file to verify",
                                lambda run: run.export or run.verify is not True), *INTEGERS]
 AS_TRAINED = [
@@ -304,10 +310,12 @@ QUANTIZATION: Table = [
          "start it; -web and -node are packages of Node.js, reference is ONNX's own evaluator",
          needs="--verify", nargs="+"),
     Flag("pack_weights", ("int8", "int4", "int2"), "int8", "--export: weights of up to 4 bits in "
-         "half a byte each (int4), those of 2 bits also in a quarter (int2)", needs="--export"),
+         "half a byte each (int4), those of 2 bits also in a quarter (int2)", needs=FILE_FORM),
     Flag("export_for", ("all", "vnni", "litert"), "all", "--export: all is exact everywhere; vnni "
          "has 8-bit weights that are faster with VNNI and wrong on x86 without it; litert has "
-         "inputs as int8, for which ONNX Runtime has slow kernels only", needs="--export"),
+         "inputs as int8, for which ONNX Runtime has slow kernels only", needs=FILE_FORM),
+    Flag("page", file_name, None, "write a page that runs the network in a browser, in integers "
+         "and in floating point, on 100 test images", "HTML", requires=INTEGERS),
     Flag("save_quantized", file_name, None, "write a state_dict of floats", "PT", requires=ONE),
     Flag("save_integers", file_name, None, "write the integers of the weights packed into b bits, "
          "with scales and biases", "SAFETENSORS", requires=INTEGERS),

@@ -29,7 +29,7 @@ from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Results, Row
 from analysis.weights_files import WeightsFile, find_weights
 from data import ImageDataset
-from engine.deploy import deployed_files, verify
+from engine.deploy import deployed_files, page, verify
 from engine.deploy.integer_layers import with_integers
 from engine.deploy.onnx_emitter import FileForm
 from engine.networks.export import export_network, write_back
@@ -304,10 +304,13 @@ def deploy(
     source = loaded.describe(how, vars(args), dataset)
     graph_int = with_integers(graph_q, integers.integers())
     net_q = write_back(network.net, graph_int)
-    form = file_form(args)
+    test = network.images.test
+    form = FileForm.named(args.pack_weights, args.export_for)
     deployed_files.write_files(vars(args), net_q, integers, dataset, source, form)
-    if args.export:
+    if args.export or args.page:
         checks.report_form(network, how, form)
+    if args.page:
+        page.write_page(Path(args.page), network.graph, integers, form, test, dataset, source)
     if not args.verify:
         return True
     simulations = {
@@ -316,18 +319,10 @@ def deploy(
     }
     compared = verify.Compared(integers, simulations, graph_q, network.graph)
     path = Path(args.export if args.verify is True else args.verify)
-    test = network.images.test
     others = [name for name in args.runtimes if name != "onnxruntime"]  # which is always run
     return verify.verify_file(
         path, compared, test=test, dataset=dataset, source=source, runtimes=others
     )
-
-
-def file_form(args: argparse.Namespace) -> FileForm:
-    """Return the form of the ONNX file that the flags ask for."""
-    n_bits = int(args.pack_weights.removeprefix("int"))
-    is_litert = args.export_for == "litert"
-    return FileForm(n_bits, is_litert, may_saturate=is_litert or args.export_for == "vnni")
 
 
 def n_measurements(

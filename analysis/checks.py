@@ -51,7 +51,7 @@ def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse names of files to deploy that cannot be written, or that another file has."""
     paths = find_paths(args.checkpoints).values()
     taken = {path.resolve(): "the file to quantize" for path in paths}
-    for flag in ("export", "save_quantized", "save_integers"):
+    for flag in ("export", "save_quantized", "save_integers", "page"):
         if not getattr(args, flag):
             continue
         path = Path(getattr(args, flag))

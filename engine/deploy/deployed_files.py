@@ -23,6 +23,7 @@ PACKAGES = {
     "export": ("onnx",),
     "verify": ("onnx", "onnxruntime"),
     "save_integers": ("safetensors",),
+    "page": ("onnx",),
     "save_quantized": (),
 }
 FORMAT_KEY = "regulquant_format"  # in a model's metadata
@@ -35,6 +36,7 @@ class ImageDataset(Protocol):
     """What is needed of data.ImageDataset."""
 
     test_images: Tensor
+    test_labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]

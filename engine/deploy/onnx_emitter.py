@@ -48,6 +48,12 @@ class FileForm:
     signed_codes: bool = False
     may_saturate: bool = False
 
+    @classmethod
+    def named(cls, pack_weights: str, export_for: str) -> "FileForm":
+        """Return the form of these values of the flags: int8, int4 or int2; all, vnni or litert."""
+        is_litert = export_for == "litert"
+        return cls(int(pack_weights[3:]), is_litert, may_saturate=is_litert or export_for == "vnni")
+
     @property
     def code_type(self) -> type[np.integer]:
         """The type of the codes of inputs."""

@@ -84,13 +84,22 @@ def run_in_reference(reference: ModuleType, model: bytes, images: Tensor) -> tup
     return onnx.__version__, outputs
 
 
+def node_package(package: str, flag: str) -> Path:
+    """Return the folder of a package of Node.js in the current folder; SetupError without it."""
+    folder = Path("node_modules", package)
+    if not folder.is_dir():
+        raise SetupError(
+            f"{flag} needs Node.js and, in this folder: npm install --no-save {package}"
+        )
+    return folder
+
+
 def find_node(package: str) -> tuple[str, str]:
     """Return Node.js and the name of its package, which is installed in the current folder."""
+    node_package(package, f"--runtimes {package}")
     node = shutil.which("node")
-    if not node or not Path("node_modules", package).is_dir():
-        raise SetupError(
-            f"--runtimes {package} needs Node.js and, in this folder: npm install --no-save {package}"
-        )
+    if not node:
+        raise SetupError(f"--runtimes {package} needs Node.js, the program node")
     return node, package
 
 

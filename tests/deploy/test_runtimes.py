@@ -137,7 +137,9 @@ def test_all_runtimes_can_be_asked_for():
 
 def test_a_missing_runtime_is_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SetupError, match="needs Node.js and, in this folder: npm install --no-save onnxr"):
+    with pytest.raises(
+        SetupError, match="needs Node.js and, in this folder: npm install --no-save onnxr"
+    ):
         runtimes.RUNTIMES["onnxruntime-web"].load()
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(SetupError, match="-r requirements-runtimes.txt"):
