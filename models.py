@@ -284,11 +284,7 @@ def _find_in_torchvision(name: str) -> tuple[str, Callable[..., nn.Module]]:
         raise ValueError(f"unknown classifier {name!r} of torchvision: choose {', '.join(names)}")
     build = torchvision_models.get_model_builder(plain)
     options |= {"init_weights": True} if "init_weights" in _parameters(build) else {}
-
-    def make(num_classes: int) -> nn.Module:
-        return build(weights=None, num_classes=num_classes, **options)
-
-    return TORCHVISION + name, make
+    return TORCHVISION + name, lambda n: build(weights=None, num_classes=n, **options)
 
 
 def model_of_record(name: str, recorded: object) -> str:
@@ -308,11 +304,7 @@ def _find_in_timm(name: str) -> tuple[str, Callable[..., nn.Module]]:
 
     if not timm.is_model(name):
         raise ValueError(f"unknown network {name!r} of timm: timm.list_models() names them")
-
-    def make(num_classes: int) -> nn.Module:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes)
-
-    return TIMM + name, make
+    return TIMM + name, lambda n: timm.create_model(name, pretrained=False, num_classes=n)
 
 
 def has_width(name: str) -> bool:

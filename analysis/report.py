@@ -1,6 +1,7 @@
 """The quantization report: rows, and how they are printed and saved."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -136,14 +137,11 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def save_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     """Write the rows as CSV, with an empty cell for None."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    atomic_write(path, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, lambda temporary: temporary.write_bytes(text.getvalue().encode()))
 
 
 def weights_figure(name: str) -> str:

@@ -91,7 +91,6 @@ class StudyRecords:
         return path.relative_to(self.out).as_posix()
 
     def _save(self) -> None:
-        """Write the compact file."""
         content = pack_records(self._archived)
         atomic_write(self.archive, lambda path: path.write_bytes(content))
 

@@ -259,6 +259,4 @@ def write_tables(
         "answer": accuracy_table(statistics, SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
     }
     for name, page in pages.items():
-        atomic_write(
-            out / f"{name}.md", partial(Path.write_text, data=page, encoding="utf-8", newline="\n")
-        )
+        atomic_write(out / f"{name}.md", partial(Path.write_bytes, data=page.encode()))

@@ -169,17 +169,15 @@ def _temporary_folder(root: Path, name: str) -> Iterator[Path]:
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         tqdm.write(f"{name}: waiting for another process that is fetching to {root}")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         for stale in root.glob(".fetching-*"):
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=root) as folder:
             yield Path(folder)
-    finally:
-        lock.release()
 
 
 def _install(fetched: Path, root: Path, name: str) -> None:

@@ -28,6 +28,7 @@ CHUNK = 32  # centre crops that a worker sends at a time
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 Key = tuple[int, int, int]  # epoch, position in it, image
+Decoded = Sequence[Tensor] | None  # uint8 images (3, H, W)
 
 
 def make_loader(
@@ -67,25 +68,6 @@ def make_loader(
 # --- what the worker processes do ------------------------------------------------------------
 
 
-class DecodedImages:
-    """uint8 images (3, H, W) of many sizes in one block of memory, which processes can share."""
-
-    def __init__(self, sizes: np.ndarray) -> None:
-        self.sizes = sizes  # heights and widths, (N, 2)
-        self.ends = np.cumsum(3 * sizes.prod(axis=1))
-        self.pixels = torch.empty(int(self.ends[-1]), dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, i: int) -> Tensor:
-        if i >= len(self):
-            raise IndexError(i)
-        height, width = map(int, self.sizes[i])
-        end = int(self.ends[i])
-        return self.pixels[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
-
-
 @dataclass(frozen=True)
 class ImageMaker:
     """Makes uint8 images (b, 3, S, S) of b keys, from `decoded` where that is given, or the files.
@@ -96,7 +78,7 @@ class ImageMaker:
     images: ImageFiles
     augment: bool = False
     seed: int = 0
-    decoded: DecodedImages | None = None
+    decoded: Decoded = None
 
     def __post_init__(self) -> None:
         import torchvision.transforms.v2  # noqa: F401  slow: once, before processes are forked
@@ -211,7 +193,7 @@ class FileLoader(Loader):
     """
 
     def __init__(
-        self, *arguments: Any, workers: int, decoded: DecodedImages | None = None, **settings: Any
+        self, *arguments: Any, workers: int, decoded: Decoded = None, **settings: Any
     ) -> None:
         self.n_workers = workers
         self.decoded = decoded
@@ -229,7 +211,8 @@ class FileLoader(Loader):
     def _make(self, epoch: int, numbers: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._order(seeded_generator("epoch", self.seed, epoch))
         shares = [self._share(number) for number in numbers]
-        keys = (self._keys(epoch, order, share) for share in shares)
+        images = order.tolist()
+        keys = ([(epoch, p, images[p]) for p in range(s.start, s.stop)] for s in shares)
         try:
             for share, x in zip(shares, self.workers.map(keys), strict=True):
                 x = x.to(self.device, non_blocking=True)
@@ -237,23 +220,22 @@ class FileLoader(Loader):
         except DataError as error:
             raise ImageError(str(error)) from error
 
-    def _keys(self, epoch: int, order: Tensor, share: slice) -> list[Key]:
-        """Return a key for each position of the share."""
-        positions = range(share.start, share.stop)
-        return [(epoch, p, i) for p, i in zip(positions, order[share].tolist(), strict=True)]
-
 
 # --- decoded once for all --------------------------------------------------------------------
 
 
-def _decode_whole(images: ImageFiles, workers: int, max_gb: float) -> DecodedImages | None:
+def _decode_whole(images: ImageFiles, workers: int, max_gb: float) -> list[Tensor] | None:
     """Return the images as they are in their files, None where that takes more than max_gb."""
     if images.n_bytes.sum() > max_gb * GIGABYTE:  # decoded they are larger: do not open them all
         return None
     sizes = images.sizes()
-    if 3 * sizes.prod(axis=1).sum() > max_gb * GIGABYTE:
+    n_bytes = 3 * sizes.prod(axis=1)
+    if n_bytes.sum() > max_gb * GIGABYTE:
         return None
-    decoded = DecodedImages(sizes)
+    # parts of one block of memory, which processes can share
+    parts = torch.empty(n_bytes.sum(), dtype=torch.uint8).split(n_bytes.tolist())
+    views = (part.view(*size, 3) for part, size in zip(parts, sizes.tolist(), strict=True))
+    decoded = [view.permute(2, 0, 1) for view in views]
     _decode_into(decoded, decode, map(images.path, range(len(images))), workers)
     return decoded
 

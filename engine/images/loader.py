@@ -113,9 +113,15 @@ class Loader:
         """End the processes that make batches, where there are any."""
 
     def _hold(self, images: Tensor) -> Tensor:
-        """Return the images in the form that batches are made from."""
+        """Return the images or, to augment them, a view (N, 9, 9, 3, H, W) of all their crops."""
         images = images.to(self.device)
-        return _all_crops(images) if self.augment else images
+        if not self.augment:
+            return images
+        height, width = images.shape[2:]
+        padded = F.pad(images, (PADDING,) * 4)
+        # gathering crops of channels-last images is several times faster
+        padded = padded.contiguous(memory_format=torch.channels_last)
+        return padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
 
     def _make(self, epoch: int, numbers: Iterable[int]) -> Iterator[Batch]:
         """Make this rank's share of the batches of these numbers, in their order."""
@@ -154,13 +160,3 @@ class Loader:
         """Return uint8 images as normalized float32 in the memory format of batches."""
         x = x.to(torch.float32, memory_format=self.memory_format)
         return x.mul_(self.scale).add_(self.shift)
-
-
-def _all_crops(images: Tensor) -> Tensor:
-    """Return a view (N, 9, 9, 3, H, W) of every crop of the padded images.
-
-    The padded copy is kept channels-last: gathering crops from it is several times faster.
-    """
-    height, width = images.shape[2:]
-    padded = F.pad(images, (PADDING,) * 4).contiguous(memory_format=torch.channels_last)
-    return padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)

@@ -232,7 +232,6 @@ def _with_own_tensors(program: ExportedProgram, net: nn.Module) -> fx.GraphModul
 
 
 def _named_tensors(net: nn.Module) -> dict[str, Tensor]:
-    """Return all buffers and parameters of the network."""
     buffers = dict(net.named_buffers(remove_duplicate=False))
     return buffers | dict(net.named_parameters(remove_duplicate=False))
 
@@ -344,7 +343,6 @@ def _insert(
 
 
 def _replace(module: fx.GraphModule, node: fx.Node, target: Callable, args: tuple) -> fx.Node:
-    """Put another operation in a node's place."""
     new = _insert(module, node, target, args, node.meta["shape"])
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)

@@ -113,10 +113,7 @@ def moved_activations(net: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator
 
 @contextmanager
 def _activation_hooks(net: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Context manager in which hook(output), unless None, replaces each activation module's output.
-
-    It is called in the order in which they run.
-    """
+    """Context manager in which hook(output), unless None, replaces outputs of activation layers."""
     modules = [m for m in net.modules() if isinstance(m, ACTIVATIONS)]
     handles = [m.register_forward_hook(lambda m, args, y: hook(y)) for m in modules]
     try:

@@ -298,8 +298,6 @@ def local_shares(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class _WholeBatch(Sequence):
-    """Tensors of the whole batch; an item is gathered when it is asked for."""
-
     def __init__(self, shares: Sequence[Tensor]) -> None:
         self.shares = shares
 

@@ -46,7 +46,20 @@ class WandbLogger:
 
         self.wandb = wandb
         self.log_model = args.log_model
-        options = self._init_options(args, job_type, name, config, run_id)
+        limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
+        options = {
+            "project": args.wandb_project,
+            "entity": args.wandb_entity,
+            "name": name,
+            "job_type": job_type,
+            "group": args.wandb_group,
+            "tags": args.wandb_tags or None,
+            "notes": args.wandb_notes,
+            "config": without_empty({**config, **describe_code()}),
+            "id": run_id,
+            "resume": "allow",
+            "settings": wandb.Settings(**limits, finish_timeout_raises=True, silent=True),
+        }
         first_mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         if distributed.get_rank():
             first_mode = "disabled"
@@ -68,25 +81,6 @@ class WandbLogger:
         self.healthy = True  # so far
         self._attempt_if_healthy(lambda: self.run.define_metric("epoch", hidden=True))
         self.define("*", "epoch")
-
-    def _init_options(
-        self, args: argparse.Namespace, job_type: str, name: str, config: dict, run_id: str
-    ) -> dict[str, Any]:
-        """Return the arguments of `wandb.init` but for the mode."""
-        limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
-        return {
-            "project": args.wandb_project,
-            "entity": args.wandb_entity,
-            "name": name,
-            "job_type": job_type,
-            "group": args.wandb_group,
-            "tags": args.wandb_tags or None,
-            "notes": args.wandb_notes,
-            "config": without_empty({**config, **describe_code()}),
-            "id": run_id,
-            "resume": "allow",
-            "settings": self.wandb.Settings(**limits, finish_timeout_raises=True, silent=True),
-        }
 
     def define(self, name: str, step: str, summary: str | None = None) -> None:
         """Plot the values of that name against those of `step`.

@@ -279,7 +279,6 @@ def _before_padding(layer: Operation) -> fx.Node:
 
 
 def _is_step(key: str) -> bool:
-    """Tell whether a state_dict's key is that of a step size."""
     return key.endswith(tuple(PARAMETERS.values()))
 
 
