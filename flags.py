@@ -79,6 +79,7 @@ LOGGED = Need("another WANDB_MODE than disabled",
 RANDOM = Need("a stochastic scheme", lambda run: any(map(qu.is_stochastic, run.schemes)))
 UNFOLDED = Need("no --fold_bn", lambda run: not run.fold_bn or run.biases == "full")
 PWLQ = "pwlq among --schemes"
+UNIFORM = "uniform among --schemes"
 LEARNS = Need("uniform or clip among --schemes", utils.learned_schemes)
 ADAROUND = ["--rounding adaround", LEARNS]
 ON_GRID = Need("--rounding nearest: it would move weights off the grid that was learned on",
@@ -264,6 +265,10 @@ QUANTIZATION: Table = [
     switch("approximate", "breakpoint from the paper's closed form, not the exact optimum",
            needs=[PWLQ, "--distribution norm or laplace"]),
     switch("overlapping", "quantize the tails on the uniform grid of the whole range", needs=PWLQ),
+    Flag("step_size", qu.STEP_SIZES, "half", "how far beyond its largest code uniform's largest "
+         "weight lies: half a step as published; a full one, which makes steps finer and cuts off "
+         "large positive weights; or, in each range, what has less squared error (auto)",
+         needs=UNIFORM),
     Flag("clip_p", bounded_number(float, at_least=1), 2.4, "exponent of the error that the range "
          "is chosen by; 2: squared error", "P", "clip among --schemes"),
     Flag("steps_from", file_name, None, "also use the learned step sizes in this record of a "

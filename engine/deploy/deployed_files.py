@@ -27,7 +27,9 @@ PACKAGES = {
 FORMAT_KEY = "regulquant_format"  # in a model's metadata
 FORMAT = "1"
 # What the metadata of earlier versions' files do not say.
-NOT_RECORDED = dict(act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4")
+NOT_RECORDED = dict(
+    act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4", step_size="half"
+)
 
 
 class ImageDataset(Protocol):
@@ -69,6 +71,7 @@ def describe_source(
         "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
         **{k: json.dumps(settings[k]) for k in ("per_channel", "keep_first_last", "equalize")},
         "clip_p": str(settings["clip_p"]),
+        "step_size": settings.get("step_size", NOT_RECORDED["step_size"]),
         "pwlq": json.dumps(pwlq),
         "calibration": "{calibration} of {calibration_images} images".format(**settings),
     }
