@@ -78,12 +78,16 @@ LOGGED = Need("another WANDB_MODE than disabled",
               lambda run: os.environ.get("WANDB_MODE") != "disabled")
 RANDOM = Need("a stochastic scheme", lambda run: any(map(qu.is_stochastic, run.schemes)))
 UNFOLDED = Need("no --fold_bn", lambda run: not run.fold_bn or run.biases == "full")
+FLOAT_BIASES = Need("--fold_bn or --biases full: biases that were corrected are on no grid",
+                    lambda run: run.fold_bn or run.biases == "full")
 PWLQ = "pwlq among --schemes"
 UNIFORM = "uniform among --schemes"
 LEARNS = Need("uniform or clip among --schemes", utils.learned_schemes)
 ADAROUND = ["--rounding adaround", LEARNS]
 ON_GRID = Need("--rounding nearest: it would move weights off the grid that was learned on",
                lambda run: not utils.learned_schemes(run))
+CALIBRATES = Need("--act_bits or --output_bias_correction",
+                  lambda run: run.act_bits or run.output_bias_correction)
 FLOAT64 = Need("--device cpu or cuda, which have float64",
                lambda run: has_float64(run.device) or not (
                    utils.learned_schemes(run) or any(getattr(run, name) for name in INTEGER_FLAGS)))
@@ -254,6 +258,9 @@ QUANTIZATION: Table = [
            requires=["no --bias_correction", ON_GRID]),
     switch("bias_correction", "restore mean and standard deviation",
            requires=["no --mean_correction", ON_GRID]),
+    switch("output_bias_correction", "then put the mean error of each layer's outputs back through "
+           "its bias, layer by layer; it is measured on --calibration_images, also with --act_bits",
+           requires=[FLOAT_BIASES, "no --recalibrate_bn_images: that moves the means again"]),
     "rounding of weights",
     Flag("rounding", ("nearest", "adaround"), "nearest", "round weights to nearest, or learn "
          "whether up or down keeps their layer's output (AdaRound)", needs=LEARNS,
@@ -282,12 +289,14 @@ QUANTIZATION: Table = [
     Flag("calibration", qu.CALIBRATIONS, "topk_median", "range of an input: median of its 10 "
          "largest and smallest values, all but 0.01 %% on each side, the extremes, or least "
          "squared error (mse)", needs="--act_bits"),
-    Flag("calibration_images", count, 512, "training images for --calibration", needs="--act_bits"),
+    Flag("calibration_images", count, 512, "training images for --calibration and for "
+         "--output_bias_correction", needs=CALIBRATES),
     "what is measured",
     switch("strict", "refuse a network of which a product or a weight would stay in float"),
     switch("avg_in_layer", "divide each layer's squared error by its number of weights"),
-    switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last, "
-           "and expand the loss in their change", requires=["--precision fp32", BY_LAYER]),
+    switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last "
+           "and --output_bias_correction, and expand the loss in their change",
+           requires=["--precision fp32", BY_LAYER]),
     Flag("per_layer_images", count, 512, "training images for --per_layer", needs="--per_layer"),
     Flag("precision", PRECISIONS, "fp32", "of convolutions; auto: bf16 where that is fast"),
     Flag("test_subset", count, None, "measure on the first N test images only, for a quick look"),

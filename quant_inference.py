@@ -145,6 +145,7 @@ def make_conditions(args: argparse.Namespace, display: StepDisplay) -> Condition
         args.quantize_sums,
         args.act_symmetry == "asymmetric",
         args.keep_first_last,
+        args.output_bias_correction,
         args.rounding_steps,
         in_integers=any(getattr(args, flag) for flag in INTEGER_FLAGS),
         avg_in_layer=args.avg_in_layer,
@@ -162,7 +163,7 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
 
     return Images(
         make(dataset.test_images, dataset.test_labels),
-        first(args.act_bits and args.calibration_images, CALIBRATION_BATCH),
+        first(flags.CALIBRATES.is_met(args) and args.calibration_images, CALIBRATION_BATCH),
         first(args.recalibrate_bn_images),
         first(args.per_layer and args.per_layer_images),
         first(args.rounding == "adaround" and args.rounding_images, ROUNDING_BATCH),

@@ -7,7 +7,7 @@ are what all networks of a run are measured under and on.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from engine.networks.graph import copy_graph, layers
 from engine.quantization import activations as acts
 from engine.quantization.adaround import learn_rounding
 from engine.quantization.coverage import Coverage, coverage
+from engine.quantization.output_correction import correct_outputs
 from engine.quantization.weights import (
     NO_EXCEPTIONS,
     Correction,
@@ -70,7 +71,7 @@ class Images:
     """Loaders of test images, and of training images where something asks for them."""
 
     test: Loader
-    calibration: Loader | None = None  # for the ranges of inputs
+    calibration: Loader | None = None  # for the ranges of inputs, and the means of outputs
     recalibration: Loader | None = None  # for batch-norm statistics of the quantized network
     expansion: Loader | None = None  # for the loss, one layer at a time
     rounding: Loader | None = None  # for learning to round weights
@@ -87,6 +88,7 @@ class Conditions:
     sums: bool = False  # inputs of sums are quantized as well
     asymmetric: bool = False  # signed inputs have a zero point
     keep_first_last: bool = False
+    corrects_outputs: bool = False  # biases make up for the mean errors of layers' outputs
     rounding_iterations: int = 500  # of AdaRound, in each layer
     in_integers: bool = False  # simulate what an integer runtime computes
     avg_in_layer: bool = False
@@ -224,9 +226,11 @@ class MeasuredNetwork:
         self, how: Quantization, trial: int = 0
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
         """Return a copy of the graph with quantized weights, and what became of each layer."""
-        key = how.scheme, how.n_bits, trial  # bits of inputs do not matter
+        corrects = self.conditions.corrects_outputs
+        # bits of inputs matter to the biases alone that make up for them
+        key = how.scheme, how.n_bits, trial, how.act_bits if corrects else None
         if self._weights[0] != key:
-            quantized = quantize_weights(
+            graph, quantized = quantize_weights(
                 self.graph,
                 how.make_quantizer(trial),
                 how.n_bits,
@@ -234,8 +238,19 @@ class MeasuredNetwork:
                 round_up=self.round_up(how),
                 **how.layer_options(),
             )
-            self._weights = key, quantized
+            graph = self.corrected(graph, how.act_bits) if corrects else graph
+            self._weights = key, (graph, quantized)
         return self._weights[1]
+
+    def corrected(self, graph_q: fx.GraphModule, act_bits: int) -> fx.GraphModule:
+        """Return a copy, on the CPU, whose biases make up for the mean errors of its outputs."""
+        how, part = self.conditions, (distributed.get_rank(), distributed.get_world_size())
+        graphs = (
+            copy_graph(graph).to(how.device, memory_format=how.memory_format)
+            for graph in (self.graph, graph_q)
+        )
+        images = partial(batches, self.images.calibration, *part)
+        return correct_outputs(*graphs, self.grids(act_bits), images).cpu()
 
     def round_up(self, how: Quantization) -> Mapping[str, Tensor]:
         """Return where weights are rounded up, by the name of their layer; none: to nearest.
@@ -273,9 +288,9 @@ class MeasuredNetwork:
         Raises NetworkError for an operation that has no integer form, and ValueError, naming the
         layer, where quantized weights are on no uniform grid.
         """
-        _, quantized = self.quantized_weights(how, trial)
+        graph, quantized = self.quantized_weights(how, trial)
         parts = {layer.name: layer.parts for layer in quantized}
-        return IntegerNetwork.from_graph(self.graph, self.grids(how.act_bits), parts)
+        return IntegerNetwork.from_graph(graph, self.grids(how.act_bits), parts)
 
     def check_integer_form(self, act_bits: int) -> None:
         """Raise NetworkError, naming it, where an operation has no integer form.
