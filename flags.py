@@ -18,6 +18,7 @@ import quant_utils as qu
 import utils
 from analysis.study.settings import SETTING_TYPES
 from analysis.weights_files import find_paths
+from engine.quantization.bit_allocation import BIT_CHOICES
 from engine.quantization.bit_widths import act_bit_widths_or_same, bit_widths
 from engine.step.gradients import DIFFERENCE_STEP, needs_double_backward
 from engine.system.cli import Flag, Need, Parser, bounded_number, file_name, label, switch
@@ -86,8 +87,16 @@ LEARNS = Need("uniform or clip among --schemes", utils.learned_schemes)
 ADAROUND = ["--rounding adaround", LEARNS]
 ON_GRID = Need("--rounding nearest: it would move weights off the grid that was learned on",
                lambda run: not utils.learned_schemes(run))
-CALIBRATES = Need("--act_bits or --output_bias_correction",
-                  lambda run: run.act_bits or run.output_bias_correction)
+CALIBRATES = Need("--act_bits, --output_bias_correction or --budget_bits",
+                  lambda run: run.act_bits or run.output_bias_correction or run.budget_bits)
+BITS_OF_LAYERS = [
+    Need("no --bits: each layer gets bits of its own",
+         lambda run: "bits" not in run.explicit_flags),
+    "no --keep_first_last: each layer gets bits of its own",
+    "no --per_layer: that is for one number of bits in all layers",
+    Need("--act_bits in numbers: weights have several",
+         lambda run: "same" not in (run.act_bits or ())),
+]
 FLOAT64 = Need("--device cpu or cuda, which have float64",
                lambda run: has_float64(run.device) or not (
                    utils.learned_schemes(run) or any(getattr(run, name) for name in INTEGER_FLAGS)))
@@ -236,6 +245,10 @@ QUANTIZATION: Table = [
     *NETWORK,
     "what is quantized, and how",
     Flag("bits", bit_widths, [4, 5, 6, 7, 8], "of weights: 2 to 16, or ranges: 4-8", nargs="+"),
+    Flag("budget_bits", bounded_number(float, at_least=min(BIT_CHOICES)), None,
+         f"in place of --bits: each layer gets {', '.join(map(str, BIT_CHOICES))}, at most B per "
+         "weight on average, so that the sum of the rises of the loss with one layer quantized, on "
+         "--calibration_images, is least", "B", requires=BITS_OF_LAYERS),
     Flag("schemes", qu.QUANTIZERS, ["uniform", "dorefa", "pwlq"], "of weights; dorefa rounds at "
          "random, pwlq has the levels of one more bit, clip is uniform in the range of least error",
          nargs="+"),
@@ -289,8 +302,8 @@ QUANTIZATION: Table = [
     Flag("calibration", qu.CALIBRATIONS, "topk_median", "range of an input: median of its 10 "
          "largest and smallest values, all but 0.01 %% on each side, the extremes, or least "
          "squared error (mse)", needs="--act_bits"),
-    Flag("calibration_images", count, 512, "training images for --calibration and for "
-         "--output_bias_correction", needs=CALIBRATES),
+    Flag("calibration_images", count, 512, "training images for --calibration, "
+         "--output_bias_correction and --budget_bits", needs=CALIBRATES),
     "what is measured",
     switch("strict", "refuse a network of which a product or a weight would stay in float"),
     switch("avg_in_layer", "divide each layer's squared error by its number of weights"),
