@@ -18,6 +18,7 @@ import quant_utils as qu
 import utils
 from analysis.study.settings import SETTING_TYPES
 from analysis.weights_files import find_paths
+from engine.quantization.bit_allocation import BIT_CHOICES
 from engine.quantization.bit_widths import act_bit_widths_or_same, bit_widths
 from engine.step.gradients import DIFFERENCE_STEP, needs_double_backward
 from engine.system.cli import Flag, Need, Parser, bounded_number, file_name, label, switch
@@ -84,11 +85,24 @@ LOGGED = Need("another WANDB_MODE than disabled",
               lambda run: os.environ.get("WANDB_MODE") != "disabled")
 RANDOM = Need("a stochastic scheme", lambda run: any(map(qu.is_stochastic, run.schemes)))
 UNFOLDED = Need("no --fold_bn", lambda run: not run.fold_bn or run.biases == "full")
+FLOAT_BIASES = Need("--fold_bn or --biases full: biases that were corrected are on no grid",
+                    lambda run: run.fold_bn or run.biases == "full")
 PWLQ = "pwlq among --schemes"
+UNIFORM = "uniform among --schemes"
 LEARNS = Need("uniform or clip among --schemes", utils.learned_schemes)
 ADAROUND = ["--rounding adaround", LEARNS]
 ON_GRID = Need("--rounding nearest: it would move weights off the grid that was learned on",
                lambda run: not utils.learned_schemes(run))
+CALIBRATES = Need("--act_bits, --output_bias_correction or --budget_bits",
+                  lambda run: run.act_bits or run.output_bias_correction or run.budget_bits)
+BITS_OF_LAYERS = [
+    Need("no --bits: each layer gets bits of its own",
+         lambda run: "bits" not in run.explicit_flags),
+    "no --keep_first_last: each layer gets bits of its own",
+    "no --per_layer: that is for one number of bits in all layers",
+    Need("--act_bits in numbers: weights have several",
+         lambda run: "same" not in (run.act_bits or ())),
+]
 FLOAT64 = Need("--device cpu or cuda, which have float64",
                lambda run: has_float64(run.device) or not (
                    utils.learned_schemes(run) or any(getattr(run, name) for name in INTEGER_FLAGS)))
@@ -238,6 +252,10 @@ QUANTIZATION: Table = [
     *NETWORK,
     "what is quantized, and how",
     Flag("bits", bit_widths, [4, 5, 6, 7, 8], "of weights: 2 to 16, or ranges: 4-8", nargs="+"),
+    Flag("budget_bits", bounded_number(float, at_least=min(BIT_CHOICES)), None,
+         f"in place of --bits: each layer gets {', '.join(map(str, BIT_CHOICES))}, at most B per "
+         "weight on average, so that the sum of the rises of the loss with one layer quantized, on "
+         "--calibration_images, is least", "B", requires=BITS_OF_LAYERS),
     Flag("schemes", qu.QUANTIZERS, ["uniform", "dorefa", "pwlq"], "of weights; dorefa rounds at "
          "random, pwlq has the levels of one more bit, clip is uniform in the range of least error",
          nargs="+"),
@@ -260,6 +278,9 @@ QUANTIZATION: Table = [
            requires=["no --bias_correction", ON_GRID]),
     switch("bias_correction", "restore mean and standard deviation",
            requires=["no --mean_correction", ON_GRID]),
+    switch("output_bias_correction", "then put the mean error of each layer's outputs back through "
+           "its bias, layer by layer; it is measured on --calibration_images, also with --act_bits",
+           requires=[FLOAT_BIASES, "no --recalibrate_bn_images: that moves the means again"]),
     "rounding of weights",
     Flag("rounding", ("nearest", "adaround"), "nearest", "round weights to nearest, or learn "
          "whether up or down keeps their layer's output (AdaRound)", needs=LEARNS,
@@ -271,6 +292,10 @@ QUANTIZATION: Table = [
     switch("approximate", "breakpoint from the paper's closed form, not the exact optimum",
            needs=[PWLQ, "--distribution norm or laplace"]),
     switch("overlapping", "quantize the tails on the uniform grid of the whole range", needs=PWLQ),
+    Flag("step_size", qu.STEP_SIZES, "half", "how far beyond its largest code uniform's largest "
+         "weight lies: half a step as published; a full one, which makes steps finer and cuts off "
+         "large positive weights; or, in each range, what has less squared error (auto)",
+         needs=UNIFORM),
     Flag("clip_p", bounded_number(float, at_least=1), 2.4, "exponent of the error that the range "
          "is chosen by; 2: squared error", "P", "clip among --schemes"),
     Flag("steps_from", file_name, None, "also use the learned step sizes in this record of a "
@@ -284,12 +309,14 @@ QUANTIZATION: Table = [
     Flag("calibration", qu.CALIBRATIONS, "topk_median", "range of an input: median of its 10 "
          "largest and smallest values, all but 0.01 %% on each side, the extremes, or least "
          "squared error (mse)", needs="--act_bits"),
-    Flag("calibration_images", count, 512, "training images for --calibration", needs="--act_bits"),
+    Flag("calibration_images", count, 512, "training images for --calibration, "
+         "--output_bias_correction and --budget_bits", needs=CALIBRATES),
     "what is measured",
     switch("strict", "refuse a network of which a product or a weight would stay in float"),
     switch("avg_in_layer", "divide each layer's squared error by its number of weights"),
-    switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last, "
-           "and expand the loss in their change", requires=["--precision fp32", BY_LAYER]),
+    switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last "
+           "and --output_bias_correction, and expand the loss in their change",
+           requires=["--precision fp32", BY_LAYER]),
     Flag("per_layer_images", count, 512, "training images for --per_layer", needs="--per_layer"),
     Flag("precision", PRECISIONS, "fp32", "of convolutions; auto: bf16 where that is fast"),
     Flag("test_subset", count, None, "measure on the first N test images only, for a quick look"),

@@ -37,6 +37,7 @@ from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.graph import layers, weights
 from engine.networks.outputs import check_network
 from engine.quantization.activations import quantize_activations
+from engine.quantization.bit_allocation import BIT_CHOICES
 from engine.quantization.equalization import equalize
 from engine.system import distributed
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
@@ -89,6 +90,7 @@ def sweep(
             levels=how.n_levels,
             act_bits=how.act_bits,
             coverage=network.coverage(how.act_bits),
+            layer_bits=network.weight_bits(how) if how.is_mixed else None,
         )
     if steps:
         yield report.make_row(
@@ -105,7 +107,7 @@ def sweep(
 
 def make_quantizations(args: argparse.Namespace) -> list[Quantization]:
     """Return every scheme with every bit-width of weights and of inputs, with their options."""
-    learners = utils.learned_schemes(args)
+    learners, is_mixed = utils.learned_schemes(args), args.budget_bits is not None
     correction = qu.bias_correction if args.bias_correction else None
     correction = qu.mean_correction if args.mean_correction else correction
     return [
@@ -118,7 +120,8 @@ def make_quantizations(args: argparse.Namespace) -> list[Quantization]:
             bias_range=qu.bias_range(scheme, args.biases, args.fold_bn),
             correction=correction,
             learns=scheme in learners,
-            n_levels=qu.n_levels(scheme, n_bits, args.overlapping),
+            n_levels=None if is_mixed else qu.n_levels(scheme, n_bits, args.overlapping),
+            is_mixed=is_mixed,
         )
         for scheme in args.schemes
         for n_bits in args.bits
@@ -146,6 +149,7 @@ def make_conditions(args: argparse.Namespace, display: StepDisplay) -> Condition
         args.quantize_sums,
         args.act_symmetry == "asymmetric",
         args.keep_first_last,
+        args.output_bias_correction,
         args.rounding_steps,
         in_integers=any(getattr(args, flag) for flag in INTEGER_FLAGS),
         avg_in_layer=args.avg_in_layer,
@@ -163,7 +167,7 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
 
     return Images(
         make(dataset.test_images, dataset.test_labels),
-        first(args.act_bits and args.calibration_images, CALIBRATION_BATCH),
+        first(flags.CALIBRATES.is_met(args) and args.calibration_images, CALIBRATION_BATCH),
         first(args.recalibrate_bn_images),
         first(args.per_layer and args.per_layer_images),
         first(args.rounding == "adaround" and args.rounding_images, ROUNDING_BATCH),
@@ -332,7 +336,9 @@ def n_measurements(
     n_each = 1 + sum(how.n_trials for how in quantizations)
     n_layers = sum(len(layers(network.graph)) for network in loaded.values())
     ways = {(how.scheme, how.n_bits) for how in quantizations}
-    return n_each * len(loaded) + per_layer * (2 * len(ways) * n_layers + len(loaded))
+    n_each += per_layer + len(mixed := {how.scheme for how in quantizations if how.is_mixed})
+    n_of_layer = 2 * per_layer * len(ways) + len(BIT_CHOICES) * len(mixed)
+    return n_each * len(loaded) + n_of_layer * n_layers
 
 
 def measure_network(
@@ -356,6 +362,12 @@ def measure_network(
         if args.show_plan and distributed.get_rank() == 0:
             rows = plan_rows(network, quantizations, args.per_channel)
             print(report.table(rows, PLAN_COLUMNS), end="\n\n")
+        for how in {how.scheme: how for how in quantizations if how.is_mixed}.values():
+            bits = network.weight_bits(how)
+            each = ", ".join(f"{name} {n}" for name, n in bits.items())
+            if distributed.get_rank() == 0:
+                mean = f"{network.mean_bits(bits):.4f} bits per weight"
+                print(f"{network.name}: {how.scheme}: {mean}: {each}")
         for row in sweep(network, quantizations, steps):
             is_learned = row["scheme"] == LEARNED
             is_whole = not (args.holdout or args.test_subset)
@@ -438,7 +450,7 @@ def draw_plots(
     if results.layer_rows:
         plots["per_layer"] = folder / "per_layer.png"
         figures.per_layer_plot(results.layer_rows, plots["per_layer"])
-    n_bits = 4 if 4 in args.bits else min(args.bits)
+    n_bits = 4 if 4 in args.bits else int(min(args.bits))
     quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
     for name, of_layers in layer_weights.items():
         path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
@@ -452,6 +464,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     What data set and network have to do with waits for the records of the files.
     """
     args.bits, args.schemes = sorted(set(args.bits)), list(dict.fromkeys(args.schemes))
+    args.bits = [args.budget_bits] if args.budget_bits else args.bits
     refuse_flags(parser, args, parser.flags)
     now = [flag for flag in parser.flags if flag not in FLAGS_OF_RECORDS]
     warn_unused_flags(parser, args, now)

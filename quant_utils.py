@@ -34,6 +34,8 @@ from engine.quantization.bit_widths import check_bits
 from engine.quantization.grids import OnGrid
 from engine.quantization.weights import Parts, Quantizer, total
 
+# How many steps max|w| lies beyond the largest code of `uniform`: what is tried.
+STEP_SIZES = {"half": (0.5,), "full": (0.0,), "auto": (0.5, 0.0)}
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
 
 
@@ -111,29 +113,36 @@ def uniform(
     *,
     per_channel: bool = False,
     range_source: Tensor | None = None,
+    step_size: str = "half",
     round_up: Tensor | int | None = None,
 ) -> Parts:
-    """Round to the nearest point of the symmetric grid of step 2m / (2^n_bits − 1) through 0."""
+    """Round to the nearest point of a grid through 0, codes·step, codes −2^(n_bits − 1) … that − 1.
+
+    `step_size` says how far m lies beyond the largest code. "half" a step: 2m / (2^n_bits − 1), and
+    no value is moved by more than half a step. A "full" one: 2m / 2^n_bits, finer for all, but what
+    is above m − step is cut off. "auto": of the two, that of least Σ(w − w_q)² in each range.
+    """
     check_bits(n_bits)
-    rows, m, _ = clamp_to_range(w, per_channel, range_source)
-    return (on_grid(*round_within(rows, m, n_bits, round_up), w),)
+    rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
+    scales = [m / (2 ** (n_bits - 1) - gap) for gap in STEP_SIZES[step_size]]
+    scale = least_error_scale(range_rows, m, scales, n_bits, 2) if len(scales) > 1 else scales[0]
+    return (on_grid(round_codes(rows, scale, n_bits, round_up), scale, w),)
 
 
-def round_within(
-    rows: Tensor, limit: Tensor, n_bits: int, round_up: Tensor | int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return codes and scale of each row on the uniform grid of [−limit, limit].
+def round_codes(
+    rows: Tensor, scale: Tensor, n_bits: int, round_up: Tensor | int | None = None
+) -> Tensor:
+    """Return the codes of each row on the uniform grid of its scale, (rows, 1).
 
     Values beyond go to its ends; to nearest, or as `round_up` says, see the module.
     """
     int_min = -(2 ** (n_bits - 1))
     int_max = 2 ** (n_bits - 1) - 1
-    scale = limit / (int_max + 0.5)
     x = rows / safe_divisor(scale)
     if isinstance(round_up, Tensor):
         round_up = round_up.reshape(rows.shape)
     codes = x.round_() if round_up is None else x.floor_().add_(round_up)
-    return codes.clamp_(int_min, int_max), scale
+    return codes.clamp_(int_min, int_max)
 
 
 @scheme()
@@ -150,24 +159,28 @@ def clip(
 
     Out of 80, from m down to 0.21·m. Small values are rounded on a finer grid and the largest are
     cut off. `clip_p` is the exponent of the error: 2 is the squared error; the larger, the less is
-    cut off.
+    cut off. The grid is that of `uniform`, whose other step sizes are ranges between these 80.
     """
     check_bits(n_bits)
     rows, m, range_rows = clamp_to_range(w, per_channel, range_source)
-    c = search_range(range_rows, m, n_bits, clip_p)
-    return (on_grid(*round_within(rows, c, n_bits, round_up), w),)
+    scales = [m * factor / (2 ** (n_bits - 1) - 0.5) for factor in RANGE_FACTORS]
+    scale = least_error_scale(range_rows, m, scales, n_bits, clip_p)
+    return (on_grid(round_codes(rows, scale, n_bits, round_up), scale, w),)
 
 
-def search_range(rows: Tensor, m: Tensor, n_bits: int, clip_p: float) -> Tensor:
-    """Return the c of least Σ|w − w_q|^clip_p of each row, the largest of equals; see `clip`."""
-    best = m
+def least_error_scale(
+    rows: Tensor, m: Tensor, scales: Sequence[Tensor], n_bits: int, exponent: float
+) -> Tensor:
+    """Return the scale of least Σ|w − w_q|^exponent of each row, the first of equals, (rows, 1).
+
+    `scales` are what is tried, (rows, 1) each, and m is max|w|, which errors are relative to.
+    """
+    best = scales[0]
     least = torch.full_like(m, math.inf)
-    for factor in RANGE_FACTORS:
-        c = m * factor
-        codes, scale = round_within(rows, c, n_bits)
-        difference = (codes.mul_(scale) - rows).div_(safe_divisor(m))
-        error = difference.abs_().pow_(clip_p).sum(dim=1, keepdim=True)
-        best = torch.where(error < least, c, best)
+    for scale in scales:
+        difference = (round_codes(rows, scale, n_bits).mul_(scale) - rows).div_(safe_divisor(m))
+        error = difference.abs_().pow_(exponent).sum(dim=1, keepdim=True)
+        best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
 

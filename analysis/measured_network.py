@@ -7,7 +7,7 @@ are what all networks of a run are measured under and on.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from analysis.taylor import taylor_terms
 from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
-from engine.networks.graph import copy_graph, layers
+from engine.networks.graph import copy_graph, layers, weights
 from engine.quantization import activations as acts
 from engine.quantization.adaround import learn_rounding
+from engine.quantization.bit_allocation import BIT_CHOICES, allocate_bits
 from engine.quantization.coverage import Coverage, coverage
+from engine.quantization.output_correction import correct_outputs
 from engine.quantization.weights import (
     NO_EXCEPTIONS,
     Correction,
@@ -48,10 +50,11 @@ class Quantization:
         bias_range, correction: see `quantize_layer`.
         learns: whether the rounding of weights is learned.
         n_levels: how many values a quantized weight can take; None: it depends.
+        is_mixed: each layer has bits of its own, n_bits per weight on average at most.
     """
 
     scheme: str
-    n_bits: int
+    n_bits: float
     act_bits: int
     make_quantizer: Callable[[int], Quantizer]
     n_trials: int
@@ -59,6 +62,7 @@ class Quantization:
     correction: Correction | None
     learns: bool
     n_levels: int | None = None
+    is_mixed: bool = False
 
     def layer_options(self) -> dict[str, Any]:
         """Return the options of `quantize_layer`."""
@@ -70,7 +74,7 @@ class Images:
     """Loaders of test images, and of training images where something asks for them."""
 
     test: Loader
-    calibration: Loader | None = None  # for the ranges of inputs
+    calibration: Loader | None = None  # for ranges of inputs, means of outputs, bits of layers
     recalibration: Loader | None = None  # for batch-norm statistics of the quantized network
     expansion: Loader | None = None  # for the loss, one layer at a time
     rounding: Loader | None = None  # for learning to round weights
@@ -87,6 +91,7 @@ class Conditions:
     sums: bool = False  # inputs of sums are quantized as well
     asymmetric: bool = False  # signed inputs have a zero point
     keep_first_last: bool = False
+    corrects_outputs: bool = False  # biases make up for the mean errors of layers' outputs
     rounding_iterations: int = 500  # of AdaRound, in each layer
     in_integers: bool = False  # simulate what an integer runtime computes
     avg_in_layer: bool = False
@@ -111,6 +116,7 @@ class MeasuredNetwork:
     def __post_init__(self) -> None:
         self._ranges: dict[int, dict[str, acts.Range]] = {}
         self._rounding: tuple[tuple[str, int], dict[str, Tensor]] = (("", 0), {})
+        self._mixed: dict[tuple[str, float], dict[str, int]] = {}
         self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] = (None, None)
 
     @cached_property
@@ -128,6 +134,50 @@ class MeasuredNetwork:
         """Return the bits of layers, by name, that have others than n_bits."""
         bits = max(n_bits, FIRST_LAST_BITS)
         return dict.fromkeys(self.ends, bits) if self.conditions.keep_first_last else {}
+
+    def weight_bits(self, how: Quantization) -> dict[str, int]:
+        """Return the bits of layers' weights, by name, that have others than how.n_bits.
+
+        Where each layer has its own, those of the least sum of the rises of the loss, see
+        `loss_rises`: how inputs, biases and rounding are treated otherwise does not matter to it.
+        """
+        if not how.is_mixed:
+            return self.layer_bits(how.n_bits)
+        key = how.scheme, how.n_bits
+        if key not in self._mixed:
+            n_weights = {name: w.numel() for name, w in weights(self.graph).items()}
+            self._mixed[key] = allocate_bits(self.loss_rises(how), n_weights, how.n_bits)
+        return self._mixed[key]
+
+    def mean_bits(self, bits: Mapping[str, int]) -> float:
+        """Return the mean number of bits per weight with these bits of each layer, by name."""
+        n_weights = {name: w.numel() for name, w in weights(self.graph).items()}
+        return sum(n * bits[name] for name, n in n_weights.items()) / sum(n_weights.values())
+
+    def loss_rises(self, how: Quantization) -> dict[str, dict[int, float]]:
+        """Return by how much the loss on the calibration images rises, by layer and its bits.
+
+        With the weights of that layer alone quantized, to nearest.
+        """
+        loss = self._measure(self.prepared(self.graph), self.images.calibration)["loss"]
+
+        def rise(name: str, n_bits: int) -> float:
+            graph, _ = self.with_one_layer(how, name, n_bits)
+            return self._measure(self.prepared(graph), self.images.calibration)["loss"] - loss
+
+        return {name: {n: rise(name, n) for n in BIT_CHOICES} for name in layers(self.graph)}
+
+    def with_one_layer(
+        self, how: Quantization, name: str, n_bits: int, round_up: Tensor | int | None = None
+    ) -> tuple[fx.GraphModule, QuantizedLayer]:
+        """Return a copy of the graph in which that layer alone is quantized, and what became of it.
+
+        `round_up`: where its weights are rounded up; None: to nearest.
+        """
+        graph = copy_graph(self.graph)
+        options = {**how.layer_options(), "round_up": round_up}
+        layer, quantizer = layers(graph)[name], how.make_quantizer(0)
+        return graph, quantize_layer(graph, layer, quantizer, n_bits, **options)
 
     @cached_property
     def _calibrated(self) -> dict[str, acts.Range]:
@@ -224,18 +274,31 @@ class MeasuredNetwork:
         self, how: Quantization, trial: int = 0
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
         """Return a copy of the graph with quantized weights, and what became of each layer."""
-        key = how.scheme, how.n_bits, trial  # bits of inputs do not matter
+        corrects = self.conditions.corrects_outputs
+        # bits of inputs matter to the biases alone that make up for them
+        key = how.scheme, how.n_bits, trial, how.act_bits if corrects else None
         if self._weights[0] != key:
-            quantized = quantize_weights(
+            graph, quantized = quantize_weights(
                 self.graph,
                 how.make_quantizer(trial),
                 how.n_bits,
-                layer_bits=self.layer_bits(how.n_bits),
+                layer_bits=self.weight_bits(how),
                 round_up=self.round_up(how),
                 **how.layer_options(),
             )
-            self._weights = key, quantized
+            graph = self.corrected(graph, how.act_bits) if corrects else graph
+            self._weights = key, (graph, quantized)
         return self._weights[1]
+
+    def corrected(self, graph_q: fx.GraphModule, act_bits: int) -> fx.GraphModule:
+        """Return a copy, on the CPU, whose biases make up for the mean errors of its outputs."""
+        how, part = self.conditions, (distributed.get_rank(), distributed.get_world_size())
+        graphs = (
+            copy_graph(graph).to(how.device, memory_format=how.memory_format)
+            for graph in (self.graph, graph_q)
+        )
+        images = partial(batches, self.images.calibration, *part)
+        return correct_outputs(*graphs, self.grids(act_bits), images).cpu()
 
     def round_up(self, how: Quantization) -> Mapping[str, Tensor]:
         """Return where weights are rounded up, by the name of their layer; none: to nearest.
@@ -246,15 +309,13 @@ class MeasuredNetwork:
             return NO_EXCEPTIONS
         key = how.scheme, how.n_bits
         if self._rounding[0] != key:
-            bits = self.layer_bits(how.n_bits)
+            bits = self.weight_bits(how)
 
             def quantized(name: str, round_up: Tensor | int | None) -> dict[str, Tensor]:
-                graph = copy_graph(self.graph)
-                layer = layers(graph)[name]
-                options = {**how.layer_options(), "round_up": round_up}
                 n_bits = bits.get(name, how.n_bits)
-                quantize_layer(graph, layer, how.make_quantizer(0), n_bits, **options)
-                return {kind: graph.get_buffer(each) for kind, each in layer.tensors.items()}
+                graph, _ = self.with_one_layer(how, name, n_bits, round_up)
+                tensors = layers(graph)[name].tensors
+                return {kind: graph.get_buffer(each) for kind, each in tensors.items()}
 
             part = distributed.get_rank(), distributed.get_world_size()
             learned = learn_rounding(
@@ -273,9 +334,9 @@ class MeasuredNetwork:
         Raises NetworkError for an operation that has no integer form, and ValueError, naming the
         layer, where quantized weights are on no uniform grid.
         """
-        _, quantized = self.quantized_weights(how, trial)
+        graph, quantized = self.quantized_weights(how, trial)
         parts = {layer.name: layer.parts for layer in quantized}
-        return IntegerNetwork.from_graph(self.graph, self.grids(how.act_bits), parts)
+        return IntegerNetwork.from_graph(graph, self.grids(how.act_bits), parts)
 
     def check_integer_form(self, act_bits: int) -> None:
         """Raise NetworkError, naming it, where an operation has no integer form.
@@ -298,11 +359,8 @@ class MeasuredNetwork:
         deltas = []
         for how in quantizations:
             for name in layers(self.graph):
-                graph = copy_graph(self.graph)
-                quantizer, options = how.make_quantizer(0), how.layer_options()
-                layer = layers(graph)[name]
-                quantized = quantize_layer(graph, layer, quantizer, how.n_bits, **options)
-                names = layer.tensors.values()
+                graph, quantized = self.with_one_layer(how, name, how.n_bits)
+                names = layers(graph)[name].tensors.values()
                 deltas.append({n: graph.get_buffer(n) - self.graph.get_buffer(n) for n in names})
                 ready = self.prepared(graph)
                 accuracy = self._measure(ready, self.images.test)["accuracy"]

@@ -16,7 +16,6 @@ def plan_rows(
     network: MeasuredNetwork, quantizations: Sequence[Quantization], per_channel: bool
 ) -> list[Row]:
     """Return what the quantizations make of each input, weight and bias of the network."""
-    weight_bits = list(dict.fromkeys(how.n_bits for how in quantizations))
     act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
     with_biases = any(how.bias_range for how in quantizations)
     inputs = quantized_inputs(network.graph, network.conditions.sums)
@@ -31,7 +30,7 @@ def plan_rows(
             rows.append(_row(name, "input", shape, bits, "/".join(ranges)))
         if operation.weight:
             name, w = operation.name, network.graph.get_buffer(operation.weight)
-            bits = [network.layer_bits(n).get(name, n) for n in weight_bits]
+            bits = [network.weight_bits(how).get(name, how.n_bits) for how in quantizations]
             extent = "per channel" if per_channel else f"±{w.abs().max().item():.4g}"
             rows.append(_row(name, "weight", w.shape, bits, extent))
         if operation.bias:

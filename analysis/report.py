@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ FLOAT_BITS = 32  # of what is not quantized
 MEASURED = (
     "checkpoint", "scheme", "bits", "levels", "accuracy", "accuracy_change", "squared_error",
     "accuracy_std", "trials", "loss", "act_bits", "quantized_macs", "quantized_weights",
+    "layer_bits",
 )  # fmt: skip
 PROVENANCE = (
     "per_channel", "fold_bn", "equalize", "rounding", "run_id", "regularizer", "lmbda", "seed"
@@ -51,17 +52,19 @@ class Trial(NamedTuple):
 def make_row(
     checkpoint: str,
     scheme: str,
-    n_bits: int,
+    n_bits: float,
     trials: Sequence[Trial],
     full_accuracy: float,
     *,
     levels: int | None = None,
     act_bits: int = FLOAT_BITS,
     coverage: Coverage | None = None,
+    layer_bits: Mapping[str, int] | None = None,
 ) -> Row:
     """Return a row with the means over the trials; `full_accuracy` is that without quantizing.
 
-    `coverage` says which shares of multiply-adds and of weights are quantized.
+    `coverage` says which shares of multiply-adds and of weights are quantized, `layer_bits` the
+    bits of each layer by name, where they have been chosen for each.
     """
     accuracies, losses, errors = zip(*trials, strict=True)
     accuracy = fmean(accuracies)
@@ -79,6 +82,7 @@ def make_row(
         "act_bits": act_bits,
         "quantized_macs": coverage and coverage.multiply_adds,
         "quantized_weights": coverage and coverage.weights,
+        "layer_bits": layer_bits and " ".join(f"{name}:{n}" for name, n in layer_bits.items()),
     }
 
 

@@ -90,7 +90,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
 
     def key(found: Mapping[str, Any]) -> tuple:
         source = found["source"]
-        bits = -int(source["bits"]), -int(source["act_bits"])
+        bits = -float(source["bits"]), -int(source["act_bits"])
         is_pwlq = source["scheme"] == "pwlq"  # the slowest last
         return source["checkpoint"], is_pwlq, scheme_name(source), *bits
 

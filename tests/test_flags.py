@@ -37,6 +37,7 @@ USELESS_BESIDE = {
     ("quant_inference", "approximate"): ["--distribution", "search"],
     ("quant_inference", "distribution"): ["--schemes", "uniform"],
     ("quant_inference", "overlapping"): ["--schemes", "uniform"],
+    ("quant_inference", "step_size"): ["--schemes", "pwlq"],
     ("quant_inference", "trials"): ["--schemes", "uniform"],
     ("quant_inference", "rounding"): ["--schemes", "pwlq"],
     ("combined_protocol", "gamma"): ["--scheduler", "none"],

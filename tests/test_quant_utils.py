@@ -209,6 +209,45 @@ def test_clip_has_no_more_error_than_the_whole_range(w, n_bits):
     assert errors[0] <= errors[1] * (1 + 1e-9) + 1e-18
 
 
+# --- the step size of uniform ----------------------------------------------------------------
+
+
+def on_steps_of(scale, w, n_bits):
+    """The definition: integers of n_bits in two's complement, times the scale."""
+    return (w / scale).round().clamp(-(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1) * scale
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@check(w=tensors(min_dims=2), n_bits=st.integers(2, 8))
+def test_step_sizes_are_two_grids_and_the_better_of_them(per_channel, w, n_bits):
+    rows = w.flatten(1) if per_channel else w.flatten()[None]
+    m = rows.abs().amax(dim=1, keepdim=True)
+    assume((m > 0).all())
+    half, full = (on_steps_of(m / (2 ** (n_bits - 1) - gap), rows, n_bits) for gap in (0.5, 0))
+    errors = [(w_q - rows).square().sum(dim=1, keepdim=True) / m**2 for w_q in (half, full)]
+    assume(((errors[0] - errors[1]).abs() > 1e-12).all())  # else either is right
+    auto = torch.where(errors[0] < errors[1], half, full)
+    for step_size, expected in {"half": half, "full": full, "auto": auto}.items():
+        w_q = qu.uniform(w, n_bits, per_channel=per_channel, step_size=step_size)
+        torch.testing.assert_close(w_q.view_as(rows), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_full_step_cuts_off_the_positive_extreme_alone_and_suits_a_bell():
+    w = torch.tensor([-4.0, 4.0, 1.0])
+    assert qu.uniform(w, 3, step_size="full").tolist() == [-4.0, 3.0, 1.0]
+    bell, even = torch.randn(9999, generator=seeded()), torch.linspace(-1, 1, 9999)
+    for w, best in ((bell, "full"), (even, "half")):
+        assert torch.equal(qu.uniform(w, 3, step_size="auto"), qu.uniform(w, 3, step_size=best))
+
+
+def test_a_bias_has_the_step_that_its_weight_has():
+    w = torch.stack([torch.randn(999, generator=seeded()), torch.linspace(-1, 1, 999)])
+    bias, options = torch.tensor([0.4, 0.4]), {"per_channel": True, "step_size": "auto"}
+    [of_weight] = qu.uniform.grid(w, 3, **options)
+    [of_bias] = qu.uniform.grid(bias, 3, range_source=w, **options)
+    assert torch.equal(of_bias.scale, of_weight.scale.flatten())
+
+
 # --- degenerate tensors and bad arguments ----------------------------------------------------
 
 

@@ -29,7 +29,10 @@ PACKAGES = {
 FORMAT_KEY = "regulquant_format"  # in a model's metadata
 FORMAT = "1"
 # What the metadata of earlier versions' files do not say.
-NOT_RECORDED = dict(act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4")
+NOT_RECORDED = dict(
+    act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4", step_size="half",
+    output_bias_correction="false", budget_bits="null",
+)  # fmt: skip
 
 
 class ImageDataset(Protocol):
@@ -74,9 +77,12 @@ def describe_source(
         "scheme": how.scheme,
         "bits": str(how.n_bits),
         "act_bits": str(how.act_bits),
+        "budget_bits": json.dumps(settings.get("budget_bits")),
         "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
         **{k: json.dumps(settings[k]) for k in ("per_channel", "keep_first_last", "equalize")},
+        "output_bias_correction": json.dumps(settings.get("output_bias_correction", False)),
         "clip_p": str(settings["clip_p"]),
+        "step_size": settings.get("step_size", NOT_RECORDED["step_size"]),
         "pwlq": json.dumps(pwlq),
         "calibration": "{calibration} of {calibration_images} images".format(**settings),
     }

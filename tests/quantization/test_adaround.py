@@ -336,7 +336,10 @@ def count_learning(monkeypatch):
 
 def test_export_and_verify_what_was_learned_once(tiny, count_learning):  # noqa: F811
     pytest.importorskip("safetensors", reason="requirements-export.txt is not installed")
-    for scheme, more in (("uniform", ""), ("clip", "--per_channel --keep_first_last")):
+    for scheme, more in (
+        ("uniform", "--step_size full"),
+        ("clip", "--per_channel --keep_first_last"),
+    ):
         count_learning.clear()
         flags = f"{FLAGS.replace('uniform', scheme)} {ADAROUND} {more}"
         files = "--export net.onnx --verify --save_quantized q.pt --save_integers q.safetensors"
@@ -355,8 +358,8 @@ def test_an_exported_file_says_how_its_weights_were_rounded(tiny, capsys):  # no
     said = "rounding adaround on 40 images in 40 steps, and this is nearest"
     assert said in capsys.readouterr().err
     model = onnx.load("net.onnx")  # as an earlier version wrote it, of weights rounded to nearest
-    [entry] = [p for p in model.metadata_props if p.key == "rounding"]
-    model.metadata_props.remove(entry)
+    for entry in [p for p in model.metadata_props if p.key in ("rounding", "step_size")]:
+        model.metadata_props.remove(entry)
     onnx.save(model, "net.onnx")
     main(f"{FLAGS} --verify net.onnx")
     assert "was made with" not in capsys.readouterr().err
