@@ -191,7 +191,7 @@ def report_form(network: MeasuredNetwork, how: Quantization, form: FileForm) -> 
         "their bytes and products: sums of whole ones saturate on x86 processors without VNNI "
         "(--export_for vnni: whole)"
     )
-    if how.n_bits == 8:
+    if how.n_bits == 8 and not how.is_mixed:
         accuracy = network.trial(replace(how, n_bits=7), 0).accuracy
         line += f"; with --bits 7, which needs no halves, the accuracy is {accuracy:.2%}"
     print(line)

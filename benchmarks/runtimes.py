@@ -1,9 +1,8 @@
-"""Exported files in every runtime: predictions and logits that are not the simulation's, and speed.
+"""Exported files in every runtime: predictions and logits that are not the simulation's.
 
 Each file of weights is exported at (4,4) and (8,8), per tensor and per channel, with residual sums,
 and at (8,8) for VNNI only and (4,4) with packed weights; `quant_inference.py --verify` compares it
-in each runtime. Speeds are of one batch of 100 images after another, without loading, as a ratio to
-ONNX Runtime's. With Valgrind, ONNX Runtime is also run on a processor that it emulates, which has
+in each runtime. With Valgrind, ONNX Runtime is also run on a processor that it emulates, which has
 AVX2 and neither AVX-512 nor VNNI. Finished cases are kept.
 
     npm install --no-save --ignore-scripts onnxruntime-web onnxruntime-node
@@ -15,7 +14,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +37,6 @@ CASES = {
 }
 ROOT = Path(__file__).parents[1]
 FIXED = "--fold_bn --quantize_sums --schemes uniform --no_plots --device cpu"
-N_TIMED = 400  # images whose time is measured, less that of N_LOADED
-N_LOADED = 100
 EMULATED = "ONNX Runtime, AVX2 emulated"
 RUN_ALONE = """
 import sys, numpy as np, onnxruntime
@@ -49,16 +45,6 @@ options.intra_op_num_threads = 1
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 np.save(sys.argv[3], session.run(None, {"images": np.load(sys.argv[2])})[0])
 """
-
-
-def seconds_per_image(name: str, model: bytes, images: torch.Tensor) -> float:
-    """Return the time of an image in a runtime, without the time of loading the model."""
-    seconds = []
-    for n in (N_LOADED, N_TIMED):
-        began = time.perf_counter()
-        runtimes.run_model(name, model, images[:n])
-        seconds.append(time.perf_counter() - began)
-    return (seconds[1] - seconds[0]) / (N_TIMED - N_LOADED)
 
 
 def emulate(path: Path, images: torch.Tensor) -> dict[str, Any]:
@@ -86,7 +72,6 @@ def measure(weights: Path, words: str, args: argparse.Namespace, folder: Path) -
     stem = f"{weights.stem} {words}".replace("--", "").replace(" ", "_")
     path = folder / f"{stem}.onnx"
     record = path.with_suffix(".verified.json")
-    others = [name for name in args.runtimes if name != "onnxruntime"]
     if not record.exists():
         command = [sys.executable, "quant_inference.py", weights, *words.split(), *FIXED.split()]
         command += ["--export", path, "--verify", "--runtimes", *args.runtimes]
@@ -95,11 +80,6 @@ def measure(weights: Path, words: str, args: argparse.Namespace, folder: Path) -
         subprocess.run(list(map(str, command)), check=False, cwd=ROOT)
     found = json.loads(record.read_text(encoding="utf-8"))
     images = cifar10(args.data_dir, 0).test_images
-    if "seconds" not in found:
-        model = path.read_bytes()
-        found["seconds"] = {
-            name: seconds_per_image(name, model, images) for name in ("onnxruntime", *others)
-        }
     if args.n_emulated and EMULATED not in found["runtimes"]:
         found["runtimes"][EMULATED] = emulate(path, images[: args.n_emulated])
     record.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -107,7 +87,7 @@ def measure(weights: Path, words: str, args: argparse.Namespace, folder: Path) -
 
 
 def cell(found: Mapping[str, Any], name: str) -> str:
-    """Return what differs in a runtime, and its speed."""
+    """Return what differs in a runtime."""
     if name == "onnxruntime":
         differing, of = found["differing_predictions"]["integer"], found["n_images"]
         logits = found["largest_logit_difference"]["integer"] and "some"
@@ -117,9 +97,7 @@ def cell(found: Mapping[str, Any], name: str) -> str:
         logits = each["differing_logits"]
     else:
         return "–"
-    seconds = found["seconds"]
-    speed = f"; {seconds['onnxruntime'] / seconds[name]:.2f}" if name in seconds else ""
-    return f"{differing} of {of:,}, {logits or 'no'} logits{speed}"
+    return f"{differing} of {of:,}, {logits or 'no'} logits"
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:
@@ -130,7 +108,7 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     names = [*versions, *([EMULATED] if EMULATED in first["runtimes"] else [])]
     machine = first["environment"]["machine"]
     lines = [
-        f"Predictions, and logits, that differ from the simulation; speed against ONNX Runtime's. "
+        f"Predictions, and logits, that differ from the simulation. "
         f"{machine['processor']}, {'with' if has_vnni() else 'without'} VNNI, "
         f"{machine['threads']} thread(s).",
         "",
