@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# weights/control.pt with each step size of `uniform`, with `clip`, and with biases corrected for the outputs'
-# mean errors, on the first 2,000 test images. Run from the root of the repository; files are written to
-# runs/toolkits, and `python results/toolkits/table.py` makes table.md of records.jsonl.gz.
+# weights/control.pt with each step size of `uniform`, with `clip`, with biases corrected for the outputs'
+# mean errors, and with bits for each layer, on the first 2,000 test images. Run from the root of the repository;
+# files are written to runs/toolkits, and `python results/toolkits/table.py` makes table.md of records.jsonl.gz.
 set -euo pipefail
 python=${PYTHON:-python}
 
@@ -22,4 +22,8 @@ for correction in "" --output_bias_correction; do
             quantize "both$range-$step$correction" --bits 4 --act_bits same $range $how
         done
     done
+done
+
+for bits in 4 3; do
+    quantize "budget-$bits" --budget_bits "$bits" --schemes uniform
 done
