@@ -517,7 +517,7 @@ def test_activation_grid(w, n_bits, positive):
     w_q = activation_grid(n_bits, low, high).round(w)
     if positive:
         step = high / (2**n_bits - 1)
-        assert ((w_q - w).abs() <= step * (0.5 + 1e-6)).all() and w_q.max() <= high * (1 + 1e-6)
+        assert ((w_q - w).abs() <= step / 2 + high * 1e-6).all() and w_q.max() <= high * (1 + 1e-6)
     else:
         expected = qu.uniform(w, n_bits) if low < 0 else w_q
         torch.testing.assert_close(w_q, expected, rtol=1e-6, atol=1e-300)
