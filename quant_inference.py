@@ -312,7 +312,7 @@ def deploy(
     form = FileForm.named(args.pack_weights, args.export_for)
     deployed_files.write_files(vars(args), net_q, integers, dataset, source, form)
     if args.export or args.page:
-        checks.report_form(network, how, form)
+        checks.report_form(integers, form, network, how)
     if args.page:
         page.write_page(Path(args.page), network.graph, integers, form, test, dataset, source)
     if not args.verify:

@@ -22,6 +22,7 @@ from analysis.weights_files import (
     read_training_record,
 )
 from data import DATASETS, accepts
+from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import FileForm
 from engine.networks.folding import batch_norms, foldable
 from engine.networks.graph import layers, operations
@@ -174,9 +175,10 @@ def check_coverage(
             print_warning(f"{network.name}: {covered}")
 
 
-def report_form(network: MeasuredNetwork, how: Quantization, form: FileForm) -> None:
+def report_form(
+    integers: IntegerNetwork, form: FileForm, network: MeasuredNetwork, how: Quantization
+) -> None:
     """Say which layers of an ONNX file compute twice as much as they need, and what 7 bits cost."""
-    integers = network.integers(how)
     names = [name for name, layer in integers.integers().items() if layer.can_saturate]
     if not names or form.signed_codes:
         return

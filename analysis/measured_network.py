@@ -145,13 +145,17 @@ class MeasuredNetwork:
             return self.layer_bits(how.n_bits)
         key = how.scheme, how.n_bits
         if key not in self._mixed:
-            n_weights = {name: w.numel() for name, w in weights(self.graph).items()}
-            self._mixed[key] = allocate_bits(self.loss_rises(how), n_weights, how.n_bits)
+            self._mixed[key] = allocate_bits(self.loss_rises(how), self.n_weights, how.n_bits)
         return self._mixed[key]
+
+    @cached_property
+    def n_weights(self) -> dict[str, int]:
+        """The number of weights of each layer, by name."""
+        return {name: w.numel() for name, w in weights(self.graph).items()}
 
     def mean_bits(self, bits: Mapping[str, int]) -> float:
         """Return the mean number of bits per weight with these bits of each layer, by name."""
-        n_weights = {name: w.numel() for name, w in weights(self.graph).items()}
+        n_weights = self.n_weights
         return sum(n * bits[name] for name, n in n_weights.items()) / sum(n_weights.values())
 
     def loss_rises(self, how: Quantization) -> dict[str, dict[int, float]]:

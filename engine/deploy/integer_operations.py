@@ -192,36 +192,33 @@ class Layer(Arithmetic):
         """Add a layer of one weight as Q/DQ pairs, or in float where it has no integers."""
         name = self.name
         integers = self.integers
-        is_twice = False
         if integers and (len(integers.parts) > 1 or not self.is_fused):
             self._emit_integer_sums(onnx)
             return
         if integers:
-            [part] = integers.parts
-            weight = f"{name}.weight"
-            if is_twice := self._takes_input_twice(onnx):
-                w = onnx.dequantize_halves(weight, part)
-            elif integers.can_saturate and not onnx.form.may_saturate:
-                w = onnx.dequantize_constant(weight, unsigned(part.codes), part.scale, MAX_CODE)
-            else:
-                w = onnx.dequantize_weight(weight, part)
-            scale = integers.product_scale(part)
+            x, w = self._factors(onnx)
+            scale = integers.product_scale(integers.parts[0])
             b = onnx.dequantize_constant(f"{name}.bias", integers.bias, scale)
         else:
+            [x] = self.float_sources(onnx)
             bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
             w = onnx.constant(f"{name}.weight", self.weight.detach().cpu().contiguous())
             b = onnx.constant(f"{name}.bias", bias.detach().cpu())
         op, options = ("Conv", self.attributes) if self.attributes else ("Gemm", {"transB": 1})
-        sources = [onnx.as_float_twice(self.sources[0])] if is_twice else self.float_sources(onnx)
-        y = onnx.node(op, [*sources, w, b], f"{name}.result", **options)
+        y = onnx.node(op, [x, w, b], f"{name}.result", **options)
         if integers and not self.out_grid:
             y = onnx.round_to_steps(y, name, scale.view([-1] + [1] * (self.weight.dim() - 2)))
         onnx.finish(y, name, self.out_grid, self.bounds)
 
-    def _takes_input_twice(self, onnx: Emitter) -> bool:
-        """Tell whether two halves of the weight each get the input: see `dequantize_halves`."""
-        is_grouped = self.attributes is not None and self.attributes["group"] > 1
-        return self.integers.can_saturate and not (is_grouped or onnx.form.may_saturate)
+    def _factors(self, onnx: Emitter) -> tuple[str, str]:
+        """Return the names of input and weight in float32, in a form whose sums are exact."""
+        name, [source], [part] = f"{self.name}.weight", self.sources, self.integers.parts
+        if onnx.form.may_saturate or not self.integers.can_saturate:
+            return onnx.as_float(source), onnx.dequantize_weight(name, part)
+        if self.attributes and self.attributes["group"] > 1:
+            w = onnx.dequantize_constant(name, unsigned(part.codes), part.scale, MAX_CODE)
+            return onnx.as_float(source), w
+        return onnx.as_float_twice(source), onnx.dequantize_halves(name, part)
 
     def _emit_integer_sums(self, onnx: Emitter) -> None:
         """Add a layer of several weights: a sum in int32 for each, which are added in float32.

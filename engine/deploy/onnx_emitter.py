@@ -54,14 +54,9 @@ class FileForm:
         is_litert = export_for == "litert"
         return cls(int(pack_weights[3:]), is_litert, may_saturate=is_litert or export_for == "vnni")
 
-    @property
-    def code_type(self) -> type[np.integer]:
-        """The type of the codes of inputs."""
-        return np.int8 if self.signed_codes else np.uint8
-
     def stored(self, code: int) -> np.integer:
         """Return an input's code as it is stored."""
-        return self.code_type(code - MAX_CODE * self.signed_codes)
+        return np.int8(code - MAX_CODE) if self.signed_codes else np.uint8(code)
 
     def weight_bits(self, codes: Tensor) -> int:
         """Return how many bits each of a weight's codes takes: 8, 4 or 2."""
@@ -220,9 +215,5 @@ class Emitter:
         twice = f"{name}.twice"
         if twice not in self.known:
             self.node("Concat", [name, name], twice, axis=1)
-            self.node(
-                "DequantizeLinear",
-                [twice, *self.grid_constants(name, self.grids[name])],
-                f"{twice}.float",
-            )
-        return f"{twice}.float"
+            self.grids[twice] = self.grids[name]
+        return self.as_float(twice)

@@ -68,14 +68,12 @@ def verify_file(
     integers = compared.integers
     engine = onnx_session.open_session(model, "the model")
     logits = logits_on(test, engine, compared, dataset.test_images)
-    last = [*integers.integers().values()][-1]
-    scale = last.product_scale(last.parts[0])
     first = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
     simulated = logits["integer"], integers, first
     measured = {
         "file": path.name,
         "source": dict(source),
-        **compare_predictions(logits, test.labels.cpu(), scale),
+        **compare_predictions(logits, test.labels.cpu(), integers),
         "runtimes": {
             name: compare_runtime(name, model, dataset.test_images, *simulated) for name in runtimes
         },
@@ -117,12 +115,14 @@ def logits_on(test: Loader, engine: Run, compared: Compared, images: Tensor) -> 
 
 
 def compare_predictions(
-    logits: Mapping[str, Tensor], labels: Tensor, scale: Tensor
+    logits: Mapping[str, Tensor], labels: Tensor, integers: IntegerNetwork
 ) -> dict[str, Any]:
     """Return accuracies, and how far each simulation is from the engine.
 
-    Differences of logits are in units of `scale`, the last layer's.
+    Differences of logits are in units of the last layer's scale.
     """
+    last = [*integers.integers().values()][-1]
+    scale = last.product_scale(last.parts[0])
     predicted = {name: each.argmax(1) for name, each in logits.items()}
     engine, predicted_by_engine = logits["engine"], predicted["engine"]
     nets = [name for name in logits if name != "engine"]
