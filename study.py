@@ -20,7 +20,6 @@ import flags
 import train
 from analysis.study.jobs import Job, JobRunner, pending, visible_gpus
 from analysis.study.plan import NotChosen, Quantization, StudyPlan, Variant
-from analysis.study.report import update_report
 from analysis.study.settings import Settings, load_settings, resolve_settings
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.errors import FileError
@@ -202,6 +201,13 @@ def fit_to_data(
 
 
 # --- what it does ----------------------------------------------------------------------------
+
+
+def update_report(plan: StudyPlan) -> bool:
+    """Renew tables and figures; return whether there are results yet."""
+    from analysis.study import report  # with pandas and Matplotlib, which --plan needs not wait for
+
+    return report.update_report(plan)
 
 
 def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> None:

@@ -237,6 +237,14 @@ def test_without_a_terminal_it_prints_how_far_it_is(tiny, capsys, monkeypatch):
     assert lines[1].startswith("a: network 2 of 2, 0 s left")
 
 
+def test_what_is_counted_after_the_end_prints_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    with progress.StepDisplay(1, "network") as display:
+        display.step()
+    display.step()  # --export measures once more
+    assert capsys.readouterr().out.count("network") == 1
+
+
 def test_the_first_test_images_are_enough_for_a_quick_look(tiny, capsys):
     save_weights(make_net(), Path("a.pt"))
     assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--test_subset", 5) == 0

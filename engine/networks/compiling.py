@@ -10,6 +10,15 @@ from collections.abc import Callable
 import torch
 
 COMPILERS = {"cpu": ("c++", "g++"), "cuda": ("cc", "gcc", "clang")}  # that torch.compile calls
+OPTIONS = {
+    # What two sums share is computed twice: storing it would be a pass over memory, the bottleneck
+    "realize_reads_threshold": 64
+}
+CPU_OPTIONS = {  # results/speed/LOG.md has what each one saves at the start
+    "cpp.vec_isa_ok": True,  # what /proc/cpuinfo says of vector units is not tried out by compiling
+    "compile_threads": 1,  # no worker processes for six functions
+    "pattern_matcher": False,  # there is no attention or matrix product to look for
+}
 _compile_for: str | None = None  # type of the device whose kernels are compiled
 
 
@@ -33,19 +42,18 @@ def set_compile(enabled: bool, device: str = "cpu") -> bool:
 def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
     """Decorate a pure function of tensors: it runs compiled where `set_compile` says so.
 
-    Its first argument is (N, C, S), for which each shape but N is compiled for once, or holds
-    values per channel, (C) or (K, C), and is compiled once for any C. Keyword arguments are
-    constants of the compilation. With on_cpu=False it always runs eagerly on a CPU, where it would
-    not be worth a compilation.
+    Its first argument is (N, C, S), or holds values per channel, (C) or (K, C). It is compiled once
+    for any N and C, on a CPU also for any S, once for each memory format and pattern of dimensions
+    of size 1. Keyword arguments are constants of the compilation. With on_cpu=False it always runs
+    eagerly on a CPU, where it would not be worth a compilation.
     """
-    # What two sums share is computed twice: storing it would be a pass over memory, the bottleneck
-    options = {"realize_reads_threshold": 64}
 
     @functools.cache
-    def compile_once(constants, *shape):
+    def compile_once(constants, device, *key):
         def bound(*args):
             return fn(*args, **dict(constants))
 
+        options = OPTIONS | (CPU_OPTIONS if device.type == "cpu" else {})
         return torch.compile(bound, options=options, isolate_recompiles=True)
 
     @functools.wraps(fn)
@@ -57,11 +65,20 @@ def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
             return fn(*args, **constants)
         # with requires_grad it would compile once more for each pattern of True and False
         args = [t.detach() for t in args]
+        is_dynamic = device_type == "cpu"  # each shape of its own would compile for minutes
         for t in args:
             # N varies: the last batch of an epoch is smaller, and must compile nothing
-            torch._dynamo.maybe_mark_dynamic(t, 0 if t.dim() == 3 else t.dim() - 1)
-        layout = (x.shape[1:], x.stride(1)) if x.dim() == 3 else ()
-        key = tuple(constants.items()), layout, x.dtype, x.device
+            varying = ([0, 1, 2] if is_dynamic else 0) if t.dim() == 3 else t.dim() - 1
+            torch._dynamo.maybe_mark_dynamic(t, varying)
+        layout = ()
+        if x.dim() == 3 and is_dynamic:
+            layout = (
+                x.stride(1) == 1,
+                *(n == 1 for n in x.shape),
+            )  # PyTorch compiles 1 as a constant
+        elif x.dim() == 3:
+            layout = x.shape[1:], x.stride(1)
+        key = tuple(constants.items()), x.device, layout, x.dtype
         try:
             return compile_once(*key)(*args)
         except RuntimeError as error:

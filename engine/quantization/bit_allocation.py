@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 BIT_CHOICES = (2, 3, 4, 5, 6, 8)  # bits that a layer may get
 
@@ -17,6 +16,9 @@ def allocate_bits(
     Σ n_weights·bits / Σ n_weights, is at most `mean_bits`. It is a knapsack problem, solved as an
     integer program. Raises ValueError where the fewest bits are more than that.
     """
+    # Every script reads BIT_CHOICES, and the solver takes half a second to import.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     choices = [(name, bits) for name, of_layer in costs.items() for bits in of_layer]
     of_layer = np.array([[name == layer for name, _ in choices] for layer in costs], dtype=float)
     used = np.array([n_weights[name] * bits for name, bits in choices], dtype=float)

@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, elsewhere a line now and then."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ class _Display(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
+        self.shown_at = math.inf  # what is counted later is no part of it
 
     def _print_when_due(self, line: Callable[[float], str]) -> None:
         """Without a terminal, print `line(seconds since the start)` now and then."""

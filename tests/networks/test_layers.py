@@ -204,23 +204,25 @@ def test_what_runs_on_another_device_is_not_compiled(monkeypatch):
 
 
 def test_compiled_equals_eager():
-    """All derivatives agree and repeat bit for bit; a smaller batch compiles nothing more."""
+    """All derivatives agree and repeat bit for bit; another shape compiles nothing more."""
     if not compiling.set_compile(True):
         pytest.skip("no C++ compiler")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    norm, results = rectifying_norm(4), {}
-    x = torch.randn(8, 4, 3, 3).to(memory_format=LAST)
+    # a smaller batch; as many images as channels, and channels as pixels; a wide and large one
+    shapes = (8, 4, 3, 3), (5, 4, 3, 3), (9, 9, 3, 3), (3, 40, 7, 5)
+    images = {shape: torch.randn(shape).to(memory_format=LAST) for shape in shapes}
+    norms, results = {shape: rectifying_norm(shape[1]) for shape in shapes}, {}
     for compiled in (False, True, True):
         compiling.set_compile(compiled)
-        for n in (8, 5):
-            part = x[:n].requires_grad_()
-            g = grad(norm(part).sin().sum(), (part, norm.weight), create_graph=True)
-            new = [*g, *grad(sum(t.square().sum() for t in g), (part, norm.weight, norm.bias))]
-            old = results.setdefault((compiled, n), new)
+        for shape, x in images.items():
+            norm, x = norms[shape], x.requires_grad_()
+            g = grad(norm(x).sin().sum(), (x, norm.weight), create_graph=True)
+            new = [*g, *grad(sum(t.square().sum() for t in g), (x, norm.weight, norm.bias))]
+            old = results.setdefault((compiled, shape), new)
             assert all(map(torch.equal, old, new))
-            assert_same(new, results[False, n], 1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6  # not 12
+            assert_same(new, results[False, shape], 1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 6  # one for each function
 
 
 # --- modules ----------------------------------------------------------------------------------
