@@ -1,8 +1,10 @@
 """What several test files use: a quiet logger, a small problem, and the scripts as commands."""
 
+import gc
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import fork_server
@@ -11,9 +13,19 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+# Tests start hundreds of processes, and each would compile the modules of the project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 torch.set_num_threads(1)  # the nets are small: a second thread only waits
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs that tests interrupt have it
+
+
+def pytest_collection_finish():
+    """Keep all that is loaded by now out of later garbage collections, which take half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
