@@ -8,6 +8,7 @@ No fork is one of the test process: its threads, such as those of ONNX Runtime o
 be in the fork, but the locks that they hold would.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -137,6 +138,7 @@ def _launch(connection):
 def _fork(running, env, function, arguments):
     import torch
 
+    gc.freeze()  # our modules, too, which are loaded by now: see preloaded.py
     if pid := os.fork():
         running.add(pid)
         return pid
