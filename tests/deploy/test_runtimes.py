@@ -47,8 +47,13 @@ def networks():
     return small_net(), Grouped().eval()
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("n_bits", "per_channel"),
+    [
+        *((2, False), (3, True), (4, False), (8, True)),  # each value once
+        *(pytest.param(n, n % 2 == 0 and n < 8, marks=pytest.mark.slow) for n in (2, 3, 4, 8)),
+    ],
+)
 def test_every_form_gives_the_logits_of_the_simulation(n_bits, per_channel):
     for float_net in networks():
         net, *_ = quantize(float_net, normalized(pixels(8)), n_bits, n_bits, "uniform", per_channel)
