@@ -1,19 +1,39 @@
 """What several test files use: a quiet logger, a small problem, and the scripts as commands."""
 
+import functools
+import gc
 import os
 import signal
 import subprocess
+import sys
+from collections.abc import Hashable
 from pathlib import Path
 
 import fork_server
 import pytest
 import torch
 
+import data
+
 ROOT = Path(__file__).parent.parent
+
+# Tests start hundreds of processes, and each would compile the modules of the project anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 torch.set_num_threads(1)  # the nets are small: a second thread only waits
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs that tests interrupt have it
+
+
+# Hundreds of tests read these images, which nothing changes; to make them takes 0.2 s.
+data.synthetic = data.DATASETS["Synthetic"] = functools.cache(data.synthetic)
+
+
+def pytest_collection_finish():
+    """Keep all that is loaded by now out of later garbage collections, which take half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -27,20 +47,37 @@ def _default_determinism():
     torch.use_deterministic_algorithms(False)
 
 
+def code_of(net, images):
+    """All that the graph of a network depends on, apart from the values of its tensors."""
+    parts = [(images.shape, images.dtype, images.device)]
+    first_names = {}  # of a layer that runs twice, or a weight that two layers share
+    for name, module in net.named_modules(remove_duplicate=False):
+        parts += [(name, type(module), first_names.setdefault(id(module), name))]
+        for key, tensor in (module._parameters | module._buffers).items():
+            shared = first_names.setdefault(id(tensor), f"{name}.{key}")
+            parts += [(key, shared, getattr(tensor, "shape", None), getattr(tensor, "dtype", None))]
+        plain = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for key, value in [*plain.items(), *enumerate(hooks)]:  # functions are the same or not
+            parts += [(key, value if isinstance(value, Hashable) else repr(value))]
+    return tuple(parts)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _traced_once():
-    """Trace each of these networks once: it takes a second, and none depends on its weights."""
+    """Trace networks of the same code once: it takes a second, whatever their weights are.
+
+    `export_network` compares the logits of the graph with those of the network each time.
+    """
     from engine.networks import export
 
     trace, programs = export.traced, {}
 
     def traced(net, images):
-        if type(net).__module__ not in ("models", "reference", "tiny_scripts"):
-            return trace(net, images)
-        key = (type(net), repr(net), images.shape, images.dtype, images.device)
-        if key not in programs:
-            programs[key] = trace(net, images)
-        return programs[key]
+        code = code_of(net, images)
+        if code not in programs:
+            programs[code] = trace(net, images)
+        return programs[code]
 
     export.traced = traced
     yield

@@ -8,6 +8,7 @@ No fork is one of the test process: its threads, such as those of ONNX Runtime o
 be in the fork, but the locks that they hold would.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -17,15 +18,25 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 SECONDS = 300
-OF_EXPORT = ["torch.export._trace", "torch.export.pt2_archive._package", "torch._inductor.sizevars"]
-OTHERS = ["torch._dynamo", "torchvision", "matplotlib.figure", "pandas", "scipy.stats", "wandb"]
-FORKS.set_forkserver_preload(["torch", *OTHERS, *OF_EXPORT])
+FORKS.set_forkserver_preload(["preloaded"])
+
+
+def start(function: Callable[..., None], *arguments: object) -> multiprocessing.Process:
+    """Start a function of a module in a fork of the server, which is started if it does not run."""
+    folder = str(Path(__file__).parent)
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=folder):  # there it finds `preloaded`
+        forkserver.ensure_running()
+    fork = FORKS.Process(target=function, args=arguments, daemon=True)
+    fork.start()
+    return fork
 
 
 def call(
@@ -42,10 +53,7 @@ def call(
         paths = [Path(folder, name) for name in ("out", "err")]
         for path in paths:
             path.touch()
-        fork = FORKS.Process(
-            target=_work, args=(function, arguments, cwd, dict(env), paths), daemon=True
-        )
-        fork.start()
+        fork = start(_work, function, arguments, cwd, dict(env), paths)
         try:
             fork.join(SECONDS)
             if fork.exitcode is None:
@@ -82,7 +90,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.connection, theirs = FORKS.Pipe()
-        FORKS.Process(target=_launch, args=(theirs,), daemon=True).start()
+        start(_launch, theirs)
         theirs.close()
 
     def start(self, function: Callable[..., int | None], *arguments: object) -> int:
@@ -130,6 +138,7 @@ def _launch(connection):
 def _fork(running, env, function, arguments):
     import torch
 
+    gc.freeze()  # our modules, too, which are loaded by now: see preloaded.py
     if pid := os.fork():
         running.add(pid)
         return pid

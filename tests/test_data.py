@@ -391,11 +391,13 @@ def test_the_real_npm_package(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ Synthetic, subsets
 
 
-def test_synthetic_depends_on_the_seed_only():
+def test_synthetic_depends_on_the_seed_only(monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "Synthetic", data.synthetic.__wrapped__)  # makes them anew
     torch.manual_seed(1)
     a = data.load("Synthetic", "", 5)
     state = torch.get_rng_state()
     b, c = data.load("Synthetic", "", 5), data.load("Synthetic", "", 6)
+    assert b is not a
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(a.train_images, b.train_images) and torch.equal(a.test_images, b.test_images)
     assert not torch.equal(a.train_images, c.train_images)

@@ -1,8 +1,7 @@
 import argparse
 import random
-import subprocess
-import sys
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -81,21 +80,26 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert hardware.resolve_precision("bf16", "cpu") == torch.bfloat16
 
 
-def test_freed_memory_is_kept_and_reused():
-    code = """if True:
-        import resource, torch
-        from engine.system import hardware
-        if hardware.tune_glibc_malloc():
-            def faults():
-                return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(16):  # until the blocks lie as they will
-                torch.ones(2**23)
-            before = faults()
-            for _ in range(20):
-                torch.ones(2**23)
-            assert faults() - before < 2**15, faults() - before  # else 20 times 2**13 pages
-    """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def free_again_and_again():
+    import resource
+
+    if not hardware.tune_glibc_malloc():
+        return
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    for _ in range(16):  # until the blocks lie as they will
+        torch.ones(2**23)
+    before = faults()
+    for _ in range(20):
+        torch.ones(2**23)
+    assert faults() - before < 2**15, faults() - before  # else 20 times 2**13 pages
+
+
+def test_freed_memory_is_kept_and_reused(tmp_path):
+    done = fork_server.call(free_again_and_again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_seed_everything_seeds_every_stream():

@@ -237,8 +237,10 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def correlations(x: pd.Series, y: pd.Series, grouped: Grouping) -> list[float]:
     """Return the rank correlation of x and y, values of networks, in each group where it exists."""
-    groups = grouped(pd.DataFrame({"x": x, "y": y}).dropna())
-    rhos = [rank_correlation(pairs["x"], pairs["y"]) for pairs in groups]
+    networks = pd.DataFrame({"x": x, "y": y}).dropna()
+    if len(networks) < MIN_NETWORKS:  # so no group has enough of them
+        return []
+    rhos = [rank_correlation(pairs["x"], pairs["y"]) for pairs in grouped(networks)]
     return [rho for rho in rhos if rho is not None]
 
 

@@ -47,8 +47,16 @@ def networks():
     return small_net(), Grouped().eval()
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("n_bits", "per_channel"),
+    [
+        *((2, False), (3, True), (4, False), (8, True)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, True), (3, False), (4, True), (8, False))
+        ),
+    ],
+)
 def test_every_form_gives_the_logits_of_the_simulation(n_bits, per_channel):
     for float_net in networks():
         net, *_ = quantize(float_net, normalized(pixels(8)), n_bits, n_bits, "uniform", per_channel)

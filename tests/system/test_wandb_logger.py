@@ -1,3 +1,4 @@
+import atexit
 import json
 import runpy
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from wandb_log import read_log
@@ -37,21 +39,36 @@ def test_keys_are_found_where_wandb_looks(no_key, monkeypatch, tmp_path):
     assert wandb_logger.has_key()
 
 
-def test_a_run_without_key_terminal_or_mode_is_recorded_offline(no_key, monkeypatch, tmp_path):
-    """In an interpreter of its own, whose end is what wandb waits for."""
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # a copy of the weights goes there
-    flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
-    flags += ["--wandb_group", "g", "--wandb_tags", "a", "b", "--wandb_notes", "why", "--log_model"]
-    completed = subprocess.run(  # epochs of two batches
-        [sys.executable, train.__file__, *map(str, flags)],
-        cwd=tmp_path,
+def in_a_fork(argv, cwd):
+    return fork_server.call(run_to_the_end, argv, cwd=cwd)
+
+
+def run_to_the_end(argv):
+    fork_server.command(argv)
+    atexit._run_exitfuncs()  # as an interpreter would: there wandb waits
+
+
+def in_an_interpreter(argv, cwd):
+    return subprocess.run(
+        [sys.executable, *argv],
+        cwd=cwd,
         text=True,
         capture_output=True,
         stdin=subprocess.DEVNULL,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize(
+    "run", [in_a_fork, pytest.param(in_an_interpreter, marks=pytest.mark.slow)]
+)
+def test_a_run_without_key_terminal_or_mode_is_recorded_offline(run, no_key, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))  # a copy of the weights goes there
+    flags = [*FAST, "--regularizer", "L2Grad", "--watch", "--watch_freq", 3, "--n_epochs", 2]
+    flags += ["--wandb_group", "g", "--wandb_tags", "a", "b", "--wandb_notes", "why", "--log_model"]
+    completed = run([train.__file__, *map(str, flags)], tmp_path)  # epochs of two batches
     assert completed.returncode == 0, completed.stderr
     assert "wandb leet" in completed.stdout and "wandb sync" in completed.stdout
     [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
