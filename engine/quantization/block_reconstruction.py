@@ -11,7 +11,7 @@ grids too; in each step each of their elements keeps full precision with probabi
 of x in place of x̂ where it enters the block. The gradient goes straight through their rounding.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -71,9 +71,10 @@ def learn_block_rounding(
     """Return where the weights of each layer are rounded up, by its name: bools of their shape.
 
     `graph` is an exported network on the CPU, and `grids` are those of its inputs, by name. 2-d
-    convolutions and linear layers are learned, those of a block together in n_steps steps; weights
-    of others go to nearest, and so do those of a block whose learned rounding has no less error on
-    the images. What is returned is on the CPU. Of N processes, rank 0 reads all images and learns.
+    convolutions and linear layers are learned, those of a block together in n_steps steps. Layers
+    that are missing go to nearest: those of other kinds, and of a block where learning has no less
+    error on the images. What is returned is on the CPU. Of N processes, rank 0 reads all images and
+    learns.
     """
     blocks = [block.to(device) for block in find_blocks(graph)]
     round_up = {}
@@ -138,7 +139,7 @@ def learn_blocks(
     n_steps: int,
     display: StepDisplay,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield what `learn_block_rounding` returns, block by block."""
+    """Yield what `learn_block_rounding` returns, block by block; they are where the images are."""
     x = x_q = torch.cat([*batches()])  # what enters the block, of all images
     for number, block in enumerate(blocks):
         y = in_batches(block, x)
@@ -152,10 +153,10 @@ def learn_blocks(
         outputs = [
             in_batches(quantize_activations(each, grids), x_q) for each in (nearest, learned)
         ]
-        errors = [output_error(block, y_q.double(), y.double()) for y_q in outputs]
+        errors = [output_error(block, y_q, y) for y_q in outputs]
         is_better = bool(errors[1] < errors[0])
         x, x_q = y, outputs[is_better]
-        yield trainer.round_up() if is_better else nearest_up(quantized, trainer.weights)
+        yield trainer.round_up() if is_better else {}
 
 
 class BlockTrainer:
@@ -256,12 +257,6 @@ def with_rounding(
         for kind, tensor in quantized(name, round_up.get(name)).items():
             set_tensor(copied, layer.tensors[kind], tensor.to(device))
     return copied
-
-
-def nearest_up(quantized: Quantized, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return where the layers' weights are rounded up if they go to nearest, by layer."""
-    tensors = {name: [quantized(name, up)["weight"] for up in (None, 1)] for name in names}
-    return {name: nearest == high for name, (nearest, high) in tensors.items()}
 
 
 def in_batches(block: fx.GraphModule, x: Tensor) -> Tensor:

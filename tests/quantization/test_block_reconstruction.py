@@ -18,7 +18,6 @@ from test_adaround import (
 from test_deploy_script import FLAGS, main, onnx, tiny  # noqa: F401
 from torch import nn
 
-import quant_utils as qu
 from analysis import measured_network
 from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
@@ -237,7 +236,7 @@ def test_no_block_is_worse_than_rounded_to_nearest_on_the_images(is_quantized):
     round_up = learn(graph, grids)
     assert all(torch.equal(t, before[name]) for name, t in graph.named_buffers())
     assert torch.equal(torch.get_rng_state(), rng)
-    assert list(round_up) == ["conv1", "conv2", "conv3", "down", "fc"]  # as they run
+    assert set(round_up) <= layers(graph).keys()
     x = x_q = images()
     better = []
     for block in br.find_blocks(graph):
@@ -245,7 +244,7 @@ def test_no_block_is_worse_than_rounded_to_nearest_on_the_images(is_quantized):
         for is_learned in (False, True):
             copied = br.copy_graph(block)
             for name in layers(block):
-                up = round_up[name] if is_learned else None
+                up = round_up.get(name) if is_learned else None
                 for kind, tensor in quantized(graph, name, 3, up).items():
                     set_tensor(copied, f"{name}.{kind}", tensor)
             outputs.append(quantize_activations(copied, grids)(x_q))
@@ -259,18 +258,16 @@ def test_no_block_is_worse_than_rounded_to_nearest_on_the_images(is_quantized):
 
 def test_repeated_it_is_the_same_to_the_bit_and_depends_on_the_grids():
     graph = make_graph()
-    first, second, others = learn(graph), learn(graph), learn(graph, grids_of(graph, 2))
-    assert first.keys() == second.keys() == others.keys()
+    first, second, others = learn(graph), learn(graph), learn(graph, grids_of(graph, 3))
+    assert first.keys() == second.keys() != set()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], others[name]) for name in first)
+    assert not all(torch.equal(first[name], others.get(name, first[name])) for name in first)
 
 
 def test_a_block_that_would_be_worse_is_rounded_to_nearest(monkeypatch):
     monkeypatch.setattr(br, "objective_gradient", lambda v, *_: torch.ones_like(v))
     graph = make_graph()
-    for name, up in learn(graph, n_steps=100).items():  # all weights would go down
-        w = graph.get_buffer(f"{name}.weight")
-        assert torch.equal(qu.uniform(w, 3, round_up=up), qu.uniform(w, 3))
+    assert learn(graph, n_steps=100) == {}  # all weights would go down
 
 
 def test_layers_of_other_kinds_go_to_nearest():
