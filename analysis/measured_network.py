@@ -327,8 +327,10 @@ class MeasuredNetwork:
 
             # by blocks, one process learns, from all images
             part = (0, 1) if by_blocks else (distributed.get_rank(), distributed.get_world_size())
-            learn = partial(learn_block_rounding, self.grids(how.act_bits))
-            learned = (learn if by_blocks else learn_rounding)(
+            learn = learn_rounding
+            if by_blocks:
+                learn = partial(learn_block_rounding, self.grids(how.act_bits))
+            learned = learn(
                 self.graph,
                 quantized,
                 lambda: batches(self.images.rounding, *part),

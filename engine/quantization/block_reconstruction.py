@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from engine.networks.graph import (
+    BATCH,
     Transform,
     aten,
     copy_graph,
@@ -44,7 +45,7 @@ from engine.quantization.weights import NO_EXCEPTIONS
 from engine.system import distributed
 from engine.system.progress import StepDisplay
 
-BATCH = 32  # images of a step
+BATCH_SIZE = 32  # images of a step
 LEARNING_RATE = 0.1  # of Adam
 
 
@@ -111,7 +112,10 @@ def find_blocks(graph: fx.GraphModule) -> list[fx.GraphModule]:
 
 
 def bottlenecks(graph: fx.GraphModule) -> list[fx.Node]:
-    """Return the values that every path from the images to the logits goes through, in order."""
+    """Return the values that every path from the images to the logits goes through, in order.
+
+    Their first dimension is that of images.
+    """
     [images] = graph.graph.find_nodes(op="placeholder")
     position = {images: 0}  # of the nodes that depend on the images, in the order they run
     found, last_read = [], 0  # where any value before the node is read last
@@ -119,7 +123,7 @@ def bottlenecks(graph: fx.GraphModule) -> list[fx.Node]:
         if any(source in position for source in node.all_input_nodes):
             position[node] = len(position)
     for node, i in position.items():
-        if last_read <= i and node.op != "output":
+        if last_read <= i and node.meta.get("shape", ())[:1] == (BATCH,):
             found.append(node)
         last_read = max([last_read, *(position[user] for user in node.users)])
     return found
@@ -184,7 +188,7 @@ class BlockTrainer:
 
     def step(self, x: Tensor, x_q: Tensor, y: Tensor, progress: float) -> None:
         """Learn from a batch of the images, whose x, x̂ and B(x) these are."""
-        chosen = torch.randperm(len(x), generator=self.generator, device=x.device)[:BATCH]
+        chosen = torch.randperm(len(x), generator=self.generator, device=x.device)[:BATCH_SIZE]
         beta = beta_at(progress)
         gradients = self.gradients(*(t[chosen] for t in (x, x_q, y)))
         for w, gradient in zip(self.weights.values(), gradients, strict=True):
@@ -261,7 +265,7 @@ def with_rounding(
 
 def in_batches(block: fx.GraphModule, x: Tensor) -> Tensor:
     """Return the block's output for all images, a batch at a time."""
-    return torch.cat([block(part) for part in x.split(BATCH)])
+    return torch.cat([block(part) for part in x.split(BATCH_SIZE)])
 
 
 def output_error(block: fx.GraphModule, y_q: Tensor, y: Tensor) -> Tensor:

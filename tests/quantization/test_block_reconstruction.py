@@ -109,6 +109,29 @@ def test_branches_that_are_concatenated_are_one_block():
     torch.testing.assert_close(y, graph(x))  # log_softmax is of the last block
 
 
+class TokensFirst(nn.Module):
+    """Tokens stand before images, and are split, on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 6), nn.Linear(3, 5)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).permute(2, 0, 1)  # (tokens, B, 4)
+        first, second = self.a(x.relu()).chunk(2, -1)
+        return self.b((first * second).permute(1, 2, 0).mean(2))
+
+
+def test_blocks_meet_where_the_first_dimension_is_that_of_images():
+    names, graph, blocks = find(TokensFirst(), 8)
+    assert names == [["conv"], ["a"], ["b"]]
+    x = y = torch.randn(3, 3, 8, 8, generator=seeded())
+    for block in blocks:
+        y = block(y)
+        assert len(y) == 3
+    torch.testing.assert_close(y, graph(x))
+
+
 # --- the objective ---------------------------------------------------------------------------
 
 
