@@ -90,7 +90,7 @@ FLOAT_BIASES = Need("--fold_bn or --biases full: biases that were corrected are 
 PWLQ = "pwlq among --schemes"
 UNIFORM = "uniform among --schemes"
 LEARNS = Need("uniform or clip among --schemes", utils.learned_schemes)
-ADAROUND = ["--rounding adaround", LEARNS]
+LEARNED_ROUNDING = ["--rounding adaround or qdrop", LEARNS]
 ON_GRID = Need("--rounding nearest: it would move weights off the grid that was learned on",
                lambda run: not utils.learned_schemes(run))
 CALIBRATES = Need("--act_bits, --output_bias_correction or --budget_bits",
@@ -106,7 +106,7 @@ BITS_OF_LAYERS = [
 FLOAT64 = Need("--device cpu or cuda, which have float64",
                lambda run: has_float64(run.device) or not (
                    utils.learned_schemes(run) or any(getattr(run, name) for name in INTEGER_FLAGS)))
-BY_LAYER = Need("--rounding nearest: adaround learns layers one after another", ON_GRID.is_met)
+BY_LAYER = Need("--rounding nearest: it is learned for layers one after another", ON_GRID.is_met)
 ONE_FILE = Need("one FILE", lambda run: len(find_paths(run.checkpoints)) == 1)
 ONE = Need("one FILE, one of --bits, one of --act_bits and one of --schemes",
            lambda run: ONE_FILE.is_met(run) and len(run.schemes) == len(utils.act_bits(run)) == 1)
@@ -282,11 +282,13 @@ QUANTIZATION: Table = [
            "its bias, layer by layer; it is measured on --calibration_images, also with --act_bits",
            requires=[FLOAT_BIASES, "no --recalibrate_bn_images: that moves the means again"]),
     "rounding of weights",
-    Flag("rounding", ("nearest", "adaround"), "nearest", "round weights to nearest, or learn "
-         "whether up or down keeps their layer's output (AdaRound)", needs=LEARNS,
-         requires=FLOAT64),
-    Flag("rounding_images", count, 1024, "training images for adaround", needs=ADAROUND),
-    Flag("rounding_steps", count, 500, "steps of adaround in each layer", needs=ADAROUND),
+    Flag("rounding", ("nearest", "adaround", "qdrop"), "nearest", "round weights to nearest, or "
+         "learn whether up or down keeps the output of their layer (AdaRound) or of a block of "
+         "layers with --act_bits (QDrop)", needs=LEARNS, requires=FLOAT64),
+    Flag("rounding_images", count, 1024, "training images for adaround and qdrop",
+         needs=LEARNED_ROUNDING),
+    Flag("rounding_steps", count, 500, "steps of adaround in each layer, of qdrop in each block",
+         needs=LEARNED_ROUNDING),
     Flag("distribution", (*qu.DISTRIBUTIONS, "search"), "norm", "breakpoint of least expected "
          "error for normal or Laplace weights, or of least measured error", needs=PWLQ),
     switch("approximate", "breakpoint from the paper's closed form, not the exact optimum",

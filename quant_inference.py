@@ -151,6 +151,7 @@ def make_conditions(args: argparse.Namespace, display: StepDisplay) -> Condition
         args.keep_first_last,
         args.output_bias_correction,
         args.rounding_steps,
+        by_blocks=args.rounding == "qdrop",
         in_integers=any(getattr(args, flag) for flag in INTEGER_FLAGS),
         avg_in_layer=args.avg_in_layer,
         tick=display.step,
@@ -170,7 +171,7 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
         first(flags.CALIBRATES.is_met(args) and args.calibration_images, CALIBRATION_BATCH),
         first(args.recalibrate_bn_images),
         first(args.per_layer and args.per_layer_images),
-        first(args.rounding == "adaround" and args.rounding_images, ROUNDING_BATCH),
+        first(args.rounding != "nearest" and args.rounding_images, ROUNDING_BATCH),
     )
 
 
@@ -372,7 +373,7 @@ def measure_network(
             is_learned = row["scheme"] == LEARNED
             is_whole = not (args.holdout or args.test_subset)
             checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
-            how = {"rounding": qu.rounding_of(row["scheme"], learners)}
+            how = {"rounding": qu.rounding_of(row["scheme"], learners, args.rounding)}
             results.rows.append(row | common | how | ({"per_channel": False} if is_learned else {}))
         if args.per_layer:
             of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
@@ -470,7 +471,7 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     warn_unused_flags(parser, args, now)
     learners = utils.learned_schemes(args)
     if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
-        checks.print_warning(f"--rounding adaround has no effect on {', '.join(others)}")
+        checks.print_warning(f"--rounding {args.rounding} has no effect on {', '.join(others)}")
     checks.check_deployed_files(parser, args)
 
 

@@ -398,14 +398,14 @@ def is_stochastic(scheme_name: str) -> bool:
     return "generator" in quantizer_options(scheme_name)
 
 
-def rounding_of(scheme_name: str, learners: Sequence[str]) -> str | None:
-    """Return how a row's weights are rounded: "nearest", "stochastic" or "adaround".
+def rounding_of(scheme_name: str, learners: Sequence[str], rounding: str) -> str | None:
+    """Return how a row's weights are rounded: "nearest", "stochastic" or, if learned, `rounding`.
 
     `learners` are the schemes whose rounding is learned. None for rows of no scheme of ours.
     """
     if scheme_name not in QUANTIZERS:  # unquantized, or with learned step sizes
         return None
-    rounding = "adaround" if scheme_name in learners else "nearest"
+    rounding = rounding if scheme_name in learners else "nearest"
     return "stochastic" if is_stochastic(scheme_name) else rounding
 
 

@@ -115,7 +115,7 @@ def act_bits(args: argparse.Namespace) -> list[int]:
 def learned_schemes(args: argparse.Namespace) -> list[str]:
     """Return those of the schemes whose rounding of weights is learned."""
     takers = [scheme for scheme in args.schemes if "round_up" in qu.quantizer_options(scheme)]
-    return takers if args.rounding == "adaround" else []
+    return takers if args.rounding != "nearest" else []
 
 
 # --- options of regularizers -----------------------------------------------------------------

@@ -120,8 +120,8 @@ def accuracy_plot(rows: Sequence[Row], path: Path) -> None:
         panels = figure.subplots(1, len(by_panel), sharey=True, squeeze=False)[0]
         for axes, ((scheme, act_bits), points) in zip(panels, by_panel.items(), strict=True):
             accuracy_panel(axes, points, full)
-            learned = points[0].get("rounding") == "adaround"
-            title = f"{scheme}, AdaRound (2ᵇ levels)" if learned else TITLES.get(scheme, scheme)
+            learned = {"adaround": "AdaRound", "qdrop": "QDrop"}.get(points[0].get("rounding"))
+            title = f"{scheme}, {learned} (2ᵇ levels)" if learned else TITLES.get(scheme, scheme)
             axes.set(title=title, xlabel=act_bits or bits_label(points))
         low, high = panels[0].get_ylim()
         grow = max(0, MIN_ACCURACY_SPAN - (high - low)) / 2

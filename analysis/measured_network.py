@@ -22,6 +22,7 @@ from engine.networks.graph import copy_graph, layers, weights
 from engine.quantization import activations as acts
 from engine.quantization.adaround import learn_rounding
 from engine.quantization.bit_allocation import BIT_CHOICES, allocate_bits
+from engine.quantization.block_reconstruction import learn_block_rounding
 from engine.quantization.coverage import Coverage, coverage
 from engine.quantization.output_correction import correct_outputs
 from engine.quantization.weights import (
@@ -92,7 +93,8 @@ class Conditions:
     asymmetric: bool = False  # signed inputs have a zero point
     keep_first_last: bool = False
     corrects_outputs: bool = False  # biases make up for the mean errors of layers' outputs
-    rounding_iterations: int = 500  # of AdaRound, in each layer
+    rounding_iterations: int = 500  # of learned rounding, in each layer or block
+    by_blocks: bool = False  # it is learned for blocks of layers, with quantized inputs
     in_integers: bool = False  # simulate what an integer runtime computes
     avg_in_layer: bool = False
     tick: Callable[[], Any] = int  # called after each measurement
@@ -115,7 +117,7 @@ class MeasuredNetwork:
 
     def __post_init__(self) -> None:
         self._ranges: dict[int, dict[str, acts.Range]] = {}
-        self._rounding: tuple[tuple[str, int], dict[str, Tensor]] = (("", 0), {})
+        self._rounding: tuple[Any, dict[str, Tensor]] = (None, {})
         self._mixed: dict[tuple[str, float], dict[str, int]] = {}
         self._weights: tuple[Any, tuple[fx.GraphModule, list[QuantizedLayer]]] = (None, None)
 
@@ -279,8 +281,9 @@ class MeasuredNetwork:
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
         """Return a copy of the graph with quantized weights, and what became of each layer."""
         corrects = self.conditions.corrects_outputs
-        # bits of inputs matter to the biases alone that make up for them
-        key = how.scheme, how.n_bits, trial, how.act_bits if corrects else None
+        # bits of inputs matter to what makes up for them alone: biases, and rounding by blocks
+        reads_inputs = corrects or (how.learns and self.conditions.by_blocks)
+        key = how.scheme, how.n_bits, trial, how.act_bits if reads_inputs else None
         if self._weights[0] != key:
             graph, quantized = quantize_weights(
                 self.graph,
@@ -307,11 +310,12 @@ class MeasuredNetwork:
     def round_up(self, how: Quantization) -> Mapping[str, Tensor]:
         """Return where weights are rounded up, by the name of their layer; none: to nearest.
 
-        Inputs are not quantized while it is learned, as in the paper: one result serves them all.
+        Layer by layer, inputs are not quantized while it is learned: one result serves them all.
         """
         if not how.learns:
             return NO_EXCEPTIONS
-        key = how.scheme, how.n_bits
+        by_blocks = self.conditions.by_blocks
+        key = how.scheme, how.n_bits, how.act_bits if by_blocks else None
         if self._rounding[0] != key:
             bits = self.weight_bits(how)
 
@@ -321,8 +325,12 @@ class MeasuredNetwork:
                 tensors = layers(graph)[name].tensors
                 return {kind: graph.get_buffer(each) for kind, each in tensors.items()}
 
-            part = distributed.get_rank(), distributed.get_world_size()
-            learned = learn_rounding(
+            # by blocks, one process learns, from all images
+            part = (0, 1) if by_blocks else (distributed.get_rank(), distributed.get_world_size())
+            learn = learn_rounding
+            if by_blocks:
+                learn = partial(learn_block_rounding, self.grids(how.act_bits))
+            learned = learn(
                 self.graph,
                 quantized,
                 lambda: batches(self.images.rounding, *part),

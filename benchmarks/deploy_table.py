@@ -35,6 +35,7 @@ def scheme_name(source: Mapping[str, str]) -> str:
         + " per channel" * (source["per_channel"] == "true")
         + ", equalized" * (source.get("equalize") == "true")
         + ", AdaRound" * source.get("rounding", "").startswith("adaround")
+        + ", QDrop" * source.get("rounding", "").startswith("qdrop")
     )
 
 

@@ -66,11 +66,11 @@ def describe_source(
 
     `settings` are the values of the script's flags by name, `how` has scheme, n_bits and act_bits.
     """
-    learned = "adaround on {rounding_images} images in {rounding_steps} steps"
+    learned = "{rounding} on {rounding_images} images in {rounding_steps} steps"
     pwlq = [settings[flag] for flag in ("distribution", "approximate", "overlapping")]
     return {
         "model": model,
-        "rounding": learned.format(**settings) if settings["rounding"] == "adaround" else "nearest",
+        "rounding": learned.format(**settings) if settings["rounding"] != "nearest" else "nearest",
         "checkpoint": path.name,
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "class_names": json.dumps(classes),

@@ -144,13 +144,20 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     return returning_values(graph, output.args[0])
 
 
-def returning_values(graph: fx.GraphModule, results: fx.node.Argument) -> fx.GraphModule:
-    """Return a copy that returns the value of a node, or of a list of them, and runs no more."""
+def returning_values(
+    graph: fx.GraphModule, results: fx.node.Argument, given: fx.Node | None = None
+) -> fx.GraphModule:
+    """Return a copy that returns the value of a node, or of a list of them, and runs no more.
+
+    It takes images or, of a node `given` that all results depend on by itself, the node's value.
+    """
     copied = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies = {given: copied.placeholder(given.name)} if given else {}
     copied.graph_copy(graph.graph, copies)
     copied.output(fx.node.map_arg(results, copies.__getitem__))
-    copied.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    # what the network takes stays where nothing reads it; with `given`, images go
+    taken, *_ = copied.find_nodes(op="placeholder")
+    copied.eliminate_dead_code(lambda node: node is taken or node.op == "output")
     return fx.GraphModule(graph, copied)
 
 

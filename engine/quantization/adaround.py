@@ -185,14 +185,13 @@ def learn_layer(
     """Return where weights w are rounded up, bools of their shape on the CPU.
 
     `low` and `high` are their neighbours on the grid, the same where one end of the grid is the
-    nearest to either. V starts where h = (w − low) / (high − low).
+    nearest to either. V starts where Ŵ is W.
     """
     shape = w.shape
     # (groups, output channels / groups, K), as the error has them
     w, nearest, low, high = (t.reshape(error.cross.shape) for t in (w, nearest, low, high))
     step = high - low
-    h = ((w - low) / torch.where(step > 0, step, 1)).clamp_(0, 1)
-    v = ((h + 0.1) / 1.2).logit_()  # the inverse of soft_rounding: Ŵ starts at W
+    v = initial_v(w, low, step)
     output_gradient = error.gradient(v.dtype)
     optimizer = torch.optim.Adam([v], LEARNING_RATE)
     for i in range(n_steps):
@@ -203,6 +202,12 @@ def learn_layer(
     up = soft_rounding(v)[0] >= 0.5  # h need not have reached 0 or 1
     is_better = error(torch.where(up, high, low) - w) < error(nearest - w)
     return (up if is_better else nearest == high).reshape(shape).cpu()
+
+
+def initial_v(w: Tensor, low: Tensor, step: Tensor) -> Tensor:
+    """Return V for which low + step·h(V) is w, or as near as it comes: of w's shape."""
+    h = ((w - low) / torch.where(step > 0, step, 1)).clamp_(0, 1)
+    return ((h + 0.1) / 1.2).logit_()  # the inverse of soft_rounding
 
 
 def beta_at(progress: float) -> float | None:
