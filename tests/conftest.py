@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -28,6 +29,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 # Hundreds of tests read these images, which nothing changes; to make them takes 0.2 s.
 data.synthetic = data.DATASETS["Synthetic"] = functools.cache(data.synthetic)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Leave all but every n-th case of a test that is `sampled(n)` to `make test-slow`."""
+    seen = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("sampled"):
+            test, _, _ = item.nodeid.partition("[")
+            if seen[test] % marker.args[0]:
+                item.add_marker("slow")
+            seen[test] += 1
 
 
 def pytest_collection_finish():

@@ -27,6 +27,7 @@ def import_alone(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+@pytest.mark.sampled(4)
 def test_each_module_imports_alone_and_without_side_effects(module, tmp_path):
     completed = fork_server.call(import_alone, module, cwd=tmp_path)
     assert completed.returncode == 0, completed.stderr
@@ -57,6 +58,7 @@ def import_benchmark(name):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.sampled(3)
 def test_each_benchmark_imports(name, tmp_path):
     completed = fork_server.call(import_benchmark, name, cwd=tmp_path)
     assert completed.returncode == 0, completed.stderr

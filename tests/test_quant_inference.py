@@ -181,6 +181,7 @@ def test_rows_are_what_the_quantizers_say(tiny, capsys):
     ],
     ids=" ".join,
 )
+@pytest.mark.sampled(3)
 def test_every_option_changes_the_result(tiny, flags):
     save_weights(make_net(), Path("a.pt"))
     common = ["a.pt", "--bits", 4, "--schemes", "pwlq"]

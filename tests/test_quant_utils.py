@@ -107,6 +107,7 @@ def test_number_of_levels_also_with_a_bias_beyond_the_range(name, n_bits):
 
 @pytest.mark.parametrize("name", sorted({*ALL} - {"overlapping"}))  # its tails cross the breakpoint
 @check(w=tensors(), n_bits=st.integers(2, 12))
+@pytest.mark.sampled(2)
 def test_values_on_the_grid_stay(name, w, n_bits):
     w_q = quantize(name, w, n_bits, range_source=w)
     torch.testing.assert_close(quantize(name, w_q, n_bits, range_source=w), w_q, rtol=1e-9, atol=0)
@@ -143,6 +144,7 @@ def test_pwlq_is_off_by_half_a_step_of_its_piece_at_most(w, n_bits, overlapping)
 
 @pytest.mark.parametrize("name", sorted({*DETERMINISTIC} - {"clip"}))  # one end is a step longer
 @check(w=tensors(), n_bits=st.integers(2, 8))
+@pytest.mark.sampled(2)
 def test_symmetric(name, w, n_bits):
     w_q, mirrored = (DETERMINISTIC[name](s * w, n_bits) for s in (1, -1))
     inside = w.abs() < w.abs().max() * (1 - 1e-12)  # uniform sends −m, a tie, half a step outwards
@@ -167,6 +169,7 @@ def test_more_bits_less_error(name):
 
 @pytest.mark.parametrize("name", sorted({*DETERMINISTIC} - {"clip"}))  # may choose among equals
 @check(w=tensors(min_dims=2), n_bits=st.integers(2, 8))
+@pytest.mark.sampled(3)
 def test_per_channel_is_a_loop_over_channels(name, w, n_bits):
     w = w * torch.logspace(0, 3, len(w)).double().view(-1, *[1] * (w.dim() - 1))
     looped = torch.stack([DETERMINISTIC[name](channel, n_bits) for channel in w])

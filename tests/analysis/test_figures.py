@@ -60,6 +60,7 @@ def test_plot_says_how_many_bits_the_activations_have():
 
 @pytest.mark.parametrize("drop", [0.0, 1e-4, 0.003, 0.01, 0.04, 0.3, 0.9])
 @pytest.mark.parametrize("accuracy", [0.1, 0.4849, 0.9, 1.0])
+@pytest.mark.sampled(5)
 def test_labels_of_accuracy_differ_and_are_exact(drawn, accuracy, drop):
     axes = drawn(figures.accuracy_plot, make_rows(accuracy=accuracy, drop=drop)).axes[0]
     low, high = axes.get_ylim()
@@ -78,6 +79,7 @@ def test_decimals_are_as_many_as_the_step_needs():
 
 @pytest.mark.parametrize("bits", [(4,), (2, 4, 8), tuple(range(2, 17))])
 @pytest.mark.parametrize("n_files", [1, 3, 9])
+@pytest.mark.sampled(3)
 def test_ticks_of_bits_are_at_the_bit_widths(drawn, bits, n_files):
     names = [f"net{i}" for i in range(n_files)]
     for axes in drawn(figures.accuracy_plot, make_rows(names, bits)).axes:
@@ -90,6 +92,7 @@ def test_ticks_of_bits_are_at_the_bit_widths(drawn, bits, n_files):
 
 @pytest.mark.parametrize("schemes", [("none", "uniform"), ("none", "uniform", "dorefa")])
 @pytest.mark.parametrize("names", [["a"], LONG_NAMES, ["W" * 250, "a$b$", "x_{"]])
+@pytest.mark.sampled(3)
 def test_legend_is_inside_the_figure_and_panels_keep_their_size(drawn, names, schemes):
     rows = [row for row in make_rows(names) if row["scheme"] in schemes]
     figure = drawn(figures.accuracy_plot, rows)

@@ -204,6 +204,7 @@ def test_seeds_share_nothing_and_variants_share_their_trunk():
 
 
 @pytest.mark.parametrize("name", study.VARIANTS)
+@pytest.mark.sampled(4)
 def test_every_command_of_the_plan_is_what_the_scripts_take(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for folder in ("tuning", "seed1"):
@@ -553,6 +554,7 @@ def test_a_candidate_that_fails_is_left_out_and_reported(
 
 
 @pytest.mark.parametrize("folder", ["out/tuning/l2grad_0.03_tuning", "out/seed0/control_weights"])
+@pytest.mark.sampled(2)
 def test_half_a_quantization_does_not_count(folder, scripts, monkeypatch):
     monkeypatch.setenv("HALF", folder)
     flags = ["--only", "control", "l2grad", "--seeds", "0"]

@@ -285,6 +285,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
+@pytest.mark.sampled(3)
 def test_what_has_no_integer_form_is_named(case):
     torch.manual_seed(0)
     change, message = UNSUPPORTED[case]

@@ -52,6 +52,7 @@ def exported(scheme="uniform", n_bits=4, act_bits=4, per_channel=False):
         ("pwlq", 8, 8),
     ],
 )
+@pytest.mark.sampled(4)
 def test_every_logit_of_the_engine_is_that_of_the_simulation(scheme, n_bits, act_bits, per_channel):
     net, model = exported(scheme, n_bits, act_bits, per_channel)
     logits = onnx_session.open_session(model, "m")(pixels())

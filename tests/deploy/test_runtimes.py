@@ -57,6 +57,7 @@ def networks():
         ),
     ],
 )
+@pytest.mark.sampled(2)
 def test_every_form_gives_the_logits_of_the_simulation(n_bits, per_channel):
     for float_net in networks():
         net, *_ = quantize(float_net, normalized(pixels(8)), n_bits, n_bits, "uniform", per_channel)

@@ -128,6 +128,7 @@ SPELLINGS = {
 @pytest.mark.parametrize(("n_bits", "asymmetric"), [(8, False), (4, True)])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sampled(4)
 def test_what_everybody_writes_is_exported(spelling, n_bits, asymmetric):
     torch.manual_seed(0)
     net, images = Net(SPELLINGS[spelling]), pixels(16, 12)

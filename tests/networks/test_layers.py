@@ -98,6 +98,7 @@ def test_conv_derivatives(geometry, bias):
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.sampled(2)
 def test_norm_derivatives(training, layout):
     gamma = (torch.rand(3, dtype=torch.float64) + 0.5).requires_grad_()
     beta = torch.randn(3, dtype=torch.float64, requires_grad=True)

@@ -100,6 +100,7 @@ def plain_step(net, x, y):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.sampled(4)
 def test_the_step_is_that_of_plain_double_backprop(name, training):
     plain = make(name).train(training)
     fast = fast_layers.use_fast_layers(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
@@ -162,6 +163,7 @@ def test_a_batch_norm_that_others_read_is_not_fused():
 
 @pytest.mark.parametrize("rectifier", [None, "relu", "relu6"])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.sampled(2)
 def test_derivatives_of_batch_norm(training, rectifier):
     torch.manual_seed(0)
     gamma = (torch.rand(2, dtype=torch.float64) + 2).requires_grad_()
@@ -308,6 +310,7 @@ def test_layers_that_share_a_weight_count_once():
     "name",
     [*sorted(SMALL.keys() - LARGE), *(pytest.param(n, marks=pytest.mark.slow) for n in LARGE)],
 )
+@pytest.mark.sampled(2)
 def test_folding(name):
     net = fast_layers.use_fast_layers(make(name)).eval()
     size = 32 if "torchvision" in name else 16

@@ -65,6 +65,7 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("beta", [None, 20.0, 5.5, 2.0])
+@pytest.mark.sampled(5)
 def test_the_loss_and_its_derivative_are_those_of_autograd(name, beta):
     torch.manual_seed(0)
     layer = copy.deepcopy(LAYERS[name]).double()

@@ -163,6 +163,7 @@ def ranges(graph, pair):
 
 
 @pytest.mark.parametrize(("name", "fast"), CASES)
+@pytest.mark.sampled(4)
 def test_the_function_stays_and_ranges_are_equal(name, fast):
     graph = make(name, fast)
     before = tensors(graph)
@@ -182,6 +183,7 @@ def test_the_function_stays_and_ranges_are_equal(name, fast):
 
 
 @pytest.mark.parametrize("name", ["ConvNet", "ResNet20", "MobileNetV2"])
+@pytest.mark.sampled(3)
 def test_in_float32_it_stays_up_to_rounding(name):
     graph = make(name, seed=1, dtype=torch.float32)
     equalized, _ = equalize(graph)

@@ -84,6 +84,7 @@ def slow_ranges(graph, batches, n_bits, layer_bits):
 
 
 @pytest.mark.parametrize("n_bits", [2, 3, 4, 8])
+@pytest.mark.sampled(2)
 def test_ranges_are_those_of_a_loop_over_ranges_and_values(n_bits):
     graph, layer_bits = export_network(residual(n_bits), (3, 8, 8)), {"conv1": 8}
     batches = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(n_bits))

@@ -94,6 +94,7 @@ def slow_biases(n_bits, grids):
 
 @pytest.mark.parametrize("kind", [Plain, Twice])
 @pytest.mark.parametrize("act_bits", [None, 3])
+@pytest.mark.sampled(2)
 def test_biases_are_those_of_modules_with_hooks(kind, act_bits):
     with torch.no_grad():
         graph = export_network(make(kind), (3, 8, 8))
@@ -128,6 +129,7 @@ def rows():
 
 
 @pytest.mark.parametrize("more", ["", "--rounding adaround --rounding_images 40 --per_channel"])
+@pytest.mark.sampled(2)
 def test_corrected_biases_are_exported(tiny, more, capsys):  # noqa: F811
     pytest.importorskip("safetensors", reason="requirements-export.txt is not installed")
     files = "--export net.onnx --verify --save_quantized q.pt --save_integers q.safetensors"

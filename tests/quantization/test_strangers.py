@@ -154,6 +154,7 @@ def own_loss(network, seed=0):
 
 
 @pytest.mark.parametrize("network", [InPlace, standardized, normalized, Twice, Tied, LearnedMap])
+@pytest.mark.sampled(4)
 def test_8_bits_are_close_to_the_network_itself(network, quantize):
     expected = own_loss(network)
     flags = "--bits 8 7 --act_bits 8 --calibration minmax --quantize_sums"
@@ -415,6 +416,7 @@ class Tokens(nn.Module):
         lambda t: torch.einsum("bnc,bmc->bnm", t, t) @ t,
     ],
 )
+@pytest.mark.sampled(2)
 def test_products_of_activations_are_seen_however_they_are_written(mix):
     graph = export_network(Tokens(mix), (3, 32, 32))  # which compares logits with the network's
     assert [each.kind for each in operations(graph) if each.is_product] == [

@@ -100,6 +100,7 @@ def test_a_batch_norm_that_averages_over_all_batches():
 @pytest.mark.parametrize("kind", [TwoBlocks, SmoothNet])
 @pytest.mark.parametrize("difference_step", [None, 0.01])
 @pytest.mark.parametrize("penalty", [None, *PENALTIES], ids=lambda p: p and p.label)
+@pytest.mark.sampled(5)
 def test_a_step(kind, penalty, difference_step):
     net, criterion = make_net(kind), nn.CrossEntropyLoss(label_smoothing=0.1)
     x, y = batch()

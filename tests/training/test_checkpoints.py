@@ -83,6 +83,7 @@ def uninterrupted(name):
 
 @pytest.mark.parametrize("name", REGULARIZERS)
 @pytest.mark.parametrize("cut_at", [1, 3, 5, 6, 11])  # of 12 batches, in and between epochs
+@pytest.mark.sampled(4)
 def test_a_run_that_was_cut_gives_the_same_bits(name, cut_at, tmp_path):
     path, (weights, history) = tmp_path / "r.ckpt", uninterrupted(name)
     cut, batches = begin(), []

@@ -353,6 +353,7 @@ def cut(state, n, path):
 
 
 @pytest.mark.parametrize("cut_at", [2, 5, 6, 8, 15])  # of 15 batches, quantized after 5
+@pytest.mark.sampled(3)
 def test_a_run_that_was_cut_gives_the_same_bits(cut_at, tmp_path):
     whole, resumed = begin(), begin()
     train_on(whole)
