@@ -97,7 +97,7 @@ def cell(found: Mapping[str, Any], name: str) -> str:
         logits = each["differing_logits"]
     else:
         return "–"
-    return f"{differing} of {of:,}, {logits or "no"} logits"
+    return f"{differing} of {of:,}, {logits or 'no'} logits"
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:
