@@ -65,20 +65,9 @@ def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
             return fn(*args, **constants)
         # with requires_grad it would compile once more for each pattern of True and False
         args = [t.detach() for t in args]
-        is_dynamic = device_type == "cpu"  # each shape of its own would compile for minutes
         for t in args:
-            # N varies: the last batch of an epoch is smaller, and must compile nothing
-            varying = ([0, 1, 2] if is_dynamic else 0) if t.dim() == 3 else t.dim() - 1
-            torch._dynamo.maybe_mark_dynamic(t, varying)
-        layout = ()
-        if x.dim() == 3 and is_dynamic:
-            layout = (
-                x.stride(1) == 1,
-                *(n == 1 for n in x.shape),
-            )  # PyTorch compiles 1 as a constant
-        elif x.dim() == 3:
-            layout = x.shape[1:], x.stride(1)
-        key = tuple(constants.items()), x.device, layout, x.dtype
+            torch._dynamo.maybe_mark_dynamic(t, varying_dimensions(t))
+        key = tuple(constants.items()), x.device, constant_layout(x), x.dtype
         try:
             return compile_once(*key)(*args)
         except RuntimeError as error:
@@ -91,3 +80,23 @@ def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
 
     call.is_compiled = True
     return call
+
+
+def varying_dimensions(t: torch.Tensor) -> list[int]:
+    """Return the dimensions of an argument whose sizes no compilation is for.
+
+    N varies, as the last batch of an epoch is smaller. On a CPU, where a compilation for each shape
+    would take minutes, all of (N, C, S) do.
+    """
+    if t.dim() < 3:
+        return [t.dim() - 1]
+    return [0, 1, 2] if t.device.type == "cpu" else [0]
+
+
+def constant_layout(x: torch.Tensor) -> tuple:
+    """Return what a compilation takes for granted of the shape and the strides of x."""
+    if x.dim() < 3:
+        return ()
+    if x.device.type == "cpu":  # whether channels-last; PyTorch makes a size of 1 a constant
+        return x.stride(1) == 1, *(n == 1 for n in x.shape)
+    return x.shape[1:], x.stride(1)

@@ -403,11 +403,13 @@ def test_rows_say_how_weights_were_rounded(tiny, capsys, count_learning):  # noq
         ("--mean_correction", "--mean_correction needs --rounding nearest"),
         ("--bias_correction", "--bias_correction needs --rounding nearest"),
         ("--rounding_steps 0", "at least 1"),
+        ("--rounding_images 0", "at least 1"),
         ("--rounding best", "unknown value 'best'"),
     ],
 )
-def test_flags_that_contradict_it_end_with_one_line(tiny, capsys, flags, message):  # noqa: F811
-    assert main(f"--rounding adaround {flags}") == 2
+@pytest.mark.parametrize("rounding", ["adaround", "qdrop"])
+def test_flags_that_contradict_it_end_with_one_line(tiny, capsys, rounding, flags, message):  # noqa: F811
+    assert main(f"--rounding {rounding} {flags}") == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and message in printed
 

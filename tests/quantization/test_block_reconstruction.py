@@ -340,20 +340,6 @@ def test_each_number_of_bits_of_inputs_learns_anew(tiny, monkeypatch):  # noqa: 
     assert main(flags) == 0 and calls[-1] == set()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--per_layer", "--per_layer needs --rounding nearest"),
-        ("--bias_correction", "--bias_correction needs --rounding nearest"),
-        ("--rounding_images 0", "at least 1"),
-    ],
-)
-def test_flags_that_contradict_it_end_with_one_line(tiny, capsys, flags, message):  # noqa: F811
-    assert main(f"--rounding qdrop {flags}") == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1 and message in printed
-
-
 def test_schemes_that_it_does_not_know_are_named(tiny, capsys):  # noqa: F811
     assert main(f"--bits 3 --schemes uniform pwlq --no_plots {QDROP}") == 0
     assert "--rounding qdrop has no effect on pwlq" in capsys.readouterr().err
