@@ -354,8 +354,19 @@ QUANTIZATION: Table = [
 ]
 
 
+def study_network(text: str) -> str:
+    """Return the text if it is NAME or NAME@WIDTH, a network of --models: an argparse type."""
+    name, at, width = text.rpartition("@")
+    name = utils.network_name(name if at else text)
+    if not at:
+        return name
+    if not has_width(name):
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} has no width")
+    return f"{name}@{utils.parse_width(width):g}"
+
+
 def study_flags(variants: Iterable[str], settings: Mapping[str, Any]) -> Table:
-    """Return the flags of study.py; `settings` are those of a new study."""
+    """Return the flags of study.py with its `variants`; `settings` are those of a new study."""
     runs = Need("something to run", lambda run: not (run.tables or run.forget))
 
     def setting(name: str, help: str, metavar: str = "N") -> Flag:
@@ -370,10 +381,19 @@ def study_flags(variants: Iterable[str], settings: Mapping[str, Any]) -> Table:
                requires=["no --plan", "no --forget"]),
         Flag("forget", str, None, "delete the records whose path in the study matches, such as "
              "'seed0/*_folded/*', so that the next run makes them again", "PATTERN", nargs="+"),
-        Flag("only", variants, list(variants), "variants that run", "NAME", runs, nargs="+"),
+        Flag("only", str, None, f"variants that run; None: all of the grid, here "
+             f"{', '.join(variants)}", "NAME", runs, nargs="+"),
         Flag("seeds", whole, [0, 1, 2], "seeds of each variant", needs=runs, nargs="+"),
-        Flag("jobs", count, 1, "how many jobs run in parallel; they share the cores, so that times "
-             "say little, and each gets one of the visible GPUs, in turn", needs=runs),
+        Flag("models", study_network, None, "networks, each in a folder of its own in --out; None: "
+             "the one that --data_flags names, or all that --out has", "NAME[@WIDTH]", nargs="+"),
+        Flag("jobs", count, None, "how many jobs run in parallel; on this machine they share the "
+             "cores, so that times say little, and each gets one of the visible GPUs, in turn; "
+             "None: 1, or as many as a cluster has room for", needs=runs),
+        Flag("ray", str, None, "run the jobs on the Ray cluster at this address, whose machines "
+             "share the working directory; local starts one on this machine", "ADDRESS", runs),
+        Flag("cpus_per_job", count, 1, "cores of a job on the cluster", needs="--ray"),
+        Flag("gpus_per_job", not_negative, 0.0, "GPUs of a job on the cluster, such as 0.5: two "
+             "jobs share one", "X", "--ray"),
         Flag("out", str, "results/study", "folder of everything that is written", "DIR"),
         Flag("epoch_seconds", positive, None, "for --plan: seconds of an epoch of the control on "
              "all cores; None: as measured", needs="--plan"),
@@ -382,6 +402,7 @@ def study_flags(variants: Iterable[str], settings: Mapping[str, Any]) -> Table:
         setting("holdout", "training images that λ is chosen by and that are not trained on then"),
         setting("train_flags", "flags of every training, as in --train_flags='--lr 0.05'", "FLAGS"),
         setting("data_flags", "flags of all jobs: --data_flags='--device cuda'", "FLAGS"),
+        setting("grid", "a TOML file of other variants and quantizations", "FILE"),
     ]
 # fmt: on
 

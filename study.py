@@ -10,7 +10,8 @@ skipped, interrupted ones resume.
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,10 +19,20 @@ from tqdm import tqdm
 import data
 import flags
 import train
-from analysis.study.jobs import Job, JobRunner, pending, visible_gpus
-from analysis.study.plan import NotChosen, Quantization, StudyPlan, Variant
+from analysis.study import jobs as study_jobs
+from analysis.study.executors import Executor, LocalExecutor, RayExecutor, visible_gpus
+from analysis.study.grid import Grid, Quantization, Variant, load_grid
+from analysis.study.jobs import Job, pending
+from analysis.study.plan import NotChosen, StudyPlan
+from analysis.study.runner import JobRunner
 from analysis.study.settings import Settings, load_settings, resolve_settings
-from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
+from engine.system.cli import (
+    Parser,
+    choice_ignoring_case,
+    exit_codes,
+    refuse_flags,
+    warn_unused_flags,
+)
 from engine.system.errors import FileError
 from engine.system.hardware import print_device
 from engine.system.io import run_lock, save_json, warn_on_error
@@ -79,6 +90,7 @@ TRAINING = (
     "--lr 0.1 --scheduler multistep --gamma 0.1 --milestones {first},{last} --no_test_penalty "
     "--track L1Grad L2Grad VarianceNorm KurtosisNorm RangeNorm StepL1Grad StepL2Grad StepNoise"
 )
+MAX_WAITING = 1000  # jobs given to a cluster, which runs as many as it has room for
 BN_IMAGES = 4000  # to recalibrate batch norms with, or as many as there are
 # "tuning" is on held-out images, to choose λ by; all others are on the test set.
 QUANTIZATIONS = {
@@ -89,16 +101,23 @@ QUANTIZATIONS = {
         40.0,
     ),
     "recalibrated": Quantization(
-        "--bits 2 3 4 --schemes uniform --recalibrate_bn_images {bn_images} --precision bf16", 20.0
+        "--bits 2 3 4 --schemes uniform --recalibrate_bn_images {bn_images} --precision bf16",
+        20.0,
+        {"uniform": "recalibrated"},
     ),
-    "folded": Quantization("--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same", 60.0),
+    "folded": Quantization(  # in float32
+        "--bits 4 6 8 --schemes uniform pwlq --fold_bn --act_bits same", 60.0, full_precision=True
+    ),
     "corrected": Quantization(
-        "--bits 2 3 4 --schemes uniform --mean_correction --precision bf16", 8.0
+        "--bits 2 3 4 --schemes uniform --mean_correction --precision bf16",
+        8.0,
+        {"uniform": "corrected"},
     ),
     "corrected_folded": Quantization(
         "--bits 4 --schemes uniform pwlq --mean_correction --fold_bn --act_bits same "
         "--calibration percentile",
         12.0,
+        {"uniform": "corrected", "pwlq": "corrected pwlq"},
     ),
 }
 
@@ -110,6 +129,8 @@ SETTINGS: Settings = {
     "holdout": 5000,
     "train_flags": "",
     "data_flags": "",
+    "grid": "",
+    "models": "",
     "TRAINING": TRAINING,
 }
 DATA_FLAGS = {  # that --data_flags may give
@@ -129,8 +150,8 @@ def make_parser() -> Parser:
     return flags.make_parser(description, flags.study_flags(VARIANTS, SETTINGS))
 
 
-def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Settings]:
-    """Return the plan of the study in --out, or of a new one, and its settings.
+def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan], Settings]:
+    """Return the plans of the study in --out, or of a new one, one a network, and its settings.
 
     Ends the program where flags contradict the study; raises FileError and OSError.
     """
@@ -142,21 +163,39 @@ def make_plan(parser: Parser, args: argparse.Namespace) -> tuple[StudyPlan, Sett
         parser.prog += f": {path}"
         parser.error(str(error))
     requested = {name: getattr(args, name, None) for name in SETTINGS}
-    settings = resolve_settings(args.out, saved, requested, SETTINGS)
+    requested["models"] = args.models and " ".join(args.models)
+    grid = Grid(TRAINING, VARIANTS, QUANTIZATIONS)
+    if grid_file := (saved or requested)["grid"]:
+        grid = load_grid(Path(grid_file))
+    defaults = {**SETTINGS, "TRAINING": grid.training}
+    settings = resolve_settings(args.out, saved, requested, defaults)
+    try:
+        args.only = list(map(choice_ignoring_case(grid.variants), args.only or grid.variants))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --only: {error}")
     data_args = check_flags(parser, settings)
     if not (args.tables or args.forget):
         print_device(data_args.device)
-    if settings["TRAINING"] != TRAINING:
+    if settings["TRAINING"] != grid.training:
         print(f"{args.out} continues with the training flags it began with: {settings['TRAINING']}")
     bn_images = BN_IMAGES
     if not args.tables:
         may_shrink = saved is None and requested["holdout"] is None
         bn_images = fit_to_data(parser, settings, data_args, may_shrink)
     quantizations = {
-        name: Quantization(each.flags.format(bn_images=bn_images), each.seconds)
-        for name, each in QUANTIZATIONS.items()
+        name: replace(each, flags=each.flags.format(bn_images=bn_images))
+        for name, each in grid.quantizations.items()
     }
-    return StudyPlan(out, settings, VARIANTS, quantizations, args.epoch_seconds), settings
+    grid = replace(grid, quantizations=quantizations)
+    return [
+        StudyPlan(out / network_folder(network), settings, grid, network, args.epoch_seconds)
+        for network in args.models or settings["models"].split() or [""]
+    ], settings
+
+
+def network_folder(network: str) -> str:
+    """Return the name of a network's folder in --out: without what Windows refuses."""
+    return network.replace(":", "_")
 
 
 def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
@@ -203,31 +242,37 @@ def fit_to_data(
 # --- what it does ----------------------------------------------------------------------------
 
 
-def update_report(plan: StudyPlan) -> bool:
+def update_report(plans: Sequence[StudyPlan]) -> bool:
     """Renew tables and figures; return whether there are results yet."""
     from analysis.study import report  # with pandas and Matplotlib, which --plan needs not wait for
 
-    return report.update_report(plan)
+    return report.update_reports(plans)
 
 
-def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> None:
+def print_plan(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence[int]) -> None:
     """Print what would run, and how long that would take."""
-    total: dict[Path, Job] = {}
-    for name in names:
-        jobs, is_chosen = plan.planned(name, seeds)
-        todo = [job for job in pending(jobs) if job.target not in total]
-        total |= {job.target: job for job in todo}
-        note = "" if is_chosen else "; the final ones with the λ that is chosen then"
-        print(f"{name}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
-        for job in todo:
-            print(f"  {duration(job.seconds)}  {job.line}")
-    print_retrained(plan, total.values())
-    time = duration(sum(job.seconds for job in total.values()))
-    rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores"
-    if not total:
-        print(f"nothing to run: all of it is done, see {plan.out / 'tables.md'}")
-    else:
-        print(f"in all {len(total)} jobs, about {time}, with {rate}")
+    seconds = 0.0
+    for plan in plans:
+        total: dict[Path, Job] = {}
+        for name in names:
+            jobs, is_chosen = plan.planned(name, seeds)
+            todo = [job for job in pending(jobs) if job.target not in total]
+            total |= {job.target: job for job in todo}
+            note = "" if is_chosen else "; the final ones with the λ that is chosen then"
+            title = f"{plan.network} {name}".strip()
+            print(f"{title}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
+            for job in todo:
+                print(f"  {duration(job.seconds)}  {job.line}")
+        print_retrained(plan, total.values())
+        time = duration(sum(job.seconds for job in total.values()))
+        rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores"
+        if not total:
+            print(f"nothing to run: all of it is done, see {plan.out / 'tables.md'}")
+        else:
+            print(f"in all {len(total)} jobs, about {time}, with {rate}")
+        seconds += sum(job.seconds for job in total.values())
+    if len(plans) > 1:
+        print(f"{len(plans)} networks: about {duration(seconds)}")
 
 
 def print_retrained(plan: StudyPlan, jobs: Iterable[Job]) -> None:
@@ -241,34 +286,48 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f} h"
 
 
-def run_all(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int], max_parallel: int) -> bool:
+def run_all(plans: Sequence[StudyPlan], args: argparse.Namespace) -> bool:
     """Run every variant, renew the tables as results come, and return whether all succeeded."""
-    plan.records.add_all()
+    names, seeds = args.only, args.seeds
+    executor = make_executor(args, plans)
+    plan_of = {plan.out: plan for plan in plans}
+    failed: set[Path] = set()
+    jobs = []
+    for plan in plans:
+        plan.records.add_all()
+        plan.failed = failed
+        jobs += [job for name in names for job in plan.planned(name, seeds)[0]]
+        print_retrained(plan, jobs)
 
-    def on_success(job: Job) -> None:
+    def next_job(started: Set[Path]) -> Job | None:
+        return next(filter(None, (plan.next_job(names, seeds, started) for plan in plans)), None)
+
+    def on_success(job: Job, seconds: float | None) -> None:
+        plan = next(plan_of[folder] for folder in job.target.parents if folder in plan_of)
+        with warn_on_error("the job's time was not recorded"):
+            study_jobs.finish(job, seconds, executor.jobs_per_machine, plan.out)
         with warn_on_error("records, tables and figures were not renewed"):
             plan.records.add(job.record)
             if plan.completes_network(job):
-                update_report(plan)
+                update_report(plans)
 
-    jobs = [job for name in names for job in plan.planned(name, seeds)[0]]
-    print_retrained(plan, jobs)
     seconds = sum(job.seconds for job in pending(jobs))
-    names_a_gpu = any("cuda:" in flag for flag in plan.data_flags)
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=seconds, bar_format=bar_format, disable=None) as bar:
-        JobRunner(
-            next_job=lambda started: plan.next_job(names, seeds, started),
-            on_success=on_success,
-            max_parallel=max_parallel,
-            scripts=SCRIPTS,
-            out=plan.out,
-            failed=plan.failed,
-            bar=bar,
-            gpus=[] if max_parallel == 1 or names_a_gpu else visible_gpus(),
-        ).run()
-    update_report(plan)
-    return report_failures(plan, names, seeds)
+        JobRunner(next_job, on_success, executor, failed, bar).run()
+    update_report(plans)
+    return all([report_failures(plan, names, seeds) for plan in plans])  # noqa: C419 (each prints)
+
+
+def make_executor(args: argparse.Namespace, plans: Sequence[StudyPlan]) -> Executor:
+    """Return where the jobs run, as the flags say; raises SetupError."""
+    if args.ray:
+        n_jobs = args.jobs or MAX_WAITING
+        return RayExecutor(args.ray, n_jobs, SCRIPTS, args.cpus_per_job, args.gpus_per_job)
+    max_parallel = args.jobs or 1
+    names_a_gpu = any("cuda:" in flag for flag in plans[0].data_flags)
+    gpus = [] if max_parallel == 1 or names_a_gpu else visible_gpus()
+    return LocalExecutor(max_parallel, SCRIPTS, gpus)
 
 
 def report_failures(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> bool:
@@ -289,23 +348,24 @@ def report_failures(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int])
 
 def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     """Plan, run or tabulate, as the flags say; return the exit code."""
-    plan, settings = make_plan(parser, args)
+    plans, settings = make_plans(parser, args)
+    out = Path(args.out)
     if args.plan:
-        print_plan(plan, args.only, args.seeds)
+        print_plan(plans, args.only, args.seeds)
         return 0
     if args.tables:
-        if not update_report(plan):
-            parser.exit_with(1, f"error: there are no results in {plan.out} yet")
-        print(f"renewed the tables and figures in {plan.out}")
+        if not update_report(plans):
+            parser.exit_with(1, f"error: there are no results in {out} yet")
+        print(f"renewed the tables and figures in {out}")
         return 0
-    plan.out.mkdir(parents=True, exist_ok=True)
-    with run_lock(plan.out / "study", instead="another --out"):
+    out.mkdir(parents=True, exist_ok=True)
+    with run_lock(out / "study", instead="another --out"):
         if args.forget:
-            forgotten = plan.records.forget(args.forget)
+            forgotten = [path for plan in plans for path in plan.records.forget(args.forget)]
             print("\n".join(["forgotten:", *forgotten]) if forgotten else "no record matches")
             return 0
-        save_json(settings, plan.out / "study.json")
-        return 0 if run_all(plan, args.only, args.seeds, args.jobs) else 1
+        save_json(settings, out / "study.json")
+        return 0 if run_all(plans, args) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

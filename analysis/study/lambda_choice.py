@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from analysis.report import UNQUANTIZED
 from analysis.study.records import StudyRecords
 
 TUNING_SEED = 0
@@ -15,14 +16,16 @@ class HoldoutAccuracy(NamedTuple):
     """What a network gets right of the held-out images, as a fraction."""
 
     full: float  # in full precision
-    quantized: float  # uniform, 4 bits
+    quantized: float  # as the grid says: uniform, 4 bits of weights, unless it has another
 
     @classmethod
     def load(cls, records: StudyRecords, path: Path) -> "HoldoutAccuracy":
         """Read the results.json of a quantization; raises FileError."""
         with records.open(path) as results:
-            accuracy = {row["bits"]: row["accuracy"] for row in results["rows"]}
-            return cls(accuracy[32], accuracy[4])
+            rows = {row["scheme"] == UNQUANTIZED: row["accuracy"] for row in results["rows"]}
+            if len(results["rows"]) != 2:
+                raise ValueError("λ is chosen by one scheme at one number of bits")
+            return cls(rows[True], rows[False])
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Choice:
 def select_lambda(candidates: Mapping[float, HoldoutAccuracy], control: float) -> float:
     """Return the λ to use, out of those tried.
 
-    That is the one with the best 4-bit accuracy among those whose full-precision accuracy is less
-    than MAX_ACCURACY_DROP below the control's; where there is none, the one with the best
+    That is the one with the best quantized accuracy among those whose full-precision accuracy is
+    less than MAX_ACCURACY_DROP below the control's; where there is none, the one with the best
     full-precision accuracy. Between equal accuracies the smallest λ counts.
     """
     threshold = control - MAX_ACCURACY_DROP + 1e-9  # exactly a point is too much, in floats, too

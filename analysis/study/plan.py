@@ -1,43 +1,21 @@
 """The plan of the study: which jobs make a variant, in which order, and what λ they are given."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from analysis.study import jobs as study_jobs
+from analysis.study.grid import CONTROL, TUNING, Grid
 from analysis.study.jobs import Job
 from analysis.study.lambda_choice import TUNING_SEED, Choice, HoldoutAccuracy, select_lambda
 from analysis.study.records import StudyRecords
 from analysis.study.settings import Settings, epoch_names
 from engine.system.io import save_json
 
-CONTROL = "control"  # the variant that others are compared with
-TUNING = "tuning"  # the quantization that λ is chosen by, on held-out images
 CONTROL_EPOCH_SECONDS = 60.0  # on 2 cores in bfloat16, until one is measured
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is done in the last third of a run.
-
-    In `flags`, {first}, {late} and {last} are epochs (see `epoch_names`), and {lmbda} is λ.
-    """
-
-    flags: str  # of train.py or, if they contain --phases, of combined_protocol.py
-    lmbdas: tuple[float, ...] = ()  # candidates; () where the flags say it all
-    cost: float = 1.0  # of an epoch, in epochs of the control: for estimates before the first one
-    lambda_from: str = ""  # the variant whose λ and cost this one takes over
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """One call of quant_inference.py on every trained network."""
-
-    flags: str
-    seconds: float  # estimated, until one is measured
 
 
 class NotChosen(Exception):
@@ -45,9 +23,10 @@ class NotChosen(Exception):
 
 
 class StudyPlan:
-    """The jobs of the study in the folder `out`.
+    """The jobs of one network in the folder `out`.
 
     Attributes:
+        network: as --models names it; "" where the study has no --models.
         epochs: those that flags name, see `epoch_names`.
         final_quantizations: names of the quantizations on the test set.
         failed: targets of jobs that failed since this program was started.
@@ -57,8 +36,8 @@ class StudyPlan:
         self,
         out: Path,
         settings: Settings,
-        variants: Mapping[str, Variant],
-        quantizations: Mapping[str, Quantization],
+        grid: Grid,
+        network: str = "",
         epoch_seconds: float | None = None,
     ) -> None:
         """Read what is done in `out`; without `epoch_seconds`, times are those measured there.
@@ -66,15 +45,19 @@ class StudyPlan:
         Raises FileError and OSError.
         """
         self.out = out
-        self.variants = variants
-        self.quantizations = quantizations
-        self.final_quantizations = [name for name in quantizations if name != TUNING]
+        self.network = network
+        self.variants = grid.variants
+        self.quantizations = dict(grid.quantizations)
+        if network in grid.tuning:
+            own = replace(grid.quantizations[TUNING], flags=grid.tuning[network])
+            self.quantizations[TUNING] = own
+        self.final_quantizations = [name for name in self.quantizations if name != TUNING]
         self.records = StudyRecords(out)
         self.failed: set[Path] = set()
         self.n_epochs = settings["n_epochs"]
         self.holdout = settings["holdout"]
         self.epochs = epoch_names(self.n_epochs)
-        self.data_flags = shlex.split(settings["data_flags"])
+        self.data_flags = [*shlex.split(settings["data_flags"]), *network_flags(network)]
         self.group = ["--wandb_group", (out.resolve().name or "study")[:128]]  # of the dashboard
         training = settings["TRAINING"].format(**self.epochs) + " " + settings["train_flags"]
         self.training_flags = [*shlex.split(training), *self.data_flags]
@@ -253,6 +236,14 @@ class StudyPlan:
         variants = (self.next_jobs(name, seeds, save=True)[0] for name in names)
         ready = (study_jobs.next_ready_job(jobs, started) for jobs in variants)
         return next(filter(None, ready), None)
+
+
+def network_flags(network: str) -> list[str]:
+    """Return the flags of NAME or NAME@WIDTH, as --models names a network; "": none."""
+    name, at, width = network.rpartition("@")
+    if not at:
+        return ["--model", network] if network else []
+    return ["--model", name, "--width", width]
 
 
 def _stem(trained: Job) -> str:

@@ -1,7 +1,7 @@
 """The report of the study: tables and figures of every result that there is."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from analysis.study import figures as study_figures
@@ -12,8 +12,21 @@ from analysis.study.records import StudyRecords
 from analysis.study.results import Result, Statistics
 
 
-def update_report(plan: StudyPlan) -> bool:
-    """Write tables and figures of all results; return whether there are any.
+def update_reports(plans: Sequence[StudyPlan]) -> bool:
+    """Write tables and figures of all networks; return whether there are any results.
+
+    With several networks there is networks.md, in the folder above theirs. Raises FileError and
+    OSError.
+    """
+    statistics = {plan.network: update_report(plan) for plan in plans}
+    found = {network: each for network, each in statistics.items() if each}
+    if len(plans) > 1 and found:
+        study_tables.write_networks(plans[0].out.parent, found)
+    return bool(found)
+
+
+def update_report(plan: StudyPlan) -> Statistics | None:
+    """Write tables and figures of all results of a network; return what they say, None if nothing.
 
     A variant is shown with the λ that was chosen last. Raises FileError and OSError.
     """
@@ -25,12 +38,14 @@ def update_report(plan: StudyPlan) -> bool:
             choices[name] = choice
         if choice or not plan.lmbdas(name):
             results += finished_results(plan, name, choice.lmbda if choice else None)
-    if results:
-        first = plan.epochs["first"]
-        statistics = Statistics(*study_results.read_results(results, plan.records, first))
-        study_tables.write_tables(plan.out, statistics, results, choices)
-        study_figures.draw_figures(plan.out, statistics, choices, first)
-    return bool(results)
+    if not results:
+        return None
+    first = plan.epochs["first"]
+    tables = study_results.read_results(results, plan.records, plan.quantizations, first)
+    statistics = Statistics(*tables)
+    study_tables.write_tables(plan.out, statistics, results, choices)
+    study_figures.draw_figures(plan.out, statistics, choices, first)
+    return statistics
 
 
 def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterator[Result]:

@@ -8,7 +8,7 @@ channels of weights keep their means, with outliers among the activations clippe
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +17,12 @@ import pandas as pd
 import scipy.stats
 
 from analysis.report import UNQUANTIZED
+from analysis.study.grid import Quantization
 from analysis.study.records import StudyRecords
 
 Setting = tuple[str, int, int]
 FULL_PRECISION: Setting = (UNQUANTIZED, 32, 32)
 UNIFORM_4: Setting = ("uniform", 4, 32)
-SCHEME_NAMES = {  # in rows, by name in study.QUANTIZATIONS and scheme; others keep their scheme's
-    ("recalibrated", "uniform"): "recalibrated",
-    ("corrected", "uniform"): "corrected",
-    ("corrected_folded", "uniform"): "corrected",
-    ("corrected_folded", "pwlq"): "corrected pwlq",
-}
 # Columns of the first table and of the README's.
 SUMMARY_SETTINGS: list[Setting] = [
     FULL_PRECISION,
@@ -77,25 +72,31 @@ class Result:
     commands: list[str]
 
 
-def quantization_rows(result: Result, records: StudyRecords, seconds: float) -> Iterator[tuple]:
-    """Yield a row of ROW_COLUMNS for each setting of one network; full precision as in float32.
+def quantization_rows(
+    result: Result, records: StudyRecords, quantizations: Mapping[str, Quantization], seconds: float
+) -> Iterator[tuple]:
+    """Yield a row of ROW_COLUMNS for each setting of one network.
 
     `seconds` is the time of a regularized epoch. Raises FileError.
     """
     for quantization, path in result.quantized.items():
+        of = quantizations[quantization]
         with records.open(path) as quantized:
             for row in quantized["rows"]:
-                if row["scheme"] == UNQUANTIZED and quantization != "folded":  # which is in float32
+                if row["scheme"] == UNQUANTIZED and not of.full_precision:
                     continue
                 network = (result.variant, result.lmbda, result.seed)
-                scheme = SCHEME_NAMES.get((quantization, row["scheme"]), row["scheme"])
+                scheme = of.names.get(row["scheme"], row["scheme"])
                 integers = [row[key] for key in ("bits", "act_bits", "levels")]
                 numbers = ("accuracy", "accuracy_change", "squared_error")
                 yield *network, scheme, *integers, *(float(row[key]) for key in numbers), seconds
 
 
 def read_results(
-    results: Sequence[Result], records: StudyRecords, first: int
+    results: Sequence[Result],
+    records: StudyRecords,
+    quantizations: Mapping[str, Quantization],
+    first: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the rows of all results, and what was tracked; regularized from epoch `first` on."""
     rows = []
@@ -108,7 +109,7 @@ def read_results(
                 names = [key.removeprefix("track_") for key in entry if key.startswith("track_")]
                 epoch = (result.variant, result.seed, entry["epoch"])
                 tracked += [(*epoch, name, entry[f"track_{name}"]) for name in names]
-        rows += quantization_rows(result, records, seconds)
+        rows += quantization_rows(result, records, quantizations, seconds)
     frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
     return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)
 

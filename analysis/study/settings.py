@@ -52,8 +52,11 @@ SETTING_TYPES = {
     "holdout": bounded_number(int, at_least=1),
     "train_flags": shell_words,
     "data_flags": shell_words,
+    "grid": str,
+    "models": shell_words,
     "TRAINING": partial(shell_words, epochs=epoch_names(MIN_EPOCHS)),
 }
+EARLIER = {"grid": "", "models": ""}  # of studies that do not say it
 
 
 def load_settings(path: Path) -> Settings | None:
@@ -62,6 +65,8 @@ def load_settings(path: Path) -> Settings | None:
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(settings, dict):
+            settings = EARLIER | settings
         if not isinstance(settings, dict) or settings.keys() != SETTING_TYPES.keys():
             raise ValueError(f"these are not the settings of a study: {', '.join(SETTING_TYPES)}")
         for name, parse in SETTING_TYPES.items():
@@ -80,11 +85,19 @@ def resolve_settings(
     """Return the settings of the study in the folder `out`: the saved ones, or of a new study.
 
     `requested` are those of the command line, None where a flag was left out. Raises SettingsError
-    where one of them contradicts a saved one: runs of other lengths or flags are another study.
+    where one of them contradicts a saved one: runs of other lengths or flags are another study. It
+    may get more networks.
     """
     explicit = {name: value for name, value in requested.items() if value is not None}
     if saved is None:
         return {**defaults, **explicit}
+    models = explicit.pop("models", "")
+    if models and not saved["models"]:
+        raise SettingsError(
+            f"--models {models}: the study in {out} has one network alone: choose another --out"
+        )
+    more = [model for model in models.split() if model not in saved["models"].split()]
+    saved = {**saved, "models": " ".join([*saved["models"].split(), *more])}
     for name, value in explicit.items():
         if value != saved[name]:
             raise SettingsError(

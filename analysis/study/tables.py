@@ -106,6 +106,14 @@ def accuracy_table(
     statistics: Statistics, settings: Sequence[Setting], only: Sequence[str] = ()
 ) -> str:
     """Return the accuracies in %, with λ, seeds and epoch time, of all variants or `only` some."""
+    header, lines = accuracy_lines(statistics, settings)
+    return markdown(header, [lines[name] for name in only or lines if name in lines])
+
+
+def accuracy_lines(
+    statistics: Statistics, settings: Sequence[Setting]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the header and, by variant, the lines of `accuracy_table`."""
     summary = statistics.summary
     times = relative_epoch_times(statistics.rows)
     cells = [
@@ -118,8 +126,7 @@ def accuracy_table(
         name: [name, lmbda, str(n), *cells, times[name]]
         for (name, lmbda, n), *cells in cells_by_setting(rows, ["variant", "lmbda", "n"], settings)
     }
-    shown = [lines[name] for name in only or lines if name in lines]
-    return markdown(["", "λ", "seeds", *map(label, settings), "epoch time"], shown)
+    return ["", "λ", "seeds", *map(label, settings), "epoch time"], lines
 
 
 def interval_table(intervals: pd.DataFrame, settings: Sequence[Setting]) -> str:
@@ -182,7 +189,7 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
     ]
     control = next(iter(choices.values())).control
     return markdown(
-        ["", "λ", "full precision", "uniform 4", ""], [["control", "", *cells(control), ""], *lines]
+        ["", "λ", "full precision", "quantized", ""], [["control", "", *cells(control), ""], *lines]
     )
 
 
@@ -241,6 +248,22 @@ def document(
         commands = "\n".join(result.commands)
         sections += [f"{result.variant}, seed {result.seed}:", f"```sh\n{commands}\n```"]
     return "\n\n".join(sections) + "\n"
+
+
+def write_networks(out: Path, statistics: Mapping[str, Statistics]) -> None:
+    """Write networks.md: one table of every variant of every network,"""
+    lines = []
+    for network, each in statistics.items():
+        header, of_network = accuracy_lines(each, SUMMARY_SETTINGS)
+        lines += [[network, *line] for line in of_network.values()]
+    page = "\n\n".join(
+        [
+            "# Every network: accuracy in % on the test set, mean ± standard deviation over seeds",
+            markdown(["network", "variant", *header[1:]], lines),
+            SUMMARY_NOTE,
+        ]
+    )
+    atomic_write(out / "networks.md", partial(Path.write_bytes, data=(page + "\n").encode()))
 
 
 def write_tables(

@@ -301,7 +301,7 @@ def warn_unused_flags(
     `facts` are what a Need is told besides the flags. A flag with its default value is not
     mentioned: loops and sweeps give every flag every time.
     """
-    run = argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
+    run = argparse.Namespace(**{**vars(args), **facts}, explicit_flags=parser.explicit_flags)
     unused = {}
     for flag in flags:
         is_changed = flag.needs and getattr(args, flag.name) != parser.get_default(flag.name)
@@ -319,7 +319,7 @@ def refuse_flags(
     parser: Parser, args: argparse.Namespace, flags: Iterable[Flag], **facts: Any
 ) -> None:
     """End the program where one of those flags is given without what it requires."""
-    run = argparse.Namespace(**vars(args), **facts, explicit_flags=parser.explicit_flags)
+    run = argparse.Namespace(**{**vars(args), **facts}, explicit_flags=parser.explicit_flags)
     for flag in flags:
         is_given = flag.requires and flag.name in parser.explicit_flags
         if is_given and (need := unmet_need(flag.requires, run)):

@@ -304,17 +304,20 @@ RUN_FILE_SUFFIXES = (".pt", ".json", ".ckpt", ".ckpt.previous", "_preregul.pt")
 
 
 @contextmanager
-def run_lock(out: Path, instead: str = "another --run_name or --save_file") -> Iterator[None]:
+def run_lock(
+    out: Path, instead: str = "another --run_name or --save_file", wait: float = 0
+) -> Iterator[None]:
     """Context manager that holds <out>.lock and removes what a killed run left half-written.
 
     The system frees the lock of a process that dies. Of several processes rank 0 has it. FileError
-    where another run has it, with `instead` as the remedy; OSError where it cannot be created.
+    where another run still has it after `wait` seconds, with `instead` as the remedy; OSError where
+    it cannot be created.
     """
     if distributed.get_rank():
         yield
         return
     path = Path(f"{out}.lock")
-    lock = filelock.FileLock(path, timeout=0)
+    lock = filelock.FileLock(path, timeout=wait)
     try:
         lock.acquire()
     except OSError as error:

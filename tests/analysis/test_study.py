@@ -20,10 +20,12 @@ import combined_protocol
 import quant_inference
 import study
 import train
+from analysis.study import executors
 from analysis.study import figures as study_figures
 from analysis.study import jobs as study_jobs
 from analysis.study import report as study_report
 from analysis.study import results as study_results
+from analysis.study import runner as study_runner
 from analysis.study import tables as study_tables
 from analysis.study.figures import draw_figures
 from analysis.study.jobs import Job, next_ready_job, pending
@@ -101,7 +103,7 @@ def scripts(tmp_path, monkeypatch):
     ):
         (tmp_path / "scripts" / name).write_text(text)
     monkeypatch.setattr(study, "SCRIPTS", tmp_path / "scripts")
-    monkeypatch.setattr(study_jobs, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(study_runner, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(study_figures, "draw_figures", lambda *_: None)  # it takes a second
     l2grad = study.Variant("--regularizer L2Grad", (0.01, 0.03, 0.1), 3.3)
     monkeypatch.setitem(study.VARIANTS, "l2grad", l2grad)
@@ -142,7 +144,7 @@ def finished_control(scripts, tmp_path_factory):
 
 def make_plan(*flags):
     parser = make_parser()
-    return study.make_plan(parser, parser.parse_args(["--out", "out", *flags]))[0]
+    return study.make_plans(parser, parser.parse_args(["--out", "out", *flags]))[0][0]
 
 
 def final_names():
@@ -301,7 +303,7 @@ def test_flags_without_effect_are_named_and_ignored(finished, capsys):
 
 
 def test_without_a_terminal_it_prints_how_far_each_job_is(scripts, capsys, monkeypatch):
-    monkeypatch.setattr(study_jobs, "LINE_SECONDS", 0)
+    monkeypatch.setattr(study_runner, "LINE_SECONDS", 0)
     assert main("--only", "control", "--seeds", "0") == 0
     assert "seed0/trunk: $ python train.py --lr 0.1" in capsys.readouterr().out
 
@@ -466,28 +468,26 @@ def test_a_run_chooses_lambda_tests_once_and_is_not_repeated(finished, scripts):
 
 
 def test_jobs_share_out_the_visible_gpus(monkeypatch, tmp_path):
-    monkeypatch.setattr(study_jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert study_jobs.visible_gpus() == ["0", "1"]
+    assert executors.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a")
-    gpus = study_jobs.visible_gpus()
+    executor = executors.LocalExecutor(4, tmp_path, executors.visible_gpus())
     started = []
     monkeypatch.setattr(
-        study_jobs.subprocess, "Popen", lambda command, env, **_: started.append(env)
+        executors.subprocess, "Popen", lambda command, env, **_: started.append(env)
     )
-    jobs = [Job("a", (tmp_path / str(i),), ("train.py",), 1.0) for i in range(3)]
-    runner = study_jobs.JobRunner(
-        lambda targets: next((job for job in jobs if job.target not in targets), None),
-        *(None, 4, tmp_path, tmp_path, set(), study_jobs.tqdm(disable=True), gpus),
-    )
-    runner._start_ready()
+    running = []
+    for name in "abc":
+        job = Job("a", (tmp_path / name,), ("train.py",), 1.0)
+        running.append(executor.start(job, running))
     assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == ["5", "GPU-a", "5"]
 
 
 @pytest.mark.slow
 def test_several_jobs_at_once_are_the_same_study(scripts, monkeypatch):
     monkeypatch.setenv("MEET", "out/seed0/l2grad_0.03 out/seed1/l2grad_0.03")
-    monkeypatch.setattr(study_jobs.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(executors.torch, "get_num_threads", lambda: 8)
     assert main("--only", "control", "l2grad", "--seeds", "0", "1", "--jobs", "3") == 0
     seeds = [f"out/seed{s}/{x}" for s in (0, 1) for x in ("trunk", "control", "l2grad_0.03")]
     tuning = [
@@ -620,10 +620,10 @@ def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
 
 
 def test_jobs_are_started_apart_from_the_study_on_every_system(monkeypatch):
-    assert study_jobs.detached_process()["process_group"] == 0
+    assert executors.detached_process()["process_group"] == 0
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
-    monkeypatch.setattr(study_jobs, "os", SimpleNamespace(name="nt"))
-    assert study_jobs.detached_process() == {"creationflags": 512}  # Windows knows no others
+    monkeypatch.setattr(executors, "os", SimpleNamespace(name="nt"))
+    assert executors.detached_process() == {"creationflags": 512}  # Windows knows no others
 
 
 @pytest.mark.parametrize(
@@ -793,7 +793,9 @@ def test_tables_of_means_deviations_and_commands(finished):
         for name in ("control", "l2grad")
         for result in study_report.finished_results(plan, name, plan.chosen_lambda(name))
     ]
-    tables = study_results.read_results(results, plan.records, plan.epochs["first"])
+    tables = study_results.read_results(
+        results, plan.records, plan.quantizations, plan.epochs["first"]
+    )
     choices = {"l2grad": plan.saved_choice("l2grad")}
     draw_figures(Path("out"), study_results.Statistics(*tables), choices, plan.epochs["first"])
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
