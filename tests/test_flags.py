@@ -47,6 +47,7 @@ USELESS_BESIDE = {
     ("study", "only"): ["--tables"],
     ("study", "seeds"): ["--tables"],
     ("study", "jobs"): ["--tables"],
+    ("study", "ray"): ["--tables"],
 }
 SAMPLES = ("7", "0.5", "1000", "2,8", "L2Grad", "words")  # a value of each kind
 
