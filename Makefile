@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow faults lint format clean
+.PHONY: demo test test-slow test-cluster faults lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --run_name demo --init_weights weights/control.pt --n_epochs 1 --train_subset 6400 --lr 0.01 --regularizer L2Grad --lmbda 0.03
@@ -23,6 +23,10 @@ format: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(RUN) -m pytest -m slow
+
+test-cluster: $(VENV)/installed-test
+	$(RUN) -m pip install --quiet --requirement requirements-cluster.txt
+	$(RUN) -m pytest tests/analysis/test_study_cluster.py -m cluster
 
 faults: $(VENV)/installed-test
 	$(RUN) -m pytest tests/system/test_faults.py -m "faults or not faults" -s

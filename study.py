@@ -14,12 +14,14 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import data
 import flags
 import train
 from analysis.study import jobs as study_jobs
+from analysis.study.estimate import measure_epoch_seconds
 from analysis.study.executors import Executor, LocalExecutor, RayExecutor, visible_gpus
 from analysis.study.grid import Grid, Quantization, Variant, load_grid
 from analysis.study.jobs import Job, pending
@@ -225,9 +227,7 @@ def fit_to_data(
     Ends the program where --holdout asks for more than there are. Returns how many images batch
     norms are recalibrated with.
     """
-    n_images = 50_000  # of CIFAR, which need not be fetched to be counted
-    if data_args.dataset not in ("CIFAR10", "CIFAR100"):
-        n_images = len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
+    n_images = count_images(data_args)
     available = f"{data_args.dataset} has {n_images} training images"
     if may_shrink and settings["holdout"] > n_images // 10:
         settings["holdout"] = max(1, n_images // 10)
@@ -237,6 +237,13 @@ def fit_to_data(
     if BN_IMAGES > n_images:
         print(f"{available}: batch norms are recalibrated with all of them, not {BN_IMAGES}")
     return min(BN_IMAGES, n_images)
+
+
+def count_images(data_args: argparse.Namespace) -> int:
+    """Return how many training images there are, those held out included."""
+    if data_args.dataset in ("CIFAR10", "CIFAR100"):
+        return 50_000  # which need not be fetched to be counted
+    return len(data.load(data_args.dataset, data_args.data_dir, 0).train_images)
 
 
 # --- what it does ----------------------------------------------------------------------------
@@ -253,6 +260,9 @@ def print_plan(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence
     """Print what would run, and how long that would take."""
     seconds = 0.0
     for plan in plans:
+        how = "given, or of the jobs so far"
+        if not plan.is_timed:
+            plan.epoch_seconds, how = measure_epoch(plan), "measured in a few steps"
         total: dict[Path, Job] = {}
         for name in names:
             jobs, is_chosen = plan.planned(name, seeds)
@@ -265,14 +275,23 @@ def print_plan(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence
                 print(f"  {duration(job.seconds)}  {job.line}")
         print_retrained(plan, total.values())
         time = duration(sum(job.seconds for job in total.values()))
-        rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores"
+        rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores ({how})"
         if not total:
             print(f"nothing to run: all of it is done, see {plan.out / 'tables.md'}")
         else:
             print(f"in all {len(total)} jobs, about {time}, with {rate}")
         seconds += sum(job.seconds for job in total.values())
-    if len(plans) > 1:
-        print(f"{len(plans)} networks: about {duration(seconds)}")
+    n_cores = torch.get_num_threads()
+    cost = f"{duration(seconds * n_cores)} of a core" if n_cores > 1 else "of one core"
+    if seconds:
+        print(f"{len(plans)} network(s), {len(seeds)} seed(s): about {duration(seconds)}, {cost}")
+
+
+def measure_epoch(plan: StudyPlan) -> float:
+    """Return the seconds that an epoch of the plan's control takes on this machine."""
+    args = train.make_parser().parse_args(plan.training_flags)
+    n_images = args.train_subset or count_images(args)
+    return measure_epoch_seconds(args, n_images)
 
 
 def print_retrained(plan: StudyPlan, jobs: Iterable[Job]) -> None:
@@ -296,8 +315,9 @@ def run_all(plans: Sequence[StudyPlan], args: argparse.Namespace) -> bool:
     for plan in plans:
         plan.records.add_all()
         plan.failed = failed
-        jobs += [job for name in names for job in plan.planned(name, seeds)[0]]
-        print_retrained(plan, jobs)
+        jobs_of_plan = [job for name in names for job in plan.planned(name, seeds)[0]]
+        print_retrained(plan, jobs_of_plan)
+        jobs += jobs_of_plan
 
     def next_job(started: Set[Path]) -> Job | None:
         return next(filter(None, (plan.next_job(names, seeds, started) for plan in plans)), None)

@@ -22,6 +22,7 @@ from engine.system.io import run_lock
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
 PR_SET_PDEATHSIG = 1
+PROJECT = Path(__file__).resolve().parents[2]  # where workers of a cluster find this module
 LOST_WORKERS = 5  # how often a job is started again because its machine was lost
 STOP_SECONDS = 60  # that a job on a cluster has to write its checkpoint
 
@@ -200,13 +201,15 @@ class RayExecutor:
     ) -> None:
         """Connect to the cluster at `address`, "local" starts one here; SetupError if that fails.
 
-        A job has so many `cpus`, and that part of a GPU.
+        A job has so many `cpus`, and that part of a GPU; of this process's environment it gets what
+        the logger reads.
         """
         self.ray = require("ray", "--ray", "requirements-cluster.txt")
         self.jobs_per_machine = 1
         self.max_parallel = max_parallel
         self.scripts = scripts.resolve()
         self.cpus = cpus
+        own = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
         handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.ray.init(
@@ -214,7 +217,7 @@ class RayExecutor:
                 include_dashboard=False if address == "local" else None,
                 log_to_driver=False,
                 logging_level="ERROR",
-                runtime_env={"env_vars": {"PYTHONPATH": str(self.scripts)}},
+                runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT), **own}},
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -30,6 +30,7 @@ class StudyPlan:
         epochs: those that flags name, see `epoch_names`.
         final_quantizations: names of the quantizations on the test set.
         failed: targets of jobs that failed since this program was started.
+        epoch_seconds: of an epoch of the control; a guess unless `is_timed`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class StudyPlan:
         self.training_flags = [*shlex.split(training), *self.data_flags]
         self.measured = {} if epoch_seconds else study_jobs.job_seconds(out)
         measured = self.measured.get("trunk", 0) / self.epochs["first"]
+        self.is_timed = bool(epoch_seconds or measured)
         self.epoch_seconds = epoch_seconds or measured or CONTROL_EPOCH_SECONDS
 
     # --- single jobs ---

@@ -1,0 +1,118 @@
+"""A study of other variants, of several networks, and how long it would take."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_study import main, scripts  # noqa: F401 (a fixture)
+
+import study
+import train
+from analysis.study.estimate import measure_epoch_seconds
+from analysis.study.grid import load_grid
+from engine.system.errors import FileError
+
+GRID = """
+training = "--lr 0.1 --milestones {first},{last}"
+[variants.control]
+flags = "--regularizer none"
+[variants.noise]
+flags = "--regularizer StepNoise"
+lmbdas = [1, 0.01]
+cost = 2
+[quantizations.tuning]
+flags = "--bits 4 --schemes uniform"
+seconds = 1
+[quantizations.weights]
+flags = "--bits 4 2 --schemes uniform"
+seconds = 1
+full_precision = true
+[quantizations.channel]
+flags = "--bits 4 2 --schemes uniform --per_channel"
+seconds = 1
+names = { uniform = "uniform per channel" }
+"""
+
+
+def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: F811
+    tuning = '\n[tuning]\n"ResNet20@0.5" = "--bits 3 --schemes uniform"\n'
+    Path("grid.toml").write_text(GRID + tuning)
+    flags = ["--grid", "grid.toml", "--seeds", "0", "1"]
+    assert main(*flags, "--models", "ConvNet", "ResNet20@0.5") == 0
+    trained = scripts()
+    for network in ("ConvNet", "ResNet20@0.5"):
+        page = Path("out", network, "tables.md").read_text(encoding="utf-8")
+        assert "## uniform per channel\n" in page
+        command = "--model ConvNet" if network == "ConvNet" else "--model ResNet20 --width 0.5"
+        assert command in page and f"out/{network}/tuning/noise_0.01" in trained
+        results = json.loads(Path(f"out/{network}/tuning/control_tuning/results.json").read_text())
+        assert results["rows"][1]["bits"] == (4 if network == "ConvNet" else 3)
+    lines = Path("out/networks.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[:4] for line in lines[4:8]] == [
+        ["| ConvNet", "control", "", "2"],
+        ["| ConvNet", "noise", "0.01", "2"],
+        ["| ResNet20@0.5", "control", "", "2"],
+        ["| ResNet20@0.5", "noise", "0.01", "2"],
+    ]
+    capsys.readouterr()
+    assert main("--seeds", "0", "1") == 0 and scripts() == trained  # all networks, nothing again
+    assert main("--models", "MobileNetV2@0.25", "--only", "control", "--seeds", "0") == 0
+    assert scripts()[-1] == "out/MobileNetV2@0.25/seed0/control"
+    saved = json.loads(Path("out/study.json").read_text())["models"]
+    assert saved == "ConvNet ResNet20@0.5 MobileNetV2@0.25"
+    study.main(["--out", "out", "--tables"])
+    assert "| MobileNetV2@0.25 | control |" in Path("out/networks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("[variants.control]", "[variants.contrl]", "no variant 'control'"),
+        ("[quantizations.tuning]", "[quantizations.tune]", "no quantization 'tuning'"),
+        ("full_precision = true", "", "full_precision"),
+        ("cost = 2", "price = 2", "variants.noise has 'price': it may have flags, lmbdas, cost"),
+        ("cost = 2", 'cost = "much"', "variants.noise: cost cannot be 'much'"),
+        ("lmbdas = [1, 0.01]", 'lmbdas = ["a"]', "could not convert"),
+        ("StepNoise", "StepNoise {much}", "much"),
+        ("seconds = 1", "", "quantizations.tuning has no seconds"),
+        ("training = ", "trainings = ", "the file has 'trainings'"),
+        ("cost = 2", 'lambda_from = "other"', "no variant 'other'"),
+        ("cost = 2", "cost = ", "Invalid value"),
+    ],
+)
+def test_a_grid_that_is_none_is_named_in_a_line(old, new, reason, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.replace(old, new, 1))
+    with pytest.raises(FileError) as refused:
+        load_grid(path)
+    message = str(refused.value)
+    assert reason in message and str(path) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--models", "ResNet20@0"], "'0'"),
+        (["--models", "torchvision:resnet18@2"], "has no width"),
+        (["--models", "NoNet"], "NoNet"),
+        (["--grid", "none.toml"], "none.toml"),
+    ],
+)
+def test_networks_and_grids_that_are_none(flags, reason, scripts, capsys):  # noqa: F811
+    assert main(*flags) in (1, 2)
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and reason in output and not scripts()
+
+
+def test_a_study_of_one_network_gets_no_others(scripts, capsys):  # noqa: F811
+    assert main("--only", "control", "--seeds", "0") == 0
+    assert main("--models", "ResNet20") == 2
+    assert "one network alone: choose another --out" in capsys.readouterr().err
+
+
+def test_an_epoch_is_estimated_from_steps_of_the_network():
+    def seconds(*flags):
+        args = train.make_parser().parse_args([*flags, "--no-compile", "--batch_size", "8"])
+        return measure_epoch_seconds(args, n_images=80)
+
+    assert 0 < seconds("--model", "ResNet20", "--width", "0.25") < seconds("--model", "ConvNet")
