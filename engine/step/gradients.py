@@ -8,7 +8,7 @@ pass starts from the direction of the whole batch, and its result is summed once
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,15 +71,17 @@ def compute_gradients(
     penalty = evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
     penalty = penalty_scale * penalty  # before the directions, which then have the factor
     directions = _add_direct_gradients(params, penalty, first.tensors, copies)
+    penalty = penalty.detach()
+    del copies  # they are the memory of gradients, which the second pass frees one by one
     if by_difference:
         _add(params, difference_product(batch, first, grads, directions, difference_step))
     elif second_order:
         _add(params, vector_jacobian_product(net, params, first, directions))
-    return loss, penalty.detach(), n_correct
+    return loss, penalty, n_correct
 
 
 Lists = dict[str, list[Tensor]]  # of tensors, by the name of the input
-Directions = Mapping[str, Sequence[Tensor | None]]  # ∂penalty/∂t, by the name of the input
+Directions = dict[str, Sequence[Tensor | None]]  # ∂penalty/∂t, by the name of the input
 
 
 def _detached_copies(tensors: Lists, weights: Sequence[Tensor]) -> Lists:
@@ -131,7 +133,8 @@ def vector_jacobian_product(
 ) -> list[Tensor | None]:
     """Return Σ_t d_t · ∂t/∂p of every parameter p: t are gradients with their graph.
 
-    Where the directions d_t are None or the t constants, there is nothing to return but Nones.
+    Both are removed from `first` and `directions`, so that the pass can free them. Where the
+    directions d_t are None or the t constants, there is nothing to return but Nones.
     Raises NetworkError where the network cannot be differentiated twice.
     """
     pairs = [
@@ -143,10 +146,32 @@ def vector_jacobian_product(
     if not pairs:
         return [None] * len(params)
     # one backward pass from all of them, however many layers: the price is that of one
-    outputs, vectors = zip(*pairs, strict=True)
+    start = _Start.apply([d for _, d in pairs], *(t for t, _ in pairs))
+    pairs.clear()
+    first.tensors.clear()
+    directions.clear()
     overlapped = distributed.overlapped_grad_all_reduce(params)
     with network_boundary(net, NOT_TWICE), overlapped as sum_grads:
-        return sum_grads(grad(outputs, params, vectors, allow_unused=True))
+        return sum_grads(grad(start, params, allow_unused=True))
+
+
+class _Start(torch.autograd.Function):
+    """A scalar whose backward pass starts from given directions at tensors, and keeps none.
+
+    `torch.autograd.grad(tensors, …, directions)` would hold all of both until it returns; this way
+    each is freed where the pass is done with it.
+    """
+
+    @staticmethod
+    def forward(ctx, directions, *tensors):
+        ctx.directions = directions
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        directions = tuple(ctx.directions)
+        ctx.directions.clear()
+        return None, *directions
 
 
 def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) -> None:

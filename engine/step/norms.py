@@ -54,7 +54,8 @@ class _LpNorms(torch.autograd.Function):
             divisors = torch.stack(norms)
             divisors = torch.where(divisors == 0, math.inf, divisors).unbind()
             units = [t / divisor for t, divisor in zip(tensors, divisors, strict=True)]
-        return None, *(c * unit for c, unit in zip(cotangents, units, strict=True))
+        # in place: a second tensor of each would be the peak of a step's memory
+        return None, *(unit.mul_(c) for c, unit in zip(cotangents, units, strict=True))
 
 
 def per_image_lp_norms(a_grads: Sequence[Tensor], P: float) -> list[Tensor]:

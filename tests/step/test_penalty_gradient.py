@@ -2,15 +2,18 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import reference
 import test_networks
 import test_train
 import torch
+from step_time import peak_megabytes
 from torch import nn
 
 import train
+import utils
 from engine.networks import fast_layers, outputs
 from engine.step import gradients
 from engine.step.gradients import compute_gradients
@@ -236,3 +239,14 @@ def test_sharpness_makes_no_second_order_graph(problem):
 def test_a_radius_that_is_none_is_refused(rho):
     with pytest.raises(ValueError, match="rho is"):
         Sharpness(1.0, rho)
+
+
+def test_the_second_pass_frees_what_it_is_done_with():
+    """With gradients and directions held until it ends, its peak is 3.0 times a plain step's."""
+    net = utils.make_net("ResNet20", 10, "cpu", 0.25)
+    x, y = torch.randn(32, 3, 16, 16), torch.randint(10, (32,))
+    step = partial(compute_gradients, net, CE)
+    plain, exact = (
+        peak_megabytes(partial(step, regularizer, x, y)) for regularizer in (None, LPGrad(0.01, 2))
+    )
+    assert exact < 2.8 * plain
