@@ -7,6 +7,7 @@ from pathlib import Path
 from analysis.study import figures as study_figures
 from analysis.study import results as study_results
 from analysis.study import tables as study_tables
+from analysis.study.lambda_choice import Choice
 from analysis.study.plan import StudyPlan
 from analysis.study.records import StudyRecords
 from analysis.study.results import Result, Statistics
@@ -28,9 +29,21 @@ def update_reports(plans: Sequence[StudyPlan]) -> bool:
 def update_report(plan: StudyPlan) -> Statistics | None:
     """Write tables and figures of all results of a network; return what they say, None if nothing.
 
-    A variant is shown with the λ that was chosen last. Raises FileError and OSError.
+    Raises FileError and OSError.
     """
-    results = []
+    statistics, results, choices = read_study(plan)
+    if statistics:
+        study_tables.write_tables(plan.out, statistics, results, choices)
+        study_figures.draw_figures(plan.out, statistics, choices, plan.epochs["first"])
+    return statistics
+
+
+def read_study(plan: StudyPlan) -> tuple[Statistics | None, list[Result], dict[str, Choice]]:
+    """Return what all results of a network say (None: there are none), they, and how λ were chosen.
+
+    A variant has the λ that was chosen last. Raises FileError.
+    """
+    results: list[Result] = []
     choices = {}
     for name, variant in plan.variants.items():
         choice = plan.saved_choice(name)
@@ -39,13 +52,10 @@ def update_report(plan: StudyPlan) -> Statistics | None:
         if choice or not plan.lmbdas(name):
             results += finished_results(plan, name, choice.lmbda if choice else None)
     if not results:
-        return None
+        return None, results, choices
     first = plan.epochs["first"]
     tables = study_results.read_results(results, plan.records, plan.quantizations, first)
-    statistics = Statistics(*tables)
-    study_tables.write_tables(plan.out, statistics, results, choices)
-    study_figures.draw_figures(plan.out, statistics, choices, first)
-    return statistics
+    return Statistics(*tables), results, choices
 
 
 def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterator[Result]:

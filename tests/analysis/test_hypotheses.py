@@ -1,0 +1,58 @@
+"""Tests paired by seed: against scipy, against an interval, and against examples worked by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from analysis.study.hypotheses import Hypothesis, equivalence_p, examine, examine_all, holm
+
+SETTING = ("uniform", 4, 4)
+
+
+def accuracies(**variants):
+    """Accuracies by (variant, seed), in the one setting."""
+    values = {(v, seed): a for v, seeds in variants.items() for seed, a in seeds.items()}
+    index = pd.MultiIndex.from_tuples(values, names=["variant", "seed"])
+    columns = pd.MultiIndex.from_tuples([SETTING])
+    return pd.DataFrame([[a] for a in values.values()], index, columns)
+
+
+def test_equivalence_is_that_of_the_interval_of_90_percent():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        differences = generator.normal(0.004, 0.004, 5)
+        t = scipy.stats.ttest_1samp(differences, 0)
+        low, high = t.confidence_interval(0.90)
+        assert (equivalence_p(differences, 0.01) < 0.05) == (-0.01 < low and high < 0.01)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        ([0.5, 0.9], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([], []),
+    ],
+)
+def test_holm(p_values, corrected):
+    assert holm(p_values) == pytest.approx(corrected)
+
+
+def test_differences_are_paired_and_seeds_that_one_lacks_left_out():
+    a, b = {0: 0.5, 1: 0.6, 2: 0.9, 4: 0.7}, {0: 0.45, 1: 0.58, 2: 0.84, 3: 0.1}
+    outcome = examine(Hypothesis("a", "b"), accuracies(a=a, b=b), SETTING)
+    expected = scipy.stats.ttest_rel([0.5, 0.6, 0.9], [0.45, 0.58, 0.84])
+    interval = expected.confidence_interval(0.95)
+    assert outcome.n == 3 and outcome.p == pytest.approx(expected.pvalue)
+    assert outcome.mean - outcome.half == pytest.approx(interval.low)
+    assert examine(Hypothesis("a", "c"), accuracies(a=a), SETTING) is None
+    assert examine(Hypothesis("a", "b"), accuracies(a={0: 0.5}, b=b), SETTING) is None
+
+
+def test_equal_networks_are_equivalent_and_none_is_better():
+    same = accuracies(a={0: 0.5, 1: 0.6}, b={0: 0.5, 1: 0.6})
+    hypotheses = [Hypothesis("a", "b"), Hypothesis("a", "b", 0.01), Hypothesis("a", "c")]
+    outcomes = examine_all(hypotheses, same, SETTING)
+    assert [(o.hypothesis.margin, p) for o, p in outcomes.items()] == [(None, 1.0), (0.01, 0.0)]
