@@ -20,6 +20,7 @@ from analysis.study.settings import SETTING_TYPES
 from analysis.weights_files import find_paths
 from engine.quantization.bit_allocation import BIT_CHOICES
 from engine.quantization.bit_widths import act_bit_widths_or_same, bit_widths
+from engine.quantization.output_correction import INPUTS
 from engine.step.gradients import DIFFERENCE_STEP, needs_double_backward
 from engine.system.cli import Flag, Need, Parser, bounded_number, file_name, label, switch
 from engine.system.distributed import is_restart_here
@@ -41,6 +42,7 @@ INTEGER_FLAGS = (
     "page",
 )  # of one network in integer arithmetic
 FILE_FLAGS = (*INTEGER_FLAGS, "save_quantized")  # of one quantized network
+OUTPUT_CORRECTIONS = (*INPUTS, "auto")
 RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-web", "onnxruntime-node", "reference")
 PHASE_SYNTAX = "EPOCH:none or EPOCH:NAME=λ[+NAME=λ…]"
 OLD_OPTIONS = {"detach_step": "hold_step"}  # old spellings of what regularizers declare
@@ -278,9 +280,12 @@ QUANTIZATION: Table = [
            requires=["no --bias_correction", ON_GRID]),
     switch("bias_correction", "restore mean and standard deviation",
            requires=["no --mean_correction", ON_GRID]),
-    switch("output_bias_correction", "then put the mean error of each layer's outputs back through "
-           "its bias, layer by layer; it is measured on --calibration_images, also with --act_bits",
-           requires=[FLOAT_BIASES, "no --recalibrate_bn_images: that moves the means again"]),
+    Flag("output_bias_correction", OUTPUT_CORRECTIONS, None, "then put the mean error of each "
+         "layer's outputs back through its bias, layer by layer, measured on --calibration_images: "
+         "with inputs of the quantized network (no value, or quantized), of the unquantized one "
+         "(float), or with what changes predictions on those images less (auto)",
+         requires=[FLOAT_BIASES, "no --recalibrate_bn_images: that moves the means again"],
+         nargs="?", const="quantized"),
     "rounding of weights",
     Flag("rounding", ("nearest", "adaround", "qdrop"), "nearest", "round weights to nearest, or "
          "learn whether up or down keeps the output of their layer (AdaRound) or of a block of "

@@ -375,6 +375,15 @@ def measure_network(
             checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
             how = {"rounding": qu.rounding_of(row["scheme"], learners, args.rounding)}
             results.rows.append(row | common | how | ({"per_channel": False} if is_learned else {}))
+        for (scheme, bits, act_bits), divergences in network.divergences.items():
+            if distributed.get_rank() == 0:
+                taken = min(divergences, key=divergences.get)
+                each = ", ".join(f"{inputs} {nats:.4g}" for inputs, nats in divergences.items())
+                way = f"{scheme}, {bits} bits" + f", inputs {act_bits}" * (act_bits != FLOAT_BITS)
+                print(
+                    f"{network.name}: {way}: outputs corrected with {taken} inputs; "
+                    f"divergence of predictions on training images: {each} nats"
+                )
         if args.per_layer:
             of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
             results.layer_rows += network.per_layer([*of_weights.values()])

@@ -24,7 +24,7 @@ from engine.quantization.adaround import learn_rounding
 from engine.quantization.bit_allocation import BIT_CHOICES, allocate_bits
 from engine.quantization.block_reconstruction import learn_block_rounding
 from engine.quantization.coverage import Coverage, coverage
-from engine.quantization.output_correction import correct_outputs
+from engine.quantization.output_correction import correct_outputs, correct_outputs_better
 from engine.quantization.weights import (
     NO_EXCEPTIONS,
     Correction,
@@ -92,7 +92,9 @@ class Conditions:
     sums: bool = False  # inputs of sums are quantized as well
     asymmetric: bool = False  # signed inputs have a zero point
     keep_first_last: bool = False
-    corrects_outputs: bool = False  # biases make up for the mean errors of layers' outputs
+    # biases make up for the mean errors of layers' outputs on "quantized" or "float" inputs, or on
+    # those that change predictions less ("auto"); None: they do not
+    output_correction: str | None = None
     rounding_iterations: int = 500  # of learned rounding, in each layer or block
     by_blocks: bool = False  # it is learned for blocks of layers, with quantized inputs
     in_integers: bool = False  # simulate what an integer runtime computes
@@ -116,6 +118,8 @@ class MeasuredNetwork:
     images: Images
 
     def __post_init__(self) -> None:
+        # of --output_bias_correction auto, by inputs: (scheme, bits, act_bits) → divergences
+        self.divergences: dict[tuple[str, float, int], dict[str, float]] = {}
         self._ranges: dict[int, dict[str, acts.Range]] = {}
         self._rounding: tuple[Any, dict[str, Tensor]] = (None, {})
         self._mixed: dict[tuple[str, float], dict[str, int]] = {}
@@ -280,7 +284,7 @@ class MeasuredNetwork:
         self, how: Quantization, trial: int = 0
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
         """Return a copy of the graph with quantized weights, and what became of each layer."""
-        corrects = self.conditions.corrects_outputs
+        corrects = self.conditions.output_correction is not None
         # bits of inputs matter to what makes up for them alone: biases, and rounding by blocks
         reads_inputs = corrects or (how.learns and self.conditions.by_blocks)
         key = how.scheme, how.n_bits, trial, how.act_bits if reads_inputs else None
@@ -293,19 +297,24 @@ class MeasuredNetwork:
                 round_up=self.round_up(how),
                 **how.layer_options(),
             )
-            graph = self.corrected(graph, how.act_bits) if corrects else graph
+            graph = self.corrected(graph, how) if corrects else graph
             self._weights = key, (graph, quantized)
         return self._weights[1]
 
-    def corrected(self, graph_q: fx.GraphModule, act_bits: int) -> fx.GraphModule:
+    def corrected(self, graph_q: fx.GraphModule, how: Quantization) -> fx.GraphModule:
         """Return a copy, on the CPU, whose biases make up for the mean errors of its outputs."""
-        how, part = self.conditions, (distributed.get_rank(), distributed.get_world_size())
-        graphs = (
-            copy_graph(graph).to(how.device, memory_format=how.memory_format)
-            for graph in (self.graph, graph_q)
+        where, part = self.conditions, (distributed.get_rank(), distributed.get_world_size())
+        graph, graph_q = (
+            copy_graph(each).to(where.device, memory_format=where.memory_format)
+            for each in (self.graph, graph_q)
         )
         images = partial(batches, self.images.calibration, *part)
-        return correct_outputs(*graphs, self.grids(act_bits), images).cpu()
+        given = graph, graph_q, self.grids(how.act_bits), images
+        if where.output_correction != "auto":
+            return correct_outputs(*given, where.output_correction).cpu()
+        corrected, divergences = correct_outputs_better(*given)
+        self.divergences[how.scheme, how.n_bits, how.act_bits] = divergences
+        return corrected.cpu()
 
     def round_up(self, how: Quantization) -> Mapping[str, Tensor]:
         """Return where weights are rounded up, by the name of their layer; none: to nearest.

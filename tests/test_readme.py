@@ -84,7 +84,7 @@ def test_every_command_parses(command):
 def test_no_command_is_overlooked():
     n_blocks = sum(text.count("```sh\n") for text in PAGES.values())
     assert len(commands(r"\S*python |torchrun ")) >= 40 and n_blocks >= 20
-    known = r"\S*python |torchrun |make |mkdir |wandb |npm install "
+    known = r"\S*python |torchrun |make |mkdir |wandb |npm install |ray "
     for text in PAGES.values():
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
             assert all(re.match(known, line) for line in block.splitlines())

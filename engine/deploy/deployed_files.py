@@ -80,12 +80,18 @@ def describe_source(
         "budget_bits": json.dumps(settings.get("budget_bits")),
         "act_symmetry": settings.get("act_symmetry", NOT_RECORDED["act_symmetry"]),
         **{k: json.dumps(settings[k]) for k in ("per_channel", "keep_first_last", "equalize")},
-        "output_bias_correction": json.dumps(settings.get("output_bias_correction", False)),
+        "output_bias_correction": json.dumps(_output_correction(settings)),
         "clip_p": str(settings["clip_p"]),
         "step_size": settings.get("step_size", NOT_RECORDED["step_size"]),
         "pwlq": json.dumps(pwlq),
         "calibration": "{calibration} of {calibration_images} images".format(**settings),
     }
+
+
+def _output_correction(settings: Mapping[str, Any]) -> str | bool:
+    """Return how outputs were corrected, as earlier versions say it where they could do it."""
+    how = settings.get("output_bias_correction")
+    return {None: False, "quantized": True}.get(how, how)
 
 
 def write_files(

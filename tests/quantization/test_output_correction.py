@@ -11,7 +11,7 @@ import quant_utils as qu
 from engine.networks.export import export_network
 from engine.networks.graph import layers
 from engine.quantization.activations import activation_grids, calibrate
-from engine.quantization.output_correction import correct_outputs
+from engine.quantization.output_correction import correct_outputs, correct_outputs_better
 from engine.quantization.weights import quantize_weights
 
 LAYERS = nn.Conv2d, nn.ConvTranspose2d, nn.Linear
@@ -119,6 +119,44 @@ def test_biases_are_those_of_modules_with_hooks(kind, act_bits):
     assert len(corrected(images())) == 22
 
 
+@pytest.mark.parametrize("kind", [Plain, Twice])
+def test_with_float_inputs_each_layer_makes_up_for_its_own_weights(kind):
+    with torch.no_grad():
+        graph = export_network(make(kind), (3, 8, 8))
+        graph_q, _ = quantize_weights(graph, qu.uniform, 3, bias_range=None)
+        corrected = correct_outputs(graph, graph_q, {}, lambda: images().split(7), "float")
+        for name, layer in layers(corrected).items():
+            net, net_q = make(Plain), make(Plain)
+            names = {"first": "first", "first.conv": "second", "first_2": "second"}
+            name = names.get(name, name) if kind is Twice else name
+            quantized = net_q.get_submodule(name)
+            quantized.weight.data = qu.uniform(quantized.weight, 3)
+            bias = net.get_submodule(name).bias
+            change = output_mean(net, name) - output_mean(net_q, name)
+            expected = change if bias is None else bias + change
+            torch.testing.assert_close(corrected.get_buffer(layer.bias), expected)
+
+
+def test_auto_takes_what_changes_predictions_less():
+    net = make(Plain)
+    graph = export_network(net, (3, 8, 8))
+    x = images()
+
+    def divergence(graph_q):
+        p, q = net(x).softmax(-1), graph_q(x).softmax(-1)
+        return (p * (p / q).log()).sum(-1).mean().item()
+
+    for n_bits in (2, 3, 4, 6):
+        graph_q, _ = quantize_weights(graph, qu.uniform, n_bits, bias_range=None)
+        given = graph, graph_q, {}, lambda: x.split(7)
+        corrected, divergences = correct_outputs_better(*given)
+        assert set(divergences) == {"quantized", "float"}
+        with torch.no_grad():
+            for inputs, found in divergences.items():
+                assert divergence(correct_outputs(*given, inputs)) == pytest.approx(found)
+            assert divergence(corrected) == pytest.approx(min(divergences.values()))
+
+
 # --- the command line ------------------------------------------------------------------------
 
 CORRECTED = "--output_bias_correction --calibration_images 40"
@@ -146,6 +184,19 @@ def test_corrected_biases_are_exported(tiny, more, capsys):  # noqa: F811
     assert main(f"{FLAGS} {more} --verify net.onnx") == 1
     said = "made with output_bias_correction true, and this is false"
     assert said in capsys.readouterr().err
+
+
+def test_the_inputs_are_a_flag_and_what_auto_takes_is_said(tiny, capsys):  # noqa: F811
+    flags = "--fold_bn --bits 3 2 --schemes uniform --no_plots --calibration_images 40"
+    losses = {}
+    for how in ("", "quantized", "float", "auto"):
+        assert main(f"{flags} --output_bias_correction {how}") == 0
+        losses[how] = [row["loss"] for row in rows()[1:]]
+    assert losses[""] == losses["quantized"] != losses["float"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "outputs corrected" in line]
+    for i, bits in enumerate((3, 2)):
+        [line] = [line for line in said if f"uniform, {bits} bits: " in line]
+        assert losses["auto"][i] == losses[line.split("with ")[1].split()[0]][i]
 
 
 def test_each_of_several_bits_of_inputs_is_corrected_as_if_it_were_alone(tiny):  # noqa: F811
