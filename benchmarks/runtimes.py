@@ -97,7 +97,8 @@ def cell(found: Mapping[str, Any], name: str) -> str:
         logits = each["differing_logits"]
     else:
         return "–"
-    return f"{differing} of {of:,}, {logits or 'no'} logits"
+    logits = f"{logits:,}" if isinstance(logits, int) and logits else logits or "no"
+    return f"{differing} of {of:,}, {logits} logits"
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:
