@@ -261,7 +261,8 @@ def print_plan(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence
     seconds = 0.0
     for plan in plans:
         how = "given, or of the jobs so far"
-        if not plan.is_timed:
+        has_work = any(pending(plan.planned(name, seeds)[0]) for name in names)
+        if has_work and not plan.is_timed:
             plan.epoch_seconds, how = measure_epoch(plan), "measured in a few steps"
         total: dict[Path, Job] = {}
         for name in names:
