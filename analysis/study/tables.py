@@ -98,7 +98,8 @@ def cells_by_setting(
     rows: pd.DataFrame, lines: list[str], settings: Sequence[Setting]
 ) -> Iterator[tuple]:
     """Yield the values of the columns `lines` and the cell in each setting, line by line."""
-    table = pivot(rows, lines, SETTING, "cell").reindex(columns=list(settings)).fillna(MISSING)
+    table = pivot(rows, lines, SETTING, "cell").reindex(columns=list(settings))
+    table = table.astype(object).fillna(MISSING)
     return table.itertuples(name=None)
 
 
