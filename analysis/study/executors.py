@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a
 PR_SET_PDEATHSIG = 1
 PROJECT = Path(__file__).resolve().parents[2]  # where workers of a cluster find this module
 LOST_WORKERS = 5  # how often a job is started again because its machine was lost
+CONNECT_SECONDS = 20  # to reach a cluster
+POLL_SECONDS = 0.5  # between looks at whether a job on a cluster has ended
 STOP_SECONDS = 60  # that a job on a cluster has to write its checkpoint
 
 
@@ -151,19 +154,29 @@ def visible_gpus() -> list[str]:
 
 
 def run_here(job: Job, scripts: Path, folder: Path, threads: int) -> JobResult:
-    """Run the job on the machine that Ray has chosen.
+    """Run the job on the machine that Ray has chosen, until it ends or `stop_file` is there.
 
-    Ray raises KeyboardInterrupt here where the job is to stop. Where the worker before this one was
-    lost, its process may still be writing its checkpoint.
+    Where the worker before this one was lost, its process may still be writing its checkpoint.
     """
+    stop = folder / stop_file(job)
     with suppress(FileError), run_lock((folder / job.target).with_suffix(""), wait=STOP_SECONDS):
         pass
     process = JobProcess(job, scripts, folder, threads)
-    try:
-        return process.result()
-    except KeyboardInterrupt:
-        process.stop()
-        return process.result()
+    while not process.ended():
+        if stop.exists():
+            process.stop()
+            stop.unlink(missing_ok=True)
+        time.sleep(POLL_SECONDS)
+    return process.result()
+
+
+def stop_file(job: Job) -> Path:
+    """Return the file that asks a job on a cluster to stop.
+
+    Ray's own way, an interrupt, does nothing where the cluster was started in the background of a
+    script or with nohup: shells have such processes ignore it (Ray 2.60).
+    """
+    return job.target.with_suffix(".stop")
 
 
 class RayJob:
@@ -178,7 +191,8 @@ class RayJob:
         return bool(self.ray.wait([self.task], timeout=0)[0])
 
     def stop(self) -> None:  # noqa: D102
-        self.ray.cancel(self.task)
+        stop_file(self.job).touch()
+        self.ray.cancel(self.task)  # where it waits for room
 
     def result(self) -> JobResult:  # noqa: D102
         try:
@@ -187,6 +201,18 @@ class RayJob:
             with open(self.job.log, "a", encoding="utf-8") as log:
                 print(f"Ray: {type(error).__name__}: {error}", file=log)
             return JobResult(False, None)
+        finally:
+            stop_file(self.job).unlink(missing_ok=True)
+
+
+def check_reachable(address: str) -> None:
+    """Raise SetupError where nothing answers at HOST:PORT, which Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise SetupError(f"--ray {address}: there is no cluster: {error}") from error
 
 
 class RayExecutor:
@@ -210,6 +236,7 @@ class RayExecutor:
         self.scripts = scripts.resolve()
         self.cpus = cpus
         own = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+        check_reachable(address)
         handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.ray.init(

@@ -3,6 +3,7 @@
 Nothing may be lost or done twice when a worker, the driver or a whole node dies.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -60,6 +61,20 @@ def start_driver(cluster, *flags):
     )
 
 
+def wait_until_gone(word, seconds=120):
+    """Wait until no process has the word in its command line."""
+    end = time.monotonic() + seconds
+    while any(word.encode() in line for line in command_lines()):
+        assert time.monotonic() < end, f"{word} still runs after {seconds} s"
+        time.sleep(0.2)
+
+
+def command_lines():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            yield path.read_bytes()
+
+
 def test_jobs_of_two_nodes_are_the_same_study(cluster, scripts):  # noqa: F811
     flags = ["--only", "control", "l2grad", "--seeds", "0", "1", "--ray", cluster.address]
     assert main(*flags, "--cpus_per_job", "1") == 0
@@ -94,8 +109,7 @@ def test_a_driver_that_dies_loses_nothing(number, slow_job, cluster, scripts):  
     assert second.returncode == 1 and "another run is writing to out/study" in output
     driver.send_signal(number)
     driver.wait(timeout=120)
-    wait_for("stopped", 120)  # the job, with a checkpoint
-    time.sleep(1)
+    wait_until_gone(SLOW)  # the job: Ray kills it, or it has stopped with a checkpoint
     again = start_driver(cluster)
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
