@@ -106,13 +106,17 @@ class Watch(TorchDispatchMode):
 
 @torch.no_grad()
 def measure(
-    run: Callable[[Tensor], Tensor], net: nn.Module, images: Tensor, labels: Tensor, per_channel: bool
+    run: Callable[[Tensor], Tensor],
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    per_channel: bool,
 ) -> dict[str, Any]:
     """Return a network's accuracy, and how many values its layers, inputs and logits take."""
     batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
-    n_correct = sum(int((run(x).argmax(1) == y).sum()) for x, y in batches)
+    n_correct = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
     with Watch(net, per_channel) as watch:
-        logits = run(images[:WATCHED])
+        logits = net(images[:WATCHED])
     return {
         "accuracy": n_correct / len(labels),
         "weight_levels": watch.weight_levels,
@@ -150,8 +154,6 @@ def run_job(
             started = time.process_time()
             quantized = quantize(net, row, options, job)
             seconds = time.process_time() - started
-            found = measure(
-                quantized, quantized, job["test_images"], job["test_labels"], row["per_channel"]
-            )
+            found = measure(quantized, job["test_images"], job["test_labels"], row["per_channel"])
             record = {"row": row_name, "setting": name, "seconds": seconds, **found}
             print(json.dumps(record | {"versions": versions}), file=sys.stdout, flush=True)
