@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +84,20 @@ def our_settings(how: Mapping[str, Any]) -> list[str]:
         ]
     steps = ["half", "full", *(["auto"] if how["per_channel"] else [])]
     grids = [*(f"--step_size {step}" for step in steps), "--schemes clip"]
-    ways = [" ".join(each) for each in product(grids, ["", "--output_bias_correction"])]
+    corrected = [f"{grid} --output_bias_correction" for grid in grids]
     if how["act_bits"]:
-        ways = [f"{way} --calibration mse" for way in ways] + ["--step_size half"]
-    return [" ".join(way.split()) for way in ways]
+        ranges = [f"{way} --calibration mse" for way in [grids[-1], *corrected[1:]]]
+        return [grids[0], *ranges]
+    return [*grids, *corrected]
 
 
 def flags_of(how: Mapping[str, Any]) -> str:
     """Return the flags of quant_inference.py that a row has, whatever the setting."""
-    words = [f"--bits {how['bits']}", f"--act_bits {how['act_bits']}" if how["act_bits"] else ""]
-    words += [f"--{name}" for name in ("per_channel",) if how[name]]
+    words = [f"--bits {how['bits']}"]
+    words += [f"--act_bits {how['act_bits']}"] if how["act_bits"] else []
+    words += ["--per_channel"] if how["per_channel"] else []
     words += ["--equalize"] if how["equalized"] else []
-    return " ".join(filter(None, words))
+    return " ".join(words)
 
 
 def quantize_ours(

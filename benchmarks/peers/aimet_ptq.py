@@ -36,12 +36,11 @@ def settings(row: Mapping[str, Any]) -> dict[str, Any]:
     if row["learned"]:
         return {
             f"adaround, {scheme}, {steps} steps": {"scheme": scheme, "steps": steps}
-            for scheme, steps in [("min_max", 2000), ("tf_enhanced", 2000)]
+            for scheme, steps in [("tf_enhanced", 2000), ("min_max", 2000)]
         }
     ways: dict[str, Any] = {scheme: {"scheme": scheme} for scheme in SCHEMES}
-    if row["bits"] <= 4:  # the toolkit skips layers with more
-        schemes = SCHEMES if row["act_bits"] else ["min_max"]
-        ways |= {f"{s}, sequential MSE": {"scheme": s, "sequential": True} for s in schemes}
+    if not row["act_bits"] and not row["equalized"]:  # 90 s each
+        ways["min_max, sequential MSE"] = {"scheme": "min_max", "sequential": True}
     return ways
 
 

@@ -35,17 +35,15 @@ def settings(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of each way to quantize a row, by name."""
     if row["learned"]:
         return {f"learned round, {name}": {"learned": how} for name, how in LEARNED.items()}
-    calibrations = ["stats", "mse"] if row["act_bits"] else [None]
     ways = {}
-    for weights, inputs, corrects in product(["stats", "mse"], calibrations, [False, True]):
-        if inputs == "mse" and not corrects:  # 45 s each, for less
-            continue
-        name = f"weights {weights}{f', inputs {inputs}' if inputs else ''}"
-        name += ", biases corrected" if corrects else ""
-        how = {"weights": weights, "inputs": inputs, "corrects": corrects}
-        ways[name] = how
-        if inputs == "stats" and corrects:
-            ways[f"{name}, pooled unsigned"] = {**how, "unsigned": True}
+    for weights, corrects in product(["stats", "mse"], [False, True]):
+        name = f"weights {weights}{', biases corrected' if corrects else ''}"
+        ways[name] = {"weights": weights, "corrects": corrects}
+    if row["act_bits"]:
+        unsigned = {"weights": "mse", "corrects": True, "unsigned": True}
+        name = "weights mse, biases corrected, pooled unsigned"
+        ways[name] = unsigned
+        ways[f"{name}, inputs mse"] = {**unsigned, "inputs": "mse"}  # 45 s each
     return ways
 
 
@@ -81,7 +79,7 @@ def quantize(
             quant_format="int",
             layerwise_first_last_bit_width=row["bits"],
             weight_param_method=options.get("weights", "stats"),
-            act_param_method=options.get("inputs") or "stats",
+            act_param_method=options.get("inputs", "stats"),
         )
         if row["act_bits"]:
             keep_logits_in_float(net)

@@ -105,13 +105,7 @@ class Watch(TorchDispatchMode):
 
 
 @torch.no_grad()
-def measure(
-    run: Callable[[Tensor], Tensor],
-    net: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    per_channel: bool,
-) -> dict[str, Any]:
+def measure(net: nn.Module, images: Tensor, labels: Tensor, per_channel: bool) -> dict[str, Any]:
     """Return a network's accuracy, and how many values its layers, inputs and logits take."""
     batches = zip(images.split(BATCH), labels.split(BATCH), strict=True)
     n_correct = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
