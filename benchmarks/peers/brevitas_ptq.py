@@ -31,6 +31,14 @@ LEARNED = {
 }
 
 
+class Flatten(nn.Module):
+    """`torch.flatten`: behind `nn.Flatten`, the toolkit quantizes once more, with a sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, 1, 1) to (B, C)."""
+        return torch.flatten(x, 1)
+
+
 def settings(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of each way to quantize a row, by name."""
     if row["learned"]:
@@ -59,10 +67,11 @@ def quantize(
     """Return the quantized network."""
     images = job["calibration_images"]
     iterations = EQUALIZING_ITERATIONS if row["equalized"] else 0
-    if options.get("unsigned"):
-        for name, module in [*net.named_children()]:
-            if isinstance(module, nn.AdaptiveAvgPool2d):
-                setattr(net, name, nn.Sequential(module, nn.ReLU()))
+    for name, module in [*net.named_children()]:
+        if isinstance(module, nn.AdaptiveAvgPool2d) and options.get("unsigned"):
+            setattr(net, name, nn.Sequential(module, nn.ReLU()))
+        elif isinstance(module, nn.Flatten):
+            setattr(net, name, Flatten())
     net = preprocess_for_quantize(net, equalize_iters=iterations, merge_bn=False)
     granularity = "per_channel" if row["per_channel"] else "per_tensor"
     with contextlib.redirect_stdout(sys.stderr):
