@@ -327,7 +327,7 @@ def main() -> None:
         networks[weights.stem] = {
             "float_accuracy": job["float_accuracy"],
             "records": records,
-            "environment": describe_environment(),
+            "environment": {k: v for k, v in describe_environment().items() if k != "command"},
         }
         for tool in (OURS, *PEERS):
             records[tool] = read_records(folder / f"{weights.stem}.{tool}.jsonl")
