@@ -78,9 +78,9 @@ def our_settings(how: Mapping[str, Any]) -> list[str]:
     """Return the flags of quant_inference.py for each way in which we quantize a row."""
     if how["learned"]:
         return [
-            "--rounding adaround",
             "--rounding adaround --step_size full",
             "--rounding qdrop --step_size full",
+            "--rounding adaround",
         ]
     steps = ["half", "full", *(["auto"] if how["per_channel"] else [])]
     grids = [*(f"--step_size {step}" for step in steps), "--schemes clip"]

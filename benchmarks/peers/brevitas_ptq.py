@@ -26,8 +26,8 @@ EQUALIZING_ITERATIONS = 20  # the default of the toolkit's own command
 PERCENTILE = 99.999  # the same
 # Learned rounding: (form, loss, learning rate, images a step, steps a layer)
 LEARNED = {
+    "lr 0.01, 32 images": ("hard_sigmoid", "regularised_mse", 1e-2, 32, 1000),
     "defaults": ("hard_sigmoid", "regularised_mse", 1e-3, 1, 1000),
-    "sigmoid, lr 0.01, 32 images": ("hard_sigmoid", "regularised_mse", 1e-2, 32, 1000),
 }
 
 
