@@ -162,11 +162,13 @@ def run_here(job: Job, scripts: Path, folder: Path, threads: int) -> JobResult:
     with suppress(FileError), run_lock((folder / job.target).with_suffix(""), wait=STOP_SECONDS):
         pass
     process = JobProcess(job, scripts, folder, threads)
-    while not process.ended():
-        if stop.exists():
-            process.stop()
-            stop.unlink(missing_ok=True)
-        time.sleep(POLL_SECONDS)
+    try:
+        while not (process.ended() or stop.exists()):
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        pass
+    process.stop()  # nothing, where it has ended
+    stop.unlink(missing_ok=True)
     return process.result()
 
 
