@@ -88,7 +88,7 @@ def our_settings(how: Mapping[str, Any]) -> list[str]:
     if how["act_bits"]:
         ranges = [f"{way} --calibration mse" for way in [grids[-1], *corrected[1:]]]
         return [grids[0], *ranges]
-    return [*grids, *corrected]
+    return [*grids, *corrected, *(f"{way} auto" for way in corrected)]
 
 
 def flags_of(how: Mapping[str, Any]) -> str:
