@@ -256,36 +256,39 @@ def update_report(plans: Sequence[StudyPlan]) -> bool:
     return report.update_reports(plans)
 
 
-def print_plan(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence[int]) -> None:
+def print_plans(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence[int]) -> None:
     """Print what would run, and how long that would take."""
-    seconds = 0.0
-    for plan in plans:
-        how = "given, or of the jobs so far"
-        has_work = any(pending(plan.planned(name, seeds)[0]) for name in names)
-        if has_work and not plan.is_timed:
-            plan.epoch_seconds, how = measure_epoch(plan), "measured in a few steps"
-        total: dict[Path, Job] = {}
-        for name in names:
-            jobs, is_chosen = plan.planned(name, seeds)
-            todo = [job for job in pending(jobs) if job.target not in total]
-            total |= {job.target: job for job in todo}
-            note = "" if is_chosen else "; the final ones with the λ that is chosen then"
-            title = f"{plan.network} {name}".strip()
-            print(f"{title}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
-            for job in todo:
-                print(f"  {duration(job.seconds)}  {job.line}")
-        print_retrained(plan, total.values())
-        time = duration(sum(job.seconds for job in total.values()))
-        rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores ({how})"
-        if not total:
-            print(f"nothing to run: all of it is done, see {plan.out / 'tables.md'}")
-        else:
-            print(f"in all {len(total)} jobs, about {time}, with {rate}")
-        seconds += sum(job.seconds for job in total.values())
+    seconds = sum(print_plan(plan, names, seeds) for plan in plans)
     n_cores = torch.get_num_threads()
     cost = f"{duration(seconds * n_cores)} of a core" if n_cores > 1 else "of one core"
     if seconds:
         print(f"{len(plans)} network(s), {len(seeds)} seed(s): about {duration(seconds)}, {cost}")
+
+
+def print_plan(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int]) -> float:
+    """Print what would run of one network; return how many seconds that would take."""
+    how = "given, or of the jobs so far"
+    has_work = any(pending(plan.planned(name, seeds)[0]) for name in names)
+    if has_work and not plan.is_timed:
+        plan.epoch_seconds, how = measure_epoch(plan), "measured in a few steps"
+    total: dict[Path, Job] = {}
+    for name in names:
+        jobs, is_chosen = plan.planned(name, seeds)
+        todo = [job for job in pending(jobs) if job.target not in total]
+        total |= {job.target: job for job in todo}
+        note = "" if is_chosen else "; the final ones with the λ that is chosen then"
+        title = f"{plan.network} {name}".strip()
+        print(f"{title}: {len(todo)} jobs, {duration(sum(job.seconds for job in todo))}{note}")
+        for job in todo:
+            print(f"  {duration(job.seconds)}  {job.line}")
+    print_retrained(plan, total.values())
+    seconds = sum(job.seconds for job in total.values())
+    rate = f"{plan.epoch_seconds:.0f} s an epoch of the control, on all cores ({how})"
+    if not total:
+        print(f"nothing to run: all of it is done, see {plan.out / 'tables.md'}")
+    else:
+        print(f"in all {len(total)} jobs, about {duration(seconds)}, with {rate}")
+    return seconds
 
 
 def measure_epoch(plan: StudyPlan) -> float:
@@ -372,7 +375,7 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     plans, settings = make_plans(parser, args)
     out = Path(args.out)
     if args.plan:
-        print_plan(plans, args.only, args.seeds)
+        print_plans(plans, args.only, args.seeds)
         return 0
     if args.tables:
         if not update_report(plans):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import scipy.stats
 
-from analysis.study.results import CONFIDENCE, Setting
+from analysis.study.results import Setting, mean_intervals
 
 MIN_SEEDS = 2  # for a paired test
 
@@ -92,8 +92,8 @@ def examine(hypothesis: Hypothesis, accuracies: pd.DataFrame, setting: Setting) 
         p = equivalence_p(differences, hypothesis.margin)
     if math.isnan(p):  # no variance: all differences are 0
         p = 1.0 if hypothesis.margin is None else 0.0
-    t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
-    return Outcome(hypothesis, n, differences.mean(), t * differences.std() / math.sqrt(n), p)
+    [interval] = mean_intervals(differences.to_frame()).itertuples()
+    return Outcome(hypothesis, n, interval.mean, (interval.high - interval.low) / 2, p)
 
 
 def examine_all(

@@ -1,7 +1,7 @@
 """Print what bias correction on float inputs, and the peers' equalizing, give on our grids.
 
 From the root of the repository: python results/toolkits/why.py --data_dir DIR [--brevitas PYTHON]
-[--aimet PYTHON]. Its output is why.log. It replaces two functions of ours for the time being.
+[--aimet PYTHON]. Its output is why.log. It replaces one function of ours for the time being.
 """
 
 import argparse
@@ -17,9 +17,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import toolkits  # noqa: E402
 
-from analysis import measured_network  # noqa: E402
 from engine.networks.graph import copy_graph, layers, set_constant  # noqa: E402
-from engine.quantization.output_correction import output_means  # noqa: E402
 
 WEIGHTS = ROOT / "weights" / "control.pt"
 CASES = [
@@ -60,24 +58,10 @@ torch.save([(m.weight.detach(), m.bias.detach()) for m in layers], sys.argv[2])
 """
 
 
-@torch.no_grad()
-def correct_each_layer(graph, graph_q, grids, batches):  # noqa: ANN001, ANN201
-    """Correct the biases as `correct_outputs` does, but on the float inputs of each layer."""
-    corrected = copy_graph(graph_q)
-    targets = output_means(graph, layers(graph), batches)
-    for name, layer in layers(corrected).items():
-        one = copy_graph(graph)
-        set_constant(one, layers(one)[name], "weight", graph_q.get_buffer(layer.weight))
-        means = output_means(copy_graph(one), [name], batches)
-        bias = corrected.get_buffer(layer.bias)
-        set_constant(corrected, layer, "bias", bias + (targets[name] - means[name]).to(bias))
-    return copy_graph(corrected)
-
-
 CORRECTIONS = {
-    "uncorrected": None,
-    "corrected": measured_network.correct_outputs,
-    "corrected on float inputs": correct_each_layer,
+    "uncorrected": "",
+    "corrected": " --output_bias_correction",
+    "corrected on float inputs": " --output_bias_correction float",
 }
 
 
@@ -85,10 +69,8 @@ def run(title: str, cases: list[str], data_dir: str, job: dict) -> None:
     """Print the accuracy of each case with each correction."""
     for words in cases:
         for name, correction in CORRECTIONS.items():
-            measured_network.correct_outputs = correction
-            flags = words + (" --output_bias_correction" if correction else "")
             per_channel = "--per_channel" in words
-            found = toolkits.quantize_ours(WEIGHTS, flags, data_dir, job, per_channel)
+            found = toolkits.quantize_ours(WEIGHTS, words + correction, data_dir, job, per_channel)
             print(f"{title}: {words}, {name}: {100 * found['accuracy']:.2f}", flush=True)
 
 
