@@ -84,6 +84,25 @@ def run_in_reference(reference: ModuleType, model: bytes, images: Tensor) -> tup
     return onnx.__version__, outputs
 
 
+def run_in_tvm(tvm: ModuleType, model: bytes, images: Tensor) -> tuple[str, Outputs]:
+    """Import the model into Relax and compile it for this processor, without tuning."""
+    from tvm.relax import VirtualMachine
+    from tvm.relax.frontend.onnx import from_onnx
+
+    content = onnx.load_from_string(model)
+    with file_boundary("the model:", f"TVM {tvm.__version__} refuses it"):
+        compiled = tvm.compile(from_onnx(content, keep_params_in_input=False), target="llvm")
+    machine = VirtualMachine(compiled, tvm.cpu())
+    names = [each.name for each in content.graph.output]
+
+    def run(x: np.ndarray) -> dict[str, np.ndarray]:
+        results = machine["main"](tvm.runtime.tensor(x))
+        results = [results] if len(names) == 1 else results
+        return {name: each.numpy() for name, each in zip(names, results, strict=True)}
+
+    return tvm.__version__, _in_batches(run, images)
+
+
 def node_package(package: str, flag: str) -> Path:
     """Return the folder of a package of Node.js in the current folder; SetupError without it."""
     folder = Path("node_modules", package)
@@ -124,8 +143,10 @@ def run_in_node(found: tuple[str, str], model: bytes, images: Tensor) -> tuple[s
     return result["version"], outputs
 
 
-def _from_pip(module: str, name: str) -> Callable[[], ModuleType]:
-    return partial(require, module, f"--runtimes {name}", "requirements-runtimes.txt")
+def _from_pip(
+    module: str, name: str, file: str = "requirements-runtimes.txt"
+) -> Callable[[], ModuleType]:
+    return partial(require, module, f"--runtimes {name}", file)
 
 
 RUNTIMES = {
@@ -134,6 +155,7 @@ RUNTIMES = {
     "onnxruntime-web": Runtime(partial(find_node, "onnxruntime-web"), run_in_node),
     "onnxruntime-node": Runtime(partial(find_node, "onnxruntime-node"), run_in_node),
     "reference": Runtime(_from_pip("onnx.reference", "reference"), run_in_reference),
+    "tvm": Runtime(_from_pip("tvm", "tvm", "requirements-tvm.txt"), run_in_tvm),
 }
 
 
