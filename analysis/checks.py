@@ -135,6 +135,7 @@ def choose_dataset(
         trained_on = file.setting("dataset") or args.dataset
         if trained_on != args.dataset:
             print_warning(f"{file.path} was trained on {trained_on}, not on {args.dataset}")
+            continue  # its record's --image_size is that of another data set, or of none
         size = file.image_size() or args.image_size
         if size != args.image_size and accepts(args.dataset, "image_size"):
             pixels = f"images of {size} pixels, not of {args.image_size}"

@@ -48,8 +48,8 @@ class WeightsFile:
         """
         same_images = self.setting("dataset") == dataset and not self.setting("holdout")
         accuracy = self.record.get(key)
-        is_number = isinstance(accuracy, float | int)
-        return accuracy if is_number and same_images and is_whole_test_set else None
+        is_accuracy = isinstance(accuracy, float | int) and 0 <= accuracy <= 1
+        return accuracy if is_accuracy and same_images and is_whole_test_set else None
 
 
 def read_record(path: Path) -> Mapping[str, Any]:

@@ -17,15 +17,18 @@ import combined_protocol  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
 import quant_inference  # noqa: E402
+import study  # noqa: E402
 import train  # noqa: E402
 from engine.networks import fast_layers  # noqa: E402
 from engine.system import wandb_logger  # noqa: E402
 
-SCRIPTS = {
-    "train.py": train.main,
-    "combined_protocol.py": combined_protocol.main,
-    "quant_inference.py": quant_inference.main,
+MODULES = {
+    "train.py": train,
+    "combined_protocol.py": combined_protocol,
+    "quant_inference.py": quant_inference,
+    "study.py": study,
 }
+SCRIPTS = {name: module.main for name, module in MODULES.items()}
 
 
 class Tiny(reference.SmoothNet):

@@ -171,6 +171,10 @@ def test_another_size_of_images_is_warned_about(folder, monkeypatch, capsys):
     save("a", dataset="Sized", image_size=48)
     assert main("a.pt", "--image_size", 32)[0] == 0
     assert "a.pt was trained on images of 48 pixels, not of 32" in capsys.readouterr().err
+    save("a", dataset="Synthetic", image_size=224)  # which Synthetic has not
+    assert main("a.pt", "--dataset", "Sized", "--image_size", 32)[0] == 0
+    told = capsys.readouterr().err
+    assert "a.pt was trained on Synthetic, not on Sized" in told and "pixels" not in told
 
 
 def test_a_size_that_no_image_has_is_refused(folder, monkeypatch, capsys):

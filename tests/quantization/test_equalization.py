@@ -141,13 +141,13 @@ def shape_for(name):
 
 
 def ranges(graph, pair):
-    """r1 and r2 of a pair, channel by channel: a bias counts in the first layer."""
+    """r1 and r2 of a pair, channel by channel: half of a bias counts in the first layer."""
     w1, w2 = (graph.get_buffer(layer.weight) for layer in (pair.first, pair.second))
     groups, n = pair.second.groups, len(w1)
     b1 = torch.zeros(n) if pair.first.bias is None else graph.get_buffer(pair.first.bias)
     r1, r2 = [], []
     for i in range(n):
-        r1.append(max(w1[i].abs().max().item(), b1[i].abs().item()))
+        r1.append(max(w1[i].abs().max().item(), b1[i].abs().item() / 2))
         if w2.dim() == 2:
             size = w2.shape[1] // n
             part = w2[:, i * size : (i + 1) * size]
@@ -249,7 +249,7 @@ def test_a_channel_that_has_only_a_bias_does_not_grow_beyond_all_others():
         b, b_e = (g.get_buffer("0.bias").abs() for g in (graph, equalized))
         w_e = equalized.get_buffer("0.weight").abs().amax((1, 2, 3))
         others = w_e[[i for i in range(16) if i != 5]]
-        assert b[5] == pytest.approx(0.3) and b_e[5] <= 2 * others.max() < 1
+        assert b[5] == pytest.approx(0.3) and b_e[5] <= 4 * others.max() < 2
 
 
 @settings(max_examples=12, deadline=None)  # each is traced: a fifth of a second
