@@ -1,11 +1,9 @@
 """What tests of faults and of hostile input share."""
 
-import math
 import signal
-import time
 
 import pytest
-from tiny_runs import RUNS, OneRun, read_log, result
+from tiny_runs import RUNS, OneRun, run_uninterrupted
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +15,12 @@ def launcher():
 def uninterrupted(launcher, tmp_path_factory):
     """The results of the uninterrupted RUNS, and how long each takes."""
     results = []
-    for script, argv in RUNS:
-        folder, seconds = tmp_path_factory.mktemp("uninterrupted"), math.inf
-        for _ in range(2):
-            started_at = time.monotonic()
-            assert launcher.run(script, argv, folder) == 0, read_log(folder)
-            seconds = min(seconds, time.monotonic() - started_at)
-        results.append((result(folder), seconds))
+    for run in RUNS:
+        twice = [
+            run_uninterrupted(launcher, run, tmp_path_factory.mktemp("uninterrupted"))
+            for _ in range(2)
+        ]
+        results.append((twice[0][0], min(seconds for _, seconds in twice)))
     return results
 
 

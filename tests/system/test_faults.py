@@ -15,20 +15,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny_scripts
-from tiny_runs import FAST, RUNS, SIZES, read_log, result
+from tiny_runs import (
+    FAST,
+    RUNS,
+    SIZES,
+    assert_resumes,
+    read_log,
+    result,
+    signals_line,
+    survive_signals,
+)
 
 from engine.training import checkpoints
-
-
-def assert_resumes(launcher, number, folder, uninterrupted):
-    """What is left is whole, and --resume ends as if nothing had happened."""
-    script, argv = RUNS[number]
-    checkpoints.load_checkpoint(folder / "r.ckpt")  # raises where there are some and none is whole
-    assert launcher.run(script, [*argv, "--resume"], folder) == 0, read_log(folder)
-    assert result(folder) == uninterrupted[number][0]
-    left = {path.name for path in folder.iterdir()} - {"log", "r_preregul.pt"}
-    assert left <= {"r.pt", "r.json", "r.ckpt", "r.ckpt.previous"}
-
 
 # --- signals ---------------------------------------------------------------------------------
 
@@ -39,42 +37,14 @@ def assert_resumes(launcher, number, folder, uninterrupted):
     [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)],
 )
 def test_a_run_survives_a_signal_at_any_moment(number, size, launcher, uninterrupted, tmp_path):
-    chance, when = random.Random(number), Counter()
-    n_moments = {"short": 2, "long": 30}[size]
-    seconds = [seconds for _, seconds in uninterrupted]
-    while when.total() - when["after the end"] < n_moments:  # those are too late to count
-        which = when.total() % len(RUNS)
-        folder = tmp_path / str(when.total())
-        folder.mkdir()
-        pid = launcher.start(*RUNS[which], folder)
-        time.sleep(chance.uniform(0, 1.05) * seconds[which])
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-        code = launcher.wait()
-        assert code in (0, -number, 128 + number), read_log(folder)
-        names = {path.name for path in folder.iterdir()}
-        if code == 128 + number:
-            assert "Traceback" not in read_log(folder) and "stopped" in read_log(folder)
-            assert not any(name.endswith((".tmp", ".lock")) for name in names)
-        when[
-            "after the end"
-            if code == 0
-            else "in a write"
-            if any(name.endswith(".tmp") for name in names)
-            else "while finishing"
-            if "r.pt" in names
-            else "while training"
-            if "r.ckpt" in names
-            else "before the first checkpoint"
-        ] += 1
-        seconds[which] *= 0.9 if code == 0 else 1.02  # the machine may be busier than it was
-        assert_resumes(launcher, which, folder, uninterrupted)
-    print(
-        f"\n{signal.Signals(number).name}: {when.total()} runs, 0 lost, 0 bits different; "
-        + ", ".join(f"{n} {moment}" for moment, n in when.items())
-    )
+    chance, moments = random.Random(number), Counter()
+    n_moments = {"short": 1, "long": 15}[size]
+    for which, (run, (expected, seconds)) in enumerate(zip(RUNS, uninterrupted, strict=True)):
+        folder = tmp_path / str(which)
+        moments += survive_signals(
+            launcher, run, expected, seconds, number, n_moments, folder, chance
+        )
+    print(signals_line(number, moments))
 
 
 @pytest.mark.faults
@@ -119,7 +89,7 @@ def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrup
         assert "Traceback" not in log and log.count("No space") <= (mode == "fail")
         if code == 0:
             assert result(folder) == uninterrupted[which][0]
-        assert_resumes(launcher, which, folder, uninterrupted)
+        assert_resumes(launcher, RUNS[which], folder, uninterrupted[which][0])
     assert n_broken > 1
     print(
         f"\nwrites that {mode}: {n_broken}, training went on after {went_on}, 0 runs lost, "
@@ -159,7 +129,7 @@ def test_a_full_disk_is_told_and_resumed_from(small_disk, launcher, uninterrupte
     (small_disk / "ballast").unlink()
     after = checkpoints.load_checkpoint(small_disk / "r.ckpt")["state"]
     assert (after["epoch"], after["batch"]) == (before["epoch"], before["batch"])
-    assert_resumes(launcher, 0, small_disk, uninterrupted)
+    assert_resumes(launcher, RUNS[0], small_disk, uninterrupted[0][0])
 
 
 def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):

@@ -1,13 +1,19 @@
-"""Runs of the scripts with a tiny network that faults are injected into, and their results."""
+"""Runs of the scripts that faults are injected into, with a tiny network, and their results."""
 
 import io
 import json
+import os
+import signal
+import time
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 
 import fork_server
 import pytest
 import tiny_scripts
 import torch
+
+from engine.training import checkpoints
 
 FAST = [*tiny_scripts.FLAGS, "--n_epochs", "4", "--checkpoint_minutes", "0.0001"]
 RUNS = [
@@ -59,13 +65,80 @@ def read_log(folder):
 
 
 def result(folder):
-    """Weights as bytes, and history without timings."""
-    weights = torch.load(folder / "r.pt", weights_only=True)
+    """All weights as bytes, and the history without timings."""
+    weights = {path.name: torch.load(path, weights_only=True) for path in folder.glob("r*.pt")}
     history = json.loads((folder / "r.json").read_text())["history"]
     return (
-        {name: (t.shape, t.numpy().tobytes()) for name, t in weights.items()},
+        {
+            (file, name): (t.shape, t.numpy().tobytes())
+            for file, tensors in weights.items()
+            for name, t in tensors.items()
+        },
         [{key: value for key, value in entry.items() if "second" not in key} for entry in history],
     )
+
+
+def run_uninterrupted(launcher, run, folder):
+    """Return the result of a run, and how many seconds it takes."""
+    started_at = time.monotonic()
+    assert launcher.run(*run, folder) == 0, read_log(folder)
+    return result(folder), time.monotonic() - started_at
+
+
+def assert_resumes(launcher, run, folder, expected):
+    """What is left is whole, and --resume ends as if nothing had happened."""
+    script, argv = run
+    checkpoints.load_checkpoint(folder / "r.ckpt")  # raises where there are some and none is whole
+    assert launcher.run(script, [*argv, "--resume"], folder) == 0, read_log(folder)
+    assert result(folder) == expected
+    left = {path.name for path in folder.iterdir()} - {"log"}
+    weights = {"r.pt", "r_preregul.pt", "r_ema.pt"}
+    assert left <= {*weights, "r.json", "r_ema.json", "r.ckpt", "r.ckpt.previous"}
+
+
+def interrupt(launcher, run, folder, number, seconds):
+    """Send signal `number` to a run that has begun so long ago; return at which moment it came."""
+    pid = launcher.start(*run, folder)
+    time.sleep(seconds)
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    code = launcher.wait()
+    assert code in (0, -number, 128 + number), read_log(folder)
+    names = {path.name for path in folder.iterdir()}
+    if code == 128 + number:
+        assert "Traceback" not in read_log(folder) and "stopped" in read_log(folder)
+        assert not any(name.endswith((".tmp", ".lock")) for name in names)
+    if code == 0:
+        return "after the end"
+    if any(name.endswith(".tmp") for name in names):
+        return "in a write"
+    if "r.pt" in names:
+        return "while finishing"
+    return "while training" if "r.ckpt" in names else "before the first checkpoint"
+
+
+def survive_signals(launcher, run, expected, seconds, number, n_moments, folder, chance):
+    """Interrupt a run at n random moments and resume it each time; return the moments."""
+    moments = Counter()
+    while moments.total() - moments["after the end"] < n_moments:  # those are too late to count
+        here = folder / str(moments.total())
+        here.mkdir(parents=True)
+        moment = interrupt(launcher, run, here, number, chance.uniform(0, 1.05) * seconds)
+        seconds *= (
+            0.9 if moment == "after the end" else 1.02
+        )  # the machine may be busier than it was
+        assert_resumes(launcher, run, here, expected)
+        moments[moment] += 1
+    return moments
+
+
+def signals_line(number, moments, of=""):
+    """Return what survived, as a line."""
+    found = ", ".join(f"{n} {moment}" for moment, n in moments.items())
+    name = signal.Signals(number).name
+    return f"\n{name}{of}: {moments.total()} runs, 0 lost, 0 bits different; {found}"
 
 
 def run_here(script, argv):
