@@ -4,6 +4,9 @@ By default the published combined protocol: nothing, then VarianceNorm, then Var
 of the weights together. The loop is train.py's.
 """
 
+import engine.system.early_interrupt  # noqa: F401, first: what follows takes seconds
+
+# isort: split
 import argparse
 import re
 from collections.abc import Sequence

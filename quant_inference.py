@@ -5,6 +5,9 @@ each of them and reports. The quantizers are in quant_utils.py, the flags in fla
 worked out for one network in analysis/measured_network.py.
 """
 
+import engine.system.early_interrupt  # noqa: F401, first: what follows takes seconds
+
+# isort: split
 import argparse
 import inspect
 import math

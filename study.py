@@ -7,6 +7,9 @@ analysis/study/lambda_choice.py; the test set is looked at only afterwards. Fini
 skipped, interrupted ones resume.
 """
 
+import engine.system.early_interrupt  # noqa: F401, first: what follows takes seconds
+
+# isort: split
 import argparse
 import shlex
 import sys

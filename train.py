@@ -4,6 +4,9 @@
 saves and stops. The step itself, ∇L + ∇R, is `engine.step.gradients.compute_gradients`.
 """
 
+import engine.system.early_interrupt  # noqa: F401, first: what follows takes seconds
+
+# isort: split
 import argparse
 import math
 import os

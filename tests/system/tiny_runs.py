@@ -137,8 +137,8 @@ def survive_signals(launcher, run, expected, seconds, number, n_moments, folder,
 def signals_line(number, moments, of=""):
     """Return what survived, as a line."""
     found = ", ".join(f"{n} {moment}" for moment, n in moments.items())
-    name = signal.Signals(number).name
-    return f"\n{name}{of}: {moments.total()} runs, 0 lost, 0 bits different; {found}"
+    n_runs, name = moments.total() - moments["after the end"], signal.Signals(number).name
+    return f"\n{name}{of}: {n_runs} runs, 0 lost, 0 bits different; {found}"
 
 
 def run_here(script, argv):
