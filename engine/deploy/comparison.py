@@ -41,6 +41,7 @@ def _is_rounded(layer: IntegerLayer, w: Tensor, bias: Tensor | None) -> bool:
     rows = (total(layer.parts) - w.cpu()).double().abs().flatten(1).amax(1)
     scale = layer.parts[0].scale.double().flatten()
     is_coarser = layer.bias.abs() > MAX_BIAS / 2  # see make_integer_layer
+    is_coarser = is_coarser if len(scale) > 1 else is_coarser.any()
     allowed = torch.where(is_coarser, scale * MAX_ROUNDING, RELATIVE_ERROR * w.abs().max())
     bias = torch.zeros(len(w)).double() if bias is None else bias.cpu().double()
     errors = (layer.dequantized_bias() - bias).abs()

@@ -3,10 +3,14 @@
 `make faults` runs them: each is a training of seconds on images made in memory.
 """
 
+import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
+import tiny_scripts
 import torch
 import torchvision
 from tiny_runs import assert_resumes, read_log, run_uninterrupted, signals_line, survive_signals
@@ -50,19 +54,41 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=RUNS)
+class OwnProcess:
+    """Starts runs as OneRun does, as commands: a fork of the launcher may have no workers."""
+
+    def start(self, script, argv, cwd):
+        command = [sys.executable, tiny_scripts.__file__, script, *argv]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (cwd / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        return self.process.pid
+
+    def wait(self):
+        return self.process.wait(timeout=120)
+
+    def run(self, script, argv, cwd):
+        self.start(script, argv, cwd)
+        return self.wait()
+
+
+@pytest.fixture
 def run(request, launcher, base, tmp_path):
-    """The script and flags of a run, its result, and how many seconds it takes."""
+    """What starts a run, its script and flags, its result, and how many seconds it takes."""
+    launcher = OwnProcess() if "workers" in request.param else launcher
     argv = [str(base / "images") if word == "IMAGES" else word for word in RUNS[request.param]]
     run = "train.py", [*COMMON, *argv]
     whole = tmp_path / "whole"
     whole.mkdir()
-    return run, *run_uninterrupted(launcher, run, whole)
+    return launcher, run, *run_uninterrupted(launcher, run, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_network_survives_a_signal_at_any_moment(number, run, launcher, tmp_path, request):
-    command, expected, seconds = run
+@pytest.mark.parametrize("run", RUNS, indirect=True)
+def test_a_network_survives_a_signal_at_any_moment(number, run, tmp_path, request):
+    launcher, command, expected, seconds = run
     chance = random.Random(number)
     moments = survive_signals(
         launcher, command, expected, seconds, number, N_MOMENTS, tmp_path / "n", chance
@@ -71,8 +97,9 @@ def test_a_network_survives_a_signal_at_any_moment(number, run, launcher, tmp_pa
 
 
 @pytest.mark.parametrize("mode", ["fail", "die"])
-def test_a_network_survives_writes_that_break(mode, run, launcher, tmp_path, request):
-    (script, argv), expected, _ = run
+@pytest.mark.parametrize("run", [name for name in RUNS if "workers" not in name], indirect=True)
+def test_a_network_survives_writes_that_break(mode, run, tmp_path, request):
+    launcher, (script, argv), expected, _ = run
     n_broken = 0
     for number in range(1, 1000, 9):
         folder = tmp_path / str(number)
