@@ -270,7 +270,8 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     if isinstance(args.verify, str) and args.verify != args.export:
         for network in loaded.values():
             source = network.describe(quantizations[0], vars(args), dataset)
-            deployed_files.read_model(Path(args.verify), source)
+            image_shape = dataset.test_images.shape[1:]
+            deployed_files.read_model(Path(args.verify), source, image_shape)
     networks = {}
     try:
         total = n_measurements(quantizations, loaded, args.per_layer) + bool(steps)

@@ -194,8 +194,11 @@ def save_integers(
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def read_model(path: Path, source: Mapping[str, str]) -> bytes:
-    """Return the bytes of an exported file; FileError where it is none, or not of this source."""
+def read_model(path: Path, source: Mapping[str, str], image_shape: Sequence[int]) -> bytes:
+    """Return the bytes of an exported file.
+
+    Raises FileError where it is none, or not of this source and images of `image_shape` (3, H, W).
+    """
     with file_boundary(path, "is damaged or not an ONNX model"):
         model = onnx.load_from_string(path.read_bytes())
         onnx.checker.check_model(model)
@@ -203,6 +206,16 @@ def read_model(path: Path, source: Mapping[str, str]) -> bytes:
     if metadata.get(FORMAT_KEY) != FORMAT:
         raise FileError(f"{path} is an ONNX model, but not one that this version's --export makes")
     for key, value in source.items():
+        if key == "checkpoint_sha256" and metadata.get(key) != value:
+            made_of = metadata.get("checkpoint")
+            raise FileError(f"{path} was made of other weights than these, of {made_of}")
         if key != "checkpoint" and metadata.get(key) != value:
             raise FileError(f"{path} was made with {key} {metadata.get(key)}, and this is {value}")
+    ends = [each.name for each in (*model.graph.input, *model.graph.output)]
+    shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    if ends != ["images", "logits"] or shape != [*image_shape]:
+        raise FileError(
+            f"{path} takes {ends[0]} of {shape} to {ends[-1]}: it should be images of "
+            f"{[*image_shape]} to logits"
+        )
     return model.SerializeToString()

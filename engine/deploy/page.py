@@ -51,7 +51,7 @@ def write_page(
     first = next(iter(test.batches(0)))[0][:N_IMAGES].cpu()
     with torch.inference_mode():
         simulated = integers(first)[0]
-    images, labels = dataset.test_images[: len(first)], dataset.test_labels[: len(first)]
+    images, labels = test.pixels(len(first)), dataset.test_labels[: len(first)]
     bits = "{bits}-bit weights and {act_bits}-bit inputs".format(**source)
     data: dict[str, Any] = {
         "title": f"{source['model']} in integers",

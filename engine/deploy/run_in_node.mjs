@@ -6,14 +6,13 @@
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 
 const [name, modelPath, imagesPath, outputPath, shape] = process.argv.slice(2);
 const BATCH = 100;
 const require = createRequire(join(process.cwd(), "package.json"));
 const ort = require(name);
-let folder = dirname(require.resolve(name));
-while (!folder.endsWith(name)) folder = dirname(folder);
+const folder = join(process.cwd(), "node_modules", name);
 const { version } = JSON.parse(readFileSync(join(folder, "package.json"), "utf8"));
 
 const [n, ...imageShape] = shape.split(",").map(Number);

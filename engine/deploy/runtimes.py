@@ -1,8 +1,9 @@
 """The runtimes that --verify can give a file to, each without options, as users start it.
 
-`load` returns its package, or raises SetupError, in one line, where that is missing. `run` takes
-this, a model's bytes and images, uint8 (N, …), and returns its version and every output of the
-model by name, as NumPy arrays; it raises FileError where the runtime does not take the model.
+`load` returns what `run` needs: the package of Python, or Node.js and the name of its package. It
+raises SetupError, in one line, where that is missing. `run` takes this, a model's bytes and images,
+uint8 (N, …), and returns the runtime's version and every output of the model by name, as NumPy
+arrays. What it raises where the runtime does not take the model is a FileError of `run_model`.
 """
 
 import base64
@@ -25,7 +26,7 @@ from torch import Tensor
 from engine.deploy.integer_layers import MAX_CODE
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import onnx
-from engine.system.errors import FileError, SetupError
+from engine.system.errors import SetupError
 from engine.system.extras import require
 from engine.system.io import file_boundary
 
@@ -49,8 +50,7 @@ def _in_batches(run: Callable[[np.ndarray], Mapping[str, np.ndarray]], images: T
 
 def run_in_onnxruntime(ort: ModuleType, model: bytes, images: Tensor) -> tuple[str, Outputs]:
     """Run a session without options, on the CPU."""
-    with file_boundary("the model:", f"ONNX Runtime {ort.__version__} refuses it"):
-        session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_outputs()]
     outputs = _in_batches(
         lambda x: dict(zip(names, session.run(None, {"images": x}), strict=True)), images
@@ -62,8 +62,7 @@ def run_in_openvino(openvino: ModuleType, model: bytes, images: Tensor) -> tuple
     """Compile the model for the CPU."""
     number = version("openvino")
     core = openvino.Core()
-    with file_boundary("the model:", f"OpenVINO {number} refuses it"):
-        compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU")
+    compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU")
     ports = {name: port for port in compiled.outputs for name in port.get_names()}
 
     def run(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -75,8 +74,7 @@ def run_in_openvino(openvino: ModuleType, model: bytes, images: Tensor) -> tuple
 
 def run_in_reference(reference: ModuleType, model: bytes, images: Tensor) -> tuple[str, Outputs]:
     """Evaluate node after node, as ONNX defines them."""
-    with file_boundary("the model:", f"ONNX {onnx.__version__}'s evaluator refuses it"):
-        evaluator = reference.ReferenceEvaluator(onnx.load_from_string(model))
+    evaluator = reference.ReferenceEvaluator(onnx.load_from_string(model))
     names = evaluator.output_names
     outputs = _in_batches(
         lambda x: dict(zip(names, evaluator.run(None, {"images": x}), strict=True)), images
@@ -90,8 +88,7 @@ def run_in_tvm(tvm: ModuleType, model: bytes, images: Tensor) -> tuple[str, Outp
     from tvm.relax.frontend.onnx import from_onnx
 
     content = onnx.load_from_string(model)
-    with file_boundary("the model:", f"TVM {tvm.__version__} refuses it"):
-        compiled = tvm.compile(from_onnx(content, keep_params_in_input=False), target="llvm")
+    compiled = tvm.compile(from_onnx(content, keep_params_in_input=False), target="llvm")
     machine = VirtualMachine(compiled, tvm.cpu())
     names = [each.name for each in content.graph.output]
 
@@ -133,8 +130,10 @@ def run_in_node(found: tuple[str, str], model: bytes, images: Tensor) -> tuple[s
         command = [node, NODE_SCRIPT, package, *paths, shape]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            reason = [line for line in done.stderr.splitlines() if "Error" in line] or [""]
-            raise FileError(f"the model: {package} refuses it ({reason[0].strip()})")
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
+                "no word"
+            ]
+            raise RuntimeError(next((line for line in lines if "Error:" in line), lines[-1]))
         result = json.loads(paths[2].read_text(encoding="utf-8"))
     outputs = {}
     for each in result["outputs"]:
@@ -160,9 +159,14 @@ RUNTIMES = {
 
 
 def run_model(name: str, model: bytes, images: Tensor) -> tuple[str, Outputs]:
-    """Return the version of a runtime, and the model's outputs in it on images; see the module."""
+    """Return the version of a runtime, and the model's outputs in it on images; see the module.
+
+    Raises SetupError where it is missing, and FileError where it refuses the model.
+    """
     load, run = RUNTIMES[name]
-    return run(load(), model, images)
+    loaded = load()
+    with file_boundary("the model:", f"{name} refuses it"):
+        return run(loaded, model, images)
 
 
 def compare_runtime(

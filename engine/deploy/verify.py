@@ -64,23 +64,22 @@ def verify_file(
     batches of these in their order. So is what other `runtimes` give, by name. Raises FileError
     where the file is not of this source or a runtime refuses it.
     """
-    model = read_model(path, source)
+    model = read_model(path, source, dataset.test_images.shape[1:])
     integers = compared.integers
     engine = onnx_session.open_session(model, "the model")
-    logits = logits_on(test, engine, compared, dataset.test_images)
+    images = test.pixels()
+    logits = logits_on(test, engine, compared, images)
     first = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
     simulated = logits["integer"], integers, first
     measured = {
         "file": path.name,
         "source": dict(source),
         **compare_predictions(logits, test.labels.cpu(), integers),
-        "runtimes": {
-            name: compare_runtime(name, model, dataset.test_images, *simulated) for name in runtimes
-        },
+        "runtimes": {name: compare_runtime(name, model, images, *simulated) for name in runtimes},
         "disagreement": first_disagreement(integers, compared.quantized.cpu(), first),
         "inexact_layers": onnx_session.inexact_operations(integers),
         "nodes": onnx_session.optimized_nodes(model, "the model"),
-        "images_per_second": measure_speed(engine, compared, test, dataset),
+        "images_per_second": measure_speed(engine, compared, test, dataset, images),
         "bytes": {
             "file": len(model),
             "packed": sum(each.nbytes for each in packed(integers.integers()).values()),
@@ -139,7 +138,7 @@ def compare_predictions(
 
 
 def measure_speed(
-    engine: Run, compared: Compared, test: Loader, dataset: ImageDataset
+    engine: Run, compared: Compared, test: Loader, dataset: ImageDataset, images: Tensor
 ) -> dict[str, dict[str, float]]:
     """Return the images per second of the engine and of float32, by batch size.
 
@@ -155,11 +154,11 @@ def measure_speed(
 
     runs = {"engine": engine, "float32 PyTorch": in_pytorch}
     for name, net in other_networks(compared).items():
-        model = to_onnx(net, dataset.test_images.shape[1:], dataset.mean, dataset.std, {})
+        model = to_onnx(net, images.shape[1:], dataset.mean, dataset.std, {})
         runs[name] = onnx_session.open_session(model, name)
     speeds = {}
     for n in BATCHES:
-        batch = dataset.test_images[:n].contiguous()
+        batch = images[:n].contiguous()
         seconds = seconds_per_call(runs, batch)
         speeds[str(n)] = {name: len(batch) / seconds[name] for name in runs}
     return speeds

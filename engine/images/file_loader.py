@@ -58,11 +58,17 @@ def make_loader(
         return FileLoader(images, labels, *positional, **settings)
     if np.prod(images.shape) > max_gb * GIGABYTE:
         return FileLoader(images, labels, *positional, workers=workers, **settings)
+    crops = centre_crops(images, workers)
+    return Loader(crops, labels, *positional, **settings)
+
+
+def centre_crops(images: ImageFiles, workers: int) -> Tensor:
+    """Decode all images into one tensor, uint8 (N, 3, S, S); DataError for one that is damaged."""
     crops = torch.empty(images.shape, dtype=torch.uint8)
     positions = torch.arange(len(images)).split(CHUNK)
     keys = ([(0, i, i) for i in part.tolist()] for part in positions)
     _decode_into(crops.split(CHUNK), ImageMaker(images), keys, workers)
-    return Loader(crops, labels, *positional, **settings)
+    return crops
 
 
 # --- what the worker processes do ------------------------------------------------------------
@@ -198,6 +204,10 @@ class FileLoader(Loader):
         self.n_workers = workers
         self.decoded = decoded
         super().__init__(*arguments, **settings)
+
+    def pixels(self, n: int | None = None) -> Tensor:
+        """Decode the first n images, or all, into memory; see `Loader.pixels`."""
+        return centre_crops(self.images[:n], self.n_workers)
 
     def close(self) -> None:
         """End the worker processes now: garbage collection may do it late and in any thread."""

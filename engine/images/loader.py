@@ -109,6 +109,13 @@ class Loader:
                 self.cache[number] = next(made)
             yield self.cache[number]
 
+    def pixels(self, n: int | None = None) -> Tensor:
+        """Return the first n images, or all, uint8 (n, 3, H, W), that batches are normalized of.
+
+        On the CPU, for loaders that neither augment nor shuffle.
+        """
+        return self.images[:n].cpu()
+
     def close(self) -> None:
         """End the processes that make batches, where there are any."""
 

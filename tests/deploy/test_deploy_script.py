@@ -6,6 +6,7 @@ from pathlib import Path
 import deploy_table
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import data
@@ -94,6 +95,22 @@ def test_export_and_verify(tiny, capsys):
     folded = fold_batch_norms(export_network(Folding(), (3, 12, 12)))
     folded.load_state_dict(torch_load(Path("q.pt")))
     assert folded.conv1.weight.unique().numel() <= 16
+
+
+@pytest.mark.parametrize("cache", ["0", "8"])
+def test_image_files_are_verified(cache, tiny, capsys):
+    for part, n in (("train", 2), ("val", 3)):
+        for label in "abcdefghij":
+            folder = Path("images", part, label)
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(256, (20, 16, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    data = "--dataset ImageFolder --data_dir images --image_size 12 --workers 0 --cache_images"
+    flags = f"{FLAGS} {data} {cache} --calibration_images 8 --export net.onnx --verify"
+    assert main(f"{flags} --runtimes onnxruntime reference") == 0
+    printed = capsys.readouterr().out
+    assert "0 of 30 predictions differ" in printed and "0 of 300 logits" in printed
 
 
 def test_a_runtime_that_differs_is_named_with_its_first_operation(tiny, monkeypatch, capsys):

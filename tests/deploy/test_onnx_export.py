@@ -185,4 +185,15 @@ def test_a_file_is_written_and_verified(scheme, tmp_path, monkeypatch, capsys):
     [line] = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
     assert "conv1: its integers are not those of its quantized weights" in line
     with pytest.raises(FileError, match="was made with bits 4, and this is 5"):
-        deployed_files.read_model(path, source | {"bits": "5"})
+        deployed_files.read_model(path, source | {"bits": "5"}, (3, 10, 10))
+    size = tuple(Images.test_images.shape[1:])
+    with pytest.raises(FileError, match=r"should be images of \[3, 48, 48\] to logits"):
+        deployed_files.read_model(path, source, (3, 48, 48))
+    with pytest.raises(FileError, match="made of other weights than these, of "):
+        other = source | {"checkpoint_sha256": "0"}
+        deployed_files.read_model(path, other, size)
+    renamed = onnx.load(path)
+    renamed.graph.output[0].name = renamed.graph.node[-1].output[0] = "out"
+    onnx.save(renamed, path)
+    with pytest.raises(FileError, match="to out: it should be images of"):
+        deployed_files.read_model(path, source, size)

@@ -121,7 +121,7 @@ def test_a_runtime_gives_the_logits_of_the_simulation(name):
             model = to_onnx(net, form)
             simulated = net(normalized(images))[0]
             if name == "tvm" and form.packed_bits == 4:
-                with pytest.raises(FileError, match="TVM .* refuses it"):
+                with pytest.raises(FileError, match="tvm refuses it"):
                     runtimes.run_model(name, model, images)
                 continue
             found = runtimes.compare_runtime(
@@ -187,5 +187,5 @@ def test_a_package_of_node_gets_all_images_in_batches(monkeypatch, tmp_path):
     assert version == "1.2.3"
     sums = torch.from_numpy(outputs["logits"].copy()).flatten()
     assert torch.equal(sums, images.flatten(1).float().sum(1))
-    with pytest.raises(FileError, match="onnxruntime-web refuses it .*too short"):
+    with pytest.raises(FileError, match="onnxruntime-web refuses it: Error: too short"):
         runtimes.run_model("onnxruntime-web", b"0", images)

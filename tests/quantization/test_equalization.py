@@ -465,6 +465,6 @@ def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monk
     [entry] = [p for p in model.metadata_props if p.key == "equalize"]
     model.metadata_props.remove(entry)  # as in files of earlier versions
     onnx.save(model, "old.onnx")
-    assert deployed_files.read_model(Path("old.onnx"), {"equalize": "false"})
+    assert deployed_files.read_model(Path("old.onnx"), {"equalize": "false"}, (3, 8, 8))
     with pytest.raises(FileError, match="made with equalize false"):
-        deployed_files.read_model(Path("old.onnx"), {"equalize": "true"})
+        deployed_files.read_model(Path("old.onnx"), {"equalize": "true"}, (3, 8, 8))

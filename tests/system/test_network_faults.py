@@ -37,6 +37,7 @@ RUNS = {
         *"--batch_size 8 --n_epochs 3 --regularizer L2Grad".split(),
     ],
 }
+IN_FORKS = [name for name in RUNS if "workers" not in name and "compiled" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def base(tmp_path_factory):
 
 
 class OwnProcess:
-    """Starts runs as OneRun does, as commands: a fork of the launcher may have no workers."""
+    """Starts runs as OneRun does, as commands: forks of the launcher may start no processes."""
 
     def start(self, script, argv, cwd):
         command = [sys.executable, tiny_scripts.__file__, script, *argv]
@@ -67,7 +68,7 @@ class OwnProcess:
         return self.process.pid
 
     def wait(self):
-        return self.process.wait(timeout=120)
+        return self.process.wait(timeout=400)
 
     def run(self, script, argv, cwd):
         self.start(script, argv, cwd)
@@ -77,7 +78,7 @@ class OwnProcess:
 @pytest.fixture
 def run(request, launcher, base, tmp_path):
     """What starts a run, its script and flags, its result, and how many seconds it takes."""
-    launcher = OwnProcess() if "workers" in request.param else launcher
+    launcher = launcher if request.param in IN_FORKS else OwnProcess()
     argv = [str(base / "images") if word == "IMAGES" else word for word in RUNS[request.param]]
     run = "train.py", [*COMMON, *argv]
     whole = tmp_path / "whole"
@@ -97,7 +98,7 @@ def test_a_network_survives_a_signal_at_any_moment(number, run, tmp_path, reques
 
 
 @pytest.mark.parametrize("mode", ["fail", "die"])
-@pytest.mark.parametrize("run", [name for name in RUNS if "workers" not in name], indirect=True)
+@pytest.mark.parametrize("run", IN_FORKS, indirect=True)
 def test_a_network_survives_writes_that_break(mode, run, tmp_path, request):
     launcher, (script, argv), expected, _ = run
     n_broken = 0
