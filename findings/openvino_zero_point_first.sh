@@ -4,7 +4,7 @@
 # One would guess: QuantizeLinear is defined as saturate(round(x / scale) + zero_point), rounding halves
 # to the nearest even integer, so an operator of four steps in float32 gives the same codes everywhere.
 # What happens: OpenVINO computes round(x / scale + zero_point). With the usual zero point of 128 the sum
-# has seven bits fewer behind the point: 2.5000002 becomes 130.5, a half, and code 130 in place of 131.
+# has fewer bits behind the point: 2.5000002 becomes 130.5, a half, and code 130 in place of 131.
 # With an odd zero point every exact half goes to the odd neighbour: 2.5 becomes 3. With the zero point 0
 # all is as defined. In a network one such code changes those that follow: in a ResNet20 of 8 bits, where
 # what is added up is signed, 3 of 10 logits. Seen on x86 with AVX-512; fails if that changes.

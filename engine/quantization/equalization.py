@@ -13,7 +13,7 @@ Half of a bias counts in its channel's range: r1_i = max(max|W1_i|, |b1_i|/2). W
 that weight decay has killed but for its bias gets a tiny s_i, and b1_i divided by that dwarfs all
 other activations. It helps ordinary networks, too: a channel's values are about as large as its
 bias, and multiply the rounding errors of W2. The whole bias is too much: results/toolkits/LOG.md
-has |b1_i|/k for k from 1 to ∞, on images that are not tested. Brevitas counts half of it as well.
+has |b1_i|/k for k from 1 to ∞, on images that are not tested. Brevitas counts 1/2 to 1/20 of it.
 """
 
 import math

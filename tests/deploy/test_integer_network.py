@@ -71,7 +71,13 @@ def make_parts(graph, n_bits, scheme="uniform", per_channel=False):
 
 def quantize(net, x, n_bits, act_bits, scheme="uniform", per_channel=False, **options):
     """Return the network in integers, its graph with quantized weights, and the inputs' grids."""
-    graph = folded(net, x.shape[1:])
+    return quantize_graph(
+        folded(net, x.shape[1:]), x, n_bits, act_bits, scheme, per_channel, **options
+    )
+
+
+def quantize_graph(graph, x, n_bits, act_bits, scheme="uniform", per_channel=False, **options):
+    """Do that with a folded graph, whose weights then are quantized."""
     grids = make_grids(graph, x, act_bits, **options)
     parts = make_parts(graph, n_bits, scheme, per_channel)
     integer_net = IntegerNetwork.from_graph(graph, grids, parts)

@@ -13,7 +13,14 @@ import pytest
 import tiny_scripts
 import torch
 import torchvision
-from tiny_runs import assert_resumes, read_log, run_uninterrupted, signals_line, survive_signals
+from tiny_runs import (
+    assert_resumes,
+    read_log,
+    result,
+    run_uninterrupted,
+    signals_line,
+    survive_signals,
+)
 
 pytestmark = pytest.mark.faults
 COMMON = "--device cpu --precision fp32 --lr 0.01 --run_name r --checkpoint_minutes 0.005".split()
@@ -112,6 +119,9 @@ def test_a_network_survives_writes_that_break(mode, run, tmp_path, request):
         n_broken += 1
         assert code in ((0, 1) if mode == "fail" else (-signal.SIGKILL,)), log
         assert "Traceback" not in log, log
+        assert code != 1 or "error:" in log.splitlines()[-1], log
+        if code == 0:
+            assert result(folder) == expected
         assert_resumes(launcher, (script, argv), folder, expected)
     assert n_broken
     name = request.node.callspec.params["run"]

@@ -116,7 +116,10 @@ def interrupt(launcher, run, folder, number, seconds):
         return "in a write"
     if "r.pt" in names:
         return "while finishing"
-    return "while training" if "r.ckpt" in names else "before the first checkpoint"
+    if "r.ckpt" not in names:
+        return "before the first checkpoint"
+    assert number == signal.SIGKILL or code == 128 + number  # it is told, and stops by itself
+    return "while training"
 
 
 def survive_signals(launcher, run, expected, seconds, number, n_moments, folder, chance):
