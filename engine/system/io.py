@@ -86,7 +86,8 @@ def _reason(error: Exception) -> str:
             "torch.save(net.state_dict(), path) saves weights"
         )
     if isinstance(error, KeyError):
-        return f"no {error}"
+        is_byte = error.args and isinstance(error.args[0], int)  # that pickle has no meaning for
+        return "it is not of PyTorch" if is_byte else f"no {error}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return textwrap.shorten(lines[-1], MAX_REASON, placeholder=" …")  # there PyTorch names a tensor
 
