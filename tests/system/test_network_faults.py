@@ -41,7 +41,7 @@ RUNS = {
     "ImageFolder, 2 workers": [
         *RESNET,
         *"--dataset ImageFolder --data_dir IMAGES --image_size 32 --workers 2".split(),
-        *"--batch_size 8 --n_epochs 3 --regularizer L2Grad".split(),
+        *"--batch_size 8 --n_epochs 12 --regularizer L2Grad".split(),
     ],
 }
 IN_FORKS = [name for name in RUNS if "workers" not in name and "compiled" not in name]
