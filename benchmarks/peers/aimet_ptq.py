@@ -82,11 +82,10 @@ def quantize(
             CrossLayerScaling.scale_model(net, dummy_input=dummy)
         if row["learned"]:
             loader = batches(job["rounding_images"], 32)
-            params = AdaroundParameters(loader, len(loader), options["steps"])
             net = Adaround.apply_adaround(
                 net,
                 dummy,
-                params,
+                AdaroundParameters(loader, len(loader), options["steps"]),
                 path=folder.name,
                 filename_prefix="rounded",
                 default_param_bw=row["bits"],
@@ -105,13 +104,7 @@ def quantize(
             sim.set_percentile_value(PERCENTILE)
         if row["learned"]:
             sim.set_and_freeze_param_encodings(str(Path(folder.name, "rounded.encodings")))
-        *_, last = [each for each in sim.model.modules() if hasattr(each, "output_quantizers")]
-        last.output_quantizers[0] = None
-        if not row["act_bits"]:
-            for module in sim.model.modules():
-                for quantizers in ("input_quantizers", "output_quantizers"):
-                    for i in range(len(getattr(module, quantizers, ()))):
-                        getattr(module, quantizers)[i] = None
+        keep_in_float(sim.model, all_values=not row["act_bits"])
         if options.get("sequential"):
             apply_seq_mse(sim, batches(images, 64))
 
@@ -122,6 +115,18 @@ def quantize(
 
         sim.compute_encodings(run)
     return sim.model.eval()
+
+
+def keep_in_float(net: nn.Module, all_values: bool) -> None:
+    """Remove the quantizer of the logits or, with `all_values`, those of all inputs and outputs."""
+    *_, last = [each for each in net.modules() if hasattr(each, "output_quantizers")]
+    last.output_quantizers[0] = None
+    if not all_values:
+        return
+    for module in net.modules():
+        for quantizers in ("input_quantizers", "output_quantizers"):
+            for i in range(len(getattr(module, quantizers, ()))):
+                getattr(module, quantizers)[i] = None
 
 
 if __name__ == "__main__":

@@ -130,9 +130,7 @@ def run_in_node(found: tuple[str, str], model: bytes, images: Tensor) -> tuple[s
         command = [node, NODE_SCRIPT, package, *paths, shape]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [
-                "no word"
-            ]
+            lines = done.stderr.strip().splitlines() or ["no word"]
             raise RuntimeError(next((line for line in lines if "Error:" in line), lines[-1]))
         result = json.loads(paths[2].read_text(encoding="utf-8"))
     outputs = {}

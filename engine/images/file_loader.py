@@ -58,17 +58,8 @@ def make_loader(
         return FileLoader(images, labels, *positional, **settings)
     if np.prod(images.shape) > max_gb * GIGABYTE:
         return FileLoader(images, labels, *positional, workers=workers, **settings)
-    crops = centre_crops(images, workers)
+    crops = _decode_crops(images, Workers(ImageMaker(images), workers))
     return Loader(crops, labels, *positional, **settings)
-
-
-def centre_crops(images: ImageFiles, workers: int) -> Tensor:
-    """Decode all images into one tensor, uint8 (N, 3, S, S); DataError for one that is damaged."""
-    crops = torch.empty(images.shape, dtype=torch.uint8)
-    positions = torch.arange(len(images)).split(CHUNK)
-    keys = ([(0, i, i) for i in part.tolist()] for part in positions)
-    _decode_into(crops.split(CHUNK), ImageMaker(images), keys, workers)
-    return crops
 
 
 # --- what the worker processes do ------------------------------------------------------------
@@ -207,7 +198,7 @@ class FileLoader(Loader):
 
     def pixels(self, n: int | None = None) -> Tensor:
         """Decode the first n images, or all, into memory; see `Loader.pixels`."""
-        return centre_crops(self.images[:n], self.n_workers)
+        return _decode_crops(self.images[:n], self.workers)
 
     def close(self) -> None:
         """End the worker processes now: garbage collection may do it late and in any thread."""
@@ -246,17 +237,23 @@ def _decode_whole(images: ImageFiles, workers: int, max_gb: float) -> list[Tenso
     parts = torch.empty(n_bytes.sum(), dtype=torch.uint8).split(n_bytes.tolist())
     views = (part.view(*size, 3) for part, size in zip(parts, sizes.tolist(), strict=True))
     decoded = [view.permute(2, 0, 1) for view in views]
-    _decode_into(decoded, decode, map(images.path, range(len(images))), workers)
+    _decode_into(decoded, Workers(decode, workers), map(images.path, range(len(images))))
     return decoded
 
 
-def _decode_into(
-    targets: Sequence[Tensor], make: Callable[[Any], Tensor], items: Iterable[Any], workers: int
-) -> None:
-    """Copy make(item) of each item into its target; raise DataError for a file that is damaged."""
+def _decode_crops(images: ImageFiles, workers: Workers) -> Tensor:
+    """Return the centre crops, uint8 (N, 3, S, S), that workers of an `ImageMaker` make."""
+    crops = torch.empty(images.shape, dtype=torch.uint8)
+    positions = torch.arange(len(images)).split(CHUNK)
+    keys = ([(0, i, i) for i in part.tolist()] for part in positions)
+    _decode_into(crops.split(CHUNK), workers, keys)
+    return crops
+
+
+def _decode_into(targets: Sequence[Tensor], workers: Workers, items: Iterable[Any]) -> None:
+    """Copy what is made of each item into its target; DataError for a file that is damaged."""
     hidden = True if distributed.get_rank() else None  # None: where there is no terminal
-    results = Workers(make, workers).map(items)
     with tqdm(desc="decode images", total=len(targets), leave=False, disable=hidden) as bar:
-        for target, image in zip(targets, results, strict=True):
+        for target, image in zip(targets, workers.map(items), strict=True):
             target.copy_(image)
             bar.update()

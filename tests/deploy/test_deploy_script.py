@@ -6,7 +6,7 @@ from pathlib import Path
 import deploy_table
 import pytest
 import torch
-from PIL import Image
+from image_folder import write_image_folder
 from torch import nn
 
 import data
@@ -99,13 +99,7 @@ def test_export_and_verify(tiny, capsys):
 
 @pytest.mark.parametrize("cache", ["0", "8"])
 def test_image_files_are_verified(cache, tiny, capsys):
-    for part, n in (("train", 2), ("val", 3)):
-        for label in "abcdefghij":
-            folder = Path("images", part, label)
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = torch.randint(256, (20, 16, 3), dtype=torch.uint8).numpy()
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+    write_image_folder("images", "abcdefghij", 2, 3, 20, 16)
     data = "--dataset ImageFolder --data_dir images --image_size 12 --workers 0 --cache_images"
     flags = f"{FLAGS} {data} {cache} --calibration_images 8 --export net.onnx --verify"
     assert main(f"{flags} --runtimes onnxruntime reference") == 0

@@ -24,6 +24,7 @@ from tiny_runs import (
     result,
     signals_line,
     survive_signals,
+    survives_broken_write,
 )
 
 from engine.training import checkpoints
@@ -73,27 +74,18 @@ def test_the_scripts_exit_with_143(name, tmp_path):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mode", ["fail", pytest.param("die", marks=pytest.mark.faults)])
 def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrupted, tmp_path):
-    n_broken, went_on = 0, 0
+    codes = []
     for number in range(1, 1000, {"short": 41, "long": 1}[size]):
         which = number % len(RUNS)
-        script, argv = RUNS[which]
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        code = launcher.run(script, argv, folder, (number, mode))
-        log = read_log(folder)
-        if "write breaks" not in log:
-            break  # there are fewer writes than that
-        n_broken, went_on = n_broken + 1, went_on + (code == 0)
-        assert code in ((0, 1) if mode == "fail" else (-signal.SIGKILL,)), log
-        assert code != 1 or "error:" in log.splitlines()[-1], log
-        assert "Traceback" not in log and log.count("No space") <= (mode == "fail")
-        if code == 0:
-            assert result(folder) == uninterrupted[which][0]
-        assert_resumes(launcher, RUNS[which], folder, uninterrupted[which][0])
-    assert n_broken > 1
+        expected, folder = uninterrupted[which][0], tmp_path / str(number)
+        code = survives_broken_write(launcher, RUNS[which], expected, number, mode, folder)
+        if code is None:
+            break
+        codes.append(code)
+    assert len(codes) > 1
     print(
-        f"\nwrites that {mode}: {n_broken}, training went on after {went_on}, 0 runs lost, "
-        "0 bits different"
+        f"\nwrites that {mode}: {len(codes)}, training went on after {codes.count(0)}, "
+        "0 runs lost, 0 bits different"
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import tiny_scripts
 import torch
-import torchvision
+from image_folder import write_image_folder
 from mutations import BYTES, JSON, MUTATIONS, cut, flip, splice
 from tiny_runs import RUNS, SIZES, result, run_here
 
@@ -202,10 +202,9 @@ EXAMPLES = {
     "qat_bits": "4,4", "bits": "4", "act_bits": "4", "regularizer": "L2Grad", "phases": "0:none",
     "init_weights": "r.pt", "init_from": "r.ckpt", "verify": "net.onnx", "export": "net.onnx",
     "page": "net.html", "save_integers": "net.safetensors", "steps_from": "r.json",
-"track": "L2Grad", "only": "control",
-    "wandb_tags": "a", "n_epochs": "6", "recalibrate_bn_images": "8", "budget_bits": "4",
-    "image_size": "8", "grid": "grid.toml", "first_gradient_epoch": "95",
-    "save_quantized": "q.pt", "output": "out",
+    "track": "L2Grad", "only": "control", "wandb_tags": "a", "n_epochs": "6", "output": "out",
+    "recalibrate_bn_images": "8", "budget_bits": "4", "image_size": "8", "grid": "grid.toml",
+    "first_gradient_epoch": "95", "save_quantized": "q.pt",
 }  # fmt: skip
 
 
@@ -299,13 +298,7 @@ def files(monkeypatch, tmp_path):
     safetensors.torch.save_file(torch.load("r.pt", weights_only=True), "r.safetensors")
     command = ["r.pt", *TINY, *QUANTIZE, *INTEGERS, "--export", "net.onnx"]
     assert run_here("quant_inference.py", command)[0] == 0
-    for part in ("train", "val"):
-        for label in "abcdefghij":  # as many as Tiny has
-            folder = Path("images", part, label)
-            folder.mkdir(parents=True)
-            for i in range(2):
-                image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
-                torchvision.io.write_png(image, str(folder / f"{i}.png"))
+    write_image_folder("images", "abcdefghij", 2, 2, 8, 8)  # as many classes as Tiny has
     Path("study").mkdir()
     shutil.copy(ROOT / "results" / "study" / "study.json", "study")
     with gzip.open(ROOT / "results" / "study" / "records.jsonl.gz") as lines:

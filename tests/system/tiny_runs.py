@@ -129,12 +129,28 @@ def survive_signals(launcher, run, expected, seconds, number, n_moments, folder,
         here = folder / str(moments.total())
         here.mkdir(parents=True)
         moment = interrupt(launcher, run, here, number, chance.uniform(0, 1.05) * seconds)
-        seconds *= (
-            0.9 if moment == "after the end" else 1.02
-        )  # the machine may be busier than it was
+        # the machine may be busier than it was
+        seconds *= 0.9 if moment == "after the end" else 1.02
         assert_resumes(launcher, run, here, expected)
         moments[moment] += 1
     return moments
+
+
+def survives_broken_write(launcher, run, expected, number, mode, folder):
+    """Break a run's write of that number and resume it; return its exit code, None without such."""
+    script, argv = run
+    folder.mkdir()
+    code = launcher.run(script, argv, folder, (number, mode))
+    log = read_log(folder)
+    if "write breaks" not in log:
+        return None  # there are fewer writes than that
+    assert code in ((0, 1) if mode == "fail" else (-signal.SIGKILL,)), log
+    assert code != 1 or "error:" in log.splitlines()[-1], log
+    assert "Traceback" not in log and log.count("No space") <= (mode == "fail")
+    if code == 0:
+        assert result(folder) == expected
+    assert_resumes(launcher, run, folder, expected)
+    return code
 
 
 def signals_line(number, moments, of=""):
