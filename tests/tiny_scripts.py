@@ -1,9 +1,12 @@
 """The scripts with a tiny network and data set: `python tiny_scripts.py train.py --flag …`."""
 
+import itertools
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -95,7 +98,11 @@ FLAGS = [
 
 
 def break_write(number: int, mode: str) -> None:
-    """Break the number-th call that writes: it fails as on a full disk, or the process dies."""
+    """Break the number-th call that writes.
+
+    Modes: it fails as on a full disk ("fail"), it and all later ones do as in a folder that became
+    "read-only", or the process dies ("die").
+    """
     n_calls = 0
 
     def breaking(call, kind=OSError):
@@ -106,7 +113,9 @@ def break_write(number: int, mode: str) -> None:
                 os.write(2, b"the write breaks\n")
             if n_calls == number and mode == "fail":
                 raise kind(28, "No space left on device")
-            if n_calls == number:
+            if n_calls >= number and mode == "read-only":
+                raise kind(30, "Read-only file system")
+            if n_calls == number and mode == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 
@@ -115,6 +124,12 @@ def break_write(number: int, mode: str) -> None:
     os.replace, os.fsync = breaking(os.replace), breaking(os.fsync)
     torch.save = breaking(torch.save, RuntimeError)  # what torch raises then
     Path.write_bytes = breaking(Path.write_bytes)
+
+
+def turn_clock(hours: float) -> None:
+    """Let the time of day jump by so many hours whenever it is asked for."""
+    now, n_calls = time.time, itertools.count(1)
+    time.time = lambda: now() + 3600 * hours * next(n_calls)
 
 
 def run(script: str, argv: list[str]) -> int:
@@ -133,17 +148,17 @@ def run(script: str, argv: list[str]) -> int:
 
 
 def run_logged(
-    script: str, argv: list[str], cwd: Path, broken: tuple[int, str] | None = None
+    script: str, argv: list[str], cwd: Path, inject: Callable[[], None] | None = None
 ) -> int:
-    """Run the script in the folder, its output in `log`; `broken`: arguments of break_write."""
+    """Run the script in the folder, its output in `log`; `inject` is called before it."""
     os.chdir(cwd)
     os.environ |= {"WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
     log = os.open("log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = [script, *argv]
-    if broken:
-        break_write(*broken)
+    if inject:
+        inject()
     return run(script, argv)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine.images.image_files import ImageFiles, decode, decode_centre_crop, random_crop
 from engine.images.loader import Loader, seeded_generator
-from engine.system import distributed
+from engine.system import distributed, hardware
 from engine.system.errors import DataError, ImageError, ReportedError
 from engine.system.signals import STOP_SIGNALS
 
@@ -157,6 +157,10 @@ class _Calls(Dataset):
             return self.make(item)
         except ReportedError as error:
             return error  # raised, DataLoader would make a long text of it
+        except (MemoryError, RuntimeError) as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            return DataError("memory ran out where an image is decoded: fewer --workers take less")
 
 
 def _begin_worker(number: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.images.loader import seed_of
+from engine.system import hardware
 from engine.system.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -159,6 +160,8 @@ def opened(path: str) -> Iterator[Image.Image]:
                     raise ValueError(f"pixels of mode {image.mode}: save it with 8 bits each")
                 yield image
     except Exception as error:  # decoders raise errors of many kinds
+        if hardware.is_out_of_memory(error):
+            raise
         raise DataError(f"{path}: not an image that can be used: {error}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.system import hardware
 from engine.system.errors import NetworkError, ReportedError
 
 # Modules whose outputs are the activations A_l, with their subclasses. Functions such as F.relu are
@@ -62,13 +63,14 @@ def run_recorded(
 def network_boundary(net: nn.Module, problem: str = "") -> Iterator[None]:
     """Context manager in which whatever a stranger's network raises is a NetworkError of one line.
 
-    The line begins with the network's name and the `problem`.
+    The line begins with the network's name and the `problem`. Memory that ran out is no fault of
+    the network.
     """
     try:
         yield
-    except ReportedError:
-        raise
     except Exception as error:  # foreign code raises errors of every kind
+        if isinstance(error, ReportedError) or hardware.is_out_of_memory(error):
+            raise
         kind = type(error).__name__
         reason = next(iter(str(error).strip().splitlines()), "")
         reason = textwrap.shorten(reason, 200, placeholder=" …")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from engine.system import distributed
+from engine.system import distributed, hardware
 from engine.system.errors import ReportedError
 
 
@@ -81,7 +81,8 @@ def exit_codes(parser: Parser, hint: Callable[[], str] = str) -> Iterator[None]:
     """Context manager that ends the script with one line for an error that the user can correct.
 
     `hint()`, by default "", is added to that line where the run can be continued: after a signal, a
-    failed write or a lost process. Errors in the program itself stay tracebacks.
+    failed write, a lost process or where memory ran out. Errors in the program itself stay
+    tracebacks.
     """
     try:
         yield
@@ -98,6 +99,12 @@ def exit_codes(parser: Parser, hint: Callable[[], str] = str) -> Iterator[None]:
         parser.exit_with(error.exit_code, f"error: {error}{end}", silent)
     except OSError as error:
         parser.exit_with(1, f"error: {error}{hint()}")
+    except (MemoryError, RuntimeError) as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        advice = "a smaller --batch_size takes less"
+        parser.exit_with(1, f"error: memory ran out: {reason}; {advice}{hint()}")
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         if not isinstance(code, int) or code <= 128:  # not a signal: an exit that was asked for

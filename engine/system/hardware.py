@@ -45,6 +45,12 @@ def to_float64(t: Tensor) -> Tensor:
     return t.to(with_float64(t.device), torch.float64)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out: Python's, PyTorch's of a CPU or of a GPU."""
+    said = ("out of memory", "DefaultCPUAllocator")  # by CUDA and MPS; by a CPU, a RuntimeError
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def print_device(device: str) -> None:
     """Print, on rank 0, the device that a run is on."""
     if distributed.get_rank() == 0:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,15 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import fork_server
+import numpy as np
 import pytest
 import tiny_scripts
+import torch
 from tiny_runs import (
     FAST,
     RUNS,
@@ -26,7 +32,10 @@ from tiny_runs import (
     survive_signals,
     survives_broken_write,
 )
+from tiny_scripts import break_write, turn_clock
 
+from engine.images import file_loader
+from engine.system.errors import DataError
 from engine.training import checkpoints
 
 # --- signals ---------------------------------------------------------------------------------
@@ -72,7 +81,9 @@ def test_the_scripts_exit_with_143(name, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mode", ["fail", pytest.param("die", marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "mode", ["fail", "read-only", pytest.param("die", marks=pytest.mark.faults)]
+)
 def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrupted, tmp_path):
     codes = []
     for number in range(1, 1000, {"short": 41, "long": 1}[size]):
@@ -109,7 +120,9 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_told_and_resumed_from(small_disk, launcher, uninterrupted):
     script, argv = RUNS[0]
-    assert launcher.run(script, argv, small_disk, (60, "die")) == -signal.SIGKILL
+    assert (
+        launcher.run(script, argv, small_disk, partial(break_write, 60, "die")) == -signal.SIGKILL
+    )
     before = checkpoints.load_checkpoint(small_disk / "r.ckpt")["state"]
     for half in small_disk.glob(".*.tmp"):  # --resume would, and have room then
         half.unlink()
@@ -136,6 +149,63 @@ def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
     assert "Traceback" not in read_log(tmp_path)
     assert [line for line in lines if "error:" in line] == [lines[-1]]
     assert any("training continues" in line for line in lines)
+
+
+@pytest.mark.parametrize("hours", [-1, 24])
+def test_a_clock_that_jumps_changes_no_bit(hours, launcher, uninterrupted, tmp_path):
+    for which, (run, (expected, _)) in enumerate(zip(RUNS, uninterrupted, strict=True)):
+        folder = tmp_path / str(which)
+        folder.mkdir()
+        assert launcher.run(*run, folder, partial(turn_clock, hours)) == 0, read_log(folder)
+        assert result(folder) == expected
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def train_with_little_memory(argv, cwd):
+    """Train where the process may have 400 MB of addresses more than it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 400 * 10**6
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return tiny_scripts.run_logged("train.py", argv, cwd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no limit of addresses holds")
+def test_memory_that_runs_out_is_one_line_and_resumed_from(tmp_path):
+    flags = "--model ResNet20 --dataset Synthetic --lr 0.01 --no-compile --device cpu".split()
+    flags += "--run_name r --no_test_penalty --precision fp32 --n_epochs".split()
+    few, many = ("--train_subset", "8", "--batch_size", "8"), ("--batch_size", "2000")
+    fork = fork_server.launcher()
+
+    def run(*argv):
+        code = fork.wait(fork.start(train_with_little_memory, [*flags, *argv], tmp_path))
+        return code, read_log(tmp_path)
+
+    assert run("1", *few)[0] == 0
+    code, log = run("2", *many, "--resume", "--allow_changed_settings")
+    [line] = [line for line in log.splitlines() if "error:" in line]
+    assert code == 1 and "Traceback" not in log, log
+    assert "a smaller --batch_size" in line and "--resume continues" in line
+    assert run("2", *few, "--resume")[0] == 0
+
+
+class NoMemory:
+    """Makes nothing: memory runs out in it, PyTorch's or numpy's."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __call__(self, item):
+        return self.library.empty(10**15)
+
+
+@pytest.mark.parametrize("library", [torch, np])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_that_runs_out_in_a_worker_is_one_line(library, workers):
+    with pytest.raises(DataError, match="memory ran out") as caught:
+        next(file_loader.Workers(NoMemory(library), workers).map([0]))
+    assert "\n" not in str(caught.value)
 
 
 # --- the logger -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,10 @@ def test_mutated_checkpoints_are_refused_or_run(
     """In this process: read, compare with the flags, restore, train to the end."""
     monkeypatch.chdir(tmp_path)
     script, argv = RUNS[0]
-    assert launcher.run(script, argv, tmp_path, (50, "die")) == -signal.SIGKILL
+    assert (
+        launcher.run(script, argv, tmp_path, partial(tiny_scripts.break_write, 50, "die"))
+        == -signal.SIGKILL
+    )
     argv = [*argv, "--checkpoint_minutes", "9"]
     os.replace("r.ckpt.previous", "r.ckpt")
     raw, tree = Path("r.ckpt").read_bytes(), checkpoints.load_checkpoint(Path("r.ckpt"))

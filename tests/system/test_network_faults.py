@@ -56,8 +56,8 @@ def images(tmp_path_factory):
 class OwnProcess(OneRun):
     """Starts runs as OneRun does, as commands: forks of the launcher may start no processes."""
 
-    def start(self, script, argv, cwd, broken=None):
-        assert broken is None
+    def start(self, script, argv, cwd, inject=None):
+        assert inject is None
         command = [sys.executable, tiny_scripts.__file__, script, *argv]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (cwd / "log").open("w") as log:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import fork_server
 import pytest
@@ -48,15 +49,15 @@ SIZES = [
 class OneRun:
     """Starts runs of scripts with a tiny network, one at a time."""
 
-    def start(self, script, argv, cwd, broken=None):
-        self.pid = fork_server.launcher().start(tiny_scripts.run_logged, script, argv, cwd, broken)
+    def start(self, script, argv, cwd, inject=None):
+        self.pid = fork_server.launcher().start(tiny_scripts.run_logged, script, argv, cwd, inject)
         return self.pid
 
     def wait(self):
         return fork_server.launcher().wait(self.pid, 60)
 
-    def run(self, script, argv, cwd, broken=None):
-        self.start(script, argv, cwd, broken)
+    def run(self, script, argv, cwd, inject=None):
+        self.start(script, argv, cwd, inject)
         return self.wait()
 
 
@@ -140,11 +141,11 @@ def survives_broken_write(launcher, run, expected, number, mode, folder):
     """Break a run's write of that number and resume it; return its exit code, None without such."""
     script, argv = run
     folder.mkdir()
-    code = launcher.run(script, argv, folder, (number, mode))
+    code = launcher.run(script, argv, folder, partial(tiny_scripts.break_write, number, mode))
     log = read_log(folder)
     if "write breaks" not in log:
         return None  # there are fewer writes than that
-    assert code in ((0, 1) if mode == "fail" else (-signal.SIGKILL,)), log
+    assert code in ((-signal.SIGKILL,) if mode == "die" else (0, 1)), log
     assert code != 1 or "error:" in log.splitlines()[-1], log
     assert "Traceback" not in log and log.count("No space") <= (mode == "fail")
     if code == 0:
