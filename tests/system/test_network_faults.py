@@ -4,12 +4,16 @@
 """
 
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
+import fork_server
 import pytest
+import test_distributed
 import tiny_scripts
 from image_folder import write_image_folder
 from tiny_runs import (
@@ -25,7 +29,7 @@ COMMON = "--device cpu --precision fp32 --lr 0.01 --run_name r --checkpoint_minu
 COMMON += ["--no_test_penalty"]  # it takes longer than the training
 SMALL = "--dataset Synthetic --train_subset 96 --batch_size 32 --n_epochs 2".split()
 RESNET = "--model ResNet20 --width 0.25 --no-compile".split()
-N_MOMENTS = 4  # of each signal
+N_MOMENTS = 1  # of each signal
 RUNS = {
     "ResNet20, EMA": [*RESNET, *SMALL, *"--ema 0.9 --regularizer L2Grad".split()],
     "ResNet20, LSQ": [*RESNET, *SMALL, *"--qat_bits 4,4 --qat_from 1".split()],
@@ -42,7 +46,7 @@ RUNS = {
         *"--batch_size 8 --n_epochs 12 --regularizer L2Grad".split(),
     ],
 }
-IN_FORKS = [name for name in RUNS if "workers" not in name and "compiled" not in name]
+RUNS["ResNet20, EMA, two processes"] = RUNS["ResNet20, EMA"]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +74,47 @@ class OwnProcess(OneRun):
         return self.process.wait(timeout=400)
 
 
+class TwoProcesses(OneRun):
+    """Starts runs of two ranks, of which one at random is the victim."""
+
+    chance = random.Random(0)
+
+    def start(self, script, argv, cwd, inject=None):
+        assert inject is None
+        self.cwd = cwd
+        self.ranks = test_distributed.Ranks(2, test_distributed.run, cwd, script, *argv)
+        self.victim = self.chance.randrange(2)
+        return self.ranks.pids[self.victim]
+
+    def wait(self):
+        """Return the victim's exit code; torchrun would end the other, which may wait for it."""
+        forks, pids = fork_server.launcher(), self.ranks.pids
+        code = forks.wait(pids[self.victim])
+        with suppress(subprocess.TimeoutExpired):  # it is killed then
+            forks.wait(pids[1 - self.victim], 60)
+        if code == 0:
+            code = pickle.loads(self.ranks.files[self.victim].read_bytes())
+        logs = [self.cwd / f"log{rank}" for rank in range(2)]
+        text = "".join(log.read_text() for log in logs if log.exists())
+        (self.cwd / "log").write_text(text)
+        for log in logs:
+            log.unlink(missing_ok=True)
+        return code
+
+
+LAUNCHERS = {
+    "ResNet20, compiled": OwnProcess,
+    "ImageFolder, 2 workers": OwnProcess,
+    "ResNet20, EMA, two processes": TwoProcesses,
+}
+IN_FORKS = [name for name in RUNS if name not in LAUNCHERS]
+
+
 @pytest.fixture
 def run(request, launcher, images, tmp_path):
     """A run's name, what starts it, script and flags, its result, and how many seconds it takes."""
-    launcher = launcher if request.param in IN_FORKS else OwnProcess()
+    if request.param in LAUNCHERS:
+        launcher = LAUNCHERS[request.param]()
     argv = [str(images) if word == "IMAGES" else word for word in RUNS[request.param]]
     run = "train.py", [*COMMON, *argv]
     whole = tmp_path / "whole"

@@ -109,7 +109,8 @@ def interrupt(launcher, run, folder, number, seconds):
     assert code in (0, -number, 128 + number), read_log(folder)
     names = {path.name for path in folder.iterdir()}
     if code == 128 + number:
-        assert "Traceback" not in read_log(folder) and "stopped" in read_log(folder)
+        log = read_log(folder)  # one of several processes may be stopped before they meet
+        assert "Traceback" not in log and ("stopped" in log or "another process" in log)
         assert not any(name.endswith((".tmp", ".lock")) for name in names)
     if code == 0:
         return "after the end"

@@ -1,0 +1,91 @@
+"""Studies that are stopped or killed at random moments, with stand-ins for the scripts.
+
+The same command goes on: nothing is lost, and no job that had ended is done again.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fork_server import launcher
+from test_study import scripts  # noqa: F401 (a fixture)
+
+import study
+from analysis.study import figures as study_figures
+from analysis.study import runner as study_runner
+
+SIZES = [pytest.param(1, id="short"), pytest.param(30, id="long", marks=pytest.mark.faults)]
+
+
+def run_study(folder, at_once):
+    """Run a study in the folder with the stand-ins, as a process of its own."""
+    os.chdir(folder)
+    study.SCRIPTS = folder / "scripts"
+    study_runner.POLL_SECONDS = 0.005
+    study_figures.draw_figures = lambda *_: None
+    log = os.open("log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    flags = f"--out out --n_epochs 6 --only control l2grad --seeds 0 --jobs {at_once}"
+    try:
+        study.main(flags.split())
+    except SystemExit as end:
+        return end.code
+
+
+def result(folder):
+    """What a study found, without times; and how often each training was begun."""
+    found = {}
+    for path in sorted((folder / "out").rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "results.json" or path.suffix == ".json" and "study" not in path.name:
+            found[name] = json.loads(path.read_text())
+            found[name].get("settings", {}).pop("resumed", None)
+            found[name].get("settings", {}).pop("resume", None)
+            found[name].pop("command", None)  # with --resume
+        elif path.name in ("summary.csv", "differences.csv", "accuracy_drops.csv"):
+            found[name] = path.read_text()
+    return found, Counter((folder / "calls").read_text().split())
+
+
+@pytest.mark.parametrize("n_moments", SIZES)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_study_survives_a_signal_at_any_moment(number, n_moments, scripts, tmp_path):  # noqa: F811
+    chance, forks, moments = random.Random(number), launcher(), 0
+
+    def start(name):
+        folder = tmp_path / name
+        (folder / "scripts").mkdir(parents=True, exist_ok=True)
+        for script in (tmp_path / "scripts").iterdir():
+            Path(folder, "scripts", script.name).write_bytes(script.read_bytes())
+        return folder, forks.start(run_study, folder, 1 + moments % 2)
+
+    began = time.monotonic()
+    folder, pid = start("whole")
+    assert forks.wait(pid) == 0, (folder / "log").read_text()
+    seconds = time.monotonic() - began
+    expected, calls = result(folder)
+    assert expected and set(calls.values()) == {1}
+    while moments < n_moments:
+        folder, pid = start(str(moments))
+        time.sleep(chance.uniform(0.05, 1) * seconds)
+        os.kill(pid, number)  # it is there, if only as one that has ended
+        code = forks.wait(pid)
+        if code == 0:
+            seconds *= 0.9
+            continue
+        assert code in (-number, 128 + number), (folder / "log").read_text()
+        _, pid = start(str(moments))
+        assert forks.wait(pid) == 0, (folder / "log").read_text()
+        found, again = result(folder)
+        assert found == expected and again.keys() == calls.keys()
+        assert again.total() <= calls.total() + 2  # at most the jobs that were interrupted
+        moments += 1
+    print(
+        f"\n{signal.Signals(number).name} in a study: {moments}, 0 jobs lost, 0 results different"
+    )
