@@ -29,7 +29,7 @@ test-cluster: $(VENV)/installed-test
 	$(RUN) -m pytest tests/analysis/test_study_cluster.py -m cluster
 
 faults: $(VENV)/installed-test
-	$(RUN) -m pytest tests/system/test_faults.py tests/system/test_network_faults.py tests/system/test_hostile_input.py -m "faults or not faults" -s
+	$(RUN) -m pytest -m faults -s
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

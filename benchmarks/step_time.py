@@ -13,11 +13,17 @@ the mean of the 4 steps that repeat.
 
     python benchmarks/step_time.py [--model ResNet20] [--rounds 15] [--batch_size 128]
 
+`--peers torch.func jax` adds the strongest exact steps of others: `torch.func`, compiled as one
+graph (benchmarks/peers/functional_step.py), and JAX (jax_step.py), both in float32 and the layout
+that is faster there. They have the rows none, L1Grad and L2Grad; neither updates the running
+statistics of batch norms, which ours does.
+
 `--model all` measures every network of models.py, one after the other. Where bfloat16 is not fast,
 ours is float32 as well, and has one side. `--rows none L2Grad` measures these two rows alone.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -70,12 +76,20 @@ ROWS = {
 }
 
 
+PEERS = {"torch.func": "functional_step", "jax": "jax_step"}  # their modules
+PEER_ROWS = ("none", "L1Grad", "L2Grad")
+
 FIGURES = {  # of the last line: (row, side) of a time, and (row, side) of what it is divided by
     "plain_speedup": (("none", "reference"), ("none", "ours")),
     "l2grad_speedup": (("L2Grad", "reference"), ("L2Grad", "ours")),
     "l1grad_speedup": (("L1Grad", "reference"), ("L1Grad", "ours")),
     "penalty_ratio": (("L2Grad", "ours"), ("none", "ours")),
     "fp32_l2grad_speedup": (("L2Grad", "reference"), ("L2Grad", "fp32")),
+    **{
+        f"{name}_against_{peer}": ((row, peer), (row, "ours"))
+        for peer in PEERS
+        for name, row in (("plain", "none"), ("l1grad", "L1Grad"), ("l2grad", "L2Grad"))
+    },
     **{
         f"{name}_{figure}": divided
         for name, row in (
@@ -119,10 +133,12 @@ def plain_step(
 def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Return the work of each row for a side: its `every` steps.
 
-    Sides are "ours", "fp32" (ours in float32), "reference" and "autocast": plain PyTorch in float32
-    and contiguous layout, and in bfloat16 autocast and channels-last layout.
+    Sides are the PEERS, "ours", "fp32" (ours in float32), "reference" and "autocast": plain PyTorch
+    in float32 and contiguous layout, and in bfloat16 autocast and channels-last layout.
     """
     torch.manual_seed(0)
+    if side in PEERS:
+        return make_peer_steps(side, args)
     is_plain, layout = side in ("reference", "autocast"), torch.contiguous_format
     if side != "reference":
         layout = hardware.MEMORY_FORMATS[args.memory_format]
@@ -156,6 +172,20 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         return partial(our_steps, net, optimizer, reg, row, x, labels)
 
     return {name: make_step(row) for name, row in ROWS.items()}
+
+
+def make_peer_steps(peer: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Return a peer's step of each of PEER_ROWS; each has a network of its own."""
+    module = importlib.import_module(f"peers.{PEERS[peer]}")
+    layout = hardware.MEMORY_FORMATS["channels_last"]
+    x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
+    labels = torch.randint(10, (len(x),), device=x.device)
+
+    def make_step(row: str) -> Callable[[], None]:
+        net = models.make_model(args.model, 10, args.width).to(args.device, memory_format=layout)
+        return module.make_step(net, make_regularizer(row, 0.01), x, labels, 1e-3)
+
+    return {row: make_step(row) for row in args.rows}
 
 
 def milliseconds(step: Callable[[], object]) -> float:
@@ -268,10 +298,8 @@ def report(times: dict, memory: dict, work: dict, peaks: dict) -> dict[str, floa
             ms = statistics.median(values)
             share = work[row] / ms * 1e3 / peaks[side]
             speedup = ratio((row, "reference"), (row, side))
-            print(
-                f"{row:<30}{side:<11}{ms:>8.1f}{speedup:>9.2f}{share:>9.0%}"
-                f"{memory[row, side]:>11.0f}"
-            )
+            held = "–" if side == "jax" else f"{memory[row, side]:.0f}"  # not PyTorch's to count
+            print(f"{row:<30}{side:<11}{ms:>8.1f}{speedup:>9.2f}{share:>9.0%}{held:>11}")
     figures = {
         name: ratio(*divided)
         for name, divided in FIGURES.items()
@@ -302,10 +330,15 @@ def main() -> None:
     parser.add_argument("--memory_format", choices=hardware.MEMORY_FORMATS, default="channels_last")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default=hardware.default_device())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
+    if args.peers and (others := {*args.rows} - {*PEER_ROWS}):
+        parser.error(
+            f"--peers: there is no row {', '.join(sorted(others))} of theirs: --rows none L2Grad"
+        )
     if missing := {ROWS[row].reference for row in args.rows} - {None, *args.rows}:
         parser.error(f"--rows: rows given are compared with {', '.join(missing)}: add it")
     for model in models.MODELS if args.model == "all" else [args.model]:
@@ -324,6 +357,7 @@ def compare(args: argparse.Namespace) -> None:
     )
     is_fp32 = hardware.choose_precision("auto", args.device) == "fp32"
     sides = ["reference", "ours"] if is_fp32 else ["reference", "fp32", "ours"]
+    sides += args.peers
     rows = {name: ROWS[name] for name in args.rows}
     pipes, context = {}, multiprocessing.get_context("spawn")
     for side in sides:

@@ -29,7 +29,7 @@ COMMON = "--device cpu --precision fp32 --lr 0.01 --run_name r --checkpoint_minu
 COMMON += ["--no_test_penalty"]  # it takes longer than the training
 SMALL = "--dataset Synthetic --train_subset 96 --batch_size 32 --n_epochs 2".split()
 RESNET = "--model ResNet20 --width 0.25 --no-compile".split()
-N_MOMENTS = 1  # of each signal
+N_MOMENTS = 4  # of each signal
 RUNS = {
     "ResNet20, EMA": [*RESNET, *SMALL, *"--ema 0.9 --regularizer L2Grad".split()],
     "ResNet20, LSQ": [*RESNET, *SMALL, *"--qat_bits 4,4 --qat_from 1".split()],
