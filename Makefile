@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-cluster faults lint format clean
+.PHONY: demo test test-slow test-cluster faults mutants lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py --run_name demo --init_weights weights/control.pt --n_epochs 1 --train_subset 6400 --lr 0.01 --regularizer L2Grad --lmbda 0.03
@@ -30,6 +30,11 @@ test-cluster: $(VENV)/installed-test
 
 faults: $(VENV)/installed-test
 	$(RUN) -m pytest -m faults -s
+
+mutants: $(VENV)/installed-test
+	$(RUN) -m pip install --quiet mutmut==3.8.1
+	$(RUN) -m mutmut run
+	$(RUN) -m mutmut results
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

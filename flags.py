@@ -110,11 +110,15 @@ FLOAT64 = Need("--device cpu or cuda, which have float64",
                    utils.learned_schemes(run) or any(getattr(run, name) for name in INTEGER_FLAGS)))
 BY_LAYER = Need("--rounding nearest: it is learned for layers one after another", ON_GRID.is_met)
 ONE_FILE = Need("one FILE", lambda run: len(find_paths(run.checkpoints)) == 1)
-ONE = Need("one FILE, one of --bits, one of --act_bits and one of --schemes",
+ONE = Need(lambda run: "one FILE, one of --bits, one of --act_bits and one of --schemes: here are "
+                       f"{len(find_paths(run.checkpoints))}, {len(run.bits)}, "
+                       f"{len(utils.act_bits(run)) // len(run.bits)} and {len(run.schemes)}",
            lambda run: ONE_FILE.is_met(run) and len(run.schemes) == len(utils.act_bits(run)) == 1)
 INTEGERS = [
-    FLOAT64, ONE, "--fold_bn", Need("--bits from 2 to 8", lambda run: max(run.bits) <= 8),
-    Need("--act_bits from 2 to 8", lambda run: max(utils.act_bits(run)) <= 8),
+    FLOAT64, ONE, "--fold_bn",
+    Need(lambda run: f"--bits from 2 to 8, not {max(run.bits)}", lambda run: max(run.bits) <= 8),
+    Need(lambda run: f"--act_bits from 2 to 8, not {max(utils.act_bits(run))}",
+         lambda run: max(utils.act_bits(run)) <= 8),
     Need("weights without --mean_correction and --bias_correction",
          lambda run: not (run.mean_correction or run.bias_correction)),
     Need("--schemes uniform, or pwlq with --overlapping: others are no integers times a scale",

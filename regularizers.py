@@ -418,7 +418,9 @@ def regularizer_options() -> dict[str, Option]:
             if metadata := getattr(parameter.annotation, "__metadata__", ()):
                 text, *marks = metadata
                 kind, tracked = parameter.annotation.__origin__, PENALTY_ONLY not in marks
-                _, _, defaults, _, names = options.get(key, Option(kind, text, (), tracked, ()))
-                defaults, names = (*defaults, parameter.default), (*names, name)
-                options[key] = Option(kind, text, defaults, tracked, names)
+                option = options.get(key, Option(kind, text, (), tracked, ()))
+                options[key] = option._replace(
+                    defaults=(*option.defaults, parameter.default),
+                    regularizer_names=(*option.regularizer_names, name),
+                )
     return options

@@ -260,6 +260,7 @@ def test_combined_with_noise_is_the_sum():
         ((StepNoise(1), VarianceNorm(1)), ("weights", "loss_change")),
         ((RangeNorm(1, fold_bn=True), StepNoise(1)), ("weights", "loss_change", "folded_weights")),
         ((StepNoise(1), StepL1Grad(1)), ("weights", "w_grads", "loss_change")),
+        ((RangeNorm(1, fold_bn=True), KurtosisNorm(1, fold_bn=True)), ("folded_weights",)),
     ],
 )
 def test_combined_asks_for_no_more_than_its_terms_need(terms, inputs):
@@ -319,6 +320,11 @@ def test_options_go_to_those_that_take_them():
     assert accepted_options("STEPNOISE", options) == {"target_bits": 3}
     assert accepted_options("VarianceNorm", options) == accepted_options("None", options) == {}
     assert make_regularizer("StepNoise", 1.0, target_bits=3).target_bits == 3
+
+
+def test_arguments_have_the_defaults_that_their_flags_state():
+    assert Dampening(1.0).target_bits == StepNoise(1.0).target_bits == 4
+    assert KurtosisNorm(1.0).inputs == RangeNorm(1.0).inputs == ("weights",)
 
 
 def test_an_annotated_argument_is_an_option(registry):

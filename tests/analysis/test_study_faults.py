@@ -12,8 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny_scripts
 from fork_server import launcher
-from test_study import scripts  # noqa: F401 (a fixture)
+from test_study import scripts, wait_for  # noqa: F401 (a fixture)
 
 import study
 from analysis.study import figures as study_figures
@@ -32,10 +33,7 @@ def run_study(folder, at_once):
     os.dup2(log, 1)
     os.dup2(log, 2)
     flags = f"--out out --n_epochs 6 --only control l2grad --seeds 0 --jobs {at_once}"
-    try:
-        study.main(flags.split())
-    except SystemExit as end:
-        return end.code
+    return tiny_scripts.run("study.py", flags.split())
 
 
 def result(folder):
@@ -73,6 +71,7 @@ def test_a_study_survives_a_signal_at_any_moment(number, n_moments, scripts, tmp
     assert expected and set(calls.values()) == {1}
     while moments < n_moments:
         folder, pid = start(str(moments))
+        wait_for(folder / "log")
         time.sleep(chance.uniform(0.05, 1) * seconds)
         os.kill(pid, number)  # it is there, if only as one that has ended
         code = forks.wait(pid)
