@@ -43,7 +43,15 @@ INTEGER_FLAGS = (
 )  # of one network in integer arithmetic
 FILE_FLAGS = (*INTEGER_FLAGS, "save_quantized")  # of one quantized network
 OUTPUT_CORRECTIONS = (*INPUTS, "auto")
-RUNTIMES = ("onnxruntime", "openvino", "onnxruntime-web", "onnxruntime-node", "reference", "tvm")
+RUNTIMES = (
+    "onnxruntime",
+    "openvino",
+    "onnxruntime-web",
+    "onnxruntime-node",
+    "reference",
+    "tract",
+    "tvm",
+)
 PHASE_SYNTAX = "EPOCH:none or EPOCH:NAME=λ[+NAME=λ…]"
 OLD_OPTIONS = {"detach_step": "hold_step"}  # old spellings of what regularizers declare
 
@@ -346,7 +354,7 @@ QUANTIZATION: Table = [
          "with the simulation and float32", "ONNX", requires=VERIFIED, nargs="?", const=True),
     Flag("runtimes", RUNTIMES, ["onnxruntime"], "what --verify runs the file in, each as users "
          "start it; -web and -node are packages of Node.js, reference is ONNX's own evaluator, "
-         "tvm is of requirements-tvm.txt",
+         "tract is in Rust, tvm is of requirements-tvm.txt",
          needs="--verify", nargs="+"),
     Flag("pack_weights", ("int8", "int4", "int2"), "int8", "--export: weights of up to 4 bits in "
          "half a byte each (int4), those of 2 bits also in a quarter (int2)", needs=FILE_FORM),

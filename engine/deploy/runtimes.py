@@ -100,6 +100,24 @@ def run_in_tvm(tvm: ModuleType, model: bytes, images: Tensor) -> tuple[str, Outp
     return tvm.__version__, _in_batches(run, images)
 
 
+def run_in_tract(tract: ModuleType, model: bytes, images: Tensor) -> tuple[str, Outputs]:
+    """Load the model in tract, a runtime in Rust."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            path.write_bytes(model)
+            loaded = tract.onnx().load(path)
+        names = [loaded.output_name(i) for i in range(loaded.output_count())]
+        runnable = loaded.into_model().into_runnable()
+    except tract.TractError as error:  # what follows its first line is a backtrace
+        raise RuntimeError(str(error).partition("\n")[0]) from error
+
+    def run(x: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, (each.to_numpy() for each in runnable.run([x])), strict=True))
+
+    return tract.version(), _in_batches(run, images)
+
+
 def node_package(package: str, flag: str) -> Path:
     """Return the folder of a package of Node.js in the current folder; SetupError without it."""
     folder = Path("node_modules", package)
@@ -152,6 +170,7 @@ RUNTIMES = {
     "onnxruntime-web": Runtime(partial(find_node, "onnxruntime-web"), run_in_node),
     "onnxruntime-node": Runtime(partial(find_node, "onnxruntime-node"), run_in_node),
     "reference": Runtime(_from_pip("onnx.reference", "reference"), run_in_reference),
+    "tract": Runtime(_from_pip("tract", "tract"), run_in_tract),
     "tvm": Runtime(_from_pip("tvm", "tvm", "requirements-tvm.txt"), run_in_tvm),
 }
 
