@@ -175,7 +175,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
 
 
 def make_peer_steps(peer: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Return a peer's step of each of PEER_ROWS; each has a network of its own."""
+    """Return a peer's step of each row, one of PEER_ROWS; each has a network of its own."""
     module = importlib.import_module(f"peers.{PEERS[peer]}")
     layout = hardware.MEMORY_FORMATS["channels_last"]
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)

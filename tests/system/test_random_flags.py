@@ -92,7 +92,7 @@ def check(launcher, folder, script, argv, number):
     if code:
         lines = read_log(whole).splitlines()
         assert code in (1, 2) and [line for line in lines if "error:" in line] == lines[-1:], argv
-        outcomes[lines[-1].partition("error: ")[2]] += 1
+        outcomes[lines[-1].partition("error: ")[2].partition(" with ")[0]] += 1
         return
     broken = survives_broken_write(launcher, run, result(whole), number, "die", folder / "broken")
     outcomes["ends before that write" if broken is None else "resumed to the same bits"] += 1
