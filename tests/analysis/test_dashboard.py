@@ -107,7 +107,8 @@ def test_flags_without_effect_are_named(monkeypatch, tmp_path, capsys):
 
 
 def test_jobs_of_a_study_have_its_name_as_group(tmp_path, capsys):
-    study.main(["--plan", "--only", "l2grad", "--seeds", "0", "--out", str(tmp_path / "mine")])
+    flags = ["--plan", "--epoch_seconds", "1", "--only", "l2grad", "--seeds", "0"]
+    study.main([*flags, "--out", str(tmp_path / "mine")])
     jobs = [line for line in capsys.readouterr().out.splitlines() if "python" in line]
     assert jobs and all(line.endswith("--wandb_group mine") for line in jobs)
 

@@ -37,7 +37,7 @@ names = { uniform = "uniform per channel" }
 def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: F811
     tuning = '\n[tuning]\n"ResNet20@0.5" = "--bits 3 --schemes uniform"\n'
     Path("grid.toml").write_text(GRID + tuning)
-    flags = ["--grid", "grid.toml", "--seeds", "0", "1"]
+    flags = ["--grid", "grid.toml", "--seeds", "0"]
     assert main(*flags, "--models", "ConvNet", "ResNet20@0.5") == 0
     trained = scripts()
     for network in ("ConvNet", "ResNet20@0.5"):
@@ -49,13 +49,13 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
         assert results["rows"][1]["bits"] == (4 if network == "ConvNet" else 3)
     lines = Path("out/networks.md").read_text(encoding="utf-8").splitlines()
     assert [line.split(" | ")[:4] for line in lines[4:8]] == [
-        ["| ConvNet", "control", "", "2"],
-        ["| ConvNet", "noise", "0.01", "2"],
-        ["| ResNet20@0.5", "control", "", "2"],
-        ["| ResNet20@0.5", "noise", "0.01", "2"],
+        ["| ConvNet", "control", "", "1"],
+        ["| ConvNet", "noise", "0.01", "1"],
+        ["| ResNet20@0.5", "control", "", "1"],
+        ["| ResNet20@0.5", "noise", "0.01", "1"],
     ]
     capsys.readouterr()
-    assert main("--seeds", "0", "1") == 0 and scripts() == trained  # all networks, nothing again
+    assert main("--seeds", "0") == 0 and scripts() == trained  # all networks, nothing again
     assert main("--models", "MobileNetV2@0.25", "--only", "control", "--seeds", "0") == 0
     assert scripts()[-1] == "out/MobileNetV2@0.25/seed0/control"
     saved = json.loads(Path("out/study.json").read_text())["models"]

@@ -173,8 +173,8 @@ def train_with_little_memory(argv, cwd):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no limit of addresses holds")
 def test_memory_that_runs_out_is_one_line_and_resumed_from(tmp_path):
-    flags = "--model ResNet20 --dataset Synthetic --lr 0.01 --no-compile --device cpu".split()
-    flags += "--run_name r --no_test_penalty --precision fp32 --n_epochs".split()
+    flags = "--model ResNet20 --width 0.25 --dataset Synthetic --lr 0.01 --device cpu".split()
+    flags += "--no-compile --run_name r --no_test_penalty --precision fp32 --n_epochs".split()
     few, many = ("--train_subset", "8", "--batch_size", "8"), ("--batch_size", "2000")
     fork = fork_server.launcher()
 
