@@ -14,6 +14,7 @@ from regularizers import (
     LPGrad,
     RangeNorm,
     Regularizer,
+    Sharpness,
     StepL1Grad,
     StepL2Grad,
     StepNoise,
@@ -325,6 +326,29 @@ def test_options_go_to_those_that_take_them():
 def test_arguments_have_the_defaults_that_their_flags_state():
     assert Dampening(1.0).target_bits == StepNoise(1.0).target_bits == 4
     assert KurtosisNorm(1.0).inputs == RangeNorm(1.0).inputs == ("weights",)
+    assert (Sharpness(1.0).rho, Sharpness(1.0).adaptive) == (0.05, False)
+
+
+def test_a_constructor_alone_gives_the_name_of_what_it_makes():
+    made = [VarianceNorm(1, True), InverseVarianceNorm(1, True), Sharpness(1), VarianceNorm(1)]
+    assert [reg.name for reg in (*made, Sharpness(1, adaptive=True))] == [
+        "StdDevNorm",
+        "InverseStdDevNorm",
+        "Sharpness",
+        "VarianceNorm",
+        "AdaptiveSharpness",
+    ]
+
+
+@pytest.mark.parametrize("name", ["L2.5Grad", "l-1grad"])
+def test_a_number_that_no_name_has_is_refused_with_an_example(name):
+    with pytest.raises(ValueError, match=f"{name}: <P> in L<P>Grad must be a whole number"):
+        make_regularizer(name, 1.0)
+
+
+def test_an_unknown_name_is_refused_with_all_choices():
+    with pytest.raises(ValueError, match=f"choose none, {', '.join(REGULARIZERS)}"):
+        make_regularizer("Variance", 1.0)
 
 
 def test_an_annotated_argument_is_an_option(registry):
