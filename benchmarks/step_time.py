@@ -23,7 +23,7 @@ ours is float32 as well, and has one side. `--rows none L2Grad` measures these t
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -336,9 +336,12 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     if args.peers and (others := {*args.rows} - {*PEER_ROWS}):
-        parser.error(
-            f"--peers: there is no row {', '.join(sorted(others))} of theirs: --rows none L2Grad"
-        )
+        parser.error(f"--peers have no {', '.join(sorted(others))}: try --rows none L2Grad")
+    if "jax" in args.peers:
+        if not importlib.util.find_spec("jax"):
+            parser.error("--peers jax needs JAX: python -m pip install jax==0.10.2")
+        if args.model in ("all", "VGGSmall") or args.device != "cpu":
+            parser.error("--peers jax: on a CPU, and one --model other than VGGSmall")
     if missing := {ROWS[row].reference for row in args.rows} - {None, *args.rows}:
         parser.error(f"--rows: rows given are compared with {', '.join(missing)}: add it")
     for model in models.MODELS if args.model == "all" else [args.model]:
