@@ -70,21 +70,21 @@ def test_a_study_survives_a_signal_at_any_moment(number, scripts, tmp_path):  # 
     expected, calls = result(folder)
     assert expected and set(calls.values()) == {1}
     while moments < N_MOMENTS:
-        folder, pid = start(str(moments))
+        name = f"{moments}, {seconds}"
+        folder, pid = start(name)
         wait_for(folder / "log")
         time.sleep(chance.uniform(0.05, 1) * seconds)
         os.kill(pid, number)  # it is there, if only as one that has ended
         code = forks.wait(pid)
         if code == 0:
-            seconds *= 0.9
+            seconds *= 0.9  # it was too late
             continue
         assert code in (-number, 128 + number), (folder / "log").read_text()
-        _, pid = start(str(moments))
+        _, pid = start(name)
         assert forks.wait(pid) == 0, (folder / "log").read_text()
         found, again = result(folder)
         assert found == expected and again.keys() == calls.keys()
         assert again.total() <= calls.total() + 2  # at most the jobs that were interrupted
         moments += 1
-    print(
-        f"\n{signal.Signals(number).name} in a study: {moments}, 0 jobs lost, 0 results different"
-    )
+    which = signal.Signals(number).name
+    print(f"\n{which} in a study: {moments}, 0 jobs lost, 0 results different")
