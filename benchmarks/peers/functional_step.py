@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
 
-from engine.networks.layers import penalized_weights
+from engine.networks.layers import penalized_layers
 from engine.networks.outputs import ACTIVATIONS, split_output
 from regularizers import Regularizer
 
@@ -64,8 +64,7 @@ def gradient_function(
     params = {name: p.detach() for name, p in net.named_parameters()}
     buffers = dict(net.named_buffers())
     offsets = {name: b for name, b in buffers.items() if name.endswith(".offset")}
-    penalized = {id(w) for w in penalized_weights(net)}
-    weights = [name for name, p in net.named_parameters() if id(p) in penalized]
+    weights = [f"{name}.weight" for name in penalized_layers(net)]
 
     def loss(params: Tensors, offsets: Tensors) -> Tensor:
         own = {name: b.clone() for name, b in buffers.items() if name not in offsets}
@@ -93,13 +92,11 @@ def make_step(
     """Return a training step by SGD with momentum 0.9 and weight decay 5e-4, as one call."""
     function, params, offsets = gradient_function(net, regularizer, x, labels)
     compiled = torch.compile(function)
-    tensors = [p.requires_grad_() for p in (p.clone() for p in params.values())]
-    optimizer = torch.optim.SGD(tensors, rate, 0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD([*params.values()], rate, 0.9, weight_decay=5e-4, fused=True)
 
     def step() -> None:
-        found = compiled(dict(zip(params, (t.detach() for t in tensors), strict=True)), offsets)
-        for t, name in zip(tensors, params, strict=True):
-            t.grad = found[name]
+        for name, g in compiled(params, offsets).items():
+            params[name].grad = g
         optimizer.step()
 
     return step

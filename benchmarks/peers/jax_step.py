@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from engine.networks.layers import Add, FullPrecisionLinear, penalized_weights
+from engine.networks.fast_layers import ModuleTracer
+from engine.networks.layers import Add, FullPrecisionLinear, penalized_layers
 from engine.networks.outputs import ACTIVATIONS
 from models import PadShortcut
 from regularizers import Regularizer
@@ -17,16 +18,11 @@ from regularizers import Regularizer
 Arrays = dict[str, jax.Array]
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None
-
-
 class JaxNetwork:
     """A network of `models.py` but VGGSmall in training mode, run by JAX on images (B, H, W, C)."""
 
     def __init__(self, net: nn.Module) -> None:
-        self.net, self.graph = net, _Tracer().trace(net)
+        self.net, self.graph = net, ModuleTracer().trace(net)
         self.params = {name: to_jax(p) for name, p in net.named_parameters()}
 
     def run(self, params: Arrays, x: jax.Array, offsets: Arrays) -> tuple[jax.Array, Arrays]:
@@ -54,9 +50,8 @@ class JaxNetwork:
 
 def to_jax(t: Tensor) -> jax.Array:
     """Return the tensor as JAX has it: kernels (H, W, C_in, C_out), images (B, H, W, C)."""
-    return jnp.asarray(
-        t.detach().permute(2, 3, 1, 0).numpy() if t.dim() == 4 else t.detach().numpy()
-    )
+    t = t.detach()
+    return jnp.asarray((t.permute(2, 3, 1, 0) if t.dim() == 4 else t).numpy())
 
 
 def to_torch(a: jax.Array) -> Tensor:
@@ -121,8 +116,7 @@ def gradient_function(
     """Return ∇(L + R) as a function of the parameters, and these; R is None, L1Grad or L2Grad."""
     network, images = JaxNetwork(net), jnp.asarray(x.permute(0, 2, 3, 1).numpy())
     targets = jnp.asarray(labels.numpy())[:, None]
-    penalized = {id(w) for w in penalized_weights(net)}
-    weights = [name for name, p in net.named_parameters() if id(p) in penalized]
+    weights = [f"{name}.weight" for name in penalized_layers(net)]
     shapes = jax.eval_shape(network.run, network.params, images, {})[1]
     offsets = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
 

@@ -84,10 +84,11 @@ def plain_copy(net: nn.Module) -> nn.Module:
     return net
 
 
-class _Tracer(fx.Tracer):
+class ModuleTracer(fx.Tracer):
     """Traces down to modules without children and to PyTorch's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Tell whether m is one node of the graph."""
         is_container = isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict)
         own = type(m).__module__.startswith("torch.nn") and not is_container
         return own or isinstance(m, BATCH_NORMS) or next(m.children(), None) is None
@@ -114,7 +115,7 @@ def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
     """Return the module that alone reads another's output, by the name of the latter."""
     try:
         with every_module_in(net, training=training):
-            nodes = [n for n in _Tracer().trace(net).nodes if n.op == "call_module"]
+            nodes = [n for n in ModuleTracer().trace(net).nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
         return {}
     n_runs = Counter(node.target for node in nodes)

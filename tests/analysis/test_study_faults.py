@@ -6,10 +6,10 @@ The same command goes on: nothing is lost, and no job that had ended is done aga
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import tiny_scripts
@@ -41,11 +41,11 @@ def result(folder):
     found = {}
     for path in sorted((folder / "out").rglob("*")):
         name = str(path.relative_to(folder))
-        if path.name == "results.json" or path.suffix == ".json" and "study" not in path.name:
+        if path.suffix == ".json" and "study" not in path.name:
             found[name] = json.loads(path.read_text())
-            found[name].get("settings", {}).pop("resumed", None)
-            found[name].get("settings", {}).pop("resume", None)
             found[name].pop("command", None)  # with --resume
+            for key in ("resumed", "resume"):
+                found[name].get("settings", {}).pop(key, None)
         elif path.name in ("summary.csv", "differences.csv", "accuracy_drops.csv"):
             found[name] = path.read_text()
     return found, Counter((folder / "calls").read_text().split())
@@ -58,9 +58,7 @@ def test_a_study_survives_a_signal_at_any_moment(number, scripts, tmp_path):  # 
 
     def start(name):
         folder = tmp_path / name
-        (folder / "scripts").mkdir(parents=True, exist_ok=True)
-        for script in (tmp_path / "scripts").iterdir():
-            Path(folder, "scripts", script.name).write_bytes(script.read_bytes())
+        shutil.copytree(tmp_path / "scripts", folder / "scripts", dirs_exist_ok=True)
         return folder, forks.start(run_study, folder, 1 + moments % 2)
 
     began = time.monotonic()
