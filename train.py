@@ -32,6 +32,7 @@ from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
 from engine.networks.layers import computed_weights, penalized_weights, trainable_parameters
 from engine.networks.outputs import check_movable_activations, check_network
+from engine.networks.winograd import set_winograd
 from engine.step.evaluation import evaluate
 from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
@@ -238,6 +239,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
     compiled = set_compile(args.compile, args.device)
+    winograd = set_winograd(args.winograd, args.device)
     run_id = new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(loaders.train), is_own)
@@ -250,7 +252,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
 
-    plan = describe_plan(args, phases, state.steps, config.dtype, compiled)
+    plan = describe_plan(args, phases, state.steps, config.dtype, compiled, winograd)
     settings = {**vars(args), "plan": plan}
     logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)

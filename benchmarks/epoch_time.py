@@ -19,6 +19,7 @@ import train
 import utils
 from engine.images.loader import Loader
 from engine.networks.compiling import set_compile
+from engine.networks.winograd import set_winograd
 from engine.step.gradients import compute_gradients
 from engine.system import hardware
 from engine.training import train_state
@@ -82,6 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     hardware.tune_glibc_malloc()
     set_compile(True, args.device)
+    set_winograd(True, args.device)
     epoch, steps = make_work(args.regularizer, args.batches, args.device)
     steps()  # compiles
     pairs = [(seconds(epoch), seconds(steps)) for _ in range(args.rounds)]

@@ -19,7 +19,8 @@ that is faster there. They have the rows none, L1Grad and L2Grad; neither update
 statistics of batch norms, which ours does.
 
 `--model all` measures every network of models.py, one after the other. Where bfloat16 is not fast,
-ours is float32 as well, and has one side. `--rows none L2Grad` measures these two rows alone.
+ours is float32 as well, and has one side; where Winograd's algorithm is used for wide convolutions,
+the side "direct" is without it. `--rows none L2Grad` measures these two rows alone.
 """
 
 import argparse
@@ -43,6 +44,7 @@ import utils
 from engine.networks.compiling import set_compile
 from engine.networks.layers import penalized_weights
 from engine.networks.outputs import run_network
+from engine.networks.winograd import set_winograd
 from engine.step.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
 from engine.system import environment, hardware
 from regularizers import Regularizer, make_regularizer
@@ -85,6 +87,8 @@ FIGURES = {  # of the last line: (row, side) of a time, and (row, side) of what 
     "l1grad_speedup": (("L1Grad", "reference"), ("L1Grad", "ours")),
     "penalty_ratio": (("L2Grad", "ours"), ("none", "ours")),
     "fp32_l2grad_speedup": (("L2Grad", "reference"), ("L2Grad", "fp32")),
+    "plain_against_direct": (("none", "direct"), ("none", "ours")),
+    "l2grad_against_direct": (("L2Grad", "direct"), ("L2Grad", "ours")),
     **{
         f"{name}_against_{peer}": ((row, peer), (row, "ours"))
         for peer in PEERS
@@ -133,8 +137,9 @@ def plain_step(
 def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Return the work of each row for a side: its `every` steps.
 
-    Sides are the PEERS, "ours", "fp32" (ours in float32), "reference" and "autocast": plain PyTorch
-    in float32 and contiguous layout, and in bfloat16 autocast and channels-last layout.
+    Sides are the PEERS, "ours", "fp32" (ours in float32), "direct" (ours without Winograd's
+    algorithm), "reference" and "autocast": plain PyTorch in float32 and contiguous layout, and in
+    bfloat16 autocast and channels-last layout.
     """
     torch.manual_seed(0)
     if side in PEERS:
@@ -147,8 +152,9 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     else:
         hardware.tune_glibc_malloc()
         set_compile(args.compile, args.device)
+        set_winograd(side != "direct", args.device)
         net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
-    precision = {"ours": "auto", "autocast": "bf16"}.get(side, "fp32")
+    precision = {"ours": "auto", "direct": "auto", "autocast": "bf16"}.get(side, "fp32")
     dtype = hardware.resolve_precision(precision, args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
@@ -241,7 +247,9 @@ def serve(pipe, side: str, args: argparse.Namespace) -> None:
     """Answer requests (what, row) of the parent until it sends None."""
     steps = make_steps(side, args)
 
-    dtype = hardware.resolve_precision("auto" if side == "ours" else "fp32", args.device)
+    dtype = hardware.resolve_precision(
+        "auto" if side in ("ours", "direct") else "fp32", args.device
+    )
 
     def time_second(row: str) -> float:
         milliseconds(steps[row])  # finds the caches as the other side left them
@@ -360,7 +368,7 @@ def compare(args: argparse.Namespace) -> None:
     )
     is_fp32 = hardware.choose_precision("auto", args.device) == "fp32"
     sides = ["reference", "ours"] if is_fp32 else ["reference", "fp32", "ours"]
-    sides += args.peers
+    sides += ["direct"] * set_winograd(True, args.device) + args.peers
     rows = {name: ROWS[name] for name in args.rows}
     pipes, context = {}, multiprocessing.get_context("spawn")
     for side in sides:

@@ -10,6 +10,7 @@ from torch import nn
 import data
 import utils
 from engine.networks.compiling import set_compile
+from engine.networks.winograd import set_winograd
 from engine.step.gradients import compute_gradients
 from engine.system import hardware
 
@@ -28,6 +29,7 @@ def measure_epoch_seconds(args: argparse.Namespace, n_images: int) -> float:
     device = args.device
     hardware.tune_glibc_malloc()
     set_compile(args.compile, device)
+    set_winograd(args.winograd, device)
     net = utils.make_net(args.model, 10, device, args.width, image_shape=shape)
     x = torch.randn(args.batch_size, *shape).to(device)
     y = torch.randint(10, (args.batch_size,), device=device)

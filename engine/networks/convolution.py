@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.networks import winograd
+
 IMAGE_CHANNELS = 4  # a convolution of no more channels is one of images
 
 
@@ -37,7 +39,7 @@ class _Conv(torch.autograd.Function):
     def forward(ctx, x, w, geometry):
         ctx.save_for_backward(x, w)
         ctx.geometry = geometry
-        return F.conv2d(x, w, None, *geometry)
+        return _convolve(x, w, geometry)
 
     @staticmethod
     def backward(ctx, gy):
@@ -71,7 +73,7 @@ class _ConvAdjoint(torch.autograd.Function):
         if for_gy:
             # ggx is None where x is images, ggw where no penalty takes the weight's gradient
             pairs = [(a, b) for a, b in ((ggx, w), (x, ggw)) if a is not None and b is not None]
-            terms = [F.conv2d(a, b, None, *ctx.geometry) for a, b in pairs]
+            terms = [_convolve(a, b, ctx.geometry) for a, b in pairs]
             ggy = functools.reduce(Tensor.add_, terms) if terms else None  # in place: one pass less
         if for_x and ggw is not None:
             gx, _ = _conv_adjoint(gy, x, ggw, ctx.geometry, (True, False))
@@ -80,13 +82,28 @@ class _ConvAdjoint(torch.autograd.Function):
         return ggy, gx, gw, None, None
 
 
+def _convolve(x, w, geometry):
+    if winograd.is_faster(x, w, geometry):
+        return winograd.conv2d(x, w)
+    return F.conv2d(x, w, None, *geometry)
+
+
 def _conv_adjoint(gy, x, w, geometry, output_mask):
     """Return (gx, gw) of conv(x, w) at gy, None where not wanted."""
-    # one call for both, so that a backend can share what they have in common
-    stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution_backward(
-        gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (*output_mask, False)
-    )[:2]
+    for_x, for_w = output_mask
+    gx = gw = None
+    if for_x and winograd.is_faster(x, w, geometry):
+        gx, for_x = winograd.input_adjoint(gy, w), False
+    if for_w and winograd.weight_adjoint_is_faster(x, w, geometry):
+        gw, for_w = winograd.weight_adjoint(gy, x), False
+    if for_x or for_w:
+        # one call for both, so that a backend can share what they have in common
+        stride, padding, dilation, groups = geometry
+        rest = torch.ops.aten.convolution_backward(
+            gy, x, w, None, stride, padding, dilation, False, (0, 0), groups, (for_x, for_w, False)
+        )
+        gx, gw = rest[0] if for_x else gx, rest[1] if for_w else gw
+    return gx, gw
 
 
 def conv2d(

@@ -43,6 +43,7 @@ def describe_plan(
     steps: LearnedSteps | None,
     dtype: torch.dtype,
     compiled: bool,
+    winograd: bool,
 ) -> str:
     """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad λ=0.01; …"."""
     parts = []
@@ -67,6 +68,8 @@ def describe_plan(
     precision = str(dtype).removeprefix("torch.")
     kernels = "compiled" if compiled else "eager"
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
+    if winograd:
+        parts.append("wide convolutions by Winograd's algorithm")
     if args.holdout:
         parts.append(f"tested on {args.holdout} training images, held out")
     if (n := distributed.get_world_size()) > 1:
