@@ -1,20 +1,28 @@
-"""Print the answer of PLAN.md: each hypothesis at each network's primary outcome.
+"""Print the answer of PLAN.md, each hypothesis at each network's primary outcome, and draw it.
 
-From the root of the repository, with the folder that study.py wrote:
-python results/claim/answer.py runs/claim
+From the root of the repository: python results/claim/answer.py [the folder that study.py wrote]
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import study  # noqa: E402
+from analysis.figures import STYLE, line_style, save_png  # noqa: E402
+from analysis.study.figures import panels  # noqa: E402
 from analysis.study.hypotheses import Hypothesis, examine_all  # noqa: E402
 from analysis.study.report import read_study  # noqa: E402
+from analysis.study.results import Setting, Statistics, mean_intervals  # noqa: E402
 from analysis.study.tables import label, markdown  # noqa: E402
 
-PRIMARY = {"ResNet20@0.5": ("uniform", 4, 4)}  # chosen by the held-out control, see PLAN.md
+PRIMARY: dict[str, Setting] = {  # chosen by the held-out control, see PLAN.md
+    "ResNet20@0.5": ("uniform", 4, 4)
+}
 HYPOTHESES = [
     Hypothesis("l2grad", "l1grad", margin=0.01),
     Hypothesis("l1grad", "control"),
@@ -27,25 +35,52 @@ LEVEL = 0.05
 HEADER = ["hypothesis", "seeds", "points: mean, 95 % interval", "p", "p after Holm", "holds"]
 
 
-def main(folder: str) -> None:
-    """Print a table for each network."""
+def main(folder: Path) -> None:
+    """Print a table for each network, and draw <folder>/answer.png."""
     parser = study.make_parser()
-    plans, _ = study.make_plans(parser, parser.parse_args(["--out", folder, "--tables"]))
-    for plan in plans:
-        setting = PRIMARY[plan.network]
-        statistics, _, _ = read_study(plan)
-        print(f"{plan.network}, {label(setting)}:\n")
-        if statistics is None:
-            print("no results yet\n")
-            continue
-        lines = []
-        for each, p in examine_all(HYPOTHESES, statistics.accuracies, setting).items():
-            holds = p < LEVEL and (each.hypothesis.margin is not None or each.mean > 0)
-            interval = f"{100 * each.mean:+.2f} ± {100 * each.half:.2f}"
-            numbers = [str(each.n), interval, f"{each.p:.3f}", f"{p:.3f}"]
-            lines.append([each.hypothesis.words, *numbers, "yes" if holds else "not shown"])
-        print(markdown(HEADER, lines) + "\n")
+    plans, _ = study.make_plans(parser, parser.parse_args(["--out", str(folder), "--tables"]))
+    read = {plan.network: read_study(plan)[0] for plan in plans}
+    for network, statistics in read.items():
+        print(f"{network}, {label(PRIMARY[network])}:\n")
+        print((hypotheses_table(network, statistics) if statistics else "no results yet") + "\n")
+    draw({network: each for network, each in read.items() if each}, folder / "answer.png")
+
+
+def hypotheses_table(network: str, statistics: Statistics) -> str:
+    """Return the outcomes of all hypotheses that two seeds or more can test, as markdown."""
+    lines = []
+    for each, p in examine_all(HYPOTHESES, statistics.accuracies, PRIMARY[network]).items():
+        holds = p < LEVEL and (each.hypothesis.margin is not None or each.mean > 0)
+        interval = f"{100 * each.mean:+.2f} ± {100 * each.half:.2f}"
+        numbers = [str(each.n), interval, f"{each.p:.3f}", f"{p:.3f}"]
+        lines.append([each.hypothesis.words, *numbers, "yes" if holds else "not shown"])
+    return markdown(HEADER, lines)
+
+
+def draw(read: Mapping[str, Statistics], path: Path) -> None:
+    """Draw the points that every variant loses at the primary outcome, a panel for each network."""
+    with rc_context(STYLE):
+        figure, grid = panels(len(read), 3, 4.2, 2.2)
+        for axes, (network, statistics) in zip(grid, read.items(), strict=True):
+            draw_points_lost(axes, statistics, PRIMARY[network])
+            axes.set_title(f"{network}, {label(PRIMARY[network])}: points lost")
+        save_png(figure, path)
+
+
+def draw_points_lost(axes: Axes, statistics: Statistics, setting: Setting) -> None:
+    """Draw a mark for each seed, and the mean with its 95 % interval where there are two seeds."""
+    lost = 100 * statistics.drops[setting].unstack("variant")
+    variants = list(statistics.drops.index.unique("variant"))
+    intervals = mean_intervals(lost)
+    for y, variant in enumerate(variants):
+        axes.plot(lost[variant], [y] * len(lost), "|", color="#666666", markersize=9)
+        if variant in intervals.index:
+            mean, high = intervals.loc[variant, ["mean", "high"]]
+            axes.errorbar(mean, y, xerr=high - mean, capsize=3, **line_style(0))
+    axes.set_yticks(range(len(variants)), variants)
+    axes.set(ylim=(len(variants) - 0.5, -0.5), xlim=(0, None), xlabel="full precision − quantized")
+    axes.grid(False, axis="y")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent))
