@@ -126,6 +126,15 @@ QUANTIZATIONS = {
     ),
 }
 
+NOTE = (
+    "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm statistics "
+    "estimated again on 4,000 training images, or as many as there are. (W,A) is with batch norms "
+    "folded. Corrected: uniform, or PWLQ, then the mean of every channel of weights as before "
+    "(--mean_correction); at (4,4) the range of an activation is then without its 0.01 % largest "
+    "values, in place of the median of the ten largest. Full precision and (W,A) are measured in "
+    "float32, weights alone in bfloat16 convolutions; of dorefa, which is stochastic, one rounding."
+)
+
 # --- the script ------------------------------------------------------------------------------
 
 # What a study is, with defaults: the same for all runs in a folder. All but TRAINING are flags.
@@ -169,7 +178,7 @@ def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan
         parser.error(str(error))
     requested = {name: getattr(args, name, None) for name in SETTINGS}
     requested["models"] = args.models and " ".join(args.models)
-    grid = Grid(TRAINING, VARIANTS, QUANTIZATIONS)
+    grid = Grid(TRAINING, VARIANTS, QUANTIZATIONS, note=NOTE)
     if grid_file := (saved or requested)["grid"]:
         grid = load_grid(Path(grid_file))
     defaults = {**SETTINGS, "TRAINING": grid.training}

@@ -47,6 +47,7 @@ class Grid:
     variants: Mapping[str, Variant]
     quantizations: Mapping[str, Quantization]
     tuning: Mapping[str, str] = field(default_factory=dict)  # flags of TUNING, by network
+    note: str = ""  # what the quantizations are, under the tables
 
     def check(self) -> None:
         """Raise ValueError, in one line, where a study cannot be made of it."""
@@ -64,7 +65,7 @@ class Grid:
 
 
 TYPES = {  # of what a file may give
-    "training": str, "flags": str, "lambda_from": str, "names": dict, "tuning": dict,
+    "training": str, "note": str, "flags": str, "lambda_from": str, "names": dict, "tuning": dict,
     "cost": (int, float), "seconds": (int, float), "full_precision": bool, "lmbdas": list,
 }  # fmt: skip
 

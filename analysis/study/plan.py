@@ -48,6 +48,7 @@ class StudyPlan:
         self.out = out
         self.network = network
         self.variants = grid.variants
+        self.note = grid.note
         self.quantizations = dict(grid.quantizations)
         if network in grid.tuning:
             own = replace(grid.quantizations[TUNING], flags=grid.tuning[network])

@@ -22,7 +22,7 @@ def update_reports(plans: Sequence[StudyPlan]) -> bool:
     statistics = {plan.network: update_report(plan) for plan in plans}
     found = {network: each for network, each in statistics.items() if each}
     if len(plans) > 1 and found:
-        study_tables.write_networks(plans[0].out.parent, found)
+        study_tables.write_networks(plans[0].out.parent, found, plans[0].note)
     return bool(found)
 
 
@@ -33,7 +33,7 @@ def update_report(plan: StudyPlan) -> Statistics | None:
     """
     statistics, results, choices = read_study(plan)
     if statistics:
-        study_tables.write_tables(plan.out, statistics, results, choices)
+        study_tables.write_tables(plan.out, statistics, results, choices, plan.note)
         study_figures.draw_figures(plan.out, statistics, choices, plan.epochs["first"])
     return statistics
 

@@ -38,17 +38,10 @@ GROUPINGS = {  # titles of the tables of correlations, and the networks that eac
     "Between seeds: deviations from the mean of the variant": deviations_within_variants,
 }
 
-SUMMARY_NOTE = (
-    "A b-bit PWLQ has 2^(b+1) − 1 levels. Recalibrated: uniform, then batch-norm statistics "
-    "estimated again on 4,000 training images, or as many as there are. (W,A): weights and "
-    "activations, batch norms folded. Corrected: uniform, or PWLQ, then the mean of every "
-    "channel of weights as before (--mean_correction); at (4,4) the range of an activation is "
-    "then without its 0.01 % largest values, in place of the median of the ten largest. Full "
-    "precision and (W,A) are measured in float32, weights alone in bfloat16 convolutions; of "
-    "dorefa, which is stochastic, one rounding. Epoch time: of a regularized epoch, of the "
-    "fastest seed, relative to the control's: other work on the machine adds to it. Means and "
-    "correlations are of the seeds that all variants share, differences and accuracy drops of "
-    "all that there are."
+SUMMARY_NOTE = (  # after the grid's own
+    "(W,A): weights and activations. Epoch time: of a regularized epoch, of the fastest seed, "
+    "relative to the control's: other work on the machine adds to it. Means and correlations are "
+    "of the seeds that all variants share, differences and accuracy drops of all that there are."
 )
 TRACKED_NOTE = (
     "With λ = 1 and in evaluation mode, on one batch of training images after the last epoch, "
@@ -220,15 +213,18 @@ def tracked_sections(statistics: Statistics) -> list[str]:
 
 
 def document(
-    statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
+    statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice], note: str
 ) -> str:
-    """Return all tables as one markdown page, with the commands of every row."""
+    """Return all tables as one markdown page, with the commands of every row.
+
+    `note` says what the grid's quantizations are.
+    """
     differences = statistics.differences
     n_intervals = differences.set_index(SETTING).index.isin(MAIN_SETTINGS).sum()
     sections = [
         "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
         accuracy_table(statistics, SUMMARY_SETTINGS),
-        SUMMARY_NOTE,
+        f"{note} {SUMMARY_NOTE}".strip(),
         "## Paired differences, percentage points, 95 % confidence interval",
         interval_table(differences, MAIN_SETTINGS),
         f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
@@ -251,8 +247,8 @@ def document(
     return "\n\n".join(sections) + "\n"
 
 
-def write_networks(out: Path, statistics: Mapping[str, Statistics]) -> None:
-    """Write networks.md: one table of every variant of every network,"""
+def write_networks(out: Path, statistics: Mapping[str, Statistics], note: str) -> None:
+    """Write networks.md: one table of every variant of every network, and the grid's note."""
     lines = []
     for network, each in statistics.items():
         header, of_network = accuracy_lines(each, SUMMARY_SETTINGS)
@@ -261,14 +257,18 @@ def write_networks(out: Path, statistics: Mapping[str, Statistics]) -> None:
         [
             "# Every network: accuracy in % on the test set, mean ± standard deviation over seeds",
             markdown(["network", "variant", *header[1:]], lines),
-            SUMMARY_NOTE,
+            f"{note} {SUMMARY_NOTE}".strip(),
         ]
     )
     atomic_write(out / "networks.md", partial(Path.write_bytes, data=(page + "\n").encode()))
 
 
 def write_tables(
-    out: Path, statistics: Statistics, results: Sequence[Result], choices: Mapping[str, Choice]
+    out: Path,
+    statistics: Statistics,
+    results: Sequence[Result],
+    choices: Mapping[str, Choice],
+    note: str,
 ) -> None:
     """Write tables.md, answer.md and the CSV files into `out`; there is at least one result."""
     for name in ("results", "summary", "differences", "accuracy_drops", "tracked"):
@@ -279,7 +279,7 @@ def write_tables(
         else:
             path.unlink(missing_ok=True)
     pages = {
-        "tables": document(statistics, results, choices),
+        "tables": document(statistics, results, choices, note),
         "answer": accuracy_table(statistics, SUMMARY_SETTINGS, ANSWER_VARIANTS) + "\n",
     }
     for name, page in pages.items():
