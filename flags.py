@@ -214,8 +214,8 @@ TRAINING: Table = [
     "precision and batch norm",
     Flag("precision", PRECISIONS, "auto", "of convolutions; auto: bf16 where that is fast"),
     switch("compile", "compile the element-wise kernels where a compiler is present", default=True),
-    switch("winograd", "3×3 convolutions of many channels by Winograd's algorithm where that is "
-           "faster: on processors with AVX2 and no AVX-512", default=True),
+    Flag("winograd", ("auto", "off"), "auto", "3×3 convolutions of many channels by Winograd's "
+         "algorithm; auto: where that is faster, on processors with AVX2 and no AVX-512"),
     Flag("cuda_graph", bool, ignored="no step is launched as a CUDA graph any more"),
     switch("sync_bn", "under torchrun, take batch statistics over all processes", default=True),
     Flag("freeze_bn_from", count, None, "from epoch N on batch norms use and keep their running "

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from engine.networks.layers import Add, FullPrecisionLinear
+from engine.networks.outputs import foreign_code
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 TIMM = "timm:"
@@ -317,6 +318,11 @@ def _parameters(make: Callable[..., nn.Module]) -> set[str]:
 
 
 def make_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
-    """Make the network of that name; `width` is a factor of its channels where it has one."""
+    """Make the network of that name; `width` is a factor of its channels where it has one.
+
+    Raises NetworkError where its constructor does not take a number of classes, or fails.
+    """
     options = {"width": width} if width != 1 and has_width(name) else {}
-    return find_model(name)[1](num_classes, **options)
+    _, make = find_model(name)
+    with foreign_code(name):
+        return make(num_classes, **options)

@@ -206,8 +206,10 @@ def load_networks(
                     raise FileError(f"{file.path}: {key} holds NaN or infinite values")
             graph = export_network(net, image_shape, programs[model, width])
             graph = prepare_graph(graph, file.path, args)
-        except (FileError, NetworkError) as error:
+        except FileError as error:
             checks.print_error(error)
+        except NetworkError as error:
+            checks.print_error(NetworkError(f"{file.path}: {error}"))
         else:
             loaded[name] = LoadedNetwork(net, graph, model, file)
     return loaded

@@ -179,7 +179,8 @@ def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan
     requested = {name: getattr(args, name, None) for name in SETTINGS}
     requested["models"] = args.models and " ".join(args.models)
     grid = Grid(TRAINING, VARIANTS, QUANTIZATIONS, note=NOTE)
-    if grid_file := (saved or requested)["grid"]:
+    # the one asked for first: it may not be there, and then nothing need be compared
+    for grid_file in filter(None, (requested["grid"], saved and saved["grid"])):
         grid = load_grid(Path(grid_file))
     defaults = {**SETTINGS, "TRAINING": grid.training}
     settings = resolve_settings(args.out, saved, requested, defaults)

@@ -30,9 +30,14 @@ from engine.images.loader import Loader
 from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
 from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
-from engine.networks.layers import computed_weights, penalized_weights, trainable_parameters
+from engine.networks.layers import (
+    computed_weights,
+    penalized_weights,
+    trainable_parameters,
+    unpenalized_parameters,
+)
 from engine.networks.outputs import check_movable_activations, check_network
-from engine.networks.winograd import set_winograd
+from engine.networks.winograd import may_be_used_by, set_winograd
 from engine.step.evaluation import evaluate
 from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
@@ -48,10 +53,16 @@ from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_aver
 from engine.training.checkpoints import CheckpointClock, save_checkpoint
 from engine.training.learned_steps import make_steps, parameter_groups
 from engine.training.phases import Phase, describe_plan, phase_at
-from engine.training.resume import continue_from, find_checkpoint, settled_precision
+from engine.training.resume import (
+    continue_from,
+    find_checkpoint,
+    settled_precision,
+    settled_winograd,
+)
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import Regularizer, accepted_options, make_regularizer
 
+MAX_LISTED = 5  # parameters in a line
 DIVERGED_LOSS_RATIO = 10.0  # times the loss of guessing: beyond it a training counts as diverged
 
 
@@ -160,7 +171,9 @@ def evaluate_epoch(
         means[penalized.name] *= phase.penalty_scale(epoch + 1)
     for key, value in means.items():
         if not math.isfinite(value):
-            raise NotFiniteError(f"epoch {epoch}: the test {key} is {value}")
+            is_penalty = penalized and key == penalized.name
+            hint = "; --no_test_penalty does without it" if is_penalty else ""
+            raise NotFiniteError(f"epoch {epoch}: the test {key} is {value}{hint}")
     return means
 
 
@@ -233,13 +246,15 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         lambda: find_checkpoint(args, out, schedule)
     )
     args.precision = settled_precision(args.precision, args.device, checkpoint)
+    args.winograd = settled_winograd(args.winograd, checkpoint)
     dataset = utils.load_dataset(args)
     loaders = make_loaders(dataset, args)
     config = make_config(args)
     set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
     compiled = set_compile(args.compile, args.device)
-    winograd = set_winograd(args.winograd, args.device)
+    # not for learned steps: quant_inference.py measures them with PyTorch's kernels, to the bit
+    set_winograd(args.winograd != "off" and not args.qat_bits, args.device)
     run_id = new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(loaders.train), is_own)
@@ -252,6 +267,8 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
 
+    layout = hardware.MEMORY_FORMATS[args.memory_format]
+    winograd = may_be_used_by(state.net, config.dtype, layout)
     plan = describe_plan(args, phases, state.steps, config.dtype, compiled, winograd)
     settings = {**vars(args), "plan": plan}
     logger = WandbLogger(args, "train", args.run_name, settings, run_id)
@@ -451,6 +468,12 @@ def check_penalties(
         raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
     if computed := computed_weights(net):
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
+    if others := unpenalized_parameters(net):
+        listed = ", ".join(others[:MAX_LISTED]) + (", …" if others[MAX_LISTED:] else "")
+        print(
+            f"{args.model}: of nn.Conv2d and nn.Linear alone weights are penalized, not these "
+            f"{len(others)}: {listed}"
+        )
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)
     if "folded_weights" in inputs and (unfolded := describe_unfolded(net, image_shape)):

@@ -71,8 +71,11 @@ def network_name(text: str) -> str:
 
 def regularizer_name(text: str) -> str:
     """Return the name of a regularizer as it is logged: an argparse type."""
-    with argument_errors(f"{text!r} is no regularizer"):
-        return make_regularizer(text, 1.0).name
+    with argument_errors():
+        regularizer = make_regularizer(text, 1.0)
+        if regularizer is None:
+            raise ValueError(f"{text!r} is no regularizer")
+        return regularizer.name
 
 
 def parse_milestones(text: str) -> str:

@@ -5,6 +5,7 @@ The record of `<name>.pt` is `<name>.json`; a checkpoint, `<name>.ckpt`, holds i
 
 import glob
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,9 +64,12 @@ def read_record(path: Path) -> Mapping[str, Any]:
 
 def read_training_record(path: Path) -> WeightsFile:
     """Return the record at `path`, whatever that is called, as that of a file of weights."""
+    record: dict[str, Any] = {}
     with suppress(FileError), read_json(path) as content:
-        return WeightsFile(path, _plain_record(content))
-    return WeightsFile(path, {})
+        record = _plain_record(content)
+    if path.exists() and not record:
+        print(f"{path} is ignored: it is damaged, or no record of a training", file=sys.stderr)
+    return WeightsFile(path, record)
 
 
 def _plain_record(content: Any) -> dict[str, Any]:

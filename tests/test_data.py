@@ -158,9 +158,12 @@ def test_a_folder_that_is_there_is_read_and_left_alone(world, folder):
     assert world.left() == [folder] and not world.downloads
 
 
-def test_the_projects_own_data_is_found_from_another_working_directory(world):
+def test_the_projects_own_data_is_found_from_another_working_directory(world, capsys):
     world.official.write(data.PROJECT_DATA, "cifar-10-batches-bin")
     assert world.is_official(world.load())
+    output = capsys.readouterr().out
+    assert f"{world.root / 'cifar-10-batches-bin'}: not there" in output
+    assert f"CIFAR-10: taken from {data.PROJECT_DATA}" in output
     assert not world.root.exists() and not world.downloads
 
 

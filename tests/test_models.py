@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 import data
+import models
 import quant_inference as qi
 import train
 from analysis.weights_files import find_weights
+from engine.networks.layers import unpenalized_parameters
+from engine.system.errors import NetworkError
 from models import ConvNet, find_model, is_model, make_model
 
 
@@ -153,3 +156,32 @@ def test_only_two_networks_transform_their_inputs():
     pytest.importorskip("torchvision")
     assert is_model("torchvision:Inception_v3@transform_input")
     assert not any(map(is_model, ["ConvNet@transform_input", "torchvision:vgg11@transform_input"]))
+
+
+class Failing(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        raise OSError("no table of weights")
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [(Failing, "OSError: no table of weights"), (lambda: None, "TypeError: .*takes 0 positional")],
+)
+def test_a_constructor_that_fails_is_one_line(network, reason, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "Mine", network)
+    with pytest.raises(NetworkError, match=f"^Mine: {reason}") as raised:
+        make_model("Mine", 10)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_that_no_penalty_is_of_are_named():
+    """Of other layers than nn.Conv2d and nn.Linear; biases, frozen and computed ones are not."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2), nn.Conv1d(4, 4, 1), nn.Linear(4, 4)
+    )
+    net.append(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
+    net.append(nn.LSTM(2, 2)).append(nn.Bilinear(2, 2, 2).requires_grad_(False))
+    lstm = ["5.weight_ih_l0", "5.weight_hh_l0"]
+    assert unpenalized_parameters(net) == ["1.weight", "2.weight", *lstm]
+    assert unpenalized_parameters(make_model("ConvNet", 10)) == []

@@ -216,6 +216,7 @@ def test_the_merged_table_is_that_of_the_records(folder):
 
 ANSWER = README[README.index("## The answer") : README.index("## Train")]
 STUDY = ROOT / "results" / "study"
+CLAIM = ROOT / "results" / "claim"
 QUOTED = [line for line in ANSWER.splitlines() if line.startswith("|")]
 VARIANTS = [line.split("|")[1].strip() for line in QUOTED[2:]]
 
@@ -233,18 +234,18 @@ def test_the_answer_counts_its_variants():
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("page", "folders"),
     [
-        pytest.param(ANSWER, id="README.md"),
-        pytest.param(
-            (STUDY / "README.md").read_text(encoding="utf-8"), id="results/study/README.md"
-        ),
+        ("README.md", [STUDY, CLAIM / "ResNet20@0.5"]),
+        ("results/study/README.md", [STUDY]),
+        ("results/claim/README.md", [CLAIM / "ResNet20@0.5"]),
     ],
 )
-def test_every_interval_that_is_quoted_is_of_the_study(text):
+def test_every_interval_that_is_quoted_is_of_the_study(page, folders):
+    text = ANSWER if page == "README.md" else (ROOT / page).read_text(encoding="utf-8")
     known = set()
-    drops = next(STUDY.glob("accuracy_drops.csv"), STUDY / "losses.csv")  # its older name
-    for path in (STUDY / "differences.csv", drops):
+    names = ("differences.csv", "accuracy_drops.csv")
+    for path in (folder / name for folder in folders for name in names):
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 mean, low = 100 * float(row["mean"]), 100 * float(row["low"])

@@ -798,7 +798,7 @@ def test_a_network_whose_batch_norms_cannot_be_folded(
         (["--penalty_gradient", "central"], "exact, difference"),
         (["--regularizer", "Sharpness", "--rho", "0"], "rho is 0"),
         (["--track", "none"], "'none'"),
-        (["--track", "L2Grad", "L0Grad"], "'L0Grad'"),
+        (["--track", "L2Grad", "L0Grad"], "L0Grad: P must be"),
         (
             ["--regularizer", "StepNoise", "--target_bits", "1"],
             "target_bits: 1 bits: choose 2 to 16",

@@ -29,7 +29,7 @@ def measure_epoch_seconds(args: argparse.Namespace, n_images: int) -> float:
     device = args.device
     hardware.tune_glibc_malloc()
     set_compile(args.compile, device)
-    set_winograd(args.winograd, device)
+    set_winograd(args.winograd != "off", device)
     net = utils.make_net(args.model, 10, device, args.width, image_shape=shape)
     x = torch.randn(args.batch_size, *shape).to(device)
     y = torch.randint(10, (args.batch_size,), device=device)

@@ -100,7 +100,8 @@ def resolve_settings(
     saved = {**saved, "models": " ".join([*saved["models"].split(), *more])}
     for name, value in explicit.items():
         if value != saved[name]:
+            theirs = repr(saved[name]) if saved[name] != "" else "none"
             raise SettingsError(
-                f"--{name} {value}: the study in {out} has {saved[name]!r}: choose another --out"
+                f"--{name} {value}: the study in {out} has {theirs}: choose another --out"
             )
     return saved

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.deploy.integer_layers import IntegerLayer, n_bits_needed
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import DEFAULT_FORM, Emitter, FileForm, TensorProto, helper, onnx
-from engine.deploy.runtimes import RUNTIMES
+from engine.deploy.runtimes import RUNTIMES, WEB_PACKAGE, node_package
 from engine.system import distributed
 from engine.system.errors import FileError, SetupError
 from engine.system.extras import require
@@ -55,6 +55,8 @@ def check_run(flags: Collection[str], runtimes: Collection[str] = ()) -> None:
             require(package, f"--{flag}")
         if distributed.get_world_size() > 1:
             raise SetupError(f"--{flag} runs in one process: start it without torchrun")
+    if "page" in flags:
+        node_package(WEB_PACKAGE, "--page")
     for name in runtimes:
         RUNTIMES[name].load()
 

@@ -13,11 +13,10 @@ from torch import fx
 from engine.deploy.deployed_files import ImageDataset, to_onnx
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import FileForm
-from engine.deploy.runtimes import node_package
+from engine.deploy.runtimes import WEB_PACKAGE, node_package
 from engine.images.loader import Loader
 from engine.system.io import atomic_write
 
-PACKAGE = "onnxruntime-web"
 FILES = {  # of the package: its program for WebAssembly alone
     "runtime": "dist/ort.wasm.bundle.min.mjs",
     "wasm": "dist/ort-wasm-simd-threaded.wasm",
@@ -45,7 +44,7 @@ def write_page(
     Raises SetupError where the runtime's package is missing, OSError where the file cannot be
     written.
     """
-    folder = node_package(PACKAGE, "--page")
+    folder = node_package(WEB_PACKAGE, "--page")
     nets = {"integers": integers, "float": IntegerNetwork.from_graph(graph)}
     options = dataset.test_images.shape[1:], dataset.mean, dataset.std, source, form
     first = next(iter(test.batches(0)))[0][:N_IMAGES].cpu()

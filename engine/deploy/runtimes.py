@@ -118,6 +118,9 @@ def run_in_tract(tract: ModuleType, model: bytes, images: Tensor) -> tuple[str, 
     return tract.version(), _in_batches(run, images)
 
 
+WEB_PACKAGE = "onnxruntime-web"  # of Node.js
+
+
 def node_package(package: str, flag: str) -> Path:
     """Return the folder of a package of Node.js in the current folder; SetupError without it."""
     folder = Path("node_modules", package)
@@ -167,7 +170,7 @@ def _from_pip(
 RUNTIMES = {
     "onnxruntime": Runtime(_from_pip("onnxruntime", "onnxruntime"), run_in_onnxruntime),
     "openvino": Runtime(_from_pip("openvino", "openvino"), run_in_openvino),
-    "onnxruntime-web": Runtime(partial(find_node, "onnxruntime-web"), run_in_node),
+    WEB_PACKAGE: Runtime(partial(find_node, WEB_PACKAGE), run_in_node),
     "onnxruntime-node": Runtime(partial(find_node, "onnxruntime-node"), run_in_node),
     "reference": Runtime(_from_pip("onnx.reference", "reference"), run_in_reference),
     "tract": Runtime(_from_pip("tract", "tract"), run_in_tract),

@@ -87,9 +87,12 @@ def find_or_fetch(cifar: Cifar, data_dir: str, also_in: Path) -> Arrays:
     root = Path(data_dir)
     tried: list[str] = []
     try:
-        if data := _from_disk(cifar, root, tried) or _from_disk(cifar, also_in, []):
+        if data := _from_disk(cifar, root, tried):
             return data
         tqdm.write("\n".join(f"{cifar.name}: {what}" for what in tried))
+        if data := _from_disk(cifar, also_in, []):
+            tqdm.write(f"{cifar.name}: taken from {also_in}")
+            return data
         if data := _fetch(cifar, root, tried):
             return data
     except OSError as error:  # data_dir cannot be written, disk full

@@ -51,6 +51,20 @@ def computed_weights(net: nn.Module) -> list[str]:
     return [n for n, m in modules if isinstance(m, LAYER_TYPES) and "weight" not in m._parameters]
 
 
+def unpenalized_parameters(net: nn.Module) -> list[str]:
+    """Return the names of trained matrices, and larger tensors, that no penalty of weights is of.
+
+    Those that a weight is computed from are left out.
+    """
+    penalized = {layer.weight for layer in penalized_layers(net).values()}
+    computed = tuple(f"{name}." for name in computed_weights(net))
+    return [
+        name
+        for name, p in trainable_parameters(net).items()
+        if p.dim() > 1 and p not in penalized and not name.startswith(computed or "/")
+    ]
+
+
 def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter that is not frozen by name, in module order."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}

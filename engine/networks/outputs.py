@@ -7,7 +7,7 @@ activations A_l are the outputs of its activation modules in the order in which 
 import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,12 +59,19 @@ def run_recorded(
     return logits, activations, recorded
 
 
-@contextmanager
-def network_boundary(net: nn.Module, problem: str = "") -> Iterator[None]:
+def network_boundary(net: nn.Module, problem: str = "") -> AbstractContextManager[None]:
     """Context manager in which whatever a stranger's network raises is a NetworkError of one line.
 
-    The line begins with the network's name and the `problem`. Memory that ran out is no fault of
-    the network.
+    The line begins with the network's name and the `problem`.
+    """
+    return foreign_code(type(net).__name__ + problem)
+
+
+@contextmanager
+def foreign_code(what: str) -> Iterator[None]:
+    """Context manager in which whatever is raised is a NetworkError of one line that begins so.
+
+    Memory that ran out is no fault of the network.
     """
     try:
         yield
@@ -75,7 +82,7 @@ def network_boundary(net: nn.Module, problem: str = "") -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), "")
         reason = textwrap.shorten(reason, 200, placeholder=" …")
         reason = reason if isinstance(error, RuntimeError) and reason else f"{kind}: {reason}"
-        raise NetworkError(f"{type(net).__name__}{problem}: {reason}") from error
+        raise NetworkError(f"{what}: {reason}") from error
 
 
 def split_output(

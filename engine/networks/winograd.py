@@ -3,17 +3,18 @@
 After Lavin and Gray, arXiv 1509.09308, section 4.1. An image is cut into overlapping 4×4 tiles d,
 of which each gives 2×2 outputs, y = Aᵀ[(G w Gᵀ) ⊙ (Bᵀ d B)]A: for each of the 16 places of a tile
 one matrix product over the channels of all tiles. The weight adjoint is the transpose of that in w,
-gw = Gᵀ[Σ_tiles (A gy Aᵀ) ⊙ (Bᵀ d B)]G, whose sum over tiles the matrix products make.
+gw = Gᵀ[Σ_tiles (A gy Aᵀ) ⊙ (Bᵀ d B)]G, whose sum over tiles the matrix products make. An infinite
+number makes its whole tile NaN.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-# The halves in two rows of G are in SCALE. The last rows of Bᵀ and of A both have the other sign,
-# so that every row of a matrix has a 1.
+# The halves in two rows of G are in SCALE. The last rows of Bᵀ and of A have the opposite of their
+# sign in the paper, which changes no product: so every row of a matrix has a 1.
 B_T = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1))
 A = ((1, 0), (1, 1), (1, -1), (0, 1))
 A_T = tuple(zip(*A, strict=True))
@@ -21,12 +22,16 @@ G = ((1, 0, 0), (1, 1, 1), (1, -1, 1), (0, 0, 1))
 G_T = tuple(zip(*G, strict=True))
 SCALE = (1.0, 0.5, 0.5, 1.0)
 FLIPPED = [3, 1, 2, 0]  # the places of a tile of flipped weights
-MAX_TILE_VALUES = 1 << 21  # at once: more would not stay in the cache
+MAX_TILE_VALUES = 1 << 21  # at once, or one image: more would not stay in the cache
 
-# Where it is faster, see results/speed/LOG.md: with so many channels in and out
+# Where it is faster, see results/speed/LOG.md
 CAPABILITY = "AVX2"  # of the processor; with more than that it was not measured
-MIN_CHANNELS = 128
-MIN_WEIGHTS = 128 * 256  # pairs of channels, for the convolution and its input adjoint
+GEOMETRY = (1, 1), (1, 1), (1, 1), 1  # stride, padding, dilation, groups
+MIN_CHANNELS = 128  # in, and out
+MIN_PIXELS = 512  # of all images together: the transform of the weights has to pay
+# The convolution and its input adjoint gain less, and need more
+MIN_CHANNEL_PAIRS = 128 * 256
+MIN_PIXELS_OF_PAIRS = 1024
 _enabled = False
 
 
@@ -49,20 +54,36 @@ def weight_adjoint_is_faster(x: Tensor, w: Tensor, geometry: tuple) -> bool:
     """
     return (
         _enabled
+        and _is_wide(w, geometry)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and geometry == ((1, 1), (1, 1), (1, 1), 1)
-        and w.shape[2:] == (3, 3)
-        and min(w.shape[:2]) >= MIN_CHANNELS
         and x.shape[2] % 2 == x.shape[3] % 2 == 0
+        and _pixels(x) >= MIN_PIXELS
     )
 
 
 def is_faster(x: Tensor, w: Tensor, geometry: tuple) -> bool:
-    """Tell the same of `conv2d` and `input_adjoint`, which need more channels."""
-    wide = w.shape[0] * w.shape[1] >= MIN_WEIGHTS
-    return wide and weight_adjoint_is_faster(x, w, geometry)
+    """Tell whether `conv2d` and `input_adjoint` are to be used for conv(x, w) of that geometry."""
+    pays = w.shape[0] * w.shape[1] >= MIN_CHANNEL_PAIRS and _pixels(x) >= MIN_PIXELS_OF_PAIRS
+    return pays and weight_adjoint_is_faster(x, w, geometry)
+
+
+def may_be_used_by(net: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
+    """Tell whether a convolution of the network goes through these kernels if images allow it."""
+    convolutions = (m for m in net.modules() if isinstance(m, nn.Conv2d))
+    fits = dtype == torch.float32 and memory_format == torch.channels_last
+    return (_enabled and fits) and any(
+        _is_wide(m.weight, (m.stride, m.padding, m.dilation, m.groups)) for m in convolutions
+    )
+
+
+def _is_wide(w: Tensor, geometry: tuple) -> bool:
+    return geometry == GEOMETRY and w.shape[2:] == (3, 3) and min(w.shape[:2]) >= MIN_CHANNELS
+
+
+def _pixels(x: Tensor) -> int:
+    return len(x) * x.shape[2] * x.shape[3]
 
 
 def conv2d(x: Tensor, w: Tensor) -> Tensor:
@@ -126,12 +147,15 @@ def _weight_tiles(w: Tensor) -> Tensor:
 def _transform(
     matrix: Sequence[Sequence[int]], x: Tensor, dim: int, step: int, out: Tensor | None = None
 ) -> Tensor:
-    """Return `matrix` times every window of x along `dim`; the rows become the first dimension."""
+    """Return `matrix` times every window of x along `dim`; its rows become the first dimension.
+
+    Windows are as long as a row, and begin at every `step`-th place.
+    """
     planes = x.unfold(dim, len(matrix[0]), step).movedim(-1, 0)
     out = x.new_empty(len(matrix), *planes.shape[1:]) if out is None else out
     for row, result in zip(matrix, out, strict=True):
         terms = [(c, plane) for c, plane in zip(row, planes, strict=True) if c]
-        (_, value), *others = sorted(terms, key=lambda term: -term[0])
+        (_, value), *others = sorted(terms, key=lambda term: -term[0])  # the first one's c is 1
         if not others:
             result.copy_(value)
         for c, plane in others:

@@ -82,7 +82,7 @@ def _reason(error: Exception) -> str:
     """Return what a library says is wrong, as one short line."""
     if isinstance(error, pickle.UnpicklingError):
         return (
-            "it holds more than tensors and numbers, such as a whole network, or is damaged: "
+            "it is text, or holds more than tensors and numbers, such as a whole network: "
             "torch.save(net.state_dict(), path) saves weights"
         )
     if isinstance(error, KeyError):

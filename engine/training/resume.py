@@ -35,7 +35,7 @@ LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"
 LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
     "sync_bn": True, "width": 1.0, "memory_format": "channels_last", "image_size": 224,
     "workers": 2, "cache_images": 4.0, "penalty_every": 1, "penalty_gradient": "exact",
-    "penalty_step": DIFFERENCE_STEP,
+    "penalty_step": DIFFERENCE_STEP, "winograd": "off",
 }  # fmt: skip
 
 
@@ -71,6 +71,13 @@ def settled_precision(precision: str, device: str, checkpoint: dict[str, Any] | 
     if precision == AUTO and checkpoint:
         precision = read_settings(checkpoint).get("precision", AUTO)
     return choose_precision(precision, device)
+
+
+def settled_winograd(winograd: str, checkpoint: dict[str, Any] | None) -> str:
+    """Return what "auto" means: as in the checkpoint's run, or "auto" where there is none."""
+    if winograd == AUTO and checkpoint:
+        return read_settings(checkpoint)["winograd"]
+    return winograd
 
 
 def read_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:

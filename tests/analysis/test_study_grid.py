@@ -108,6 +108,9 @@ def test_a_study_of_one_network_gets_no_others(scripts, capsys):  # noqa: F811
     assert main("--only", "control", "--seeds", "0") == 0
     assert main("--models", "ResNet20") == 2
     assert "one network alone: choose another --out" in capsys.readouterr().err
+    assert main("--grid", "missing.toml") in (1, 2)
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1 and "missing.toml" in output and "choose" not in output
 
 
 def test_an_epoch_is_estimated_from_steps_of_the_network():

@@ -142,9 +142,10 @@ def test_a_width_that_no_network_has_is_refused(folder, width, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"settings": 3}', "\x00", "[" * 100_000])
-def test_what_is_no_record_is_none(folder, content):
+def test_what_is_no_record_is_none_and_said(folder, content, capsys):
     Path("a.json").write_text(content)
     assert read_record(Path("a.pt")) == {} == read_record(Path("missing.ckpt"))
+    assert "a.json is ignored: it is damaged, or no record" in capsys.readouterr().err
 
 
 def test_the_network_of_the_record_decides_whether_width_has_an_effect(folder, capsys):

@@ -14,7 +14,7 @@ import torch
 from test_integer_network import folded, quantize, small_net
 from test_onnx_export import MEAN, STD, normalized, pixels
 
-from engine.deploy import onnx_session, page
+from engine.deploy import deployed_files, onnx_session, page
 from engine.deploy.onnx_emitter import FileForm
 from engine.images.loader import Loader
 from engine.system.errors import SetupError
@@ -64,6 +64,8 @@ def test_a_page_holds_models_images_runtime_and_the_simulated_logits(monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SetupError, match="--page needs Node.js and, in this folder: npm install"):
         write_page(Path("net.html"))
+    with pytest.raises(SetupError, match="--page needs Node.js"):  # before anything is measured
+        deployed_files.check_run(["page"])
     package = Path("node_modules", "onnxruntime-web")
     (package / "dist").mkdir(parents=True)
     (package / "package.json").write_text('{"version": "1.2.3"}')
