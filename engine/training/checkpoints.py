@@ -47,7 +47,7 @@ def save_checkpoint(content: dict[str, Any], path: Path) -> None:
 
     One of the two is whole at every moment. Where writing fails, a warning is printed.
     """
-    content = {"format": CHECKPOINT_VERSION, "random": get_rng_state(), **content}
+    content = {"format": CHECKPOINT_VERSION, "random": get_all_rng_states(), **content}
     with warn_on_error("no checkpoint was written, the last one stays"):
         atomic_write(path, lambda temporary: torch_save(content, temporary), backup_path(path))
 
@@ -90,7 +90,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 # --- random states ---------------------------------------------------------------------------
 
 
-def get_rng_state() -> dict[str, Any]:
+def get_all_rng_states() -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's global random streams."""
     kind, keys, *rest = np.random.get_state()
     return {
@@ -101,8 +101,8 @@ def get_rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(states: dict[str, Any]) -> None:
-    """Restore what get_rng_state returned; FileError where it cannot have returned that."""
+def set_all_rng_states(states: dict[str, Any]) -> None:
+    """Restore what get_all_rng_states returned; FileError where it cannot have returned that."""
     with file_boundary("the checkpoint.random:", NOT_OURS):
         kind, keys, position, has_gauss, gauss = states["numpy"]
         n_keys = len(np.random.get_state()[1])

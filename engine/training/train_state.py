@@ -17,7 +17,7 @@ from engine.step.metrics import epoch_means
 from engine.system import distributed
 from engine.system.errors import FileError, NotFiniteError
 from engine.system.io import file_boundary, load_tensors
-from engine.training.checkpoints import NOT_OURS, set_rng_state
+from engine.training.checkpoints import NOT_OURS, set_all_rng_states
 from engine.training.learned_steps import LearnedSteps
 
 
@@ -122,7 +122,7 @@ class TrainState:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             for _ in range(self.progress.epoch):
                 self.scheduler.step()
-            set_rng_state(content["random"])
+            set_all_rng_states(content["random"])
 
     def _read_progress(self, saved: dict[str, Any], n_epochs: int, n_batches: int) -> TrainProgress:
         with file_boundary("the checkpoint.state.history:", NOT_OURS):

@@ -122,7 +122,7 @@ def test_a_history_without_accuracies_is_refused(entry, tmp_path):
 def test_random_states_come_back(tmp_path):
     save_checkpoint({}, tmp_path / "c")
     first = random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()
-    checkpoints.set_rng_state(load_checkpoint(tmp_path / "c")["random"])
+    checkpoints.set_all_rng_states(load_checkpoint(tmp_path / "c")["random"])
     assert (random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()) == first
 
 
