@@ -67,7 +67,7 @@ def read_training_record(path: Path) -> WeightsFile:
     record: dict[str, Any] = {}
     with suppress(FileError), read_json(path) as content:
         record = _plain_record(content)
-    if path.exists() and not record:
+    if os.path.exists(path) and not record:  # False, too, where the name is too long
         print(f"{path} is ignored: it is damaged, or no record of a training", file=sys.stderr)
     return WeightsFile(path, record)
 

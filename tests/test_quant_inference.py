@@ -336,7 +336,7 @@ def test_a_network_that_cannot_be_quantized_leaves_the_others(tiny, capsys, monk
         save_weights(make_net(), Path(f"{name}.pt"))
     assert main("a.pt", "b.pt", "--bits", 4, "--schemes", "uniform") == 1
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "error: ConvNet cannot be exported" in message
+    assert message.count("\n") == 1 and "error: a.pt: ConvNet cannot be exported" in message
     assert [row["checkpoint"] for row in results()["rows"]] == ["b", "b"]
 
 
