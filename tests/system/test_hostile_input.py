@@ -24,6 +24,7 @@ import quant_inference
 import study
 import train
 from analysis.study import figures as study_figures
+from engine.deploy import runtimes
 from engine.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -150,8 +151,9 @@ PARSERS = {name: tiny_scripts.MODULES[name].make_parser() for name in STUBBED}
 
 @pytest.fixture
 def no_work(monkeypatch, tmp_path):
-    """An empty folder with r.pt, and scripts that read their flags and end."""
+    """A folder with r.pt and what --page needs, and scripts that read their flags and end."""
     monkeypatch.chdir(tmp_path)
+    Path("node_modules", runtimes.WEB_PACKAGE).mkdir(parents=True)
     Path("r.pt").touch()
     Path("r.ckpt").touch()
     for module, function, returned in STUBBED.values():
