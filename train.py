@@ -37,7 +37,7 @@ from engine.networks.layers import (
     unpenalized_parameters,
 )
 from engine.networks.outputs import check_movable_activations, check_network
-from engine.networks.winograd import may_be_used_by, set_winograd
+from engine.quantization.coverage import first_names
 from engine.step.evaluation import evaluate
 from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
@@ -53,16 +53,10 @@ from engine.training.averaging import MAX_BN_IMAGES, averaged_network, make_aver
 from engine.training.checkpoints import CheckpointClock, save_checkpoint
 from engine.training.learned_steps import make_steps, parameter_groups
 from engine.training.phases import Phase, describe_plan, phase_at
-from engine.training.resume import (
-    continue_from,
-    find_checkpoint,
-    settled_precision,
-    settled_winograd,
-)
+from engine.training.resume import continue_from, find_checkpoint, settled, settled_precision
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import Regularizer, accepted_options, make_regularizer
 
-MAX_LISTED = 5  # parameters in a line
 DIVERGED_LOSS_RATIO = 10.0  # times the loss of guessing: beyond it a training counts as diverged
 
 
@@ -246,15 +240,13 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         lambda: find_checkpoint(args, out, schedule)
     )
     args.precision = settled_precision(args.precision, args.device, checkpoint)
-    args.winograd = settled_winograd(args.winograd, checkpoint)
+    args.winograd = settled("winograd", args.winograd, checkpoint)
     dataset = utils.load_dataset(args)
     loaders = make_loaders(dataset, args)
     config = make_config(args)
     set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
-    compiled = set_compile(args.compile, args.device)
-    # not for learned steps: quant_inference.py measures them with PyTorch's kernels, to the bit
-    set_winograd(args.winograd != "off" and not args.qat_bits, args.device)
+    compiled = utils.choose_kernels(args)
     run_id = new_run_id()
     if checkpoint:
         continue_from(checkpoint, state, args, phases, len(loaders.train), is_own)
@@ -267,9 +259,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
 
-    layout = hardware.MEMORY_FORMATS[args.memory_format]
-    winograd = may_be_used_by(state.net, config.dtype, layout)
-    plan = describe_plan(args, phases, state.steps, config.dtype, compiled, winograd)
+    plan = describe_plan(args, phases, state.steps, config.dtype, compiled, state.net)
     settings = {**vars(args), "plan": plan}
     logger = WandbLogger(args, "train", args.run_name, settings, run_id)
     print(f"{args.run_name}: {args.model} on {args.dataset}; {plan}", flush=True)
@@ -469,10 +459,9 @@ def check_penalties(
     if computed := computed_weights(net):
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     if others := unpenalized_parameters(net):
-        listed = ", ".join(others[:MAX_LISTED]) + (", …" if others[MAX_LISTED:] else "")
         print(
             f"{args.model}: of nn.Conv2d and nn.Linear alone weights are penalized, not these "
-            f"{len(others)}: {listed}"
+            f"{len(others)}: {first_names(others)}"
         )
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)

@@ -18,8 +18,10 @@ import quant_utils as qu
 from analysis.report import FLOAT_BITS
 from analysis.weights_files import WeightsFile
 from engine.images.loader import Loader
+from engine.networks.compiling import set_compile
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.outputs import check_network
+from engine.networks.winograd import set_winograd
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
 from engine.system.cli import argument_errors, bounded_number, choice_ignoring_case
@@ -206,6 +208,13 @@ def make_net(
         check_network(net, image_shape, num_classes)
     net = use_fast_layers(net)
     return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
+
+
+def choose_kernels(args: argparse.Namespace) -> bool:
+    """Use the kernels that the flags of train.py say; return whether those are compiled ones."""
+    # not Winograd's for learned steps, which quant_inference.py measures to the bit with PyTorch's
+    set_winograd(args.winograd != "off" and not args.qat_bits, args.device)
+    return set_compile(args.compile, args.device)
 
 
 def model_of_file(name: str, file: WeightsFile) -> str:

@@ -78,6 +78,7 @@ ROWS = {
 }
 
 
+PRECISIONS = {"ours": "auto", "direct": "auto", "autocast": "bf16"}  # of sides not in float32
 PEERS = {"torch.func": "functional_step", "jax": "jax_step"}  # their modules
 PEER_ROWS = ("none", "L1Grad", "L2Grad")
 
@@ -154,8 +155,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
         set_compile(args.compile, args.device)
         set_winograd(side != "direct", args.device)
         net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
-    precision = {"ours": "auto", "direct": "auto", "autocast": "bf16"}.get(side, "fp32")
-    dtype = hardware.resolve_precision(precision, args.device)
+    dtype = hardware.resolve_precision(PRECISIONS.get(side, "fp32"), args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
     labels = torch.randint(10, (len(x),), device=x.device)
     optimizer = torch.optim.SGD(
@@ -247,9 +247,7 @@ def serve(pipe, side: str, args: argparse.Namespace) -> None:
     """Answer requests (what, row) of the parent until it sends None."""
     steps = make_steps(side, args)
 
-    dtype = hardware.resolve_precision(
-        "auto" if side in ("ours", "direct") else "fp32", args.device
-    )
+    dtype = hardware.resolve_precision(PRECISIONS.get(side, "fp32"), args.device)
 
     def time_second(row: str) -> float:
         milliseconds(steps[row])  # finds the caches as the other side left them

@@ -9,8 +9,6 @@ from torch import nn
 
 import data
 import utils
-from engine.networks.compiling import set_compile
-from engine.networks.winograd import set_winograd
 from engine.step.gradients import compute_gradients
 from engine.system import hardware
 
@@ -28,8 +26,7 @@ def measure_epoch_seconds(args: argparse.Namespace, n_images: int) -> float:
     shape = (3, *2 * (args.image_size if takes_size else PIXELS,))
     device = args.device
     hardware.tune_glibc_malloc()
-    set_compile(args.compile, device)
-    set_winograd(args.winograd != "off", device)
+    utils.choose_kernels(args)
     net = utils.make_net(args.model, 10, device, args.width, image_shape=shape)
     x = torch.randn(args.batch_size, *shape).to(device)
     y = torch.randint(10, (args.batch_size,), device=device)

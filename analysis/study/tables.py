@@ -38,7 +38,7 @@ GROUPINGS = {  # titles of the tables of correlations, and the networks that eac
     "Between seeds: deviations from the mean of the variant": deviations_within_variants,
 }
 
-SUMMARY_NOTE = (  # after the grid's own
+SUMMARY_NOTE = (
     "(W,A): weights and activations. Epoch time: of a regularized epoch, of the fastest seed, "
     "relative to the control's: other work on the machine adds to it. Means and correlations are "
     "of the seeds that all variants share, differences and accuracy drops of all that there are."
@@ -190,6 +190,11 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
 # --- pages -----------------------------------------------------------------------------------
 
 
+def summary_note(of_grid: str) -> str:
+    """Return what stands below a table of accuracies: the grid's own note first."""
+    return f"{of_grid} {SUMMARY_NOTE}".strip()
+
+
 def tracked_sections(statistics: Statistics) -> list[str]:
     """Return the paragraphs about what was tracked and what it goes with; none if nothing was."""
     values = statistics.final_values
@@ -224,7 +229,7 @@ def document(
     sections = [
         "# The study: accuracy in % on the test set, mean ± standard deviation over seeds",
         accuracy_table(statistics, SUMMARY_SETTINGS),
-        f"{note} {SUMMARY_NOTE}".strip(),
+        summary_note(note),
         "## Paired differences, percentage points, 95 % confidence interval",
         interval_table(differences, MAIN_SETTINGS),
         f"Student's t over seeds, each difference for itself: of these {n_intervals} intervals "
@@ -257,7 +262,7 @@ def write_networks(out: Path, statistics: Mapping[str, Statistics], note: str) -
         [
             "# Every network: accuracy in % on the test set, mean ± standard deviation over seeds",
             markdown(["network", "variant", *header[1:]], lines),
-            f"{note} {SUMMARY_NOTE}".strip(),
+            summary_note(note),
         ]
     )
     atomic_write(out / "networks.md", partial(Path.write_bytes, data=(page + "\n").encode()))

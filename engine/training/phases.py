@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.networks.winograd import may_be_used_by
 from engine.system import distributed
+from engine.system.hardware import MEMORY_FORMATS
 from engine.training.learned_steps import LearnedSteps
 
 
@@ -43,7 +45,7 @@ def describe_plan(
     steps: LearnedSteps | None,
     dtype: torch.dtype,
     compiled: bool,
-    winograd: bool,
+    net: nn.Module,
 ) -> str:
     """Return what will be done, as text: "no regularizer; from epoch 5: L2Grad λ=0.01; …"."""
     parts = []
@@ -68,7 +70,7 @@ def describe_plan(
     precision = str(dtype).removeprefix("torch.")
     kernels = "compiled" if compiled else "eager"
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
-    if winograd:
+    if may_be_used_by(net, dtype, MEMORY_FORMATS[args.memory_format]):
         parts.append("wide convolutions by Winograd's algorithm")
     if args.holdout:
         parts.append(f"tested on {args.holdout} training images, held out")

@@ -68,16 +68,14 @@ def find_checkpoint(
 
 def settled_precision(precision: str, device: str, checkpoint: dict[str, Any] | None) -> str:
     """Return what "auto" means: the checkpoint's precision, or what the device is fast at."""
-    if precision == AUTO and checkpoint:
-        precision = read_settings(checkpoint).get("precision", AUTO)
-    return choose_precision(precision, device)
+    return choose_precision(settled("precision", precision, checkpoint), device)
 
 
-def settled_winograd(winograd: str, checkpoint: dict[str, Any] | None) -> str:
-    """Return what "auto" means: as in the checkpoint's run, or "auto" where there is none."""
-    if winograd == AUTO and checkpoint:
-        return read_settings(checkpoint)["winograd"]
-    return winograd
+def settled(name: str, value: str, checkpoint: dict[str, Any] | None) -> str:
+    """Return the value of a setting, of an "auto" the checkpoint's where there is one."""
+    if value == AUTO and checkpoint:
+        return read_settings(checkpoint).get(name, AUTO)
+    return value
 
 
 def read_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
