@@ -1,7 +1,7 @@
 """Faults in runs of the real networks: signals and failing writes, then --resume to the same bits.
 
-`make faults` runs them, a thousand in an hour or two: each is a training of seconds on images made in
-memory.
+`make faults` runs them, a thousand in an hour or two: each is a training of seconds on images made
+in memory.
 """
 
 import os
