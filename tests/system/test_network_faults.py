@@ -1,7 +1,7 @@
 """Faults in runs of the real networks: signals and failing writes, then --resume to the same bits.
 
-`make faults` runs them, a thousand in an hour or two: each is a training of seconds on images made
-in memory.
+`make faults` runs them, a thousand in an hour: each is a training of seconds on images made in
+memory.
 """
 
 import os
@@ -28,7 +28,7 @@ from tiny_runs import (
 pytestmark = pytest.mark.faults
 COMMON = "--device cpu --precision fp32 --lr 0.01 --run_name r --checkpoint_minutes 0.005".split()
 COMMON += ["--no_test_penalty"]  # it takes longer than the training
-SMALL = "--dataset Synthetic --train_subset 96 --batch_size 32 --n_epochs 2".split()
+SMALL = "--dataset Synthetic --train_subset 24 --batch_size 8 --holdout 16 --n_epochs 2".split()
 RESNET = "--model ResNet20 --width 0.25 --no-compile".split()
 N_MOMENTS = 40  # of each signal, in a run that starts at once
 N_MOMENTS_OF_COMMANDS = 8  # in one that takes seconds to start
@@ -121,6 +121,7 @@ def run(request, launcher, images, tmp_path):
     run = "train.py", [*COMMON, *argv]
     whole = tmp_path / "whole"
     whole.mkdir()
+    launcher.run("train.py", ["--help"], whole)  # the first fork waits for all imports
     return request.param, launcher, run, *run_uninterrupted(launcher, run, whole)
 
 
