@@ -161,6 +161,35 @@ def returning_values(
     return fx.GraphModule(graph, copied)
 
 
+class PartialRun:
+    """A graph that runs on images as far as a node, and later on from there to another one."""
+
+    def __init__(self, graph: fx.GraphModule, images: Tensor) -> None:
+        """Begin with the images; tensors of the graph are read only when a node needs them."""
+        self.nodes = iter(graph.graph.nodes)  # those that have not run
+        self.interpreter = fx.Interpreter(graph)
+        [placeholder] = graph.graph.find_nodes(op="placeholder")
+        self.values = self.interpreter.env = {placeholder: images}
+
+    def value(self, node: fx.Node) -> Tensor:
+        """Return the node's value, and forget what no node after it reads."""
+        while node not in self.values:
+            following = next(self.nodes)
+            if following.op != "call_function":
+                continue
+            for source in following.all_input_nodes:
+                if source.op == "get_attr":
+                    self.values[source] = self.interpreter.run_node(source)
+            self.values[following] = self.interpreter.run_node(following)
+            for read in self.interpreter.user_to_last_uses.get(following, ()):
+                del self.values[read]
+        return self.values[node]
+
+    def n_bytes(self) -> int:
+        """Return how many bytes its values take."""
+        return sum(value.nbytes for value in self.values.values())
+
+
 def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:
     """Return a copy in which each named input of an operation goes through its function first."""
     copied = copy_graph(graph)

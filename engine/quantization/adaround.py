@@ -11,29 +11,26 @@ unquantized network, x̂ that in the network whose earlier layers are quantized 
 asymmetric reconstruction, without the activation function). A batch norm that follows scales the
 output's channels. β falls from 20 to 2; the first fifth of the steps has no second term.
 
-The error is a quadratic function of Ŵ. So the images are read once for each layer, to sum up its
+The error is a quadratic function of Ŵ. So a layer's inputs are read once, to sum up its
 coefficients, and a step is a product of matrices with the exact gradient over all images: nothing
-is drawn at random, and no layer's inputs are kept.
+is drawn at random.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from engine.networks.convolution import padding_widths
 from engine.networks.folding import output_gains
-from engine.networks.graph import Operation, aten, copy_graph, layers, returning_values, set_tensor
+from engine.networks.graph import aten, copy_graph, layers, set_tensor
+from engine.quantization.output_error import Batches, LayerRuns, OutputError, output_error
 from engine.system import distributed
 from engine.system.progress import StepDisplay
 
 # (name of a layer, where its weights are rounded up: a bool each, 0 or 1 for all, None: to
 # nearest) → its quantized tensors, "weight" and "bias" if it has one, on the CPU
 Quantized = Callable[[str, Tensor | int | None], Mapping[str, Tensor]]
-Batches = Callable[[], Iterable[Tensor]]  # images (B, 3, H, W), the same ones at every call
 
 LEARNED = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
 LAMBDA = 0.01  # of the term that drives h to 0 and 1
@@ -57,6 +54,7 @@ def learn_rounding(
     names = [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
     full = copy_graph(graph).to(device)
     graph_q = copy_graph(full)
+    runs = LayerRuns(full, graph_q, batches)
     gains = output_gains(graph)
     round_up = {}
     with StepDisplay(len(names) * n_steps, "step") as display:
@@ -70,7 +68,7 @@ def learn_rounding(
             w = full.get_buffer(f"{name}.weight")
             set_tensor(graph_q, f"{name}.weight", w)
             gain = gains.get(name, torch.ones(len(w))).to(device)
-            error = output_error(full, graph_q, name, batches, gain)
+            error = output_error(runs, name, gain)
             weights = (w, *(trial["weight"].to(device) for trial in trials))
             learn = partial(learn_layer, *weights, error, n_steps, display.step)
             # on one rank: a tie that two broke differently would be two networks
@@ -78,99 +76,6 @@ def learn_rounding(
             learned = quantized(name, round_up[name])["weight"]
             set_tensor(graph_q, f"{name}.weight", learned.to(device))
     return round_up
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """A layer's mean squared output error, as a quadratic function of its weight's change D.
-
-    With e = (W x + b) − (W x̂ + b̂) what the earlier layers and the bias leave and a the gain of each
-    output channel, it is E(D) = mean ‖a·(e − D x̂)‖² = c − 2⟨D, C⟩ + ⟨a²D, D G⟩. Weights and their
-    changes are (groups, output channels / groups, K), K those of a channel; tensors are in float64.
-
-    Attributes:
-        gram: G = mean x̂x̂ᵀ, (groups, K, K).
-        cross: C = mean a²·e x̂ᵀ, (groups, output channels / groups, K).
-        constant: c = mean ‖a·e‖².
-        gain: a, (groups, output channels / groups, 1).
-    """
-
-    gram: Tensor
-    cross: Tensor
-    constant: Tensor
-    gain: Tensor
-
-    def __call__(self, change: Tensor) -> float:
-        """Return E(D)."""
-        d = change.double()  # c − 2⟨D, C⟩ + ⟨a²D, D G⟩ cancels: not in float32
-        quadratic = (d * self.gain.square()) @ self.gram - 2 * self.cross
-        return (self.constant + (d * quadratic).sum()).item()
-
-    def gradient(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """Return the function D ↦ ∂E/∂D = 2(a²·D G − C), computed in `dtype`."""
-        gram, cross = (self.gram * 2).to(dtype), (self.cross * 2).to(dtype)
-        scale = self.gain.square().to(dtype)
-        return lambda d: ((d * scale) @ gram).sub_(cross)
-
-
-def output_error(
-    full: fx.GraphModule, graph_q: fx.GraphModule, name: str, batches: Batches, gain: Tensor
-) -> OutputError:
-    """Return the error of the named layer of graph_q, whose weight is still that of `full`.
-
-    `gain` (output channels) multiplies the output's channels. Images are read twice at a time, one
-    batch in each network, and only as far as the layer.
-    """
-    layer, w = layers(full)[name], full.get_buffer(f"{name}.weight")
-    gain = gain.double().view(layer.groups, -1, 1)
-    (groups, c_out, _), k = gain.shape, w[0].numel()
-    gram, cross = (gain.new_zeros(groups, n, k) for n in (k, c_out))
-    constant, n_positions = gain.new_zeros(()), gain.new_zeros(())
-    before, before_q = (
-        returning_values(graph, [layers(graph)[name].node.args[0]]) for graph in (full, graph_q)
-    )
-    for images in batches():
-        [x], [x_q] = before(images), before_q(images)
-        # a·e, (groups, output channels / groups, positions), and x̂, (groups, K, positions)
-        e = apply_layer(full, layer, x) - apply_layer(graph_q, layer, x_q)
-        e = to_columns(e, layer) * gain.to(x.dtype)
-        patches = to_columns(receptive_fields(x_q, layer, w.shape[2:]), layer)
-        gram += patches @ patches.mT  # sums over images: no layer's inputs are kept
-        cross += (e * gain.to(x.dtype)) @ patches.mT
-        # ‖a·e‖² is not needed for the gradient, and is summed in float64: E(D) is a difference
-        constant += e.double().square().sum()
-        n_positions += e.shape[-1]
-    # each process has read its own images; positions make means of the sums
-    sums = [distributed.all_reduce_sum(t) for t in (gram, cross, constant, n_positions)]
-    return OutputError(*(t / sums[-1] for t in sums[:-1]), gain)
-
-
-def apply_layer(graph: fx.GraphModule, layer: Operation, x: Tensor) -> Tensor:
-    """Return what the layer makes of x with the weight and the bias that it has in the graph."""
-    tensors = [None if t is None else graph.get_buffer(t) for t in (layer.weight, layer.bias)]
-    return layer.node.target(x, *tensors, *layer.node.args[3:])
-
-
-def receptive_fields(x: Tensor, layer: Operation, kernel: Sequence[int]) -> Tensor:
-    """Return what each output of a convolution is a sum over, (B, groups·K, positions).
-
-    `kernel` is its height and width. Of a linear layer, the input itself.
-    """
-    if layer.kind == "linear":
-        return x
-    given = layer.node.args[3:6]
-    stride, padding, dilation = (*given, *([1], [0], [1])[len(given) :])
-    stride, dilation = ((each * 2)[:2] for each in (stride, dilation))  # one number is for both
-    (top, left), (bottom, right) = padding_widths(padding, kernel, dilation)
-    x = F.pad(x, [left, right, top, bottom])
-    return F.unfold(x, tuple(kernel), dilation, stride=stride)
-
-
-def to_columns(t: Tensor, layer: Operation) -> Tensor:
-    """Return inputs or outputs of a layer as (groups, channels / groups, all positions)."""
-    t = t.reshape(1, -1, t.shape[-1]).mT if layer.kind == "linear" else t.flatten(2)
-    columns = t.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3)
-    return columns.reshape(*columns.shape[:2], -1)
 
 
 def learn_layer(
@@ -193,7 +98,7 @@ def learn_layer(
     step = high - low
     v = initial_v(w, low, step)
     output_gradient = error.gradient(v.dtype)
-    optimizer = torch.optim.Adam([v], LEARNING_RATE)
+    optimizer = torch.optim.Adam([v], LEARNING_RATE, fused=True)
     for i in range(n_steps):
         beta = beta_at(i / n_steps)
         v.grad = objective_gradient(v, low - w, step, output_gradient, beta)
@@ -236,5 +141,6 @@ def objective_gradient(
     gradient = step * output_gradient(low + step * h)
     if beta:
         u = 2 * h - 1  # d|u|^β/dh = 2β·|u|^(β−1)·sign(u)
-        gradient -= (2 * LAMBDA * beta) * u.abs().pow_(beta - 1).copysign_(u)
+        power = u.abs().log_().mul_(beta - 1).exp_()  # |u|^(β−1) in a third of the time of `pow`
+        gradient -= (2 * LAMBDA * beta) * power.copysign_(u)
     return gradient * slope

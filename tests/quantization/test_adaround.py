@@ -18,6 +18,7 @@ from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms, output_gains
 from engine.networks.graph import copy_graph, layers, returning_values, set_tensor
 from engine.quantization import adaround
+from engine.quantization.output_error import LayerRuns, OutputError, output_error
 
 LAYERS = {
     "conv": nn.Conv2d(4, 6, 3, padding=1),
@@ -82,7 +83,7 @@ def test_the_loss_and_its_derivative_are_those_of_autograd(name, beta):
     ]
     both = torch.cat([x, x_q], dim=1)
     with torch.no_grad():
-        error = adaround.output_error(*graphs, "layer", lambda: both.split(3), gain)
+        error = output_error(LayerRuns(*graphs, lambda: both.split(3)), "layer", gain)
     low = qu.uniform(layer.weight, 3, round_up=0)
     step = qu.uniform(layer.weight, 3, round_up=1) - low
     v = torch.randn(low.shape, generator=seeded(), dtype=torch.float64).mul_(2).requires_grad_()
@@ -251,7 +252,7 @@ def test_it_comes_near_the_best_of_all_combinations():
         x = mixing @ torch.randn(8, 200, generator=seeded(seed + 99), dtype=torch.float64)
         gram = (x @ x.T / 200)[None]
         zero, one = torch.zeros((), dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
-        error = adaround.OutputError(gram, torch.zeros_like(w), zero, one)
+        error = OutputError(gram, torch.zeros_like(w), zero, one)
         nearest, low, high = (qu.uniform(w, 3, round_up=up) for up in (None, 0, 1))
         up = adaround.learn_layer(w, nearest, low, high, error, 500, lambda: None)
         ups = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 8)
