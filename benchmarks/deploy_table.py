@@ -14,8 +14,8 @@ import _root  # noqa: F401
 from analysis.study.records import pack_records
 
 HEADER = (
-    "network | W | A | scheme | float32 | simulated | engine | differ | differ, float simulation | "
-    "ms, batch 1 | float32 | ms, batch 128 | float32 | file | packed | float32"
+    "network | W | A | scheme | float32 | simulated | ONNX Runtime | differ | "
+    "differ, float simulation | ms, batch 1 | float32 | ms, batch 128 | float32 | file | packed | float32"
 )
 
 
@@ -40,7 +40,7 @@ def scheme_name(source: Mapping[str, str]) -> str:
 
 
 def milliseconds(found: Mapping[str, Any], batch: str) -> tuple[float, float]:
-    """Return the time of a batch in the engine, and in the faster of the float32 programs."""
+    """Return the time of a batch in ONNX Runtime, and in the faster of the float32 programs."""
     speeds = found["images_per_second"][batch]
     fastest = max(speed for name, speed in speeds.items() if name.startswith("float32"))
     return 1000 * int(batch) / speeds["engine"], 1000 * int(batch) / fastest
@@ -77,9 +77,9 @@ def second_sums(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if found["source"]["scheme"] != "pwlq":
             continue
         for batch, speeds in found["images_per_second"].items():
-            engine = speeds["engine"]
+            speed = speeds["engine"]
             ratios = ", ".join(
-                f"{speeds[name] / engine:.2f} times {name}"
+                f"{speeds[name] / speed:.2f} times {name}"
                 for name in ("without the second sums", "one fused convolution a layer")
             )
             lines.append(f"- {found['source']['checkpoint']}, batch {batch}: the time is {ratios}")
@@ -100,9 +100,9 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     machine = found[0]["environment"]["machine"]
     about = f"{machine['processor']}, {machine['threads']} threads"
     intro = (
-        f"Accuracies in % on {found[0]['n_images']:,} test images; “differ”: predictions of the "
-        "engine that are not those of the integer simulation, and of the float32 simulation with "
-        f"the same biases. Times against the faster float32 program, on {about}."
+        f"Accuracies in % on {found[0]['n_images']:,} test images; “differ”: predictions of ONNX "
+        "Runtime that are not those of the integer simulation, and of the float32 simulation "
+        f"with the same biases. Times against the faster float32 program, on {about}."
     )
     body = "\n".join(f"| {line} |" for line in lines)
     costs = second_sums(found)

@@ -29,6 +29,7 @@ BATCHES = (1, 128)  # images at once whose times are measured
 ROUNDS = 5
 SECONDS_PER_ROUND = 0.3
 N_COMPARED = 16  # images on which operations are compared one by one
+RUNTIME = "engine"  # the key of ONNX Runtime in records, the same since the first one
 Run = Callable[[Tensor], Any]
 
 
@@ -66,9 +67,9 @@ def verify_file(
     """
     model = read_model(path, source, dataset.test_images.shape[1:])
     integers = compared.integers
-    engine = onnx_session.open_session(model, "the model")
+    session = onnx_session.open_session(model, "the model")
     images = test.pixels()
-    logits = logits_on(test, engine, compared, images)
+    logits = logits_on(test, session, compared, images)
     first = next(iter(test.batches(0)))[0][:N_COMPARED].cpu()
     simulated = logits["integer"], integers, first
     measured = {
@@ -79,7 +80,7 @@ def verify_file(
         "disagreement": first_disagreement(integers, compared.quantized.cpu(), first),
         "inexact_layers": onnx_session.inexact_operations(integers),
         "nodes": onnx_session.optimized_nodes(model, "the model"),
-        "images_per_second": measure_speed(engine, compared, test, dataset, images),
+        "images_per_second": measure_speed(session, compared, test, dataset, images),
         "bytes": {
             "file": len(model),
             "packed": sum(each.nbytes for each in packed(integers.integers()).values()),
@@ -100,13 +101,13 @@ def verify_file(
 
 
 @torch.inference_mode()
-def logits_on(test: Loader, engine: Run, compared: Compared, images: Tensor) -> dict[str, Tensor]:
-    """Return the logits of the engine and of all networks on the test images, by name."""
+def logits_on(test: Loader, session: Run, compared: Compared, images: Tensor) -> dict[str, Tensor]:
+    """Return the logits of ONNX Runtime and of all networks on the test images, by name."""
     nets = {"integer": compared.integers, **compared.simulations, "unquantized": compared.float_net}
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("engine", *nets)}
+    parts: dict[str, list[Tensor]] = {name: [] for name in (RUNTIME, *nets)}
     n_done = 0
     for x, _ in test.batches(0):
-        parts["engine"].append(engine(images[n_done : n_done + len(x)].contiguous()))
+        parts[RUNTIME].append(session(images[n_done : n_done + len(x)].contiguous()))
         n_done += len(x)
         for name, net in nets.items():
             parts[name].append(run_network(net.to(x.device), x)[0].cpu())
@@ -116,31 +117,31 @@ def logits_on(test: Loader, engine: Run, compared: Compared, images: Tensor) -> 
 def compare_predictions(
     logits: Mapping[str, Tensor], labels: Tensor, integers: IntegerNetwork
 ) -> dict[str, Any]:
-    """Return accuracies, and how far each simulation is from the engine.
+    """Return accuracies, and how far each simulation is from ONNX Runtime.
 
     Differences of logits are in units of the last layer's scale.
     """
     last = [*integers.integers().values()][-1]
     scale = last.product_scale(last.parts[0])
     predicted = {name: each.argmax(1) for name, each in logits.items()}
-    engine, predicted_by_engine = logits["engine"], predicted["engine"]
-    nets = [name for name in logits if name != "engine"]
+    reference, predicted_by_runtime = logits[RUNTIME], predicted[RUNTIME]
+    nets = [name for name in logits if name != RUNTIME]
     return {
         "n_images": len(labels),
         "accuracy": {k: (v == labels).double().mean().item() for k, v in predicted.items()},
         "differing_predictions": {
-            name: (predicted[name] != predicted_by_engine).sum().item() for name in nets
+            name: (predicted[name] != predicted_by_runtime).sum().item() for name in nets
         },
         "largest_logit_difference": {
-            name: ((logits[name] - engine).abs() / scale).max().item() for name in nets
+            name: ((logits[name] - reference).abs() / scale).max().item() for name in nets
         },
     }
 
 
 def measure_speed(
-    engine: Run, compared: Compared, test: Loader, dataset: ImageDataset, images: Tensor
+    session: Run, compared: Compared, test: Loader, dataset: ImageDataset, images: Tensor
 ) -> dict[str, dict[str, float]]:
-    """Return the images per second of the engine and of float32, by batch size.
+    """Return the images per second of the file and of float32, by batch size.
 
     All of them begin with uint8 images, take turns, and have PyTorch's number of threads.
     """
@@ -152,7 +153,7 @@ def measure_speed(
         x = batch.to(torch.float32, memory_format=torch.channels_last)
         return run_network(float_net, x.mul_(scale).add_(shift))[0]
 
-    runs = {"engine": engine, "float32 PyTorch": in_pytorch}
+    runs = {RUNTIME: session, "float32 PyTorch": in_pytorch}
     for name, net in other_networks(compared).items():
         model = to_onnx(net, images.shape[1:], dataset.mean, dataset.std, {})
         runs[name] = onnx_session.open_session(model, name)
@@ -165,7 +166,7 @@ def measure_speed(
 
 
 def other_networks(compared: Compared) -> dict[str, IntegerNetwork]:
-    """Return the networks whose speed says something beside that of the engine's.
+    """Return the networks whose speed says something beside that of the file.
 
     The float32 one and, where layers have two weights, those without the second.
     """
@@ -212,7 +213,7 @@ def format_report(measured: Mapping[str, Any]) -> str:
     machine = f"{processor_name()}, threads: {torch.get_num_threads()}"
     lines = [
         f"{measured['file']} in ONNX Runtime {measured['onnxruntime']} on {machine}",
-        f"accuracy: engine {accuracy['engine']:.2%}, unquantized {accuracy['unquantized']:.2%}",
+        f"accuracy: {accuracy[RUNTIME]:.2%}, unquantized {accuracy['unquantized']:.2%}",
     ]
     for name, n_differing in measured["differing_predictions"].items():
         if name != "unquantized":
@@ -227,7 +228,8 @@ def format_report(measured: Mapping[str, Any]) -> str:
             f"{found['differing_logits']:,} of {found['n_logits']:,} logits differ"
         )
     for batch, speeds in measured["images_per_second"].items():
-        numbers = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items())
+        titles = {name: "this file" if name == RUNTIME else name for name in speeds}
+        numbers = ", ".join(f"{titles[name]} {speed:,.0f}" for name, speed in speeds.items())
         lines.append(f"images/s at batch {batch}: {numbers}")
     size = measured["bytes"]
     lines.append(
