@@ -15,7 +15,8 @@ from analysis.study.records import pack_records
 
 HEADER = (
     "network | W | A | scheme | float32 | simulated | ONNX Runtime | differ | "
-    "differ, float simulation | ms, batch 1 | float32 | ms, batch 128 | float32 | file | packed | float32"
+    "differ, float simulation | ms, batch 1 | float32 | ms, batch 128 | float32 | "
+    "file | packed | float32"
 )
 
 
