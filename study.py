@@ -409,12 +409,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plan, run or tabulate; exit with 1 if a job failed."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    runs = not (args.tables or args.forget)
+    runs = not (args.tables or args.forget or args.plan)
     refuse_flags(parser, args, parser.flags)
     warn_unused_flags(parser, args, parser.flags)
-    hint = "; the same command resumes" if runs and not args.plan else ""
-    with exit_codes(parser, lambda: hint), GracefulShutdown():
-        code = run_mode(parser, args)
+    hint = "; the same command resumes"
+    with exit_codes(parser, lambda: hint if runs and Path(args.out).is_dir() else ""):
+        with GracefulShutdown():
+            code = run_mode(parser, args)
     if code or not (args.plan or args.tables):
         sys.exit(code)
 

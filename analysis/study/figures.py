@@ -87,18 +87,26 @@ def _draw_differences(
     if setting in accuracies:
         by_seed = 100 * accuracies[setting].unstack("variant")
         points = by_seed[others].sub(by_seed[base], axis="index")
-    for y, variant in enumerate(others):
+    draw_seeds(axes, points)
+    axes.axvline(0, **REFERENCE_LINE)
+
+
+def draw_seeds(axes: Axes, points: pd.DataFrame) -> None:
+    """Draw a line for each column: a mark for each row, a seed, and the mean with its interval.
+
+    The mean of two seeds or more has its 95 % interval; a circle where that holds 0, else a square.
+    """
+    for y, variant in enumerate(points):
         axes.plot(points[variant], [y] * len(points), "|", color="#999999")
     axes.margins(x=0.25)
     axes.autoscale_view()
     axes.autoscale(False, axis="x")  # an interval of two seeds would hide all others
     intervals = study_results.mean_intervals(points)
-    for y, variant in enumerate(others):
+    for y, variant in enumerate(points):
         if variant in intervals.index:
             mean, high = intervals.loc[variant, ["mean", "high"]]
             differs = abs(mean) > high - mean
             axes.errorbar(mean, y, xerr=high - mean, capsize=2, **line_style(differs))
-    axes.axvline(0, **REFERENCE_LINE)
 
 
 # --- curves ----------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import study  # noqa: E402
-from analysis.figures import STYLE, line_style, save_png  # noqa: E402
-from analysis.study.figures import panels  # noqa: E402
+from analysis.figures import STYLE, save_png  # noqa: E402
+from analysis.study.figures import draw_seeds, panels  # noqa: E402
 from analysis.study.hypotheses import Hypothesis, examine_all  # noqa: E402
 from analysis.study.report import read_study  # noqa: E402
-from analysis.study.results import Setting, Statistics, mean_intervals  # noqa: E402
+from analysis.study.results import Setting, Statistics  # noqa: E402
 from analysis.study.tables import label, markdown  # noqa: E402
 
 PRIMARY: dict[str, Setting] = {  # chosen by the held-out control, see PLAN.md
@@ -68,17 +68,12 @@ def draw(read: Mapping[str, Statistics], path: Path) -> None:
 
 
 def draw_points_lost(axes: Axes, statistics: Statistics, setting: Setting) -> None:
-    """Draw a mark for each seed, and the mean with its 95 % interval where there are two seeds."""
+    """Draw what each variant loses: full precision − quantized, of each seed."""
     lost = 100 * statistics.drops[setting].unstack("variant")
-    variants = list(statistics.drops.index.unique("variant"))
-    intervals = mean_intervals(lost)
-    for y, variant in enumerate(variants):
-        axes.plot(lost[variant], [y] * len(lost), "|", color="#666666", markersize=9)
-        if variant in intervals.index:
-            mean, high = intervals.loc[variant, ["mean", "high"]]
-            axes.errorbar(mean, y, xerr=high - mean, capsize=3, **line_style(0))
-    axes.set_yticks(range(len(variants)), variants)
-    axes.set(ylim=(len(variants) - 0.5, -0.5), xlim=(0, None), xlabel="full precision − quantized")
+    lost = lost[statistics.drops.index.unique("variant")]  # in the order of the grid
+    draw_seeds(axes, lost)
+    axes.set_yticks(range(lost.shape[1]), lost.columns)
+    axes.set(ylim=(lost.shape[1] - 0.5, -0.5), xlim=(0, None), xlabel="full precision − quantized")
     axes.grid(False, axis="y")
 
 

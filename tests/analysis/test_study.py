@@ -294,6 +294,13 @@ def test_bad_flags(flags, reason, scripts, capsys):
     assert not scripts()
 
 
+def test_what_cannot_be_resumed_is_not_said_to(scripts, capsys):
+    Path("file").touch()
+    assert main("--out", "file") == 1
+    printed = capsys.readouterr().err
+    assert "'file'" in printed and "resumes" not in printed
+
+
 def test_flags_without_effect_are_named_and_ignored(finished, capsys):
     flags = ["--jobs", "2", "--seeds", "5", "--epoch_seconds", "9"]
     study.main(["--out", "out", "--tables", *flags])
