@@ -490,13 +490,13 @@ def validate_and_run(
     with parser.reporting_value_errors():
         utils.make_tracked_regularizers(args)
         io.check_writable(Path(f"{out}.pt"))
-    known = {
+    of_this_run = {
         "regularizers": [p.regularizer for p in phases if p.regularizer],
         "models": [args.model],
         "has_checkpoint": args.resume and os.path.lexists(f"{out}.ckpt"),  # and reads no other file
     }
-    warn_unused_flags(parser, args, parser.flags, **known)
-    refuse_flags(parser, args, parser.flags, **known)
+    warn_unused_flags(parser, args, parser.flags, **of_this_run)
+    refuse_flags(parser, args, parser.flags, **of_this_run)
     phases = reachable_phases(parser, args, phases, epoch_flags)
     phases = [replace(p, warmup=args.lmbda_warmup, every=args.penalty_every) for p in phases]
     if args.save_preregularized_model:

@@ -219,11 +219,11 @@ def choose_kernels(args: argparse.Namespace) -> bool:
 
 def model_of_file(name: str, file: WeightsFile) -> str:
     """Return the network that the file is of; print it where that is not the one of the name."""
-    found = model_of_record(name, file.setting("model"))
-    if found != name:
+    recorded = model_of_record(name, file.setting("model"))
+    if recorded != name:
         why = "its record says so" if file.setting("model") else "no record says how it was trained"
-        print(f"{file.path}: read as {found}, as torchvision's own weights are: {why}")
-    return found
+        print(f"{file.path}: read as {recorded}, as torchvision's own weights are: {why}")
+    return recorded
 
 
 def make_scheduler(

@@ -309,10 +309,10 @@ class MeasuredNetwork:
             for each in (self.graph, graph_q)
         )
         images = partial(batches, self.images.calibration, *part)
-        given = graph, graph_q, self.grids(how.act_bits), images
+        arguments = graph, graph_q, self.grids(how.act_bits), images
         if where.output_correction != "auto":
-            return correct_outputs(*given, where.output_correction).cpu()
-        corrected, divergences = correct_outputs_better(*given)
+            return correct_outputs(*arguments, where.output_correction).cpu()
+        corrected, divergences = correct_outputs_better(*arguments)
         self.divergences[how.scheme, how.n_bits, how.act_bits] = divergences
         return corrected.cpu()
 

@@ -40,73 +40,74 @@ def scheme_name(source: Mapping[str, str]) -> str:
     )
 
 
-def milliseconds(found: Mapping[str, Any], batch: str) -> tuple[float, float]:
+def milliseconds(record: Mapping[str, Any], batch: str) -> tuple[float, float]:
     """Return the time of a batch in ONNX Runtime, and in the faster of the float32 programs."""
-    speeds = found["images_per_second"][batch]
+    speeds = record["images_per_second"][batch]
     fastest = max(speed for name, speed in speeds.items() if name.startswith("float32"))
     return 1000 * int(batch) / speeds["engine"], 1000 * int(batch) / fastest
 
 
-def row(found: Mapping[str, Any]) -> str:
+def row(record: Mapping[str, Any]) -> str:
     """Return a line of the table."""
-    source, accuracy, size = found["source"], found["accuracy"], found["bytes"]
-    differing = found["differing_predictions"]
+    source, accuracy, size = record["source"], record["accuracy"], record["bytes"]
+    differing = record["differing_predictions"]
     cells = [
         source["checkpoint"].removesuffix(".pt"),
         source["bits"],
         source["act_bits"],
         scheme_name(source),
         *(f"{100 * accuracy[name]:.2f}" for name in ("unquantized", "integer", "engine")),
-        f"{differing['integer']}{_by_default(found)}",
+        f"{differing['integer']}{_by_default(record)}",
         f"{differing['float32']}",
     ]
     for batch in ("1", "128"):
-        cells += [f"{ms:.2f}" for ms in milliseconds(found, batch)]
+        cells += [f"{ms:.2f}" for ms in milliseconds(record, batch)]
     cells += [f"{size[name] / 1e6:.2f} MB" for name in ("file", "packed", "float32")]
     return " | ".join(cells)
 
 
-def _by_default(found: Mapping[str, Any]) -> str:
+def _by_default(record: Mapping[str, Any]) -> str:
     """Return how many predictions differ without the session option, where one was needed."""
-    return f" ({found['differing_by_default']} by default)" if found.get("session_options") else ""
+    n = record.get("differing_by_default")
+    return f" ({n} by default)" if record.get("session_options") else ""
 
 
 def second_sums(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return lines about what the second sums of PWLQ cost, for every network."""
     lines = []
-    for found in records:
-        if found["source"]["scheme"] != "pwlq":
+    for record in records:
+        if record["source"]["scheme"] != "pwlq":
             continue
-        for batch, speeds in found["images_per_second"].items():
+        for batch, speeds in record["images_per_second"].items():
             speed = speeds["engine"]
             ratios = ", ".join(
                 f"{speeds[name] / speed:.2f} times {name}"
                 for name in ("without the second sums", "one fused convolution a layer")
             )
-            lines.append(f"- {found['source']['checkpoint']}, batch {batch}: the time is {ratios}")
+            lines.append(f"- {record['source']['checkpoint']}, batch {batch}: the time is {ratios}")
     return lines
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     """Return everything as markdown."""
 
-    def key(found: Mapping[str, Any]) -> tuple:
-        source = found["source"]
+    def key(record: Mapping[str, Any]) -> tuple:
+        source = record["source"]
         bits = -float(source["bits"]), -int(source["act_bits"])
         is_pwlq = source["scheme"] == "pwlq"  # the slowest last
         return source["checkpoint"], is_pwlq, scheme_name(source), *bits
 
-    found = sorted(records.values(), key=key)
-    lines = [HEADER, " | ".join(["---"] * 4 + ["---:"] * 12), *map(row, found)]
-    machine = found[0]["environment"]["machine"]
+    ordered = sorted(records.values(), key=key)
+    lines = [HEADER, " | ".join(["---"] * 4 + ["---:"] * 12), *map(row, ordered)]
+    machine = ordered[0]["environment"]["machine"]
     about = f"{machine['processor']}, {machine['threads']} threads"
     intro = (
-        f"Accuracies in % on {found[0]['n_images']:,} test images; “differ”: predictions of ONNX "
+        f"Accuracies in % on {ordered[0]['n_images']:,} test images; “differ”: predictions of ONNX "
         "Runtime that are not those of the integer simulation, and of the float32 simulation "
         f"with the same biases. Times against the faster float32 program, on {about}."
     )
     body = "\n".join(f"| {line} |" for line in lines)
-    costs = second_sums(found)
+    costs = second_sums(ordered)
     about_costs = ["What the second sums of PWLQ cost:", "\n".join(costs)] if costs else []
     return "\n\n".join([intro, body, *about_costs])
 

@@ -119,9 +119,9 @@ def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([t.detach().flatten().double().cpu() for t in tensors])
 
 
-def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
+def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
     """Return ‖found − right‖ / ‖right‖."""
-    return ((found - right).norm() / right.norm()).item()
+    return ((ours - right).norm() / right.norm()).item()
 
 
 def check_gradients(args: argparse.Namespace) -> Found:
@@ -129,10 +129,10 @@ def check_gradients(args: argparse.Namespace) -> Found:
     found = {}
     for penalty in ("none", "L1Grad", "L2Grad"):
         right = our_gradient(args, penalty, "cpu", dtype=torch.float64)
-        here = our_gradient(args, penalty, args.device, dtype=torch.float64)
+        ours = our_gradient(args, penalty, args.device, dtype=torch.float64)
         figures = {
-            "against_cpu": relative_error(here, right),
-            "against_plain": relative_error(here, plain_gradient(args, penalty, args.device)),
+            "against_cpu": relative_error(ours, right),
+            "against_plain": relative_error(ours, plain_gradient(args, penalty, args.device)),
             "fp32_cosine": cosine(our_gradient(args, penalty, args.device), right),
             "bf16_cosine": cosine(our_gradient(args, penalty, args.device, torch.bfloat16), right),
         }

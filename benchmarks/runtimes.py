@@ -78,27 +78,28 @@ def measure(weights: Path, words: str, args: argparse.Namespace, folder: Path) -
         command += ["--data_dir", args.data_dir, "--test_subset", args.n_images]
         command += ["--output", folder / stem]
         subprocess.run(list(map(str, command)), check=False, cwd=ROOT)
-    found = json.loads(record.read_text(encoding="utf-8"))
+    verified = json.loads(record.read_text(encoding="utf-8"))
     images = cifar10(args.data_dir, 0).test_images
-    if args.n_emulated and EMULATED not in found["runtimes"]:
-        found["runtimes"][EMULATED] = emulate(path, images[: args.n_emulated])
-    record.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
+    if args.n_emulated and EMULATED not in verified["runtimes"]:
+        verified["runtimes"][EMULATED] = emulate(path, images[: args.n_emulated])
+    record.write_text(json.dumps(verified, indent=1), encoding="utf-8")
+    return verified
 
 
-def cell(found: Mapping[str, Any], name: str) -> str:
+def cell(record: Mapping[str, Any], name: str) -> str:
     """Return what differs in a runtime."""
     if name == "onnxruntime":
-        differing, of = found["differing_predictions"]["integer"], found["n_images"]
-        logits = found["largest_logit_difference"]["integer"] and "some"
-    elif name in found["runtimes"]:
-        each = found["runtimes"][name]
-        differing, of = each["differing_predictions"], each.get("n_images", found["n_images"])
+        differing, n_images = record["differing_predictions"]["integer"], record["n_images"]
+        logits = record["largest_logit_difference"]["integer"] and "some"
+    elif name in record["runtimes"]:
+        each = record["runtimes"][name]
+        differing = each["differing_predictions"]
+        n_images = each.get("n_images", record["n_images"])
         logits = each["differing_logits"]
     else:
         return "–"
     logits = f"{logits:,}" if isinstance(logits, int) and logits else logits or "no"
-    return f"{differing} of {of:,}, {logits} logits"
+    return f"{differing} of {n_images:,}, {logits} logits"
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:
@@ -118,8 +119,8 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         + " |",
         "| --- | ---: |" + " --- |" * len(names),
     ]
-    for name, found in records.items():
-        cells = [name, f"{found['bytes']['file']:,}", *(cell(found, each) for each in names)]
+    for name, record in records.items():
+        cells = [name, f"{record['bytes']['file']:,}", *(cell(record, each) for each in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -154,14 +154,14 @@ def plain_nodes(graph: fx.GraphModule) -> tuple[list[Node], dict[str, torch.Tens
             kind = "conv" if target is aten.conv2d.default else "linear"
             w, bias = (graph.get_buffer(each.target) for each in args[1:3])
             if kind == "conv":
-                given = dict(zip(("stride", "padding", "dilation"), args[3:6], strict=False))
+                geometry = dict(zip(("stride", "padding", "dilation"), args[3:6], strict=False))
                 groups = args[6] if len(args) > 6 else 1
                 options = {
                     "in_channels": w.shape[1] * groups,
                     "out_channels": w.shape[0],
                     "kernel_size": [*w.shape[2:]],
                     "groups": groups,
-                    **{name: [*value] for name, value in given.items()},
+                    **{name: [*value] for name, value in geometry.items()},
                 }
             else:
                 options = {"in_features": w.shape[1], "out_features": w.shape[0]}

@@ -20,10 +20,10 @@ def update_reports(plans: Sequence[StudyPlan]) -> bool:
     OSError.
     """
     statistics = {plan.network: update_report(plan) for plan in plans}
-    found = {network: each for network, each in statistics.items() if each}
-    if len(plans) > 1 and found:
-        study_tables.write_networks(plans[0].out.parent, found, plans[0].note)
-    return bool(found)
+    with_results = {network: each for network, each in statistics.items() if each}
+    if len(plans) > 1 and with_results:
+        study_tables.write_networks(plans[0].out.parent, with_results, plans[0].note)
+    return bool(with_results)
 
 
 def update_report(plan: StudyPlan) -> Statistics | None:

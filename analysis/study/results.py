@@ -80,13 +80,13 @@ def quantization_rows(
     `seconds` is the time of a regularized epoch. Raises FileError.
     """
     for quantization, path in result.quantized.items():
-        of = quantizations[quantization]
+        how = quantizations[quantization]
         with records.open(path) as quantized:
             for row in quantized["rows"]:
-                if row["scheme"] == UNQUANTIZED and not of.full_precision:
+                if row["scheme"] == UNQUANTIZED and not how.full_precision:
                     continue
                 network = (result.variant, result.lmbda, result.seed)
-                scheme = of.names.get(row["scheme"], row["scheme"])
+                scheme = how.names.get(row["scheme"], row["scheme"])
                 integers = [row[key] for key in ("bits", "act_bits", "levels")]
                 numbers = ("accuracy", "accuracy_change", "squared_error")
                 yield *network, scheme, *integers, *(float(row[key]) for key in numbers), seconds

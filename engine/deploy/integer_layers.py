@@ -76,10 +76,10 @@ def make_integer_layer(
 
 def _in_8_bits(part: OnGrid, min_scale: Tensor) -> OnGrid:
     """Return codes as int8, and scales as float32 of at least `min_scale`."""
-    codes, given = (t.detach().cpu().double() for t in (part.codes, part.scale))
-    scale = torch.maximum(given, min_scale)
+    codes, exact_scale = (t.detach().cpu().double() for t in (part.codes, part.scale))
+    scale = torch.maximum(exact_scale, min_scale)
     scale = torch.where(scale > 0, scale, 1).float()
-    coarser = (given / scale).where(scale > given * (1 + 1e-6), 1)
+    coarser = (exact_scale / scale).where(scale > exact_scale * (1 + 1e-6), 1)
     return OnGrid((codes * coarser).round().to(torch.int8), scale)
 
 

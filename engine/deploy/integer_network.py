@@ -167,27 +167,27 @@ class _Builder(Values):
         self.operations: list[integer.IntegerOperation] = []
         self.names = {self.images: "input"}
         self.taken = set(RESERVED)
-        found = self._grids_of_tensors(grids)
-        self.grids = {node: found.get(tensor) for node, tensor in self.tensor.items()}
+        grid_of = self._grids_of_tensors(grids)
+        self.grids = {node: grid_of.get(tensor) for node, tensor in self.tensor.items()}
 
     def _grids_of_tensors(self, grids: Mapping[str, Grid]) -> dict[fx.Node, Grid]:
         """Return the grid of each tensor that is quantized, by the node that stands for it."""
         inputs = self.inputs()
         if unused := grids.keys() - {name for _, name, _ in inputs}:
             raise NetworkError(f"--export: no operation quantizes {', '.join(sorted(unused))}")
-        found = {tensor: grids[name] for _, name, tensor in reversed(inputs) if name in grids}
+        grid_of = {tensor: grids[name] for _, name, tensor in reversed(inputs) if name in grids}
         for each, name, tensor in inputs:
             if each.kind == "add" and grids and name not in grids:
                 raise refuse(each.node, "the sum would stay in float: --quantize_sums is needed")
             is_moved = each.kind == "cat" and name not in grids
-            if tensor in found and not is_moved and found[tensor] != grids.get(name):
+            if tensor in grid_of and not is_moved and grid_of[tensor] != grids.get(name):
                 raise NetworkError(
                     f"--export: {name}: its input is quantized for another layer in another way, "
                     "as with --keep_first_last"
                 )
-        if self.tensor[self.output] in found:
+        if self.tensor[self.output] in grid_of:
             raise refuse(self.output, "the logits are quantized for another operation")
-        return found
+        return grid_of
 
     def network(self) -> IntegerNetwork:
         """Return the network."""

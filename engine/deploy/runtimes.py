@@ -140,9 +140,9 @@ def find_node(package: str) -> tuple[str, str]:
     return node, package
 
 
-def run_in_node(found: tuple[str, str], model: bytes, images: Tensor) -> tuple[str, Outputs]:
+def run_in_node(program: tuple[str, str], model: bytes, images: Tensor) -> tuple[str, Outputs]:
     """Run a package of Node.js in a process of its own."""
-    node, package = found
+    node, package = program
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("model.onnx", "images", "outputs.json")]
         paths[0].write_bytes(model)
@@ -200,7 +200,7 @@ def compare_runtime(
     number, outputs = run_model(name, model, images)
     logits = torch.from_numpy(outputs["logits"].copy()).view_as(simulated)
     n_differing = (logits.argmax(1) != simulated.argmax(1)).sum().item()
-    found = {
+    comparison = {
         "version": number,
         "differing_predictions": n_differing,
         "differing_logits": (logits != simulated).sum().item(),
@@ -208,8 +208,8 @@ def compare_runtime(
     }
     if n_differing:
         few = images[: len(first)]
-        found["first_difference"] = first_difference(name, model, few, net, first)
-    return found
+        comparison["first_difference"] = first_difference(name, model, few, net, first)
+    return comparison
 
 
 def first_difference(

@@ -222,10 +222,10 @@ def format_report(measured: Mapping[str, Any]) -> str:
                 f"differ, logits by up to {measured['largest_logit_difference'][name]:.4g} of the "
                 "last scale"
             )
-    for name, found in measured["runtimes"].items():
+    for name, result in measured["runtimes"].items():
         lines.append(
-            f"{name} {found['version']}: {found['differing_predictions']} of {n} predictions and "
-            f"{found['differing_logits']:,} of {found['n_logits']:,} logits differ"
+            f"{name} {result['version']}: {result['differing_predictions']} of {n} predictions and "
+            f"{result['differing_logits']:,} of {result['n_logits']:,} logits differ"
         )
     for batch, speeds in measured["images_per_second"].items():
         titles = {name: "this file" if name == RUNTIME else name for name in speeds}
@@ -254,7 +254,7 @@ def warnings(measured: Mapping[str, Any]) -> list[str]:
         lines.append(line)
     if n := measured["differing_predictions"]["integer"]:
         lines.append(f"{n} of {measured['n_images']} predictions differ from the simulation")
-    for name, found in measured["runtimes"].items():
-        if n := found["differing_predictions"]:
-            lines.append(f"{name}: {n} predictions differ; {found['first_difference']}")
+    for name, result in measured["runtimes"].items():
+        if n := result["differing_predictions"]:
+            lines.append(f"{name}: {n} predictions differ; {result['first_difference']}")
     return lines

@@ -82,11 +82,11 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
     told at `recalibrate_batch_norm`, which does this to a network. Raises ValueError where no batch
     norm keeps statistics.
     """
-    kept = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
-    if not kept:
+    norms_with_statistics = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
+    if not norms_with_statistics:
         raise ValueError("the network has no batch-norm statistics to estimate again")
     updated = copy_graph(graph)
-    for norm in kept:
+    for norm in norms_with_statistics:
         mean, var = (read.target for read in norm.args[3:5])
         set_tensor(updated, mean, torch.zeros_like(graph.get_buffer(mean)))
         set_tensor(updated, var, torch.ones_like(graph.get_buffer(var)))

@@ -23,13 +23,13 @@ def allocate_bits(
     of_layer = np.array([[name == layer for name, _ in choices] for layer in costs], dtype=float)
     used = np.array([n_weights[name] * bits for name, bits in choices], dtype=float)
     most = np.floor(mean_bits * sum(n_weights[name] for name in costs))
-    found = milp(
+    solution = milp(
         [costs[name][bits] for name, bits in choices],
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(used[None], ub=most)],
         options={"mip_rel_gap": 0},
     )
-    if not found.success:
-        raise ValueError(f"no choice of bits has a mean of {mean_bits:g}: {found.message}")
-    return dict(choice for choice, x in zip(choices, found.x, strict=True) if x > 0.5)
+    if not solution.success:
+        raise ValueError(f"no choice of bits has a mean of {mean_bits:g}: {solution.message}")
+    return dict(choice for choice, x in zip(choices, solution.x, strict=True) if x > 0.5)

@@ -118,15 +118,15 @@ def bottlenecks(graph: fx.GraphModule) -> list[fx.Node]:
     """
     [images] = graph.graph.find_nodes(op="placeholder")
     position = {images: 0}  # of the nodes that depend on the images, in the order they run
-    found, last_read = [], 0  # where any value before the node is read last
+    common, last_read = [], 0  # where any value before the node is read last
     for node in graph.graph.nodes:
         if any(source in position for source in node.all_input_nodes):
             position[node] = len(position)
     for node, i in position.items():
         if last_read <= i and node.meta.get("shape", ())[:1] == (BATCH,):
-            found.append(node)
+            common.append(node)
         last_read = max([last_read, *(position[user] for user in node.users)])
-    return found
+    return common
 
 
 def learned_layers(graph: fx.GraphModule) -> list[str]:

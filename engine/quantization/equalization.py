@@ -113,15 +113,15 @@ def find_pairs(
     n_owners = Counter(tensor for tensors in stored.values() for tensor in tensors)
     pairs, left_alone = [], {}
     for layer in layers(graph).values():
-        found = _to_next_layer(layer, across_relu6)
-        if isinstance(found, Pair):
-            both = {*stored[found.first.name], *stored[found.second.name]}
+        pair_or_reason = _to_next_layer(layer, across_relu6)
+        if isinstance(pair_or_reason, Pair):
+            both = {*stored[pair_or_reason.first.name], *stored[pair_or_reason.second.name]}
             if any(n_owners[tensor] > 1 for tensor in both):
-                found = "of or for a shared layer"
-        if isinstance(found, Pair):
-            pairs.append(found)
-        elif found:
-            left_alone[layer.name] = found
+                pair_or_reason = "of or for a shared layer"
+        if isinstance(pair_or_reason, Pair):
+            pairs.append(pair_or_reason)
+        elif pair_or_reason:
+            left_alone[layer.name] = pair_or_reason
     return pairs, left_alone
 
 

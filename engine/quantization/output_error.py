@@ -136,8 +136,8 @@ class Windows:
     @classmethod
     def of_layer(cls, layer: Operation, w: Tensor, x: Tensor) -> "Windows":
         """Return those of a 2-d convolution or linear layer with weight w and input x."""
-        given = () if layer.kind == "linear" else layer.node.args[3:6]
-        stride, padding, dilation = (*given, *([1], [0], [1])[len(given) :])
+        arguments = () if layer.kind == "linear" else layer.node.args[3:6]
+        stride, padding, dilation = (*arguments, *([1], [0], [1])[len(arguments) :])
         stride, dilation = ((each * 2)[:2] for each in (stride, dilation))  # one number is for both
         kernel = (*w.shape[2:], 1, 1)[:2]
         (top, left), (bottom, right) = padding_widths(padding, kernel, dilation)

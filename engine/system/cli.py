@@ -218,8 +218,8 @@ def read_need(text: str) -> Need:
 
     def is_met(run: argparse.Namespace) -> bool:
         value = getattr(run, flag)
-        given = set(value if isinstance(value, list) else [value])
-        is_there = bool(given & values) if values else value is not None and value is not False
+        chosen = set(value if isinstance(value, list) else [value])
+        is_there = bool(chosen & values) if values else value is not None and value is not False
         return is_there == should_be
 
     return Need(text, is_met)
