@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 from torch import nn
 
@@ -164,6 +165,17 @@ def test_every_file_that_is_named_exists(page):
     if page != "README.md":  # it may name packages without their folders
         named = [name for name in named if name.count("/") or (ROOT / name).exists() or "_" in name]
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_ranges_of_versions_hold_the_pins():
+    pins, ranges = (
+        [Requirement(line) for line in (ROOT / name).read_text().splitlines() if line[0] != "#"]
+        for name in ("requirements.txt", "requirements-ranges.txt")
+    )
+    assert [each.name for each in ranges] == [each.name for each in pins]
+    for pin, each in zip(pins, ranges, strict=True):
+        [version] = [specifier.version for specifier in pin.specifier]
+        assert each.specifier.contains(version), pin
 
 
 @pytest.mark.parametrize("folder", ["engine", "analysis"])
