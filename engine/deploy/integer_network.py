@@ -185,8 +185,11 @@ class _Builder(Values):
                     f"--export: {name}: its input is quantized for another layer in another way, "
                     "as with --keep_first_last"
                 )
-        if self.tensor[self.output] in grid_of:
-            raise refuse(self.output, "the logits are quantized for another operation")
+        output = self.tensor[self.output]
+        if readers := [name for _, name, tensor in inputs if tensor is output and name in grids]:
+            raise refuse(
+                self.output, f"the logits are the input of {readers[0]}, and are quantized for it"
+            )
         return grid_of
 
     def network(self) -> IntegerNetwork:

@@ -187,6 +187,14 @@ def test_a_sum_of_a_tensor_and_itself_is_refused():
         quantize(net, x, 4, 4)
 
 
+def test_logits_that_an_operation_reads_are_refused_by_its_name():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 7), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )  # of one pixel
+    with pytest.raises(NetworkError, match=r"--export: 2: the logits are the input of 1, "):
+        quantize(net, torch.randn(2, 3, 7, 7), 4, 4)
+
+
 def test_a_relu6_ends_at_the_code_of_6():
     grid = Grid(0.05, 0, 8)
     assert grid.code_range(RELU6) == (0, 120) and grid.code_range(RELU) == (0, 255)
