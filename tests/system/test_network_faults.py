@@ -30,7 +30,7 @@ COMMON = "--device cpu --precision fp32 --lr 0.01 --run_name r --checkpoint_minu
 COMMON += ["--no_test_penalty"]  # it takes longer than the training
 SMALL = "--dataset Synthetic --train_subset 24 --batch_size 8 --holdout 16 --n_epochs 2".split()
 RESNET = "--model ResNet20 --width 0.25 --no-compile".split()
-N_MOMENTS = 40  # of each signal, in a run that starts at once
+N_MOMENTS = 56  # of each signal, in a run that starts at once
 N_MOMENTS_OF_COMMANDS = 8  # in one that takes seconds to start
 RUNS = {
     "ResNet20, EMA": [*RESNET, *SMALL, *"--ema 0.9 --regularizer L2Grad".split()],
