@@ -6,8 +6,8 @@ RUN := $(VENV)/bin/python
 .PHONY: demo test test-slow test-cluster faults mutants lint format clean
 
 demo: $(VENV)/installed
-	$(RUN) train.py --run_name demo --init_weights weights/control.pt --n_epochs 1 --train_subset 6400 --lr 0.01 --regularizer L2Grad --lmbda 0.03
-	$(RUN) quant_inference.py demo.pt weights/*.pt --bits 2 3 4 8 --schemes uniform --test_subset 2000 --output demo
+	$(RUN) train.py --run_name demo --init_weights weights/control.pt --n_epochs 1 --train_subset 2560 --lr 0.01 --regularizer L2Grad --lmbda 0.03 --no_test_penalty
+	$(RUN) quant_inference.py demo.pt weights/*.pt --bits 2 3 4 8 --schemes uniform --test_subset 1000 --output demo
 	@echo "next:    look at demo/accuracy.png, then train your own: the commands under Train in README.md"
 
 test: lint
