@@ -12,6 +12,7 @@ from typing import Any
 import _root  # noqa: F401
 
 from analysis.study.records import pack_records
+from engine.deploy.verify import RUNTIME
 
 HEADER = (
     "network | W | A | scheme | float32 | simulated | ONNX Runtime | differ | "
@@ -44,7 +45,7 @@ def milliseconds(record: Mapping[str, Any], batch: str) -> tuple[float, float]:
     """Return the time of a batch in ONNX Runtime, and in the faster of the float32 programs."""
     speeds = record["images_per_second"][batch]
     fastest = max(speed for name, speed in speeds.items() if name.startswith("float32"))
-    return 1000 * int(batch) / speeds["engine"], 1000 * int(batch) / fastest
+    return 1000 * int(batch) / speeds[RUNTIME], 1000 * int(batch) / fastest
 
 
 def row(record: Mapping[str, Any]) -> str:
@@ -56,7 +57,7 @@ def row(record: Mapping[str, Any]) -> str:
         source["bits"],
         source["act_bits"],
         scheme_name(source),
-        *(f"{100 * accuracy[name]:.2f}" for name in ("unquantized", "integer", "engine")),
+        *(f"{100 * accuracy[name]:.2f}" for name in ("unquantized", "integer", RUNTIME)),
         f"{differing['integer']}{_by_default(record)}",
         f"{differing['float32']}",
     ]
@@ -79,7 +80,7 @@ def second_sums(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if record["source"]["scheme"] != "pwlq":
             continue
         for batch, speeds in record["images_per_second"].items():
-            speed = speeds["engine"]
+            speed = speeds[RUNTIME]
             ratios = ", ".join(
                 f"{speeds[name] / speed:.2f} times {name}"
                 for name in ("without the second sums", "one fused convolution a layer")

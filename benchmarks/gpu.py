@@ -120,7 +120,7 @@ def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def relative_error(ours: torch.Tensor, right: torch.Tensor) -> float:
-    """Return ‖found − right‖ / ‖right‖."""
+    """Return ‖ours − right‖ / ‖right‖."""
     return ((ours - right).norm() / right.norm()).item()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from engine.deploy import integer_operations as integer
-from engine.networks.convolution import padding_widths
+from engine.networks.convolution import read_geometry, repeated
 from engine.networks.graph import BATCH, KINDS, aten
 from engine.quantization.equalization import clamp_bounds, kind_of
 from engine.quantization.grids import OnGrid
@@ -76,11 +76,6 @@ def _arguments(node: fx.Node, *defaults: object) -> tuple:
     return (*node.args[1:], *defaults[len(node.args) - 1 :])
 
 
-def _repeated(values: Sequence[int], n: int) -> list[int]:
-    """Return a number for each of n dimensions."""
-    return list(values) * (n // len(values))
-
-
 def _dimension(node: fx.Node, dim: int) -> int:
     """Return which of the value's dimensions is meant, counted from the first."""
     dim %= len(node.meta["shape"])
@@ -127,16 +122,18 @@ def _layer(node: fx.Node) -> list[Stage]:
     return [(integer.Layer, options)]
 
 
-def _convolution(product: Callable, w: Tensor, *geometry: object) -> dict[str, Any]:
+def _convolution(product: Callable, w: Tensor, *arguments: object) -> dict[str, Any]:
     """Return the options of a convolution: for PyTorch its arguments, for ONNX attributes."""
-    defaults = ([1], [0], [1], 1)
-    stride, padding, dilation, groups = (*geometry, *defaults[len(geometry) :])
     kernel = list(w.shape[2:])
-    dilations = _repeated(dilation, len(kernel))
-    before, after = padding_widths(padding, kernel, dilations)
-    attributes = {"pads": before + after, "dilations": dilations, "group": groups}
-    attributes |= {"kernel_shape": kernel, "strides": _repeated(stride, len(kernel))}
-    return {"product": product, "geometry": geometry, "attributes": attributes}
+    geometry = read_geometry(arguments, kernel)
+    attributes = {
+        "pads": geometry.before + geometry.after,
+        "dilations": geometry.dilation,
+        "group": geometry.groups,
+        "kernel_shape": kernel,
+        "strides": geometry.stride,
+    }
+    return {"product": product, "geometry": arguments, "attributes": attributes}
 
 
 def _sum(node: fx.Node) -> list[Stage]:
@@ -166,7 +163,7 @@ def _average(
 
 def _avg_pool(node: fx.Node) -> list[Stage]:
     arguments = _arguments(node, [], [], [0], False, True, None)
-    kernel, stride, padding = (_repeated(v or arguments[0], 2) for v in arguments[:3])
+    kernel, stride, padding = (repeated(v or arguments[0], 2) for v in arguments[:3])
     _, with_padding, divisor = arguments[3:]
     size = [
         (n + 2 * p - k) // s + 1
@@ -200,7 +197,7 @@ def _max_pool(node: fx.Node) -> list[Stage]:
     before, after = (_shape(each)[1:] for each in (node.args[0], node))
     arguments = _arguments(node, [], [], [0], [1])[:4]
     kernel, stride, padding, dilation = (
-        _repeated(v or arguments[0], len(before)) for v in arguments
+        repeated(v or arguments[0], len(before)) for v in arguments
     )
     geometry = zip(before, after, kernel, stride, padding, dilation, strict=True)
     ends = [  # what ONNX has to pad for the last window, which ceil_mode adds, to be whole

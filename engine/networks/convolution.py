@@ -8,6 +8,7 @@ and one element-wise pass. Under `torch.autocast` convolution takes autocast's d
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,29 @@ def conv2d(
     return (y if bias is None else y + bias[:, None, None]).to(out)
 
 
+class Geometry(NamedTuple):
+    """How a convolution moves over its input: a number for each of its dimensions, and groups."""
+
+    stride: list[int]
+    before: list[int]  # zeros before the input
+    after: list[int]
+    dilation: list[int]
+    groups: int
+
+
+def read_geometry(arguments: Sequence, kernel: Sequence[int]) -> Geometry:
+    """Read what a call of a convolution has after its tensors; what it leaves out is PyTorch's."""
+    defaults = ([1], [0], [1], 1)
+    stride, padding, dilation, groups = (*arguments, *defaults[len(arguments) :])
+    stride, dilation = (repeated(each, len(kernel)) for each in (stride, dilation))
+    return Geometry(stride, *padding_widths(padding, kernel, dilation), dilation, groups)
+
+
+def repeated(values: Sequence[int], n: int) -> list[int]:
+    """Return a number for each of n dimensions."""
+    return [*values] * (n // len(values))
+
+
 def padding_widths(
     padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
 ) -> tuple[list[int], list[int]]:
@@ -145,7 +169,7 @@ def padding_widths(
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [total // 2 for total in totals], [total - total // 2 for total in totals]
     padding = [0] if padding == "valid" else padding
-    widths = [*padding] * (len(kernel) // len(padding))
+    widths = repeated(padding, len(kernel))
     return widths, widths
 
 

@@ -33,7 +33,6 @@ from engine.networks.graph import (
 from engine.quantization.activations import quantize_activations
 from engine.quantization.adaround import (
     LEARNED,
-    Batches,
     Quantized,
     beta_at,
     initial_v,
@@ -41,6 +40,7 @@ from engine.quantization.adaround import (
     soft_rounding,
 )
 from engine.quantization.grids import Grid
+from engine.quantization.output_error import Batches
 from engine.quantization.weights import NO_EXCEPTIONS
 from engine.system import distributed
 from engine.system.progress import StepDisplay

@@ -8,7 +8,7 @@ up for the errors of these and of quantized inputs, too; or "float" ones, those 
 network, so that each layer makes up for its own weights alone.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -16,11 +16,9 @@ from torch import Tensor, fx
 from engine.networks.graph import copy_graph, layers, returning_values, set_constant
 from engine.quantization.activations import quantize_activations
 from engine.quantization.grids import Grid
+from engine.quantization.output_error import Batches
 from engine.system import distributed
 from engine.system.hardware import with_float64
-
-Batches = Callable[[], Iterable[Tensor]]  # images (B, 3, H, W), the same ones at every call
-
 
 INPUTS = ("quantized", "float")
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from engine.networks.convolution import padding_widths
+from engine.networks.convolution import read_geometry
 from engine.networks.graph import Operation, PartialRun, layers
 from engine.system import distributed
 
@@ -136,14 +136,13 @@ class Windows:
     @classmethod
     def of_layer(cls, layer: Operation, w: Tensor, x: Tensor) -> "Windows":
         """Return those of a 2-d convolution or linear layer with weight w and input x."""
-        arguments = () if layer.kind == "linear" else layer.node.args[3:6]
-        stride, padding, dilation = (*arguments, *([1], [0], [1])[len(arguments) :])
-        stride, dilation = ((each * 2)[:2] for each in (stride, dilation))  # one number is for both
         kernel = (*w.shape[2:], 1, 1)[:2]
-        (top, left), (bottom, right) = padding_widths(padding, kernel, dilation)
+        geometry = read_geometry(layer.node.args[3:], kernel)
+        (top, left), (bottom, right) = geometry.before, geometry.after
         x = F.pad(by_group(x, layer), [left, right, top, bottom]).contiguous()
+        sizes = x.shape[3:], kernel, geometry.stride, geometry.dilation
         seen = []
-        for size, k, step, apart in zip(x.shape[3:], kernel, stride, dilation, strict=True):
+        for size, k, step, apart in zip(*sizes, strict=True):
             length = size - apart * (k - 1)  # from a tap's first pixel on
             seen.append([slice(apart * i, apart * i + length, step) for i in range(k)])
         return cls(x, *seen)
@@ -159,12 +158,9 @@ class Windows:
 
     def gram(self) -> Tensor:
         """Return Σ x̂x̂ᵀ over all positions, (groups, K, K)."""
-        seen = self.rows, self.columns
-        neighbours = [[slice(i, i + taps[0].stop, 1) for i in range(len(taps))] for taps in seen]
-        has_middle = all(taps[0].stop >= len(taps) for taps in seen)
-        if has_middle and [*map(list, seen)] == neighbours:
+        if are_neighbours(self.rows) and are_neighbours(self.columns):
             return self._gram_of_neighbours()
-        taps = [self.pixels(*tap) for tap in product(*seen)]
+        taps = [self.pixels(*tap) for tap in product(self.rows, self.columns)]
         (groups, channels, _), n = taps[0].shape, len(taps)
         gram = self.x.new_empty(groups, channels, n, channels, n)
         for i, j in combinations_with_replacement(range(n), 2):
@@ -185,13 +181,13 @@ class Windows:
         rows, columns = parts(self.rows), parts(self.columns)
         pixels = [[self.pixels(row, column) for column in columns] for row in rows]
         for dy, dx in product(range(height), range(1 - width, width)):
-            if (dy, dx) < (0, 0):
+            if dy == 0 and dx < 0:
                 continue  # the same products as for −δ
             # of the columns of taps, those that have another one δ away
             taps = range(max(0, -dx), width - max(0, dx))
             sums = [
                 [
-                    pixels[i][j] @ self.pixels(moved(rows[i], dy), moved(columns[j], dx)).mT
+                    pixels[i][j] @ self.pixels(shifted(rows[i], dy), shifted(columns[j], dx)).mT
                     for j in range(taps.start, taps.stop + width - 1)
                 ]
                 for i in range(2 * height - 1 - dy)
@@ -205,6 +201,12 @@ class Windows:
         return gram.flatten(4).flatten(1, 3)
 
 
+def are_neighbours(taps: Sequence[slice]) -> bool:
+    """Tell whether n taps see all rows but the first and the last ones, and n rows or more each."""
+    n_rows = taps[0].stop
+    return n_rows >= len(taps) and [*taps] == [slice(i, i + n_rows, 1) for i in range(len(taps))]
+
+
 def parts(taps: Sequence[slice]) -> list[slice]:
     """Return the parts of rows that n taps see: n − 1 single ones, what all see, and n − 1 again.
 
@@ -215,6 +217,6 @@ def parts(taps: Sequence[slice]) -> list[slice]:
     return [*before, slice(n, stop), *after]
 
 
-def moved(part: slice, by: int) -> slice:
+def shifted(part: slice, by: int) -> slice:
     """Return the slice that begins and ends so much later."""
     return slice(part.start + by, part.stop + by)

@@ -7,21 +7,18 @@ from tiny_runs import RUNS, OneRun, run_uninterrupted
 
 
 @pytest.fixture(scope="session")
-def launcher():
-    return OneRun()
+def launcher(tmp_path_factory):
+    """Has started a run before, which waits for all imports."""
+    runs = OneRun()
+    assert runs.run("train.py", ["--help"], tmp_path_factory.mktemp("imports")) == 0
+    return runs
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(launcher, tmp_path_factory):
     """The results of the uninterrupted RUNS, and how long each takes."""
-    results = []
-    for run in RUNS:
-        twice = [
-            run_uninterrupted(launcher, run, tmp_path_factory.mktemp("uninterrupted"))
-            for _ in range(2)
-        ]
-        results.append((twice[0][0], min(seconds for _, seconds in twice)))
-    return results
+    folders = [tmp_path_factory.mktemp("uninterrupted") for _ in RUNS]
+    return [run_uninterrupted(launcher, *each) for each in zip(RUNS, folders, strict=True)]
 
 
 @pytest.fixture

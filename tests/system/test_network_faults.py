@@ -121,7 +121,6 @@ def run(request, launcher, images, tmp_path):
     run = "train.py", [*COMMON, *argv]
     whole = tmp_path / "whole"
     whole.mkdir()
-    launcher.run("train.py", ["--help"], whole)  # the first fork waits for all imports
     return request.param, launcher, run, *run_uninterrupted(launcher, run, whole)
 
 
