@@ -344,6 +344,7 @@ def test_an_interrupted_npm_leaves_nothing_and_no_process(world, monkeypatch, tm
     assert world.left() == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_fetch_left_is_swept(world, tmp_path):
     world.root.mkdir()
     program = (

@@ -219,6 +219,7 @@ def test_a_regularizer_of_weights_makes_no_second_order_graph(problem, monkeypat
 
 
 @pytest.mark.parametrize("difference_step", [None, 0.01])
+@pytest.mark.sampled(2)
 def test_autocast_keeps_float32_where_it_matters(difference_step):
     torch.manual_seed(0)
     net = utils.make_net("ConvNet", 10, "cpu")
@@ -631,6 +632,7 @@ def test_options_reach_those_that_take_them(monkeypatch):
     assert started["phases"][0].regularizer.rho == 0.2
 
 
+@pytest.mark.slow
 def test_begin_where_another_run_is(script, tmp_path):
     """Two epochs, then one of another regularizer: the same bits as one run in two phases."""
     common = (
@@ -979,6 +981,7 @@ def test_bad_flags_of_combined_protocol(flags, message, capsys, tmp_path, monkey
 # --- what a run prints and where it continues ------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_names_its_penalties_and_where_it_resumes(script, tmp_path):
     flags = ("--lr", 0.01, "--run_name", "new/r", *FAST)
     phases = ("0:VarianceNorm=1.5+L1Grad=0.001+L1Grad@weights=0.002", "3:none")

@@ -309,6 +309,7 @@ def test_flags_without_effect_are_named_and_ignored(finished, capsys):
     assert all(flag in printed.err for flag in flags if flag.startswith("--"))
 
 
+@pytest.mark.slow
 def test_without_a_terminal_it_prints_how_far_each_job_is(scripts, capsys, monkeypatch):
     monkeypatch.setattr(study_runner, "LINE_SECONDS", 0)
     assert main("--only", "control", "--seeds", "0") == 0
@@ -436,6 +437,7 @@ def test_a_result_that_cannot_be_read_is_reported_in_a_line(path, content, finis
     assert output.count("\n") == 1 and f"out/{path}" in output
 
 
+@pytest.mark.slow
 def test_tables_keep_a_lambda_chosen_from_other_candidates(finished, scripts, monkeypatch):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     other = study.Variant("--regularizer L2Grad", (0.02, 0.03), 3.3)
@@ -521,6 +523,7 @@ def test_jobs_that_were_run_predict_how_long_the_next_ones_take(finished_control
     assert make_plan("--epoch_seconds", "100").trunk(7, tuning=False).seconds == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("max_parallel", "failing", "taken"),
     [
@@ -560,6 +563,7 @@ def test_a_candidate_that_fails_is_left_out_and_reported(
     assert f"λ = {failing} failed and is left out; to try it again, remove out/tuning/" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["out/tuning/l2grad_0.03_tuning", "out/seed0/control_weights"])
 @pytest.mark.sampled(2)
 def test_half_a_quantization_does_not_count(folder, scripts, monkeypatch):
@@ -573,6 +577,7 @@ def test_half_a_quantization_does_not_count(folder, scripts, monkeypatch):
         assert main(*flags) == 0 and Path(folder, "results.json").exists()
 
 
+@pytest.mark.slow
 def test_without_a_control_no_lambda_is_chosen(scripts, monkeypatch, capsys):
     monkeypatch.setenv("FAILS", "out/tuning/control")
     assert main("--only", "l2grad", "--seeds", "0") == 1
@@ -611,6 +616,7 @@ def run_control(folder):
     study.main("--out out --n_epochs 6 --only control --seeds 0".split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the job trains on")
 def test_a_job_stops_when_the_study_dies_at_once(scripts, monkeypatch):
     monkeypatch.setenv("SLOW", "out/seed0/control")
@@ -686,6 +692,7 @@ def test_a_fresh_clone_renews_its_tables_and_knows_what_is_done(fresh_clone, scr
     assert scripts()[n_trainings:] == seed1
 
 
+@pytest.mark.slow
 def test_a_fresh_clone_trains_again_where_a_job_needs_the_weights(fresh_clone, scripts, capsys):
     study.main(["--out", "out", "--plan", "--only", "control", "--seeds", "0"])
     assert "trained again" not in capsys.readouterr().out  # nothing is missing
@@ -699,6 +706,7 @@ def test_a_fresh_clone_trains_again_where_a_job_needs_the_weights(fresh_clone, s
     assert "because their weights are not here: seed0/trunk, seed0/control\n" in output
 
 
+@pytest.mark.slow
 def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
     page = Path("out/tables.md").read_text(encoding="utf-8")
     assert main("--forget", "tuning/l2grad_0.03*", "tuning/*_choice.json", "seed0/l2grad*") == 0

@@ -104,6 +104,7 @@ def test_networks_and_grids_that_are_none(flags, reason, scripts, capsys):  # no
     assert output.count("\n") == 1 and reason in output and not scripts()
 
 
+@pytest.mark.slow
 def test_a_study_of_one_network_gets_no_others(scripts, capsys):  # noqa: F811
     assert main("--only", "control", "--seeds", "0") == 0
     assert main("--models", "ResNet20") == 2
@@ -113,6 +114,7 @@ def test_a_study_of_one_network_gets_no_others(scripts, capsys):  # noqa: F811
     assert output.count("\n") == 1 and "missing.toml" in output and "choose" not in output
 
 
+@pytest.mark.slow
 def test_an_epoch_is_estimated_from_steps_of_the_network():
     def seconds(*flags):
         args = train.make_parser().parse_args([*flags, "--no-compile", "--batch_size", "8"])

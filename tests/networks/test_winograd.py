@@ -152,6 +152,7 @@ def plan():
     return json.loads(Path("r.json").read_text())["settings"]["plan"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_everywhere")
 def test_a_run_that_goes_on_keeps_its_kernels(tmp_path, monkeypatch):
     """Checkpoints from before there was a choice are of PyTorch's own."""

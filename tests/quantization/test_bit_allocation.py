@@ -54,6 +54,7 @@ def test_the_choice_is_the_best_of_all_within_the_budget(costs, budget):
     assert found == pytest.approx(best_of_all(costs, N_WEIGHTS, budget), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_more_layers_than_can_be_tried_one_by_one_are_as_good_as_a_bound():
     """Of 200 layers: no choice has less than the Lagrangian says."""
     generator = torch.Generator().manual_seed(0)
@@ -128,6 +129,7 @@ def test_layers_get_the_bits_of_the_least_rise_and_are_exported(tiny, capsys):  
     assert "made with bits 4.0, and this is 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_budget_of_8_bits_can_be_spent_and_others_share_it(tiny, capsys):  # noqa: F811
     more = "--rounding adaround --rounding_images 40 --output_bias_correction"
     flags = FLAGS.replace("--bits 4 --act_bits 4", "--act_bits 4 8").replace("uniform", "clip pwlq")

@@ -89,6 +89,7 @@ def test_residual_blocks_end_behind_their_sums():
     assert torch.equal(y, graph(x))
 
 
+@pytest.mark.slow
 def test_inverted_residual_blocks_with_a_sum_are_one_block():
     names, graph, _ = find(make_model("MobileNetV2", 10, 0.25))
     assert [name for block in names for name in block] == [*layers(graph)]
@@ -279,6 +280,7 @@ def test_no_block_is_worse_than_rounded_to_nearest_on_the_images(is_quantized):
     torch.testing.assert_close(x, net(images()))
 
 
+@pytest.mark.slow
 def test_repeated_it_is_the_same_to_the_bit_and_depends_on_the_grids():
     graph = make_graph()
     first, second, others = learn(graph), learn(graph), learn(graph, grids_of(graph, 3))
@@ -323,6 +325,7 @@ def test_export_and_verify(tiny, capsys):  # noqa: F811
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_each_number_of_bits_of_inputs_learns_anew(tiny, monkeypatch):  # noqa: F811
     calls = []
 

@@ -193,6 +193,7 @@ def test_in_float32_it_stays_up_to_rounding(name):
     assert all(t.dtype == torch.float32 for t in tensors(equalized).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ConvNet", "ResNet20", "Functional"])
 def test_a_second_time_changes_nothing(name):
     once, _ = equalize(make(name))
@@ -450,6 +451,7 @@ def test_files_to_deploy_hold_weights_only(run, capsys):
     assert all(weights[f"{name}.weight"].shape == m.weight.shape for name, m in names.items())
 
 
+@pytest.mark.slow
 def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monkeypatch):
     monkeypatch.setattr(verify, "ROUNDS", 1)
     monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0.0)

@@ -116,6 +116,7 @@ def with_one_input():
     return export_network(nn.Sequential(nn.Conv2d(1, 1, 1)), (1, 1, 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(x=values(), n_bits=st.integers(2, 9))
 def test_no_more_error_than_with_the_extremes(x, n_bits):

@@ -137,6 +137,7 @@ def test_with_float_inputs_each_layer_makes_up_for_its_own_weights(kind):
             torch.testing.assert_close(corrected.get_buffer(layer.bias), expected)
 
 
+@pytest.mark.slow
 def test_auto_takes_what_changes_predictions_less():
     net = make(Plain)
     graph = export_network(net, (3, 8, 8))
@@ -199,6 +200,7 @@ def test_the_inputs_are_a_flag_and_what_auto_takes_is_said(tiny, capsys):  # noq
         assert losses["auto"][i] == losses[line.split("with ")[1].split()[0]][i]
 
 
+@pytest.mark.slow
 def test_each_of_several_bits_of_inputs_is_corrected_as_if_it_were_alone(tiny):  # noqa: F811
     flags = f"--bits 3 --schemes dorefa --trials 2 --biases full --no_plots {CORRECTED}"
     assert main(f"{flags} --act_bits 3 8") == 0

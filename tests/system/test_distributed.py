@@ -184,6 +184,7 @@ def test_n_processes_train_what_one_does(names):
             assert_same(results, {name: single[name] for name in some}, (n, rank))
 
 
+@pytest.mark.slow
 def test_with_statistics_of_their_own_the_ranks_still_agree():
     names = ["L2Grad", "RangeNorm, folded"]
     (alone,) = on(1, all_trained, names)
@@ -367,6 +368,7 @@ def test_what_cannot_be_shared_out_is_told_once(flags, message, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("Tiny",), ("Foreign", "--no-sync_bn")])
+@pytest.mark.sampled(2)
 def test_plain_batch_norms_train_with_sync_and_foreign_ones_without(flags, tmp_path):
     assert on(2, run, tmp_path, "train.py", *FLAGS, "--model", *flags) == [0, 0]
 

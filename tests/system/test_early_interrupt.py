@@ -27,6 +27,7 @@ def test_a_ctrl_c_during_the_imports_is_one_line(script, tmp_path):
     assert process.returncode == -signal.SIGINT and error == f"{script}: stopped\n"
 
 
+@pytest.mark.slow
 def test_a_program_that_imports_a_script_keeps_its_own_handler(tmp_path):
     program = "import signal, train; print(signal.getsignal(signal.SIGINT).__name__)"
     done = subprocess.run(

@@ -86,7 +86,7 @@ def test_the_scripts_exit_with_143(name, tmp_path):
 )
 def test_a_run_survives_every_write_that_breaks(mode, size, launcher, uninterrupted, tmp_path):
     codes = []
-    for number in range(1, 1000, {"short": 41, "long": 1}[size]):
+    for number in range(1, 1000, {"short": 83, "long": 1}[size]):
         which = number % len(RUNS)
         expected, folder = uninterrupted[which][0], tmp_path / str(number)
         code = survives_broken_write(launcher, RUNS[which], expected, number, mode, folder)
@@ -152,6 +152,7 @@ def test_a_folder_that_goes_away_is_told_in_one_line(launcher, tmp_path):
 
 
 @pytest.mark.parametrize("hours", [-1, 24])
+@pytest.mark.sampled(2)
 def test_a_clock_that_jumps_changes_no_bit(hours, launcher, uninterrupted, tmp_path):
     for which, (run, (expected, _)) in enumerate(zip(RUNS, uninterrupted, strict=True)):
         folder = tmp_path / str(which)

@@ -62,7 +62,7 @@ def test_mutated_checkpoints_are_refused_or_run(
     raw, tree = Path("r.ckpt").read_bytes(), checkpoints.load_checkpoint(Path("r.ckpt"))
     monkeypatch.setattr(train, "describe_environment", dict)
     monkeypatch.setattr(train, "WandbLogger", NoTracker)
-    n, outcomes = {"short": 100, "long": 6000}[size], Counter()
+    n, outcomes = {"short": 40, "long": 6000}[size], Counter()
     for seed in range(n):
         chance = random.Random(seed)
         mutate = chance.choice(MUTATIONS)
@@ -347,7 +347,7 @@ def test_mutated_files_are_refused_or_read(kind, size, files, alarm):
     table = Path("out/results.csv").read_bytes() if kind == "image" else None
     kept = contents(files, inputs - {name, "study/study.json"})
     before = peak_gigabytes(reset=True)
-    n, outcomes = {"short": 6, "long": 500}[size], Counter()
+    n, outcomes = {"short": 3, "long": 500}[size], Counter()
     n = n // 3 if kind == "ONNX" else n  # whose speed is measured, for seconds
     for seed in range(n):
         chance = random.Random(seed)

@@ -178,6 +178,7 @@ def averaged_by_ranks():
         return {key: t.numpy() for key, t in net.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_ranks_have_the_average_of_one_process():
     [one] = test_distributed.on(1, averaged_by_ranks)
     first, second = test_distributed.on(2, averaged_by_ranks)

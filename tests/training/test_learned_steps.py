@@ -396,6 +396,7 @@ def trained_by_ranks():
         return {key: t.numpy() for key, t in everything(state).items()}
 
 
+@pytest.mark.slow
 def test_ranks_train_what_one_process_does():
     [one] = test_distributed.on(1, trained_by_ranks)
     first, second = test_distributed.on(2, trained_by_ranks)
