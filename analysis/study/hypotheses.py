@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import scipy.stats
 
-from analysis.study.results import Setting, mean_intervals
+from analysis.study.results import mean_intervals
 
 MIN_SEEDS = 2  # for a paired test
 
@@ -72,17 +72,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def examine(hypothesis: Hypothesis, accuracies: pd.DataFrame, setting: Setting) -> Outcome | None:
-    """Return what the seeds say at the setting; None where fewer than MIN_SEEDS have both variants.
+def examine(hypothesis: Hypothesis, accuracies: pd.Series) -> Outcome | None:
+    """Return what the seeds say; None where fewer than MIN_SEEDS have both variants.
 
-    `accuracies` is by network (variant, seed) and setting. Where all differences are equal, p is 0
-    or 1: there is nothing to be uncertain about.
+    `accuracies`, of one setting, are by variant and whatever names a pair, such as the seed. Where
+    all differences are equal, p is 0 or 1: there is nothing to be uncertain about.
     """
-    column = accuracies[setting]
     present = accuracies.index.unique("variant")
     if hypothesis.first not in present or hypothesis.second not in present:
         return None
-    differences = (column.loc[hypothesis.first] - column.loc[hypothesis.second]).dropna()
+    differences = (accuracies.loc[hypothesis.first] - accuracies.loc[hypothesis.second]).dropna()
     n = len(differences)
     if n < MIN_SEEDS:
         return None
@@ -96,10 +95,8 @@ def examine(hypothesis: Hypothesis, accuracies: pd.DataFrame, setting: Setting) 
     return Outcome(hypothesis, n, interval.mean, (interval.high - interval.low) / 2, p)
 
 
-def examine_all(
-    hypotheses: Sequence[Hypothesis], accuracies: pd.DataFrame, setting: Setting
-) -> Mapping[Outcome, float]:
+def examine_all(hypotheses: Sequence[Hypothesis], accuracies: pd.Series) -> Mapping[Outcome, float]:
     """Return the outcome of each hypothesis that can be tested, with its p value after `holm`."""
-    outcomes = [examine(each, accuracies, setting) for each in hypotheses]
+    outcomes = [examine(each, accuracies) for each in hypotheses]
     tested = [each for each in outcomes if each]
     return dict(zip(tested, holm([each.p for each in tested]), strict=True))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
@@ -23,6 +24,7 @@ from analysis.study.tables import label, markdown  # noqa: E402
 PRIMARY: dict[str, Setting] = {  # chosen by the held-out control, see PLAN.md
     "ResNet20@0.5": ("uniform", 4, 4),
     "MobileNetV2@0.25": ("uniform", 4, 32),
+    "ResNet20@0.25": ("uniform", 4, 4),
 }
 HYPOTHESES = [
     Hypothesis("l2grad", "l1grad", margin=0.01),
@@ -43,10 +45,14 @@ def main(folder: Path) -> None:
     plans, _ = study.make_plans(parser, parser.parse_args(["--out", str(folder), "--tables"]))
     read = {plan.network: read_study(plan)[0] for plan in plans}
     compared = {network: each for network, each in read.items() if each and has_variants(each)}
+    outcomes = {network: each.accuracies[PRIMARY[network]] for network, each in compared.items()}
     for network in read:
         print(f"{network}, {label(PRIMARY[network])}:\n")
-        print(hypotheses_table(network, compared[network]) if network in compared else NOTHING)
+        print(hypotheses_table(outcomes[network]) if network in outcomes else NOTHING)
         print()
+    if len(outcomes) > 1:
+        together = pd.concat(outcomes, names=["network"]).reorder_levels([1, 2, 0])
+        print(f"all networks together, each at its own:\n\n{hypotheses_table(together)}\n")
     draw(compared, folder / "answer.png")
 
 
@@ -55,10 +61,13 @@ def has_variants(statistics: Statistics) -> bool:
     return len(statistics.accuracies.index.unique("variant")) > 1
 
 
-def hypotheses_table(network: str, statistics: Statistics) -> str:
-    """Return the outcomes of all hypotheses that two seeds or more can test, as markdown."""
+def hypotheses_table(accuracies: pd.Series) -> str:
+    """Return the outcomes of all hypotheses that two seeds or more can test, as markdown.
+
+    `accuracies` are by variant and seed; of several networks also by network.
+    """
     lines = []
-    for each, p in examine_all(HYPOTHESES, statistics.accuracies, PRIMARY[network]).items():
+    for each, p in examine_all(HYPOTHESES, accuracies).items():
         holds = p < LEVEL and (each.hypothesis.margin is not None or each.mean > 0)
         interval = f"{100 * each.mean:+.2f} ± {100 * each.half:.2f}"
         numbers = [str(each.n), interval, f"{each.p:.3f}", f"{p:.3f}"]

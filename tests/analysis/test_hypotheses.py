@@ -7,15 +7,11 @@ import scipy.stats
 
 from analysis.study.hypotheses import Hypothesis, equivalence_p, examine, examine_all, holm
 
-SETTING = ("uniform", 4, 4)
-
 
 def accuracies(**variants):
-    """Accuracies by (variant, seed), in the one setting."""
+    """Accuracies by (variant, seed)."""
     values = {(v, seed): a for v, seeds in variants.items() for seed, a in seeds.items()}
-    index = pd.MultiIndex.from_tuples(values, names=["variant", "seed"])
-    columns = pd.MultiIndex.from_tuples([SETTING])
-    return pd.DataFrame([[a] for a in values.values()], index, columns)
+    return pd.Series(values).rename_axis(["variant", "seed"])
 
 
 def test_equivalence_is_that_of_the_interval_of_90_percent():
@@ -42,17 +38,26 @@ def test_holm(p_values, corrected):
 
 def test_differences_are_paired_and_seeds_that_one_lacks_left_out():
     a, b = {0: 0.5, 1: 0.6, 2: 0.9, 4: 0.7}, {0: 0.45, 1: 0.58, 2: 0.84, 3: 0.1}
-    outcome = examine(Hypothesis("a", "b"), accuracies(a=a, b=b), SETTING)
+    outcome = examine(Hypothesis("a", "b"), accuracies(a=a, b=b))
     expected = scipy.stats.ttest_rel([0.5, 0.6, 0.9], [0.45, 0.58, 0.84])
     interval = expected.confidence_interval(0.95)
     assert outcome.n == 3 and outcome.p == pytest.approx(expected.pvalue)
     assert outcome.mean - outcome.half == pytest.approx(interval.low)
-    assert examine(Hypothesis("a", "c"), accuracies(a=a), SETTING) is None
-    assert examine(Hypothesis("a", "b"), accuracies(a={0: 0.5}, b=b), SETTING) is None
+    assert examine(Hypothesis("a", "c"), accuracies(a=a)) is None
+    assert examine(Hypothesis("a", "b"), accuracies(a={0: 0.5}, b=b)) is None
+
+
+def test_seeds_of_several_networks_are_pairs_of_their_own():
+    one = accuracies(a={0: 0.5, 1: 0.6}, b={0: 0.45, 1: 0.58})
+    other = accuracies(a={0: 0.9, 2: 0.8}, b={0: 0.84, 1: 0.1})
+    both = pd.concat({"one": one, "other": other}, names=["network"]).reorder_levels([1, 2, 0])
+    outcome = examine(Hypothesis("a", "b"), both)
+    expected = scipy.stats.ttest_rel([0.5, 0.6, 0.9], [0.45, 0.58, 0.84])
+    assert outcome.n == 3 and outcome.p == pytest.approx(expected.pvalue)
 
 
 def test_equal_networks_are_equivalent_and_none_is_better():
     same = accuracies(a={0: 0.5, 1: 0.6}, b={0: 0.5, 1: 0.6})
     hypotheses = [Hypothesis("a", "b"), Hypothesis("a", "b", 0.01), Hypothesis("a", "c")]
-    outcomes = examine_all(hypotheses, same, SETTING)
+    outcomes = examine_all(hypotheses, same)
     assert [(o.hypothesis.margin, p) for o, p in outcomes.items()] == [(None, 1.0), (0.01, 0.0)]
