@@ -45,7 +45,7 @@ from engine.step.penalty_inputs import needs_double_backward
 from engine.system import distributed, hardware, io
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
-from engine.system.errors import DataError, NetworkError, NotFiniteError, SetupError
+from engine.system.errors import NetworkError, NotFiniteError, SetupError
 from engine.system.progress import EpochDisplay, epoch_line
 from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, sweep_run_id
@@ -381,7 +381,7 @@ class Loaders:
 
 
 def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
-    """Return the loaders; SetupError or DataError where the flags ask for too many images."""
+    """Return the loaders; SetupError where the flags ask for too many images."""
     make_loader = utils.loader_maker(args, dataset)
     images = dataset.train_images
     labels = dataset.train_labels
@@ -397,7 +397,7 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
         raise SetupError(f"--penalty_every {args.penalty_every}: an epoch has {len(train)} batches")
     n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
     if n_bn > len(images):
-        raise DataError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
+        raise SetupError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
     n = args.batch_size
     return Loaders(
         train=train,

@@ -25,7 +25,7 @@ from engine.networks.winograd import set_winograd
 from engine.quantization.bit_widths import parse_bits
 from engine.system import distributed
 from engine.system.cli import argument_errors, bounded_number, choice_ignoring_case
-from engine.system.errors import DataError
+from engine.system.errors import SetupError
 from engine.system.hardware import MEMORY_FORMATS
 from models import find_model, make_model, model_of_record
 from regularizers import Regularizer, accepted_options, make_regularizer, regularizer_options
@@ -156,7 +156,7 @@ def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
 
 
 def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
-    """Return the data set that the flags say; DataError where it cannot be had."""
+    """Return the data set that the flags say; SetupError where it is too small for them."""
     options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
         dataset = data.load(args.dataset, args.data_dir, args.seed, **options)
@@ -170,7 +170,7 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
             try:
                 dataset = restrict(dataset, n)
             except ValueError as error:
-                raise DataError(f"--{flag} {n}: {error}") from error
+                raise SetupError(f"--{flag} {n}: {error}") from error
     return dataset
 
 

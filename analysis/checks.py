@@ -29,7 +29,7 @@ from engine.networks.graph import layers, operations
 from engine.quantization.coverage import by_reason, first_names
 from engine.system import distributed
 from engine.system.cli import Parser
-from engine.system.errors import DataError, FileError, NetworkError
+from engine.system.errors import FileError, NetworkError, SetupError
 from engine.system.io import check_writable
 from engine.training.learned_steps import LearnedSteps, read_steps
 from models import is_model
@@ -143,7 +143,7 @@ def choose_dataset(
 
 
 def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: int) -> None:
-    """Raise DataError where a flag asks for more training images than there are.
+    """Raise SetupError where a flag asks for more training images than there are.
 
     A default that does is lowered to their number.
     """
@@ -152,7 +152,7 @@ def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: 
         n_images = getattr(args, name)
         if n_images and n_images > n_train:
             if name in explicit_flags:
-                raise DataError(f"--{name} {n_images}: there are {n_train} training images")
+                raise SetupError(f"--{name} {n_images}: there are {n_train} training images")
             setattr(args, name, n_train)
 
 

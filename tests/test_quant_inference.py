@@ -251,7 +251,7 @@ def test_the_first_test_images_are_enough_for_a_quick_look(tiny, capsys):
     assert main("a.pt", "--bits", 4, "--schemes", "uniform", "--test_subset", 5) == 0
     n_correct = [5 * row["accuracy"] for row in results()["rows"]]
     assert n_correct == pytest.approx([round(n) for n in n_correct])
-    assert main("a.pt", "--test_subset", 49) == 1
+    assert main("a.pt", "--test_subset", 49) == 2
     assert "--test_subset 49: choose 1 to 48 images" in capsys.readouterr().err
 
 
@@ -459,7 +459,7 @@ def test_earlier_results_are_renamed(tiny, capsys):
 )
 def test_more_images_than_there_are(tiny, capsys, flags):
     save_weights(make_net(), Path("a.pt"))
-    assert main("a.pt", *flags) == 1
+    assert main("a.pt", *flags) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert f"{flags[-2]} {flags[-1]}: there are 96 training images" in message

@@ -157,7 +157,7 @@ def learn_blocks(
         outputs = [
             in_batches(quantize_activations(each, grids), x_q) for each in (nearest, learned)
         ]
-        errors = [output_error(block, y_q, y) for y_q in outputs]
+        errors = [block_error(block, y_q, y) for y_q in outputs]
         is_better = bool(errors[1] < errors[0])
         x, x_q = y, outputs[is_better]
         yield trainer.round_up() if is_better else {}
@@ -204,7 +204,7 @@ class BlockTrainer:
         tensors = [w.value().requires_grad_() for w in self.weights.values()]
         with torch.enable_grad():
             y_q = functional_call(self.block_q, dict(zip(names, tensors, strict=True)), (x_q,))
-            error = output_error(self.block_q, y_q, y)
+            error = block_error(self.block_q, y_q, y)
         return [*torch.autograd.grad(error, tensors)]
 
     def _kept(self, x: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def in_batches(block: fx.GraphModule, x: Tensor) -> Tensor:
     return torch.cat([block(part) for part in x.split(BATCH_SIZE)])
 
 
-def output_error(block: fx.GraphModule, y_q: Tensor, y: Tensor) -> Tensor:
+def block_error(block: fx.GraphModule, y_q: Tensor, y: Tensor) -> Tensor:
     """Return ‖y − ŷ‖², summed over channels, a mean over images and pixels.
 
     Channels are those of the block's last layer: of a linear layer the last dimension.

@@ -51,7 +51,7 @@ class StepSizeError(ReportedError):
 
 
 class SetupError(ReportedError):
-    """The run cannot be divided among these processes; the message says what would work."""
+    """What a flag asks for is not there: so many images, processes, a package, a cluster."""
 
     exit_code = 2
 

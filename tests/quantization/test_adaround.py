@@ -416,7 +416,7 @@ def test_flags_that_contradict_it_end_with_one_line(tiny, capsys, rounding, flag
 
 
 def test_more_images_than_there_are(tiny, capsys):  # noqa: F811
-    assert main("--rounding adaround --rounding_images 41 --schemes uniform") == 1
+    assert main("--rounding adaround --rounding_images 41 --schemes uniform") == 2
     assert "--rounding_images 41: there are 40 training images" in capsys.readouterr().err
 
 

@@ -278,7 +278,7 @@ def test_a_branch_begins_an_average_and_another_decay_is_no_resume(monkeypatch, 
         (["--label_smoothing", "much"], 2, "'much' is not a finite number of at least 0"),
         (["--regularizer", "VarianceNorm", "--penalty_every", "999"], 2, "999: an epoch has "),
         (["--recalibrate_bn_images", "1"], 2, "'1' is not a whole number of at least 2"),
-        (["--recalibrate_bn_images", "161"], 1, "161: there are 160 training images"),
+        (["--recalibrate_bn_images", "161"], 2, "161: there are 160 training images"),
     ],
 )
 def test_bad_values_are_one_line(flags, code, message, monkeypatch, tmp_path, capsys):
