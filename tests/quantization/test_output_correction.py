@@ -226,7 +226,7 @@ def test_a_batch_norm_that_stays_has_the_same_effect_as_a_folded_one(tiny):  # n
     [
         ("", 2, "--output_bias_correction needs --fold_bn or --biases full: biases that were"),
         ("--biases full --recalibrate_bn_images 9", 2, "does not go with --recalibrate_bn_images"),
-        ("--fold_bn --calibration_images 41", 1, "--calibration_images 41: there are 40 training"),
+        ("--fold_bn --calibration_images 41", 2, "--calibration_images 41: there are 40 training"),
     ],
 )
 def test_what_cannot_be_corrected_gets_one_line(tiny, capsys, flags, code, message):  # noqa: F811
