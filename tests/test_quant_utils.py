@@ -404,15 +404,18 @@ def test_search_is_never_worse(w, n_bits, overlapping):
     assert error("search") <= min(error("norm"), error("laplace")) * (1 + 1e-9)
 
 
-def test_search_finds_the_least_error_that_a_fine_sweep_finds():
+@pytest.mark.parametrize("two_modes", [False, True])
+def test_search_finds_the_least_error_that_a_fine_sweep_finds(two_modes):
     w = torch.randn(1, 3000, generator=seeded()).double()
+    if two_modes:  # many weights near 0 and some near 1, as no distribution of the scheme has it
+        w = torch.where(w < 1, 0.01 * w, 1 - 0.01 * w)
     m = qu.abs_max(w)
 
     def error(p):
         return (qu.pwlq_with_breakpoint(w, m, p, 4, False) - w).square().sum()
 
     swept = min(error(m * i / 500) for i in range(1, 500))
-    assert error(qu.search_breakpoint(w, m, 4, False)) < swept * 1.002
+    assert error(qu.search_breakpoint(w, m, 4, False)) <= swept
 
 
 # --- networks --------------------------------------------------------------------------------
@@ -431,6 +434,20 @@ def test_what_is_no_quantized_weight_is_refused(quantizer, message):
     net.add_module("conv", nn.Conv2d(3, 4, 3))
     with pytest.raises(ValueError, match=message):
         quantize_model(net, quantizer, 4, bias_range=None)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "biases", "fold_bn", "expected"),
+    [
+        ("uniform", "published", False, "weight"),
+        ("pwlq", "published", False, "own"),
+        ("pwlq", "weight", False, "weight"),
+        ("pwlq", "published", True, None),
+        ("uniform", "full", False, None),
+    ],
+)
+def test_where_a_bias_has_its_range_from(scheme, biases, fold_bn, expected):
+    assert qu.bias_range(scheme, biases, fold_bn) == expected
 
 
 def test_quantize_model_is_a_copy_with_the_error_of_each_layer(net):

@@ -340,6 +340,11 @@ def test_a_constructor_alone_gives_the_name_of_what_it_makes():
     ]
 
 
+def test_an_order_that_is_a_whole_number_is_one_in_the_name():
+    assert LPGrad(1, 2.0).name == LPGrad(1, 2).name == "L2Grad"
+    assert LPGrad(1, math.inf).name == "LinfGrad"
+
+
 @pytest.mark.parametrize("name", ["L2.5Grad", "l-1grad"])
 def test_a_number_that_no_name_has_is_refused_with_an_example(name):
     with pytest.raises(ValueError, match=f"{name}: <P> in L<P>Grad must be a whole number"):

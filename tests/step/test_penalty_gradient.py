@@ -16,7 +16,7 @@ import train
 import utils
 from engine.networks import fast_layers, outputs
 from engine.step import gradients
-from engine.step.gradients import compute_gradients
+from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.penalty_inputs import needs_gradients
 from engine.system.errors import NetworkError
 from regularizers import LPGrad, Sharpness, StepL2Grad, VarianceNorm
@@ -93,6 +93,14 @@ def test_no_tensor_moves_by_more_than_the_step_and_one_by_all_of_it(
     relative = [(change.norm() / t.norm()).item() for change, t in moved if t.norm() > 0]
     assert max(relative) == pytest.approx(0.02)
     assert sum(change.norm() > 0 for change, _ in moved) == (3 if only_weights else 5)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_to_try_the_derivatives_changes_nothing(second):
+    net, untouched = smooth_net(), smooth_net()
+    check_derivatives(net, (3, 6, 6), second)
+    torch.testing.assert_close(net.state_dict(), untouched.state_dict(), rtol=0, atol=0)
+    assert net.training and all(p.grad is None for p in net.parameters())
 
 
 def test_the_second_pass_moves_no_running_statistics(problem):
