@@ -29,7 +29,7 @@ class Hypothesis:
         """The hypothesis as one reads it."""
         if self.margin is None:
             return f"{self.first} beats {self.second}"
-        return f"{self.first} is as good as {self.second}, within {100 * self.margin:g} points"
+        return f"{self.first} is as good as {self.second}, within {100 * self.margin:g} pp"
 
 
 @dataclass(frozen=True)

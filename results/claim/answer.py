@@ -40,19 +40,24 @@ HEADER = ["hypothesis", "seeds", "points: mean, 95 % interval", "p", "p after Ho
 
 
 def main(folder: Path) -> None:
-    """Print a table for each network, and draw <folder>/answer.png."""
+    """Print a table for each network and write it to hypotheses.md; draw answer.png beside it."""
     parser = study.make_parser()
     plans, _ = study.make_plans(parser, parser.parse_args(["--out", str(folder), "--tables"]))
     read = {plan.network: read_study(plan)[0] for plan in plans}
     compared = {network: each for network, each in read.items() if each and has_variants(each)}
     outcomes = {network: each.accuracies[PRIMARY[network]] for network, each in compared.items()}
-    for network in read:
-        print(f"{network}, {label(PRIMARY[network])}:\n")
-        print(hypotheses_table(outcomes[network]) if network in outcomes else NOTHING)
-        print()
+    tables = {
+        f"{network}, {label(PRIMARY[network])}": (
+            hypotheses_table(outcomes[network]) if network in outcomes else NOTHING
+        )
+        for network in read
+    }
     if len(outcomes) > 1:
         together = pd.concat(outcomes, names=["network"]).reorder_levels([1, 2, 0])
-        print(f"all networks together, each at its own:\n\n{hypotheses_table(together)}\n")
+        tables["all networks together, each at its own"] = hypotheses_table(together)
+    page = "\n\n".join(f"{title}:\n\n{table}" for title, table in tables.items())
+    print(page)
+    (folder / "hypotheses.md").write_text(page + "\n", encoding="utf-8")
     draw(compared, folder / "answer.png")
 
 
