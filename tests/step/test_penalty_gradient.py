@@ -161,6 +161,27 @@ def test_a_function_without_second_derivative_is_no_obstacle(problem):
     assert torch.cosine_similarity(found[0], exact, dim=0) > 0.999999
 
 
+class NoSecond(torch.autograd.Function):
+    """The identity, whose second derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, x, is_derivative=False):
+        ctx.is_derivative = is_derivative
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.is_derivative:
+            raise RuntimeError("there is no second derivative")
+        return NoSecond.apply(g, True), None
+
+
+def test_a_second_derivative_that_fails_is_told_with_the_network(problem):
+    net = Foreign(NoSecond.apply).double()
+    with pytest.raises(NetworkError, match="Foreign cannot be differentiated twice"):
+        compute_gradients(net, CE, LPGrad(0.3, 2), *problem)
+
+
 def test_activations_of_no_module_cannot_be_moved(problem):
     x, y = problem
     net = test_train.Plain()
