@@ -410,6 +410,35 @@ def test_inputs_of_functions_and_of_sums_are_quantized():
         torch.testing.assert_close(only_sums(x), net.fc((c + d).relu().mean((2, 3))))
 
 
+class Products(nn.Module):
+    """A product of two activations, concatenated with one of them and the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.linear = nn.Linear(9, 4)
+
+    def forward(self, x):
+        a, b = self.conv1(x), self.conv2(x)
+        return self.linear(torch.cat([a @ b, a, x], dim=1).mean((2, 3)))
+
+
+def test_all_inputs_of_a_product_and_of_a_concatenation_are_quantized():
+    torch.manual_seed(0)
+    net, x = Products().eval(), torch.randn(4, 3, 8, 8)
+    graph = export_network(net, (3, 8, 8))
+    ranges = calibrate(graph, [x], "minmax", sums=True)
+    names = ["matmul[0]", "matmul[1]", "cat[0]", "cat[1]", "cat[2]"]
+    assert {*ranges} == {"conv1", "conv2", *names, "pool", "linear"}
+    grids = activation_grids({name: ranges[name] for name in names}, 4)
+    with torch.no_grad():
+        a, b = net.conv1(x), net.conv2(x)
+        product = grids["matmul[0]"].round(a) @ grids["matmul[1]"].round(b)
+        parts = [grids[f"cat[{i}]"].round(part) for i, part in enumerate((product, a, x))]
+        expected = net.linear(torch.cat(parts, dim=1).mean((2, 3)))
+        torch.testing.assert_close(quantize_activations(graph, grids)(x), expected)
+
+
 class Residual(nn.Module):
     """A sum and a mean as a module of one's own, without children."""
 
