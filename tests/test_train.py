@@ -19,7 +19,7 @@ from engine.step import gradients
 from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
 from engine.system import hardware, progress
-from engine.system.errors import DataError, FileError, NotFiniteError, PenaltyError
+from engine.system.errors import FileError, NotFiniteError, PenaltyError, SetupError
 from engine.training.resume import check_init_from
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import (
@@ -706,7 +706,7 @@ def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkey
     assert torch.equal(held.test_images, everything.train_images[-100:])
     assert torch.equal(held.train_images, everything.train_images[:-100])
     args.holdout = 2000
-    with pytest.raises(DataError, match="--holdout 2000"):
+    with pytest.raises(SetupError, match="--holdout 2000"):
         utils.load_dataset(args)
 
 
