@@ -393,7 +393,7 @@ def measure_network(
         if args.per_layer:
             of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
             results.layer_rows += network.per_layer([*of_weights.values()])
-    except ValueError as error:
+    except (ValueError, NetworkError) as error:
         results.discard(network.name)
         checks.print_error(f"{file.path}: {error}")
 

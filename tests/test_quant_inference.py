@@ -295,6 +295,23 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
+def test_a_network_that_cannot_run_gets_a_line_and_the_others_are_evaluated(
+    tiny, capsys, monkeypatch
+):
+    def failing(network, *rest):
+        if network.name == "a":
+            raise NetworkError("it cannot run")
+        return sweep(network, *rest)
+
+    sweep = qi.sweep
+    monkeypatch.setattr(qi, "sweep", failing)
+    for name in "ab":
+        save_weights(make_net(), Path(f"{name}.pt"))
+    assert main("a.pt", "b.pt", "--bits", 4, "--schemes", "uniform") == 1
+    assert "a.pt: it cannot run" in capsys.readouterr().err
+    assert {row["checkpoint"] for row in results()["rows"]} == {"b"}
+
+
 def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
     net = make_net()
     save_weights(net, Path("good.pt"))

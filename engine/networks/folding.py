@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from engine.networks.graph import Operation, aten, copy_graph, layers, set_constant, set_tensor
+from engine.networks.graph import (
+    Operation,
+    aten,
+    by_channel,
+    copy_graph,
+    layers,
+    set_constant,
+    set_tensor,
+)
 from engine.system.errors import NetworkError
 
 
@@ -47,11 +55,11 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
             )
         w = graph.get_buffer(layer.weight)
         b = None if layer.bias is None else graph.get_buffer(layer.bias).double()
-        is_transposed = layer.kind == "conv_transpose"
+        # not its `transpose=True`, which takes one group for granted
         folded_w, folded_b = fuse_conv_bn_weights(
-            w.double(), b, mean, var, norm.args[7], gamma, beta, transpose=is_transposed
+            by_channel(w.double(), layer), b, mean, var, norm.args[7], gamma, beta
         )
-        set_constant(graph, layer, "weight", folded_w.detach().to(w.dtype))
+        set_constant(graph, layer, "weight", by_channel(folded_w.detach().to(w.dtype), layer))
         set_constant(graph, layer, "bias", folded_b.detach().to(w.dtype))
         layer.node.meta["stored"] = {}  # the network has no such tensors
         norm.replace_all_uses_with(layer.node)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 BATCH = 2  # images that the network is exported with; any number can be run afterwards
@@ -186,8 +187,8 @@ class PartialRun:
         return self.values[node]
 
     def n_bytes(self) -> int:
-        """Return how many bytes its values take."""
-        return sum(value.nbytes for value in self.values.values())
+        """Return how many bytes its tensors take; sizes, which attention keeps, take none."""
+        return sum(t.nbytes for t in tree_leaves([*self.values.values()]) if isinstance(t, Tensor))
 
 
 def with_inputs(graph: fx.GraphModule, transforms: Mapping[str, Transform]) -> fx.GraphModule:

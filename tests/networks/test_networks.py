@@ -322,6 +322,20 @@ def test_folding(name):
     torch.testing.assert_close(folded(x), net(x))
 
 
+@pytest.mark.parametrize(("bias", "groups"), [(False, 1), (True, 2), (True, 4)])
+def test_a_transposed_convolution_is_folded_group_by_group(bias, groups):
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 8, 3, 2, groups=groups, bias=bias)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), up, nn.BatchNorm2d(8)).train()
+    net.append(nn.Flatten(2))
+    x = torch.randn(4, 3, 6, 6)
+    net(x)  # statistics
+    nn.init.uniform_(net[2].weight, 0.5, 2)
+    folded = fold_batch_norms(export_network(net.eval(), (3, 6, 6)))
+    assert not batch_norms(folded)
+    torch.testing.assert_close(folded(x), net(x))
+
+
 def test_batch_norms_that_stay():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).float()
     net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten())
