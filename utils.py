@@ -156,7 +156,10 @@ def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:
 
 
 def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
-    """Return the data set that the flags say; SetupError where it is too small for them."""
+    """Return the data set that the flags say.
+
+    Raises DataError where it cannot be had, SetupError where it has fewer images than they ask for.
+    """
     options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
         dataset = data.load(args.dataset, args.data_dir, args.seed, **options)

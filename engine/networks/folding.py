@@ -55,7 +55,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
             )
         w = graph.get_buffer(layer.weight)
         b = None if layer.bias is None else graph.get_buffer(layer.bias).double()
-        # not its `transpose=True`, which takes one group for granted
+        # output channels first: `transpose=True` of this function takes one group for granted
         folded_w, folded_b = fuse_conv_bn_weights(
             by_channel(w.double(), layer), b, mean, var, norm.args[7], gamma, beta
         )

@@ -51,7 +51,7 @@ class StepSizeError(ReportedError):
 
 
 class SetupError(ReportedError):
-    """What a flag asks for is not there: so many images, processes, a package, a cluster."""
+    """A flag asks for what this run cannot have: images, processes, a package or a cluster."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Print the answer of PLAN.md, each hypothesis at each network's primary outcome, and draw it.
+"""Test the hypotheses of PLAN.md at each network's primary outcome: hypotheses.md, answer.png.
 
 From the root of the repository: python results/claim/answer.py [the folder that study.py wrote]
 """
@@ -45,15 +45,15 @@ def main(folder: Path) -> None:
     plans, _ = study.make_plans(parser, parser.parse_args(["--out", str(folder), "--tables"]))
     read = {plan.network: read_study(plan)[0] for plan in plans}
     compared = {network: each for network, each in read.items() if each and has_variants(each)}
-    outcomes = {network: each.accuracies[PRIMARY[network]] for network, each in compared.items()}
+    accuracies = {network: each.accuracies[PRIMARY[network]] for network, each in compared.items()}
     tables = {
         f"{network}, {label(PRIMARY[network])}": (
-            hypotheses_table(outcomes[network]) if network in outcomes else NOTHING
+            hypotheses_table(accuracies[network]) if network in accuracies else NOTHING
         )
         for network in read
     }
-    if len(outcomes) > 1:
-        together = pd.concat(outcomes, names=["network"]).reorder_levels([1, 2, 0])
+    if len(accuracies) > 1:
+        together = pd.concat(accuracies, names=["network"]).reorder_levels([1, 2, 0])
         tables["all networks together, each at its own"] = hypotheses_table(together)
     page = "\n\n".join(f"{title}:\n\n{table}" for title, table in tables.items())
     print(page)

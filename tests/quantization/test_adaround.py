@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import reference
+import test_networks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,22 +303,10 @@ class OfEveryKind(nn.Module):
         return self.head((x @ x.transpose(1, 2) @ x).mean(1))
 
 
-class Attentive(nn.Module):
-    """PyTorch's own attention, whose graph computes sizes beside tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 8, 2, stride=2), nn.Linear(8, 4)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        tokens = self.conv(x).flatten(2).transpose(1, 2)
-        return self.head(self.attention(tokens, tokens, tokens)[0].mean(1))
-
-
 def test_layers_beside_attention_are_learned():
     torch.manual_seed(0)
-    assert {"conv", "head"} <= learn(export_network(Attentive(), (3, 8, 8))).keys()
+    graph = export_network(test_networks.Attention(), (3, 8, 8))  # of sizes beside tensors
+    assert {"patches", "last"} <= learn(graph).keys()
 
 
 def test_layers_of_other_kinds_go_to_nearest():

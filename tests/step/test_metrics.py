@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.images.loader import Loader
 from engine.step import evaluation
 from engine.step.evaluation import evaluate
 from engine.step.metrics import epoch_means
@@ -24,19 +25,11 @@ class Drawn(Regularizer, register=False):
         return (torch.rand(weights[0].shape) * weights[0]).sum()
 
 
-class Batches:
-    """Seven images as batches of 3, 3 and 1."""
-
-    n_images = 7
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.randn(7, 3, 6, 6, generator=generator)
-        self.labels = torch.randint(4, (7,), generator=generator)
-
-    def batches(self, epoch, start=0, every=1):
-        pairs = [*zip(self.images.split(3), self.labels.split(3), strict=True)]
-        return iter(pairs[start::every])
+def seven_images(batch_size=3):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (7, 3, 6, 6), generator=generator).to(torch.uint8)
+    labels = torch.randint(4, (7,), generator=generator)
+    return Loader(pixels, labels, batch_size, mean=(0.5,) * 3, std=(0.2,) * 3)
 
 
 @pytest.fixture
@@ -68,16 +61,16 @@ def test_the_first_number_that_is_not_finite_is_named(net, column, term):
 
 @torch.no_grad()
 def test_evaluation_is_that_of_all_images_at_once(net):
-    data = Batches()
-    logits, _ = net.eval()(data.images)
-    result = evaluate(net, CE, data)
-    assert result["loss"] == pytest.approx(F.cross_entropy(logits, data.labels).item())
-    assert result["accuracy"] == (logits.argmax(1) == data.labels).double().mean()
+    [(x, y)] = seven_images(batch_size=7).batches(0)
+    logits, _ = net.eval()(x)
+    result = evaluate(net, CE, seven_images())
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, y).item())
+    assert result["accuracy"] == (logits.argmax(1) == y).double().mean()
 
 
 def test_evaluation_runs_in_the_precision_that_it_is_told(net):
-    exact = evaluate(net, CE, Batches())["loss"]
-    blurred = evaluate(net, CE, Batches(), torch.bfloat16)["loss"]
+    exact = evaluate(net, CE, seven_images())["loss"]
+    blurred = evaluate(net, CE, seven_images(), torch.bfloat16)["loss"]
     assert blurred != exact and blurred == pytest.approx(exact, rel=0.05)
 
 
@@ -85,12 +78,12 @@ def test_evaluation_runs_in_the_precision_that_it_is_told(net):
 def test_what_a_regularizer_draws_does_not_depend_on_the_number_of_processes(
     net, monkeypatch, world_size
 ):
-    alone = evaluate(net, CE, Batches(), regularizer=Drawn(1.0))
+    alone = evaluate(net, CE, seven_images(), regularizer=Drawn(1.0))
     monkeypatch.setattr(evaluation.distributed, "get_world_size", lambda: world_size)
     monkeypatch.setattr(evaluation.distributed, "all_reduce_sum", lambda totals: totals)
     shares = []
     for rank in range(world_size):
         monkeypatch.setattr(evaluation.distributed, "get_rank", lambda rank=rank: rank)
-        shares.append(evaluate(net, CE, Batches(), regularizer=Drawn(1.0)))
+        shares.append(evaluate(net, CE, seven_images(), regularizer=Drawn(1.0)))
     for name, value in alone.items():
         assert sum(share[name] for share in shares) == pytest.approx(value), name
