@@ -268,7 +268,10 @@ def _inline_regions(module: fx.GraphModule) -> None:
 
 
 def _spell_one_way(module: fx.GraphModule) -> None:
-    """Write each batch norm, squeezing and product with a constant matrix in one form."""
+    """Write each batch norm, squeezing, view and product with a constant matrix in one form.
+
+    Of a view, a copy where strides need one: the network was traced in another memory layout.
+    """
     constant = _constants(module)
     for node in [*module.graph.nodes]:
         match node.target, node.args:
@@ -283,12 +286,13 @@ def _spell_one_way(module: fx.GraphModule) -> None:
                 shape = x.meta["shape"]
                 ones = [i for i, n in enumerate(shape) if i and n == 1]
                 _replace(module, node, aten.squeeze.dims, (x, ones))
-            case (aten.view.default | aten.reshape.default, (x, _)):
+            case (aten.view.default | aten.reshape.default, (x, shape)):
                 # len(x) is the number of images that were exported; -1 is any
                 (n, *before) = x.meta["shape"]
                 (n_after, *after) = node.meta["shape"]
                 if n == n_after == BATCH and math.prod(before) == math.prod(after):
-                    node.args = (x, [-1, *after])
+                    shape = [-1, *after]
+                _replace(module, node, aten.reshape.default, (x, shape))
             case (aten.matmul.default | aten.mm.default, (x, w)) if w in constant:
                 if len(w.meta["shape"]) == 2:
                     _to_linear(module, node, x, w)

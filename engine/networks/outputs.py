@@ -82,6 +82,8 @@ def foreign_code(what: str) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), "")
         reason = textwrap.shorten(reason, 200, placeholder=" …")
         reason = reason if isinstance(error, RuntimeError) and reason else f"{kind}: {reason}"
+        if "view size is not compatible" in reason:
+            reason = f"{reason} Or --memory_format contiguous"
         raise NetworkError(f"{what}: {reason}") from error
 
 

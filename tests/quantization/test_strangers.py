@@ -52,6 +52,17 @@ class InPlace(nn.Module):
         return self.f(x)
 
 
+class Viewed(nn.Module):
+    """It views a map of several pixels, as much code of other people does."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(128, num_classes)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x)).view(x.size(0), -1))
+
+
 class StandardizedConv(nn.Conv2d):
     """Weight standardization, as in BiT and NFNets."""
 
@@ -153,7 +164,9 @@ def own_loss(network, seed=0):
     return F.cross_entropy(logits, tiny.test_labels).item()
 
 
-@pytest.mark.parametrize("network", [InPlace, standardized, normalized, Twice, Tied, LearnedMap])
+@pytest.mark.parametrize(
+    "network", [InPlace, Viewed, standardized, normalized, Twice, Tied, LearnedMap]
+)
 @pytest.mark.sampled(4)
 def test_8_bits_are_close_to_the_network_itself(network, quantize):
     expected = own_loss(network)
