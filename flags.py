@@ -35,6 +35,7 @@ count, whole = bounded_number(int, at_least=1), bounded_number(int, at_least=0)
 at_least_2 = bounded_number(int, at_least=2)
 positive, not_negative = bounded_number(float, above=0), bounded_number(float, at_least=0)
 fraction = bounded_number(float, at_least=0, below=1)
+mean_bits = bounded_number(float, at_least=min(BIT_CHOICES), at_most=max(BIT_CHOICES))
 INTEGER_FLAGS = (
     "export",
     "verify",
@@ -268,7 +269,7 @@ QUANTIZATION: Table = [
     *NETWORK,
     "what is quantized, and how",
     Flag("bits", bit_widths, [4, 5, 6, 7, 8], "of weights: 2 to 16, or ranges: 4-8", nargs="+"),
-    Flag("budget_bits", bounded_number(float, at_least=min(BIT_CHOICES)), None,
+    Flag("budget_bits", mean_bits, None,
          f"in place of --bits: each layer gets {', '.join(map(str, BIT_CHOICES))}, at most B per "
          "weight on average, so that the sum of the rises of the loss with one layer quantized, on "
          "--calibration_images, is least", "B", requires=BITS_OF_LAYERS),

@@ -309,7 +309,9 @@ def deploy(
     """
     graph_q, _ = network.quantized_weights(how)
     if not network.conditions.in_integers:
-        deployed_files.write_files(vars(args), write_back(network.net, graph_q))
+        net_q = write_back(network.net, graph_q)
+        deployed_files.write_files(vars(args), net_q)
+        checks.report_saved_weights(args, net_q is graph_q)
         return True
     integers = network.integers(how)
     source = loaded.describe(how, vars(args), dataset)
@@ -318,6 +320,7 @@ def deploy(
     test = network.images.test
     form = FileForm.named(args.pack_weights, args.export_for)
     deployed_files.write_files(vars(args), net_q, integers, dataset, source, form)
+    checks.report_saved_weights(args, net_q is graph_int)
     if args.export or args.page:
         checks.report_form(integers, form, network, how)
     if args.page:

@@ -157,11 +157,11 @@ def check_n_images(args: argparse.Namespace, explicit_flags: Set[str], n_train: 
 
 
 def check_layers(graphs: Iterable[fx.GraphModule], names: Sequence[str]) -> None:
-    """Raise NetworkError where a layer to show is not in all of the networks."""
+    """Raise SetupError where a layer to show is not in all of the networks."""
     try:
         distributions.shared_layers(map(layers, graphs), names)
     except ValueError as error:
-        raise NetworkError(str(error)) from error
+        raise SetupError(str(error)) from error
 
 
 def check_coverage(
@@ -198,6 +198,18 @@ def report_form(
         accuracy = network.trial(replace(how, n_bits=7), 0).accuracy
         line += f"; with --bits 7, which needs no halves, the accuracy is {accuracy:.2%}"
     print(line)
+
+
+def report_saved_weights(args: argparse.Namespace, of_graph: bool) -> None:
+    """Warn where the weights of --save_quantized have no place in the network: its graph's have.
+
+    With --fold_bn that is always so, and said in docs/deploy.md.
+    """
+    if args.save_quantized and of_graph and not args.fold_bn:
+        print_warning(
+            f"{args.save_quantized} has the weights of the exported graph, which the network itself "
+            "cannot load: it computes weights as it runs, or one is rounded in several ways"
+        )
 
 
 def check_sums(network: MeasuredNetwork, path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from analysis.measured_network import MeasuredNetwork, Quantization
 from analysis.report import FLOAT_BITS, Row
-from engine.networks.graph import operations
+from engine.networks.graph import BATCH, operations
 from engine.quantization.activations import quantized_inputs
 from engine.quantization.grids import Grid
 
@@ -15,7 +15,11 @@ FLOAT = "float"
 def plan_rows(
     network: MeasuredNetwork, quantizations: Sequence[Quantization], per_channel: bool
 ) -> list[Row]:
-    """Return what the quantizations make of each input, weight and bias of the network."""
+    """Return what the quantizations make of each input, weight and bias of the network.
+
+    The shape of an input is that of one image's, or that of BATCH where images are no first
+    dimension, as within attention.
+    """
     act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
     with_biases = any(how.bias_range for how in quantizations)
     inputs = quantized_inputs(network.graph, network.conditions.sums)
@@ -23,26 +27,30 @@ def plan_rows(
     rows = []
     for operation in operations(network.graph):
         for name in filter(inputs.__contains__, operation.inputs):
-            shape = operation.source(name).meta["shape"][1:]
+            n, *of_each = shape = operation.source(name).meta["shape"]
             grids = [of_inputs[name] for of_inputs in all_grids]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
             bits = [grid.n_bits for grid in grids]
-            rows.append(_row(name, "input", shape, bits, "/".join(ranges)))
+            size = _size(of_each) if n == BATCH else f"{_size(shape)} of {BATCH} images"
+            rows.append(_row(name, "input", size, bits, "/".join(ranges)))
         if operation.weight:
             name, w = operation.name, network.graph.get_buffer(operation.weight)
             bits = [network.weight_bits(how).get(name, how.n_bits) for how in quantizations]
             extent = "per channel" if per_channel else f"±{w.abs().max().item():.4g}"
-            rows.append(_row(name, "weight", w.shape, bits, extent))
+            rows.append(_row(name, "weight", _size(w.shape), bits, extent))
         if operation.bias:
             shape = network.graph.get_buffer(operation.bias).shape
             extent = "weight's" if with_biases else ""
-            rows.append(_row(name, "bias", shape, bits if with_biases else (), extent))
+            rows.append(_row(name, "bias", _size(shape), bits if with_biases else (), extent))
     return [{"checkpoint": network.name, **row} for row in rows]
 
 
-def _row(name: str, tensor: str, shape: Sequence[int], bits: Sequence[int], extent: str) -> Row:
+def _size(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _row(name: str, tensor: str, size: str, bits: Sequence[int], extent: str) -> Row:
     text = "/".join(map(str, dict.fromkeys(bits))) or FLOAT
-    size = "×".join(map(str, shape))
     return {"operation": name, "tensor": tensor, "shape": size, "bits": text, "range": extent}
 
 

@@ -135,7 +135,12 @@ def choice_ignoring_case(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def bounded_number(
-    kind: type, *, at_least: float = -math.inf, above: float = -math.inf, below: float = 2**63
+    kind: type,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = 2**63,
+    at_most: float = math.inf,
 ) -> Callable[[str], float]:
     """Return an argparse type for an int or float within bounds; give one lower bound."""
     noun = {int: "a whole number", float: "a finite number"}[kind]
@@ -143,6 +148,8 @@ def bounded_number(
         noun += f" above {above:g}"
     elif at_least > -math.inf:
         noun += f" of at least {at_least:g}"
+    if at_most < math.inf:
+        noun += f" and at most {at_most:g}"
 
     def parse(text: str) -> float:
         try:
@@ -151,7 +158,7 @@ def bounded_number(
             value = math.nan
         if value >= below:
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}, below {below:g}")
-        if not (value >= at_least and value > above):
+        if not (at_least <= value <= at_most and value > above):
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
         return value
 

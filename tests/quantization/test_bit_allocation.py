@@ -144,13 +144,13 @@ def test_a_budget_of_8_bits_can_be_spent_and_others_share_it(tiny, capsys):  # n
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--budget_bits 1.5", "'1.5' is not a finite number of at least 2"),
-        ("--budget_bits nan", "'nan' is not a finite number of at least 2"),
+        ("--budget_bits 1.5", "'1.5' is not a finite number of at least 2 and at most 8"),
+        ("--budget_bits 8.1", "'8.1' is not a finite number of at least 2 and at most 8"),
+        ("--budget_bits nan", "'nan' is not a finite number of at least 2 and at most 8"),
         ("--budget_bits 4 --bits 4", "--budget_bits does not go with --bits: each layer"),
         ("--budget_bits 4 --keep_first_last", "does not go with --keep_first_last: each layer"),
         ("--budget_bits 4 --per_layer", "does not go with --per_layer: that is for one number"),
         ("--budget_bits 4 --act_bits same", "needs --act_bits in numbers: weights have several"),
-        ("--budget_bits 9 --fold_bn --export a.onnx --act_bits 8", "--bits from 2 to 8"),
     ],
 )
 def test_what_makes_no_sense_ends_with_one_line(tiny, capsys, flags, message):  # noqa: F811

@@ -27,7 +27,7 @@ from engine.quantization.activations import (
 from engine.quantization.coverage import coverage
 from engine.quantization.weights import quantize_model
 from engine.system.errors import NetworkError
-from engine.system.io import save_weights
+from engine.system.io import save_weights, torch_load
 from engine.training.learned_steps import make_steps
 
 SHAPE = (3, 8, 8)
@@ -290,6 +290,44 @@ def test_a_weight_that_is_used_twice_is_quantized_once_for_each_use(network):
     for name in ("a", "b"):  # biases are on the weight's grid
         layer = net_q.get_submodule(name)
         assert len(torch.cat([layer.weight.flatten(), layer.bias]).unique()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("network", "flags", "in_network"),
+    [
+        (normalized, "", True),
+        (Twice, "", True),
+        (standardized, "", False),
+        (Twice, "--rounding adaround --rounding_images 16 --rounding_steps 20", False),
+    ],
+)
+def test_saved_weights_that_the_network_cannot_load_are_told(
+    network, flags, in_network, quantize, capsys
+):
+    assert quantize(network, f"--bits 3 --save_quantized q.pt {flags}") == 0
+    told = "q.pt has the weights of the exported graph, which the network itself cannot load"
+    assert (told in capsys.readouterr().err) != in_network
+    saved = torch_load(Path("q.pt"))
+    if not in_network:
+        export_network(make(network), SHAPE).load_state_dict(saved)
+    elif network is Twice:
+        make(network).load_state_dict(saved)
+
+
+def test_a_plan_has_the_shape_of_one_image_where_images_are_the_first_dimension(quantize, capsys):
+    class Attention(nn.Module):
+        def __init__(self, num_classes=4):
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(6, 3), nn.Linear(6, num_classes)
+
+        def forward(self, x):
+            x = x.flatten(2)[:, :, :6].transpose(0, 1)  # 3 tokens of 6 numbers, images second
+            return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(0))
+
+    assert quantize(Attention, "--bits 4 --act_bits 8 --calibration_images 8 --show_plan") == 0
+    sizes = [line.split()[2:5] for line in capsys.readouterr().out.splitlines() if " input " in line]
+    assert sizes[0] == ["3×2×6", "of", "2"]
+    assert sizes[-1][0] == "6"
 
 
 VIT = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16}
