@@ -460,8 +460,8 @@ def check_penalties(
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     if others := unpenalized_parameters(net):
         print(
-            f"{args.model}: of nn.Conv2d and nn.Linear alone weights are penalized, not these "
-            f"{len(others)}: {first_names(others)}"
+            f"{args.model}: only weights of nn.Conv2d and nn.Linear are penalized; "
+            f"{len(others)} others are not: {first_names(others)}"
         )
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)

@@ -71,7 +71,9 @@ class Equalization:
     def __str__(self) -> str:
         """Return it as a line."""
         reasons = [f"{why} ({', '.join(each)})" for why, each in by_reason(self.left_alone).items()]
-        left = f"; outputs left alone: {'; '.join(reasons)}" if reasons else ""
+        left = f"; not of these layers: {'; '.join(reasons)}" if reasons else ""
+        if not self.n_pairs:
+            return f"no pair of layers can be equalized{left}"
         return f"pairs of layers equalized: {self.n_pairs}, in {self.n_sweeps} sweeps{left}"
 
 
@@ -113,20 +115,20 @@ def find_pairs(
     n_owners = Counter(tensor for tensors in stored.values() for tensor in tensors)
     pairs, left_alone = [], {}
     for layer in layers(graph).values():
-        pair_or_reason = _to_next_layer(layer, across_relu6)
-        if isinstance(pair_or_reason, Pair):
-            both = {*stored[pair_or_reason.first.name], *stored[pair_or_reason.second.name]}
-            if any(n_owners[tensor] > 1 for tensor in both):
-                pair_or_reason = "of or for a shared layer"
-        if isinstance(pair_or_reason, Pair):
-            pairs.append(pair_or_reason)
-        elif pair_or_reason:
-            left_alone[layer.name] = pair_or_reason
+        pair, reason = _to_next_layer(layer, across_relu6)
+        if pair and any(
+            n_owners[tensor] > 1 for each in (layer, pair.second) for tensor in stored[each.name]
+        ):
+            pair, reason = None, "it or its reader is shared"
+        if pair:
+            pairs.append(pair)
+        elif reason:
+            left_alone[layer.name] = reason
     return pairs, left_alone
 
 
-def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
-    """Return the pair that the layer is the first of, why there is none, or None at the end."""
+def _to_next_layer(first: Operation, across_relu6: bool) -> tuple[Pair | None, str]:
+    """Return the pair that the layer is the first of, or None and why: "" for the last layer."""
     value = first.node
     clamps = []
     axis = -1 if first.kind == "linear" else 1  # of channels
@@ -134,22 +136,22 @@ def _to_next_layer(first: Operation, across_relu6: bool) -> Pair | str | None:
     while True:
         readers = [reader for reader in value.users if reader.target not in NO_VALUES]
         if len(readers) != 1:
-            return "read in several places"
+            return None, "read in several places"
         [reader] = readers
         if reader.op == "output":
-            return None
+            return None, ""
         name = KINDS.get(reader.target) or kind_of(reader)
         is_layer = "name" in reader.meta and Operation(reader).is_layer
         if is_layer and _fits(Operation(reader), value.meta["shape"], axis, n_channels):
-            return Pair(first, Operation(reader), n_channels, clamps)
+            return Pair(first, Operation(reader), n_channels, clamps), ""
         bounds = clamp_bounds(reader)
         if bounds and any(bounds):  # a clamp at 0 alone has no scale
             name = "relu6" if bounds == (0, 6) else name
             if not across_relu6 or value.meta["shape"][axis] != n_channels:
-                return f"read by {name}"
+                return None, f"read by {name}"
             clamps.append(reader)
         elif is_layer or not (bounds or _keeps_channels(reader, axis, n_channels)):
-            return f"read by {name}"
+            return None, f"read by {name}"
         value = reader
 
 
