@@ -207,8 +207,8 @@ def report_saved_weights(args: argparse.Namespace, of_graph: bool) -> None:
     """
     if args.save_quantized and of_graph and not args.fold_bn:
         print_warning(
-            f"{args.save_quantized} has the weights of the exported graph, which the network itself "
-            "cannot load: it computes weights as it runs, or one is rounded in several ways"
+            f"{args.save_quantized} has the weights of the exported graph, which the network "
+            "itself cannot load: it computes weights as it runs, or one is rounded in several ways"
         )
 
 

@@ -325,7 +325,9 @@ def test_a_plan_has_the_shape_of_one_image_where_images_are_the_first_dimension(
             return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(0))
 
     assert quantize(Attention, "--bits 4 --act_bits 8 --calibration_images 8 --show_plan") == 0
-    sizes = [line.split()[2:5] for line in capsys.readouterr().out.splitlines() if " input " in line]
+    sizes = [
+        line.split()[2:5] for line in capsys.readouterr().out.splitlines() if " input " in line
+    ]
     assert sizes[0] == ["3×2×6", "of", "2"]
     assert sizes[-1][0] == "6"
 
