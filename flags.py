@@ -215,6 +215,9 @@ TRAINING: Table = [
     "precision and batch norm",
     Flag("precision", PRECISIONS, "auto", "of convolutions; auto: bf16 where that is fast"),
     switch("compile", "compile the element-wise kernels where a compiler is present", default=True),
+    Flag("step", ("eager", "compiled"), "eager", "compiled: forward, backward and penalty as one "
+         "function, after minutes of compiling, on a GPU with CUDA graphs",
+         requires=["--compile", "no --qat_bits"]),
     Flag("winograd", ("auto", "off"), "auto", "3×3 convolutions of many channels by Winograd's "
          "algorithm; auto: where that is faster, on processors with AVX2 and no AVX-512"),
     Flag("cuda_graph", bool, ignored="no step is launched as a CUDA graph any more"),

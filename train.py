@@ -38,6 +38,7 @@ from engine.networks.layers import (
 )
 from engine.networks.outputs import check_movable_activations, check_network
 from engine.quantization.coverage import first_names
+from engine.step.compiled_step import CompiledStep
 from engine.step.evaluation import evaluate
 from engine.step.gradients import check_derivatives, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
@@ -73,6 +74,7 @@ class FitConfig:
     test_penalty: bool = True  # measure the penalty on the test set, too
     difference_step: float | None = None  # for penalties of gradients, see compute_gradients
     freeze_bn_from: int | None = None  # epoch from which on batch norms keep their statistics
+    compiled_step: CompiledStep | None = None  # in place of compute_gradients
 
 
 def fit(
@@ -120,6 +122,7 @@ def run_epoch(
     Random numbers that a regularizer draws are a pure function of (seed, epoch, batch).
     """
     net, progress, criterion = state.net, state.progress, config.criterion
+    take_step = config.compiled_step or compute_gradients
     net.train()
     if config.freeze_bn_from is not None and progress.epoch >= config.freeze_bn_from:
         freeze_batch_norms(net)
@@ -131,7 +134,7 @@ def run_epoch(
             n_images = loader.n_images_in_batch(progress.batch)  # of all processes
             regularizer = phase.regularizer if progress.batch % phase.every == 0 else None
             with distributed.sharded(n_images):  # sets .grad to ∇L + ∇R
-                loss, penalty, n_correct = compute_gradients(
+                loss, penalty, n_correct = take_step(
                     net, criterion, regularizer, x, y, config.dtype, scale, config.difference_step
                 )
             distributed.all_reduce_mean_(unsynced_bn_buffers(net))
@@ -348,7 +351,9 @@ def finish_average(training: TrainingRun) -> dict[str, float]:
 
 
 def make_config(args: argparse.Namespace) -> FitConfig:
-    """Return what the flags say of the loop."""
+    """Return what the flags say of the loop; SetupError for several processes and one function."""
+    if args.step == "compiled" and distributed.get_world_size() > 1:
+        raise SetupError("--step compiled is for one process: leave it or torchrun out")
     return FitConfig(
         n_epochs=args.n_epochs,
         criterion=utils.make_criterion(args.criterion, args.label_smoothing),
@@ -356,6 +361,7 @@ def make_config(args: argparse.Namespace) -> FitConfig:
         test_penalty=not args.no_test_penalty,
         difference_step=args.penalty_step if args.penalty_gradient == "difference" else None,
         freeze_bn_from=args.freeze_bn_from,
+        compiled_step=CompiledStep(args.batch_size) if args.step == "compiled" else None,
     )
 
 

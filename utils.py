@@ -215,8 +215,10 @@ def make_net(
 
 def choose_kernels(args: argparse.Namespace) -> bool:
     """Use the kernels that the flags of train.py say; return whether those are compiled ones."""
-    # not Winograd's for learned steps, which quant_inference.py measures to the bit with PyTorch's
-    set_winograd(args.winograd != "off" and not args.qat_bits, args.device)
+    # not Winograd's for learned steps, which quant_inference.py measures to the bit with PyTorch's,
+    # and not in a compiled step: of its many small operations compiling would take minutes
+    uses_winograd = args.winograd != "off" and not args.qat_bits and args.step != "compiled"
+    set_winograd(uses_winograd, args.device)
     return set_compile(args.compile, args.device)
 
 

@@ -54,7 +54,7 @@ from regularizers import REGULARIZERS, Regularizer, make_regularizer
 
 ROOT = Path(__file__).parents[1]
 TIMED_ROWS = ("none", "L1Grad", "L2Grad", "L2Grad, difference", "L2Grad, every 4th")
-SIDES = ("reference", "autocast", "ours")
+SIDES = ("reference", "autocast", "ours", "compiled")  # the last: train.py --step compiled
 Found = dict[str, Any]
 
 
@@ -428,10 +428,14 @@ def check_steps(args: argparse.Namespace) -> Found:
         found[n] = rows = time_batch_size(args, n)
         for row, sides in rows.items():
             baseline = rows[ROWS[row].reference or row]
-            best = min(f["ms"] for side, f in baseline.items() if side != "ours" and "ms" in f)
+            baselines = baseline.keys() - {"ours", "compiled"}
+            best = min(baseline[side]["ms"] for side in baselines if "ms" in baseline[side])
             ms = sides["ours"]["ms"]
             sides["ours"]["speedup"] = speedup = best / ms
             print(f"  batch {n}, {row}, ours: {ms:.2f} ms, {speedup:.2f} times as fast")
+            if "compiled" in sides:
+                ms_compiled = sides["compiled"]["ms"]
+                print(f"  batch {n}, {row}, compiled as one function: {ms_compiled:.2f} ms")
             if row == "L2Grad" and args.device != "cpu" and speedup < 2:
                 missed.append(f"batch {n}: L2Grad {speedup:.2f} times as fast, not 2")
     if args.device != "cpu" and "H100" in torch.cuda.get_device_name():

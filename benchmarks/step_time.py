@@ -18,6 +18,8 @@ graph (benchmarks/peers/functional_step.py), and JAX (jax_step.py), both in floa
 that is faster there. They have the rows none, L1Grad and L2Grad; neither updates the running
 statistics of batch norms, which ours does.
 
+`--compiled_step` adds ours as `train.py --step compiled` takes it, a side "compiled".
+
 `--model all` measures every network of models.py, one after the other. Where bfloat16 is not fast,
 ours is float32 as well, and has one side; where Winograd's algorithm is used for wide convolutions,
 the side "direct" is without it. `--rows none L2Grad` measures these two rows alone.
@@ -45,6 +47,7 @@ from engine.networks.compiling import set_compile
 from engine.networks.layers import penalized_weights
 from engine.networks.outputs import run_network
 from engine.networks.winograd import set_winograd
+from engine.step.compiled_step import CompiledStep
 from engine.step.gradients import DIFFERENCE_STEP, compute_gradients, needs_double_backward
 from engine.system import environment, hardware
 from regularizers import Regularizer, make_regularizer
@@ -78,7 +81,12 @@ ROWS = {
 }
 
 
-PRECISIONS = {"ours": "auto", "direct": "auto", "autocast": "bf16"}  # of sides not in float32
+PRECISIONS = {
+    "ours": "auto",
+    "direct": "auto",
+    "compiled": "auto",
+    "autocast": "bf16",
+}  # of sides not in float32
 PEERS = {"torch.func": "functional_step", "jax": "jax_step"}  # their modules
 PEER_ROWS = ("none", "L1Grad", "L2Grad")
 
@@ -92,7 +100,7 @@ FIGURES = {  # of the last line: (row, side) of a time, and (row, side) of what 
     "l2grad_against_direct": (("L2Grad", "direct"), ("L2Grad", "ours")),
     **{
         f"{name}_against_{peer}": ((row, peer), (row, "ours"))
-        for peer in PEERS
+        for peer in (*PEERS, "compiled")
         for name, row in (("plain", "none"), ("l1grad", "L1Grad"), ("l2grad", "L2Grad"))
     },
     **{
@@ -139,8 +147,8 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     """Return the work of each row for a side: its `every` steps.
 
     Sides are the PEERS, "ours", "fp32" (ours in float32), "direct" (ours without Winograd's
-    algorithm), "reference" and "autocast": plain PyTorch in float32 and contiguous layout, and in
-    bfloat16 autocast and channels-last layout.
+    algorithm), "compiled" (ours as one function), "reference" and "autocast": plain PyTorch in
+    float32 and contiguous layout, and in bfloat16 autocast and channels-last layout.
     """
     torch.manual_seed(0)
     if side in PEERS:
@@ -153,7 +161,7 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     else:
         hardware.tune_glibc_malloc()
         set_compile(args.compile, args.device)
-        set_winograd(side != "direct", args.device)
+        set_winograd(side not in ("direct", "compiled"), args.device)
         net = utils.make_net(args.model, 10, args.device, args.width, args.memory_format)
     dtype = hardware.resolve_precision(PRECISIONS.get(side, "fp32"), args.device)
     x = torch.randn(args.batch_size, 3, 32, 32).to(args.device, memory_format=layout)
@@ -163,10 +171,11 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
     )
 
     criterion = nn.CrossEntropyLoss()
+    take_step = CompiledStep(len(x)) if side == "compiled" else compute_gradients
 
     def our_steps(net, optimizer, reg, row, x, labels):
         for i in range(row.every):
-            compute_gradients(
+            take_step(
                 net, criterion, None if i else reg, x, labels, dtype, row.every, row.difference_step
             )
             optimizer.step()
@@ -337,6 +346,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[])
+    parser.add_argument("--compiled_step", action="store_true")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default=hardware.default_device())
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -366,7 +376,8 @@ def compare(args: argparse.Namespace) -> None:
     )
     is_fp32 = hardware.choose_precision("auto", args.device) == "fp32"
     sides = ["reference", "ours"] if is_fp32 else ["reference", "fp32", "ours"]
-    sides += ["direct"] * set_winograd(True, args.device) + args.peers
+    sides += ["direct"] * set_winograd(True, args.device) + ["compiled"] * args.compiled_step
+    sides += args.peers
     rows = {name: ROWS[name] for name in args.rows}
     pipes, context = {}, multiprocessing.get_context("spawn")
     for side in sides:

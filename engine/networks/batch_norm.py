@@ -59,9 +59,9 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
 
     Differentiable in W_l and γ_l.
     """
-    folded = {}
+    folded, parameters = {}, dict(net.named_parameters())
     for weight_name, norm_name in foldable_pairs(net):
-        w, norm = net.get_parameter(weight_name), net.get_submodule(norm_name)
+        w, norm = parameters[weight_name], net.get_submodule(norm_name)
         gain = (to_float64(norm.running_var) + norm.eps).rsqrt()
         gain = gain if norm.weight is None else gain * to_float64(norm.weight)
         folded[w] = w * gain.to(w).view(-1, *[1] * (w.dim() - 1))

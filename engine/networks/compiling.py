@@ -5,7 +5,8 @@ import importlib.util
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,6 +19,11 @@ CPU_OPTIONS = {  # results/speed/LOG.md has what each one saves at the start
     "cpp.vec_isa_ok": True,  # what /proc/cpuinfo says of vector units is not tried out by compiling
     "compile_threads": 1,  # no worker processes for six functions
     "pattern_matcher": False,  # there is no attention or matrix product to look for
+}
+WHOLE_STEP_OPTIONS = {  # by the type of the device, of a whole training step
+    "cpu": {"cpp.vec_isa_ok": True, "pattern_matcher": False, "fallback_random": True},
+    # random numbers of PyTorch's own stream, and CUDA graphs as mode="reduce-overhead" has them
+    "cuda": {"triton.cudagraphs": True, "fallback_random": True},
 }
 _compile_for: str | None = None  # type of the device whose kernels are compiled
 
@@ -37,6 +43,17 @@ def set_compile(enabled: bool, device: str = "cpu") -> bool:
     # without a GPU, torch.compile would warn of "No CUDA runtime" on every CPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return _compile_for is not None
+
+
+@contextmanager
+def eager_kernels() -> Iterator[None]:
+    """Context manager in which no kernel is compiled."""
+    global _compile_for
+    before, _compile_for = _compile_for, None
+    try:
+        yield
+    finally:
+        _compile_for = before
 
 
 def compiled(fn: Callable, on_cpu: bool = True) -> Callable:

@@ -35,7 +35,7 @@ LEGACY_NAMES = {"hold_step": "detach_step", "override": "allow_changed_settings"
 LEGACY_DEFAULTS = {  # of settings that older checkpoints do not have
     "sync_bn": True, "width": 1.0, "memory_format": "channels_last", "image_size": 224,
     "workers": 2, "cache_images": 4.0, "penalty_every": 1, "penalty_gradient": "exact",
-    "penalty_step": DIFFERENCE_STEP, "winograd": "off",
+    "penalty_step": DIFFERENCE_STEP, "winograd": "off", "step": "eager",
 }  # fmt: skip
 
 
