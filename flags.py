@@ -88,6 +88,9 @@ CONTINUES = Need("--resume or --init_from",
                  lambda run: run.resume or run.init_from or is_restart_here())
 QAT_RUNS = Need("a longer run", lambda run: run.qat_from < run.n_epochs)
 QAT = ["--qat_bits", QAT_RUNS]
+WHOLE_STEP = Need("--compile", lambda run: run.compile or run.step == "eager")
+EXACT_WEIGHTS = Need("no --qat_bits: a compiled step has no learned step sizes",
+                     lambda run: run.qat_bits is None or run.step == "eager")
 LATE_FREEZE = Need("a longer run", lambda run: (run.freeze_bn_from or 0) < run.n_epochs)
 PROTOCOL = Need("no --phases", lambda run: "phases" not in run.explicit_flags)
 WIDE = Need(f"--model {' or '.join(filter(has_width, MODELS))}",
@@ -217,7 +220,7 @@ TRAINING: Table = [
     switch("compile", "compile the element-wise kernels where a compiler is present", default=True),
     Flag("step", ("eager", "compiled"), "eager", "compiled: forward, backward and penalty as one "
          "function, after minutes of compiling, on a GPU with CUDA graphs",
-         requires=["--compile", "no --qat_bits"]),
+         requires=[WHOLE_STEP, EXACT_WEIGHTS]),
     Flag("winograd", ("auto", "off"), "auto", "3×3 convolutions of many channels by Winograd's "
          "algorithm; auto: where that is faster, on processors with AVX2 and no AVX-512"),
     Flag("cuda_graph", bool, ignored="no step is launched as a CUDA graph any more"),
