@@ -463,8 +463,8 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     "mix",
     [
-        lambda t: F.scaled_dot_product_attention(t, t, t),
         lambda t: F.scaled_dot_product_attention(t, t, t, is_causal=True),
+        lambda t: F.scaled_dot_product_attention(t, t, t),
         lambda t: F.scaled_dot_product_attention(t, t, t, torch.eye(16, dtype=torch.bool)),
         lambda t: torch.einsum("bnc,bmc->bnm", t, t) @ t,
     ],
