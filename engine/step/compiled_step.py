@@ -146,6 +146,7 @@ def _compiled(net: nn.Module, graph: fx.GraphModule) -> Callable[[Tensor, Tensor
     @torch.no_grad()
     def step(x, y, penalty_scale):
         parameters, buffers = [*net.parameters()], [*net.buffers()]
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of the step before is needed any more
         grads, new_buffers, results = function(
             [p.detach() for p in parameters], buffers, x, y, x.new_full((), penalty_scale)
         )

@@ -70,6 +70,7 @@ def assert_same(found, expected, nets):
 
 
 @pytest.mark.parametrize("name", OF_GRADIENTS)
+@pytest.mark.sampled(2)
 def test_its_gradient_is_that_of_plain_double_backprop(name, problem, recorded_only):
     plain, _, net = nets()
     step = CompiledStep(len(problem[0]))
@@ -85,6 +86,7 @@ def test_its_gradient_is_that_of_plain_double_backprop(name, problem, recorded_o
 
 @pytest.mark.parametrize("difference_step", [None, 0.01])
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sampled(3)
 def test_any_penalty_draws_the_same_random_numbers(name, difference_step, problem, recorded_only):
     _, eager, net = nets()
     step = CompiledStep(len(problem[0]))
