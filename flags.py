@@ -89,8 +89,8 @@ CONTINUES = Need("--resume or --init_from",
 QAT_RUNS = Need("a longer run", lambda run: run.qat_from < run.n_epochs)
 QAT = ["--qat_bits", QAT_RUNS]
 WHOLE_STEP = Need("--compile", lambda run: run.compile or run.step == "eager")
-EXACT_WEIGHTS = Need("no --qat_bits: a compiled step has no learned step sizes",
-                     lambda run: run.qat_bits is None or run.step == "eager")
+NO_LEARNED_STEPS = Need("no --qat_bits: a compiled step has no learned step sizes",
+                        lambda run: run.qat_bits is None or run.step == "eager")
 LATE_FREEZE = Need("a longer run", lambda run: (run.freeze_bn_from or 0) < run.n_epochs)
 PROTOCOL = Need("no --phases", lambda run: "phases" not in run.explicit_flags)
 WIDE = Need(f"--model {' or '.join(filter(has_width, MODELS))}",
@@ -220,10 +220,10 @@ TRAINING: Table = [
     switch("compile", "compile the element-wise kernels where a compiler is present", default=True),
     Flag("step", ("eager", "compiled"), "eager", "compiled: forward, backward and penalty as one "
          "function, after minutes of compiling, on a GPU with CUDA graphs",
-         requires=[WHOLE_STEP, EXACT_WEIGHTS]),
+         requires=[WHOLE_STEP, NO_LEARNED_STEPS]),
     Flag("winograd", ("auto", "off"), "auto", "3×3 convolutions of many channels by Winograd's "
          "algorithm; auto: where that is faster, on processors with AVX2 and no AVX-512"),
-    Flag("cuda_graph", bool, ignored="no step is launched as a CUDA graph any more"),
+    Flag("cuda_graph", bool, ignored="--step compiled took its place"),
     switch("sync_bn", "under torchrun, take batch statistics over all processes", default=True),
     Flag("freeze_bn_from", count, None, "from epoch N on batch norms use and keep their running "
          "statistics: the gradients are those of the network that is quantized", needs=LATE_FREEZE),

@@ -311,7 +311,8 @@ def deploy(
     if not network.conditions.in_integers:
         net_q = write_back(network.net, graph_q)
         deployed_files.write_files(vars(args), net_q)
-        checks.report_saved_weights(args, net_q is graph_q)
+        if net_q is graph_q and not args.fold_bn:  # docs/deploy.md says it of --fold_bn
+            checks.warn_of_graph_weights(args.save_quantized)
         return True
     integers = network.integers(how)
     source = loaded.describe(how, vars(args), dataset)
@@ -320,7 +321,6 @@ def deploy(
     test = network.images.test
     form = FileForm.named(args.pack_weights, args.export_for)
     deployed_files.write_files(vars(args), net_q, integers, dataset, source, form)
-    checks.report_saved_weights(args, net_q is graph_int)
     if args.export or args.page:
         checks.report_form(integers, form, network, how)
     if args.page:

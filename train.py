@@ -238,6 +238,8 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     if args.init_weights:
         path = Path(args.init_weights)
         args.model = utils.model_of_file(args.model, WeightsFile(path, read_record(path)))
+    if args.step == "compiled" and distributed.get_world_size() > 1:
+        raise SetupError("--step compiled is for one process: leave out --step or torchrun")
     schedule = utils.schedule_settings(args)
     checkpoint, is_own = distributed.run_on_rank0_and_broadcast(
         lambda: find_checkpoint(args, out, schedule)
@@ -246,7 +248,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     args.winograd = settled("winograd", args.winograd, checkpoint)
     dataset = utils.load_dataset(args)
     loaders = make_loaders(dataset, args)
-    config = make_config(args)
+    config = make_config(args, loaders.train.n_images_in_batch(0))
     set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
     compiled = utils.choose_kernels(args)
@@ -350,10 +352,8 @@ def finish_average(training: TrainingRun) -> dict[str, float]:
 # --- what a run is made of -------------------------------------------------------------------
 
 
-def make_config(args: argparse.Namespace) -> FitConfig:
-    """Return what the flags say of the loop; SetupError for several processes and one function."""
-    if args.step == "compiled" and distributed.get_world_size() > 1:
-        raise SetupError("--step compiled is for one process: leave it or torchrun out")
+def make_config(args: argparse.Namespace, n_images: int) -> FitConfig:
+    """Return what the flags say of the loop, whose batches have `n_images`, the last one fewer."""
     return FitConfig(
         n_epochs=args.n_epochs,
         criterion=utils.make_criterion(args.criterion, args.label_smoothing),
@@ -361,7 +361,7 @@ def make_config(args: argparse.Namespace) -> FitConfig:
         test_penalty=not args.no_test_penalty,
         difference_step=args.penalty_step if args.penalty_gradient == "difference" else None,
         freeze_bn_from=args.freeze_bn_from,
-        compiled_step=CompiledStep(args.batch_size) if args.step == "compiled" else None,
+        compiled_step=CompiledStep(n_images) if args.step == "compiled" else None,
     )
 
 

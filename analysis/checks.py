@@ -200,16 +200,12 @@ def report_form(
     print(line)
 
 
-def report_saved_weights(args: argparse.Namespace, of_graph: bool) -> None:
-    """Warn where the weights of --save_quantized have no place in the network: its graph's have.
-
-    With --fold_bn that is always so, and said in docs/deploy.md.
-    """
-    if args.save_quantized and of_graph and not args.fold_bn:
-        print_warning(
-            f"{args.save_quantized} has the weights of the exported graph, which the network "
-            "itself cannot load: it computes weights as it runs, or one is rounded in several ways"
-        )
+def warn_of_graph_weights(path: str) -> None:
+    """Warn that the weights in a file have no place in the network itself, but in its graph."""
+    print_warning(
+        f"{path} has the weights of the exported graph, which the network itself cannot load: it "
+        "computes weights as it runs, or one is rounded in several ways"
+    )
 
 
 def check_sums(network: MeasuredNetwork, path: Path) -> None:

@@ -17,8 +17,8 @@ def plan_rows(
 ) -> list[Row]:
     """Return what the quantizations make of each input, weight and bias of the network.
 
-    The shape of an input is that of one image's, or that of BATCH where images are no first
-    dimension, as within attention.
+    An input's shape is given for one image; where images are not its first dimension, as within
+    attention, for all BATCH of them. A first dimension of BATCH is taken for the images.
     """
     act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
     with_biases = any(how.bias_range for how in quantizations)
@@ -27,11 +27,11 @@ def plan_rows(
     rows = []
     for operation in operations(network.graph):
         for name in filter(inputs.__contains__, operation.inputs):
-            n, *of_each = shape = operation.source(name).meta["shape"]
+            n, *image_shape = shape = operation.source(name).meta["shape"]
             grids = [of_inputs[name] for of_inputs in all_grids]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
             bits = [grid.n_bits for grid in grids]
-            size = _size(of_each) if n == BATCH else f"{_size(shape)} of {BATCH} images"
+            size = _size(image_shape) if n == BATCH else f"{_size(shape)} of {BATCH} images"
             rows.append(_row(name, "input", size, bits, "/".join(ranges)))
         if operation.weight:
             name, w = operation.name, network.graph.get_buffer(operation.weight)

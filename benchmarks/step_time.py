@@ -179,6 +179,8 @@ def make_steps(side: str, args: argparse.Namespace) -> dict[str, Callable[[], No
                 net, criterion, None if i else reg, x, labels, dtype, row.every, row.difference_step
             )
             optimizer.step()
+        if side == "compiled" and not take_step.is_compiled:
+            raise RuntimeError("the step was not compiled: the line above says why")
 
     def make_step(row: Row) -> Callable[[], None]:
         reg = make_regularizer(row.regularizer, 0.01, **row.options)

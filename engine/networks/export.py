@@ -270,7 +270,8 @@ def _inline_regions(module: fx.GraphModule) -> None:
 def _spell_one_way(module: fx.GraphModule) -> None:
     """Write each batch norm, squeezing, view and product with a constant matrix in one form.
 
-    Of a view, a copy where strides need one: the network was traced in another memory layout.
+    A view becomes a reshape, which copies where strides need it: the network was traced in one
+    memory layout, and may run in another.
     """
     constant = _constants(module)
     for node in [*module.graph.nodes]:

@@ -114,8 +114,9 @@ def rectified_norms(net: nn.Module) -> list[tuple[str, str]]:
 def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
     """Return the module that alone reads another's output, by the name of the latter."""
     try:
-        with every_module_in(net, training=training):
-            nodes = [n for n in ModuleTracer().trace(net).nodes if n.op == "call_module"]
+        copied = copy.deepcopy(net)  # a network that keeps what it computes would keep symbols
+        with every_module_in(copied, training=training):
+            nodes = [n for n in ModuleTracer().trace(copied).nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
         return {}
     n_runs = Counter(node.target for node in nodes)

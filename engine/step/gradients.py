@@ -19,7 +19,7 @@ from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.networks.outputs import blank_images, every_module_in, network_boundary
 from engine.step.batch_loss import BatchLoss, FirstOrderResult
 from engine.step.norms import lp_norms, whole_batch_norms
-from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward
+from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward, runs_forward_again
 from engine.system import distributed
 from engine.system.hardware import get_rng_state
 
@@ -54,8 +54,7 @@ def compute_gradients(
     folded = folded_weights(net) if "folded_weights" in inputs else []
     second_order = needs_double_backward(regularizer)
     by_difference = second_order and difference_step is not None
-    # a second forward pass must drop the same units as the first
-    runs_again = by_difference or "loss_change" in inputs
+    runs_again = runs_forward_again(regularizer, difference_step)
     batch = BatchLoss(net, criterion, x, y, dtype, get_rng_state(x.device) if runs_again else None)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         first = batch.first_order(inputs, second_order and not by_difference, by_difference)

@@ -42,6 +42,12 @@ def needs_double_backward(regularizer: nn.Module | None) -> bool:
     return regularizer is not None and not DIFFERENTIATED_GRADIENTS.isdisjoint(regularizer.inputs)
 
 
+def runs_forward_again(regularizer: nn.Module | None, difference_step: float | None) -> bool:
+    """Tell whether the penalty takes a second forward pass, which must drop the same units."""
+    by_difference = needs_double_backward(regularizer) and difference_step is not None
+    return by_difference or (regularizer is not None and "loss_change" in regularizer.inputs)
+
+
 def evaluate_penalty(
     regularizer: nn.Module,
     batch: BatchLoss,

@@ -69,7 +69,7 @@ def describe_plan(
         parts.append(f"weights averaged with decay {args.ema:g}")
     precision = str(dtype).removeprefix("torch.")
     kernels = "compiled" if compiled else "eager"
-    if args.step == "compiled":
+    if compiled and args.step == "compiled":
         parts.append("a step compiled as one function")
     parts.append(f"{precision} convolutions and {kernels} kernels on {args.device}")
     if may_be_used_by(net, dtype, MEMORY_FORMATS[args.memory_format]):

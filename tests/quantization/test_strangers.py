@@ -305,8 +305,8 @@ def test_saved_weights_that_the_network_cannot_load_are_told(
     network, flags, in_network, quantize, capsys
 ):
     assert quantize(network, f"--bits 3 --save_quantized q.pt {flags}") == 0
-    told = "q.pt has the weights of the exported graph, which the network itself cannot load"
-    assert (told in capsys.readouterr().err) != in_network
+    warning = "q.pt has the weights of the exported graph, which the network itself cannot load"
+    assert (warning in capsys.readouterr().err) != in_network
     saved = torch_load(Path("q.pt"))
     if not in_network:
         export_network(make(network), SHAPE).load_state_dict(saved)
