@@ -626,7 +626,7 @@ def test_options_reach_those_that_take_them(monkeypatch):
     assert terms[0].only_weight_grads and terms[1].target_bits == 3
     cheaper = ["--penalty_every", "4", "--penalty_gradient", "difference", "--penalty_step", "0.1"]
     combined_protocol.main(["--phases", "0:VarianceNorm=1+L1Grad=1", *cheaper])
-    config = train.make_config(argparse.Namespace(**started))
+    config = train.make_config(argparse.Namespace(**started), 128)
     assert (started["penalty_every"], config.difference_step) == (4, 0.1)
     train.main(["--regularizer", "Sharpness", "--rho", "0.2"])
     assert started["phases"][0].regularizer.rho == 0.2
