@@ -383,13 +383,15 @@ def graphed(step: Callable[[], None]) -> Callable[[], None] | str:
         return str(error).splitlines()[0]
 
 
-def time_batch_size(args: argparse.Namespace, batch_size: int) -> Found:
+def time_batch_size(
+    args: argparse.Namespace, batch_size: int, rows: Sequence[str] = TIMED_ROWS
+) -> Found:
     """Return the figures of each row and side at one batch size; the sides take turns."""
     args = copy.copy(args)
     args.batch_size, works, reasons = batch_size, {}, {}
     for side in args.sides:
         steps = make_steps(side, args)
-        for row in TIMED_ROWS:
+        for row in rows:
             if side == "ours" or not ROWS[row].reference:
                 works[row, side] = steps[row]
             if side == "autocast" and args.device != "cpu" and not ROWS[row].reference:
@@ -446,16 +448,11 @@ def check_steps(args: argparse.Namespace) -> Found:
 
 def check_compiled_step(args: argparse.Namespace) -> Found:
     """Milliseconds of an L2Grad step of 128 images: ours, and `--step compiled`, in turns."""
-    args, found = copy.copy(args), {}
-    args.batch_size = 128
-    works = {side: make_steps(side, args)["L2Grad"] for side in ("ours", "compiled")}
-    times: dict[str, list[float]] = {side: [] for side in works}
-    for _ in range(args.n_warm_up + args.rounds):
-        for side, work in works.items():
-            times[side].append(device_milliseconds(work, args.device)["ms"])
-    for side, all_ms in times.items():
-        found[side] = statistics.median(all_ms[args.n_warm_up :])
-        print(f"  batch 128, L2Grad, {side}: {found[side]:.2f} ms")
+    args = copy.copy(args)
+    args.sides = ("ours", "compiled")
+    found = time_batch_size(args, 128, ["L2Grad"])["L2Grad"]
+    for side, figures in found.items():
+        print(f"  batch 128, L2Grad, {side}: {figures['ms']:.2f} ms")
     return found
 
 

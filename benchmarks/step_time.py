@@ -81,12 +81,10 @@ ROWS = {
 }
 
 
-PRECISIONS = {
-    "ours": "auto",
-    "direct": "auto",
-    "compiled": "auto",
+PRECISIONS = {  # of sides not in float32
+    **dict.fromkeys(("ours", "direct", "compiled"), "auto"),
     "autocast": "bf16",
-}  # of sides not in float32
+}
 PEERS = {"torch.func": "functional_step", "jax": "jax_step"}  # their modules
 PEER_ROWS = ("none", "L1Grad", "L2Grad")
 

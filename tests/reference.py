@@ -25,6 +25,13 @@ class SmoothNet(nn.Module):
         return self.linear(a2.mean(dim=(2, 3))), [a1, a2]
 
 
+class DropoutNet(SmoothNet):
+    """A net that draws from torch's global stream."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return super().forward(F.dropout(x, 0.2, self.training))
+
+
 def rectifying_norm(channels: int, **settings: object) -> nn.BatchNorm2d:
     """Return one of our batch norms that does the work of a ReLU after it as well."""
     norm = BatchNorm2d(channels, **settings)
@@ -45,6 +52,17 @@ class Reordered(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.classifier(self.features(x).mean(dim=(2, 3))), []
+
+
+class Viewed(nn.Module):
+    """It views a map of several pixels, as much code of other people does; images are 8×8."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.conv(x)).view(x.size(0), -1))
 
 
 class WithActivations(nn.Module):

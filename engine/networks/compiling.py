@@ -17,14 +17,14 @@ OPTIONS = {
 }
 CPU_OPTIONS = {  # results/speed/LOG.md has what each one saves at the start
     "cpp.vec_isa_ok": True,  # what /proc/cpuinfo says of vector units is not tried out by compiling
-    "compile_threads": 1,  # no worker processes for six functions
     "pattern_matcher": False,  # there is no attention or matrix product to look for
 }
 WHOLE_STEP_OPTIONS = {  # by the type of the device, of a whole training step
-    "cpu": {"cpp.vec_isa_ok": True, "pattern_matcher": False, "fallback_random": True},
+    "cpu": {**CPU_OPTIONS, "fallback_random": True},
     # random numbers of PyTorch's own stream, and CUDA graphs as mode="reduce-overhead" has them
     "cuda": {"triton.cudagraphs": True, "fallback_random": True},
 }
+CPU_KERNEL_OPTIONS = {**CPU_OPTIONS, "compile_threads": 1}  # no worker processes for six functions
 _compile_for: str | None = None  # type of the device whose kernels are compiled
 
 
@@ -70,7 +70,7 @@ def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
         def bound(*args):
             return fn(*args, **dict(constants))
 
-        options = OPTIONS | (CPU_OPTIONS if device.type == "cpu" else {})
+        options = OPTIONS | (CPU_KERNEL_OPTIONS if device.type == "cpu" else {})
         return torch.compile(bound, options=options, isolate_recompiles=True)
 
     @functools.wraps(fn)

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from engine.networks.convolution import Conv2d
 from engine.networks.fast_batch_norm import BatchNorm2d
-from engine.networks.outputs import BATCH_NORMS, every_module_in
+from engine.networks.outputs import BATCH_NORMS
 
 
 class BatchNormBeforeRectifier(BatchNorm2d):
@@ -115,8 +115,8 @@ def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
     """Return the module that alone reads another's output, by the name of the latter."""
     try:
         copied = copy.deepcopy(net)  # a network that keeps what it computes would keep symbols
-        with every_module_in(copied, training=training):
-            nodes = [n for n in ModuleTracer().trace(copied).nodes if n.op == "call_module"]
+        graph = ModuleTracer().trace(copied.train(training))
+        nodes = [n for n in graph.nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
         return {}
     n_runs = Counter(node.target for node in nodes)

@@ -56,8 +56,11 @@ class CompiledStep:
         difference_step: float | None = None,
     ) -> Results:
         """Set every .grad and return L, R and the number correct, as `compute_gradients` does."""
+        arguments = net, criterion, regularizer, x, y, dtype, penalty_scale, difference_step
+        if len(x) != self.n_images:
+            return compute_gradients(*arguments)
         key = regularizer, *(m.training for m in net.modules())
-        if len(x) == self.n_images and key not in self._functions:
+        if key not in self._functions:
             self._functions[key] = None
             step = _Step(net, criterion, regularizer, dtype, difference_step)
             try:
@@ -69,10 +72,8 @@ class CompiledStep:
             else:
                 self._functions[key] = function
                 return results
-        if len(x) == self.n_images and (function := self._functions[key]):
-            return function(x, y, penalty_scale)
-        arguments = net, criterion, regularizer, x, y, dtype, penalty_scale, difference_step
-        return compute_gradients(*arguments)
+        function = self._functions[key]
+        return function(x, y, penalty_scale) if function else compute_gradients(*arguments)
 
 
 class _Step(nn.Module):

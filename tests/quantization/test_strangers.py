@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,17 +51,6 @@ class InPlace(nn.Module):
         x *= 2
         x -= 0.5
         return self.f(x)
-
-
-class Viewed(nn.Module):
-    """It views a map of several pixels, as much code of other people does."""
-
-    def __init__(self, num_classes=4):
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(128, num_classes)
-
-    def forward(self, x):
-        return self.fc(F.relu(self.conv(x)).view(x.size(0), -1))
 
 
 class StandardizedConv(nn.Conv2d):
@@ -165,7 +155,7 @@ def own_loss(network, seed=0):
 
 
 @pytest.mark.parametrize(
-    "network", [InPlace, Viewed, standardized, normalized, Twice, Tied, LearnedMap]
+    "network", [InPlace, reference.Viewed, standardized, normalized, Twice, Tied, LearnedMap]
 )
 @pytest.mark.sampled(4)
 def test_8_bits_are_close_to_the_network_itself(network, quantize):

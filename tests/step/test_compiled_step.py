@@ -166,19 +166,11 @@ class Branching(reference.SmoothNet):
         return (logits if logits.sum().item() > 0 else 2 * logits), activations
 
 
-class Dropping(reference.SmoothNet):
-    """It drops units."""
-
-    def forward(self, x):
-        logits, activations = super().forward(x)
-        return nn.functional.dropout(logits, 0.5, self.training), activations
-
-
 @pytest.mark.parametrize(
     ("make", "regularizer", "why"),
     [
         (Branching, LPGrad(0.3, 2), "Branching: "),
-        (Dropping, StepNoise(0.7, 2), "Dropping draws random numbers as it runs"),
+        (reference.DropoutNet, StepNoise(0.7, 2), "DropoutNet draws random numbers as it runs"),
     ],
 )
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(
@@ -250,7 +242,7 @@ def test_several_processes_are_refused(monkeypatch, capsys, tmp_path):
 
 
 def test_dropout_in_one_pass_drops_the_same_units(problem, recorded_only):
-    _, eager, net = nets(Dropping)
+    _, eager, net = nets(reference.DropoutNet)
     step = CompiledStep(len(problem[0]))
     expected = step_from(3, compute_gradients, eager, CE, LPGrad(0.3, 2), *problem)
     assert_same(step_from(3, step, net, CE, LPGrad(0.3, 2), *problem), expected, (net, eager))

@@ -7,7 +7,6 @@ import pytest
 import reference
 import tiny_scripts
 import torch
-from torch import nn
 
 import train
 import utils
@@ -32,16 +31,9 @@ REGULARIZERS = {
 }
 
 
-class DropoutNet(reference.SmoothNet):
-    """A net that draws from torch's global stream."""
-
-    def forward(self, x):
-        return super().forward(nn.functional.dropout(x, 0.2, self.training))
-
-
 def begin():
     torch.manual_seed(3)
-    net = DropoutNet(num_classes=10)
+    net = reference.DropoutNet(num_classes=10)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4)
     return TrainState(
         net, optimizer, utils.make_scheduler("multistep", optimizer, 0.1, "default", 4)
