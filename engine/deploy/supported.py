@@ -106,8 +106,6 @@ def _dropout(node: fx.Node) -> list[Stage]:
 
 
 def _layer(node: fx.Node) -> list[Stage]:
-    if node.meta.get("name") is None:
-        raise refuse(node, "its weight depends on the images")
     module = node.graph.owning_module
     weight, bias = (
         module.get_buffer(arg.target) if arg is not None else None

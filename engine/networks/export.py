@@ -16,10 +16,9 @@ What its nodes hold in their `meta` is told in `engine/networks/graph.py`.
 import copy
 import io
 import logging
-import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 
 import torch
@@ -41,17 +40,24 @@ from engine.networks.graph import (
     set_constant,
 )
 from engine.networks.outputs import network_boundary, split_output
+from engine.networks.spelling import constants, inline_regions, spell_one_way, split_attention
 from engine.system.errors import NetworkError
 
 TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
 TOLERANCE_OF_EARLIER = 1e-5  # the same for the graph of another network: a number in it may differ
-COMPOSED = {aten.einsum.default}  # of products that are seen
+# Operations that PyTorch writes as matrix products, which are seen.
+COMPOSED = {
+    aten.einsum.default, aten.tensordot.default, aten.inner.default, aten.chain_matmul.default,
+    aten.linalg_matmul.default, aten.linalg_multi_dot.default,
+}  # fmt: skip
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 POOLED_DIMS = {4: ({2, 3}, {1, 2}), 3: ({1},)}  # of a mean over pixels or tokens, by dimensions
+FLATTENED = (aten.flatten.using_ints, aten.reshape.default)
 # Operations with products inside that no quantizer reaches.
 UNSEEN_PRODUCTS = {
     "baddbmm", "addbmm", "addmm", "addmv", "mv", "dot", "bilinear", "lstm", "gru", "rnn_tanh",
-    "rnn_relu", "conv_tbc", "scaled_dot_product_attention", "_native_multi_head_attention",
+    "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "conv_tbc", "cdist",
+    "deform_conv2d", "scaled_dot_product_attention", "_native_multi_head_attention",
 }  # fmt: skip
 # Modules that are one operation each, which is called after them.
 OPERATION_MODULES = (
@@ -128,10 +134,10 @@ class _Logits(nn.Module):
 def _exported(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
     """Return the graph as the module describes it, with this network's tensors."""
     graph = _with_own_tensors(program, _Logits(net))
-    _inline_regions(graph)
+    inline_regions(graph)
     for node in graph.graph.nodes:
         node.meta = _described(node)
-    for transform in (_spell_one_way, _split_attention, _fold_constants):
+    for transform in (spell_one_way, split_attention, _fold_constants):
         graph.graph.eliminate_dead_code()
         transform(graph)
     graph.graph.eliminate_dead_code()
@@ -146,10 +152,11 @@ def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
     # With gradients: without them attention runs as one kernel that hides its matrix products.
     with torch.enable_grad(), _no_listing():
         program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
-    composed = COMPOSED & {node.target for node in program.graph.nodes}
-    if composed or not _without_inplace(program.graph):
-        table = default_decompositions() if composed else {}
-        program = program.run_decompositions({target: table[target] for target in composed})
+    is_composed = not COMPOSED.isdisjoint(node.target for node in program.graph.nodes)
+    if is_composed or not _without_inplace(program.graph):
+        table = default_decompositions() if is_composed else {}
+        wanted = COMPOSED if is_composed else ()  # all: one may be written as another
+        program = program.run_decompositions({target: table[target] for target in wanted})
     return program
 
 
@@ -244,131 +251,13 @@ def _described(node: fx.Node) -> dict:
     if isinstance(value, Tensor):
         described["shape"] = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
     described["is_bool"] = isinstance(value, Tensor) and value.dtype == torch.bool
-    return described | {"is_parameter": node.meta.get("is_parameter", False)}
-
-
-def _inline_regions(module: fx.GraphModule) -> None:
-    """Put what runs inside a region, such as one without autocast, in the region's place."""
-    for node in [*module.graph.nodes]:
-        if not isinstance(node.target, torch._ops.HigherOrderOperator):
-            continue
-        # settings such as a dtype, the graph of the region, its inputs
-        start = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
-        if node.args[start].op != "get_attr":  # a branch or a loop
-            raise NetworkError(f"{node.target.name()} is no operation that can be quantized")
-        inner = getattr(module, node.args[start].target).graph
-        sources = inner.find_nodes(op="placeholder")
-        values = dict(zip(sources, node.args[start + 1 :], strict=True))
-        with module.graph.inserting_before(node):
-            results = module.graph.graph_copy(inner, values)
-        for user in [*node.users]:  # each takes one of the results
-            user.replace_all_uses_with(results[user.args[1]])
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-
-
-def _spell_one_way(module: fx.GraphModule) -> None:
-    """Write each batch norm, squeezing, view and product with a constant matrix in one form.
-
-    A view becomes a reshape, which copies where strides need it: the network was traced in one
-    memory layout, and may run in another.
-    """
-    constant = _constants(module)
-    for node in [*module.graph.nodes]:
-        match node.target, node.args:
-            case (aten._native_batch_norm_legit_no_training.default, _):
-                x, gamma, beta, mean, var, momentum, eps = node.args
-                arguments = (x, gamma, beta, mean, var, False, momentum, eps, False)
-                [result] = node.users
-                _replace(module, result, aten.batch_norm.default, arguments)
-            case (aten._assert_tensor_metadata.default, _):  # of the precision it was exported in
-                module.graph.erase_node(node)
-            case (aten.squeeze.default, (x,)):  # which would squeeze a batch of one image as well
-                shape = x.meta["shape"]
-                ones = [i for i, n in enumerate(shape) if i and n == 1]
-                _replace(module, node, aten.squeeze.dims, (x, ones))
-            case (aten.view.default | aten.reshape.default, (x, shape)):
-                # len(x) is the number of images that were exported; -1 is any
-                (n, *before) = x.meta["shape"]
-                (n_after, *after) = node.meta["shape"]
-                if n == n_after == BATCH and math.prod(before) == math.prod(after):
-                    shape = [-1, *after]
-                _replace(module, node, aten.reshape.default, (x, shape))
-            case (aten.matmul.default | aten.mm.default, (x, w)) if w in constant:
-                if len(w.meta["shape"]) == 2:
-                    _to_linear(module, node, x, w)
-            case (aten.addmm.default, (b, x, w)) if w in constant and not node.kwargs:
-                _to_linear(module, node, x, w, b)
-
-
-def _to_linear(module: fx.GraphModule, node: fx.Node, x: fx.Node, w: fx.Node, *bias) -> None:
-    """Replace x @ w + bias by linear(x, wᵀ, bias)."""
-    transposed = _insert(module, node, aten.t.default, (w,), w.meta["shape"][::-1])
-    _replace(module, node, aten.linear.default, (x, transposed, *bias))
-
-
-def _split_attention(module: fx.GraphModule) -> None:
-    """Write scaled dot-product attention softmax(q kᵀ·scale + mask) v as these operations."""
-    for node in [*module.graph.nodes]:
-        if node.target is not aten.scaled_dot_product_attention.default:
-            continue
-        query, key, value, mask, dropout, is_causal = (*node.args, None, 0.0, False)[:6]
-        if dropout or node.kwargs.get("enable_gqa"):
-            continue  # and `_name_operations` refuses it
-        q_shape = query.meta["shape"]
-        k_shape = key.meta["shape"]
-        scale = node.kwargs.get("scale") or q_shape[-1] ** -0.5
-        shape = (*q_shape[:-1], k_shape[-2])
-        transposed = (*k_shape[:-2], k_shape[-1], k_shape[-2])
-        k_t = _insert(module, node, aten.transpose.int, (key, -2, -1), transposed)
-        scores = _insert(module, node, aten.matmul.default, (query, k_t), shape)
-        scores = _insert(module, node, aten.mul.Tensor, (scores, scale), shape)
-        if is_causal:
-            with module.graph.inserting_before(node):
-                lower = torch.ones(shape[-2:], dtype=torch.bool).tril()
-                mask = read_tensor(module, f"{node.name}.mask", lower)
-        if mask is not None and mask.meta["is_bool"]:
-            out = _insert(module, node, aten.logical_not.default, (mask,), mask.meta["shape"])
-            masked = (scores, out, -math.inf)
-            scores = _insert(module, node, aten.masked_fill.Scalar, masked, shape)
-        elif mask is not None:
-            scores = _insert(module, node, aten.add.Tensor, (scores, mask), shape)
-        weights = _insert(module, node, aten.softmax.int, (scores, -1), shape)
-        _replace(module, node, aten.matmul.default, (weights, value))
-
-
-def _insert(
-    module: fx.GraphModule, before: fx.Node, target: Callable, args: tuple, shape: Sequence[int]
-) -> fx.Node:
-    """Add an operation of the same module before a node."""
-    with module.graph.inserting_before(before):
-        node = module.graph.call_function(target, args)
-    node.meta = {**before.meta, "shape": tuple(shape)}
-    return node
-
-
-def _replace(module: fx.GraphModule, node: fx.Node, target: Callable, args: tuple) -> fx.Node:
-    new = _insert(module, node, target, args, node.meta["shape"])
-    node.replace_all_uses_with(new)
-    module.graph.erase_node(node)
-    return new
-
-
-def _constants(module: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes whose values depend on neither images nor random numbers."""
-    constant: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        is_value = node.op in ("get_attr", "call_function") and not is_random
-        if is_value and all(source in constant for source in node.all_input_nodes):
-            constant.add(node)
-    return constant
+    return described | {"learned": [node.target] if node.meta.get("is_parameter") else []}
 
 
 @torch.no_grad()
 def _fold_constants(module: fx.GraphModule) -> None:
     """Compute once what depends on weights and buffers alone, and read the results as constants."""
-    constant = _constants(module)
+    constant = constants(module)
     computed = [
         node
         for node in module.graph.nodes
@@ -381,14 +270,15 @@ def _fold_constants(module: fx.GraphModule) -> None:
         path = node.meta["path"]
         with module.graph.inserting_before(node):
             read = read_tensor(module, f"{path}.{node.name}".lstrip("."), value.detach().clone())
-        read.meta |= {"path": path, "computed": True, "is_parameter": _is_learned(node)}
+        read.meta |= {"path": path, "computed": True, "learned": _learned(node)}
         for user in node.users.keys() - constant:
             user.replace_input_with(node, read)
 
 
-def _is_learned(node: fx.Node) -> bool:
-    """Tell whether a constant is a parameter, or computed from one."""
-    return node.meta.get("is_parameter", False) or any(map(_is_learned, node.all_input_nodes))
+def _learned(node: fx.Node) -> list[str]:
+    """Return the names of the parameters that a constant is computed from."""
+    sources = [name for source in node.all_input_nodes for name in _learned(source)]
+    return list(dict.fromkeys(node.meta.get("learned", []) + sources))
 
 
 def _name_operations(module: fx.GraphModule) -> None:
@@ -396,12 +286,15 @@ def _name_operations(module: fx.GraphModule) -> None:
 
     Raises NetworkError, naming it, for a product that would stay in float unseen.
     """
-    constant = _constants(module)
+    constant = constants(module)
     taken = Counter({read.target for read in module.graph.find_nodes(op="get_attr")})
     for node in module.graph.nodes:
-        if (kind := getattr(node.target, "_opname", "")) in UNSEEN_PRODUCTS:
+        kind = getattr(node.target, "_opname", "")
+        is_layer = KINDS.get(node.target) in LAYERS
+        if kind in UNSEEN_PRODUCTS or (is_layer and node.args[1] not in constant):
             where = node.meta["path"] or "the network"
-            raise NetworkError(f"{where} calls {kind}, whose products cannot be quantized")
+            of_what = " with a weight that depends on the images" if is_layer else ""
+            raise NetworkError(f"{where} calls {kind}{of_what}, whose products cannot be quantized")
         if _is_operation(node, constant):
             name = _operation_name(node)
             taken[name] += 1
@@ -412,17 +305,23 @@ def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:
     """Tell whether the node is a product, pooling or sum of more than numbers and channels."""
     if node.target not in KINDS or node in constant:
         return False
-    kind = KINDS[node.target]
-    if kind in LAYERS:
-        return node.args[1] in constant
     if node.target is aten.mean.dim:
-        shape = node.args[0].meta["shape"]
-        dims = {d % len(shape) for d in node.args[1] or ()}
-        return dims in POOLED_DIMS.get(len(shape), ())
-    if kind in ("add", "mul"):
+        return _is_over_pixels(node)
+    if KINDS[node.target] in ("add", "sub", "mul"):
         operands = node.args[:2]
         return all(isinstance(a, fx.Node) and len(a.meta["shape"]) > 2 for a in operands)
     return True
+
+
+def _is_over_pixels(mean: fx.Node) -> bool:
+    """Tell whether a mean is over all pixels or tokens: one of channels is no pooling."""
+    x, dims, *_ = mean.args
+    shape = x.meta["shape"]
+    dims = {d % len(shape) for d in dims or ()}
+    if x.target in FLATTENED and dims == {2}:  # of (B, C, H·W)
+        before = x.args[0].meta["shape"]
+        return len(before) == 4 and before[:2] == shape[:2]
+    return dims in POOLED_DIMS.get(len(shape), ())
 
 
 def _operation_name(node: fx.Node) -> str:

@@ -31,11 +31,21 @@ PRODUCTS = {
 }
 LAYERS = ("conv", "conv_transpose", "linear")  # products whose second operand is a weight
 POOLINGS = {
+    aten.avg_pool1d.default: "pool",
     aten.avg_pool2d.default: "pool",
+    aten.avg_pool3d.default: "pool",
+    aten.adaptive_avg_pool1d.default: "pool",
     aten.adaptive_avg_pool2d.default: "pool",
+    aten.adaptive_avg_pool3d.default: "pool",
     aten.mean.dim: "pool",
 }
-SUMS = {aten.add.Tensor: "add", aten.mul.Tensor: "mul", aten.cat.default: "cat"}
+SUMS = {
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.mul.Tensor: "mul",
+    aten.cat.default: "cat",
+    aten.stack.default: "cat",
+}
 KINDS = {**PRODUCTS, **POOLINGS, **SUMS}
 
 Transform = Callable[[Tensor], Tensor]
@@ -57,9 +67,9 @@ class Operation:
         """Read it off a node that has a name."""
         self.node, self.name, self.kind = node, node.meta["name"], KINDS[node.target]
         self.is_product = node.target in PRODUCTS
-        self.is_sum = node.target in SUMS  # of several values: added, multiplied or concatenated
+        self.is_sum = node.target in SUMS  # of several values, see there
         self.is_layer = self.kind in LAYERS
-        n_inputs = 2 if self.kind in ("matmul", "add", "mul") else 1
+        n_inputs = 2 if self.kind in ("matmul", "add", "sub", "mul") else 1
         n_inputs = len(node.args[0]) if self.kind == "cat" else n_inputs
         names = [f"{self.name}[{i}]" for i in range(n_inputs)]
         self.inputs = names if n_inputs > 1 else [self.name]

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from torch import fx
 
-from engine.networks.graph import Operation, operations
+from engine.networks.graph import PRODUCTS, Operation, operations
 
 MAX_NAMES = 4  # of layers, in a line
+AS_INPUT = "its weight is an input of the product, which --act_bits quantizes"
 MOVES = set("expand view reshape permute transpose unsqueeze slice clone".split())
 
 
@@ -66,27 +67,44 @@ def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
             covered.add(operation.node.args[1])
         for name in operation.inputs:
             if name in (inputs or ()):
-                source = operation.source(name)
-                while getattr(source.target, "_opname", "") in MOVES:  # such as an expanded token
-                    source = source.args[0]
-                covered.add(source)
+                covered.add(_unmoved(operation.source(name)))
     for node in graph.graph.nodes:
         is_weight = node in covered and node.op == "get_attr"
-        if not is_weight and not (node.meta.get("is_parameter") and len(node.meta["shape"]) > 1):
+        learned = node.meta.get("learned")
+        if not is_weight and not (learned and len(node.meta["shape"]) > 1):
             continue
         n = math.prod(node.meta["shape"])
         all_weights += n
         weights += n if node in covered else 0
         if node not in covered:
-            reader = next(iter(node.users)).name.rstrip("_0123456789")
-            in_float[node.target] = f"read by {reader}, by no product"
+            in_float[", ".join(learned)] = _reason_of_constant(node)
     return Coverage(products / max(all_products, 1), weights / max(all_weights, 1), in_float)
+
+
+def _unmoved(node: fx.Node) -> fx.Node:
+    """Return the node whose numbers these are, such as a token that was expanded."""
+    while getattr(node.target, "_opname", "") in MOVES:
+        node = node.args[0]
+    return node
+
+
+def _reason_of_constant(node: fx.Node) -> str:
+    """Return why a constant that was learned stays in float."""
+    reader = next(iter(node.users))
+    if reader.target in PRODUCTS:  # of more matrices than one layer can have
+        return AS_INPUT
+    return f"read by {reader.name.rstrip('_0123456789')}, by no product"
 
 
 def _reason(operation: Operation, inputs: Container[str] | None) -> str | None:
     """Return why a product is not one of quantized numbers; None where it is."""
+    if inputs is None and not operation.is_layer:
+        sources = [_unmoved(operation.source(name)) for name in operation.inputs]
+        has_weight = any(source.op == "get_attr" for source in sources)
+        return (
+            AS_INPUT if has_weight else "no weight in this product: --act_bits quantizes its inputs"
+        )
     if inputs is None:
-        is_covered = operation.is_layer
-        return None if is_covered else "no weight in this product: --act_bits quantizes its inputs"
+        return None
     missing = [name for name in operation.inputs if name not in inputs]
     return f"its input {missing[0]} is not quantized" if missing else None

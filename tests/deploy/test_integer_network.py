@@ -253,7 +253,7 @@ UNSUPPORTED = {
     ),
     "flatten": (
         lambda net, x: net.pool(net.conv2(net.conv1(x))).flatten(2).mean(2),
-        "mean: only means over all pixels",
+        "pool_2: only means over all pixels",
     ),
     "number": (lambda net, x: pooled(net, net.shrink(net.conv1(x)) * 0.1), "calls mul"),
     "constant": (lambda net, x: pooled(net, net.conv1(x) + 1), "add: only sums of two tensors"),

@@ -8,6 +8,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -26,7 +27,7 @@ from engine.quantization.activations import (
     quantized_inputs,
 )
 from engine.quantization.coverage import coverage
-from engine.quantization.weights import quantize_model
+from engine.quantization.weights import quantize_model, quantize_weights
 from engine.system.errors import NetworkError
 from engine.system.io import save_weights, torch_load
 from engine.training.learned_steps import make_steps
@@ -447,7 +448,10 @@ class Tokens(nn.Module):
 
     def forward(self, x):
         tokens = self.conv(x).flatten(2).transpose(1, 2)
-        return self.fc(self.mix(tokens).mean(1))
+        return self.fc(self.mixed(tokens).mean(1))
+
+    def mixed(self, tokens):
+        return self.mix(tokens)
 
 
 @pytest.mark.parametrize(
@@ -471,12 +475,101 @@ def test_products_of_activations_are_seen_however_they_are_written(mix):
     assert not coverage(graph, quantized_inputs(graph)).in_float
 
 
-@pytest.mark.parametrize("name", ["baddbmm", "lstm"])
-def test_products_that_no_quantizer_reaches_are_refused(name):
-    lstm = nn.LSTM(8, 8, batch_first=True)
-    mixes = {"baddbmm": lambda t: torch.baddbmm(t, t @ t.mT, t), "lstm": lambda t: lstm(t)[0]}
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [
+        ("baddbmm", lambda t, w: torch.baddbmm(t, t @ t.mT, t)),
+        ("lstm", lambda t, w: nn.LSTM(8, 8, batch_first=True)(t)[0]),
+        ("cdist", lambda t, w: torch.cdist(t, t) @ t),
+        (
+            "conv1d with a weight that depends on the images",
+            lambda t, w: F.conv1d(t.mT, w[..., None] * t.mean()).mT,
+        ),
+    ],
+)
+def test_products_that_no_quantizer_reaches_are_refused(name, mix):
     with pytest.raises(NetworkError, match=f"calls {name}, whose products cannot be quantized"):
-        export_network(Tokens(mixes[name]), (3, 32, 32))
+        export_network(WithMatrix(mix, 8, 8), (3, 32, 32))
+
+
+class WithMatrix(Tokens):
+    """What `mix` makes of the tokens and a learned matrix, or of several."""
+
+    def __init__(self, mix, *shape):
+        super().__init__(mix)
+        self.matrix = nn.Parameter(torch.randn(shape))
+
+    def mixed(self, tokens):
+        return self.mix(tokens, self.matrix)
+
+
+OF_A_MATRIX = {
+    "einsum": (lambda t, w: torch.einsum("bnc,oc->bno", t, w), (8, 8)),
+    "einsum, the weight first": (lambda t, w: torch.einsum("oc,bnc->bno", w, t), (8, 8)),
+    "on the left": (lambda t, w: w @ t, (16, 16)),
+    "on the left, of channels": (lambda t, w: (w @ t.mT).mT, (8, 8)),
+    "with a dimension of its own": (lambda t, w: t @ w, (1, 8, 8)),
+    "tensordot": (lambda t, w: torch.tensordot(t, w, 1), (8, 8)),
+    "inner": (torch.inner, (8, 8)),
+    "multi_dot": (lambda t, w: torch.linalg.multi_dot([t.sum(1), w, w])[:, None], (8, 8)),
+    "a matrix for each token": (lambda t, w: torch.einsum("bnc,noc->bno", t, w), (16, 8, 8)),
+    "the same, first": (lambda t, w: torch.einsum("noc,bnc->bno", w, t), (16, 8, 8)),
+    "bmm": (lambda t, w: torch.bmm(t.transpose(0, 1), w).transpose(0, 1), (16, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_MATRIX)
+def test_a_matrix_is_a_weight_however_its_product_is_written(name):
+    mix, shape = OF_A_MATRIX[name]
+    torch.manual_seed(0)
+    net, x = WithMatrix(mix, *shape).eval(), torch.randn(3, 3, 32, 32)
+    graph = export_network(net, (3, 32, 32))
+    assert coverage(graph, None) == (1, 1, {})
+    graph, quantized = quantize_weights(graph, qu.uniform, 4)
+    assert len(quantized) == 3 + (name == "multi_dot")
+    with torch.no_grad():  # PyTorch's own forward, with weights on the grid
+        for layer in (net.conv, net.fc):
+            layer.bias.copy_(qu.uniform(layer.bias, 4, range_source=layer.weight))
+        for w in (net.conv.weight, net.fc.weight, net.matrix):
+            w.copy_(qu.uniform(w, 4))
+        torch.testing.assert_close(graph(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [None, *OF_A_MATRIX, "linear"])
+@pytest.mark.sampled(4)
+def test_multiply_adds_are_those_that_pytorch_counts(name):
+    moved = (lambda t, w: F.linear(t, w * t.mean()) + t, (8, 8))  # it depends on the images
+    mix, shape = {None: (lambda t, w: t @ t.mT @ t, (1,)), "linear": moved, **OF_A_MATRIX}[name]
+    net = WithMatrix(mix, *shape).eval()
+    with FlopCounterMode(display=False) as counter:
+        net(torch.randn(1, 3, 32, 32))
+    graph = export_network(net, (3, 32, 32))
+    assert sum(each.multiply_adds() for each in operations(graph)) == counter.get_total_flops() / 2
+
+
+def test_weights_that_no_layer_has_are_said_to_be_inputs():
+    net = WithMatrix(lambda t, w: (t[:, None] @ w).mean(1), 2, 8, 8)
+    graph = export_network(net, (3, 32, 32))
+    reason = "its weight is an input of the product, which --act_bits quantizes"
+    assert coverage(graph, None).in_float == {"matmul": reason, "matrix": reason}
+    assert not coverage(graph, quantized_inputs(graph)).in_float
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        (lambda t: (t - t.sin()).flatten(1)[:, :8, None].mT, ["sub[0]", "sub[1]"]),
+        (lambda t: torch.stack([t, t.sin()]).sum(0), ["cat[0]", "cat[1]"]),
+        (lambda t: F.avg_pool1d(t, 2).repeat(1, 1, 2), ["pool"]),
+        (lambda t: F.adaptive_avg_pool1d(t.mT, 1).mT, ["pool"]),
+        (lambda t: t.mT.unflatten(2, (4, 4)).flatten(2).mean(2)[:, None], ["pool"]),
+        (lambda t: t.mean(2, keepdim=True).expand_as(t), []),  # of channels: no pooling
+    ],
+)
+def test_sums_and_pooling_are_seen_however_they_are_written(mix, expected):
+    inputs = quantized_inputs(export_network(Tokens(mix), (3, 32, 32)), sums=True)
+    others = ["conv", "fc", "pool_2" if "pool" in expected else "pool"]  # the last is Tokens' own
+    assert sorted(inputs) == sorted(others + expected)
 
 
 class OneName(nn.Module):
