@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         phases = [parse_phase(text, **utils.regularizer_options_from(args)) for text in args.phases]
     starts = [phase.start for phase in phases]
     if starts != sorted(set(starts)):
-        parser.error(f"the phases start at epochs {starts}: each must start after the one before")
+        parser.error(f"{epoch_flags}: phases start at epochs {starts}, not each after the last")
     train.validate_and_run(parser, args, phases, epoch_flags)
 
 

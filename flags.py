@@ -69,7 +69,7 @@ def dataset_with(option: str) -> Need:
 def existing(flag: str) -> Need:
     """Return the need for the file that a run starts from, unless it continues another."""
     return Need(
-        lambda run: f"another name: there is no file {getattr(run, flag)}",
+        lambda run: f"a file that is there: {getattr(run, flag)} is not",
         lambda run: run.has_checkpoint or os.path.exists(getattr(run, flag)),
     )
 
@@ -127,13 +127,14 @@ ONE = Need(lambda run: "one FILE, one of --bits, one of --act_bits and one of --
                        f"{len(utils.act_bits(run)) // len(run.bits)} and {len(run.schemes)}",
            lambda run: ONE_FILE.is_met(run) and len(run.schemes) == len(utils.act_bits(run)) == 1)
 INTEGERS = [
-    FLOAT64, ONE, "--fold_bn",
-    Need(lambda run: f"--bits from 2 to 8, not {max(run.bits)}", lambda run: max(run.bits) <= 8),
+    FLOAT64, "--fold_bn", "--act_bits",
     Need(lambda run: f"--act_bits from 2 to 8, not {max(utils.act_bits(run))}",
          lambda run: max(utils.act_bits(run)) <= 8),
+    Need(lambda run: f"--bits from 2 to 8, not {max(run.bits)}", lambda run: max(run.bits) <= 8),
+    ONE,
     Need("weights without --mean_correction and --bias_correction",
          lambda run: not (run.mean_correction or run.bias_correction)),
-    Need("--schemes uniform, or pwlq with --overlapping: others are no integers times a scale",
+    Need("pwlq with --overlapping, as its other form is no sum of integers times a scale",
          lambda run: "pwlq" not in run.schemes or run.overlapping),
 ]
 FILE_FORM = Need("--export or --page", lambda run: run.export or run.page)

@@ -35,6 +35,7 @@ from data import ImageDataset
 from engine.deploy import deployed_files, page, verify
 from engine.deploy.integer_layers import with_integers
 from engine.deploy.onnx_emitter import FileForm
+from engine.images.loader import Loader
 from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.graph import layers, weights
@@ -165,16 +166,17 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
     """Make the loaders of the images that the flags ask for, normalized once and cached."""
     make = partial(utils.loader_maker(args, dataset), cache=True)
 
-    def first(n: int | None, batch_size: int = args.batch_size):  # noqa: ANN202
+    def first(is_needed: bool, n: int | None, batch_size: int = args.batch_size) -> Loader | None:
         images = dataset.train_images[:n], dataset.train_labels[:n]
-        return make(*images, batch_size=batch_size) if n else None
+        return make(*images, batch_size=batch_size) if is_needed else None
 
+    is_calibrated = bool(flags.CALIBRATES.is_met(args))
     return Images(
         make(dataset.test_images, dataset.test_labels),
-        first(flags.CALIBRATES.is_met(args) and args.calibration_images, CALIBRATION_BATCH),
-        first(args.recalibrate_bn_images),
-        first(args.per_layer and args.per_layer_images),
-        first(args.rounding != "nearest" and args.rounding_images, ROUNDING_BATCH),
+        first(is_calibrated, args.calibration_images, CALIBRATION_BATCH),
+        first(args.recalibrate_bn_images is not None, args.recalibrate_bn_images),
+        first(args.per_layer, args.per_layer_images),
+        first(args.rounding != "nearest", args.rounding_images, ROUNDING_BATCH),
     )
 
 
@@ -382,8 +384,8 @@ def measure_network(
             is_learned = row["scheme"] == LEARNED
             is_whole = not (args.holdout or args.test_subset)
             checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
-            how = {"rounding": qu.rounding_of(row["scheme"], learners, args.rounding)}
-            results.rows.append(row | common | how | ({"per_channel": False} if is_learned else {}))
+            common["rounding"] = qu.rounding_of(row["scheme"], learners, args.rounding)
+            results.rows.append(row | common | ({"per_channel": False} if is_learned else {}))
         for (scheme, bits, act_bits), divergences in network.divergences.items():
             if distributed.get_rank() == 0:
                 taken = min(divergences, key=divergences.get)

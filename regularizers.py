@@ -389,7 +389,7 @@ def _lookup(name: str) -> tuple[Callable[..., Regularizer], dict[str, int], str]
     for template in REGULARIZERS:
         if re.fullmatch(re.sub(r"<\w+>", ".+", template), name, re.IGNORECASE):
             raise ValueError(f"{name}: <P> in {template} must be a whole number, such as 2")
-    raise ValueError(f"unknown regularizer {name!r}: choose none, {', '.join(REGULARIZERS)}")
+    raise ValueError(f"unknown regularizer {name!r}: choose {', '.join(REGULARIZERS)}")
 
 
 def accepted_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

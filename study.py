@@ -40,7 +40,7 @@ from engine.system.cli import (
 )
 from engine.system.errors import FileError
 from engine.system.hardware import print_device
-from engine.system.io import run_lock, save_json, warn_on_error
+from engine.system.io import check_writable, run_lock, save_json, warn_on_error
 from engine.system.signals import GracefulShutdown
 
 SCRIPTS = Path(__file__).parent  # folder of the scripts that jobs run
@@ -189,12 +189,13 @@ def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --only: {error}")
     data_args = check_flags(parser, settings)
-    if not (args.tables or args.forget):
+    looks_only = bool(args.tables or args.forget)  # at what has run
+    if not looks_only:
         print_device(data_args.device)
     if settings["TRAINING"] != grid.training:
         print(f"{args.out} continues with the training flags it began with: {settings['TRAINING']}")
     bn_images = BN_IMAGES
-    if not args.tables:
+    if not looks_only:
         may_shrink = saved is None and requested["holdout"] is None
         bn_images = fit_to_data(parser, settings, data_args, may_shrink)
     quantizations = {
@@ -395,11 +396,18 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
             parser.exit_with(1, f"error: there are no results in {out} yet")
         print(f"renewed the tables and figures in {out}")
         return 0
+    if args.forget and not (out / "study.json").exists():
+        parser.exit_with(1, f"error: there is no study in {out}")
+    with parser.reporting_value_errors("argument --out: "):
+        check_writable(out / "study.json")
     out.mkdir(parents=True, exist_ok=True)
     with run_lock(out / "study", instead="another --out"):
         if args.forget:
             forgotten = [path for plan in plans for path in plan.records.forget(args.forget)]
-            print("\n".join(["forgotten:", *forgotten]) if forgotten else "no record matches")
+            if not forgotten:
+                patterns = " ".join(args.forget)
+                parser.exit_with(1, f"error: no record in {out} matches {patterns}")
+            print("\n".join(["forgotten:", *forgotten]))
             return 0
         save_json(settings, out / "study.json")
         return 0 if run_all(plans, args) else 1

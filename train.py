@@ -400,7 +400,7 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
             "processes: choose another --batch_size or --train_subset"
         )
     if args.penalty_every > len(train):
-        raise SetupError(f"--penalty_every {args.penalty_every}: an epoch has {len(train)} batches")
+        raise SetupError(f"--penalty_every {args.penalty_every}: batches an epoch: {len(train)}")
     n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
     if n_bn > len(images):
         raise SetupError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
@@ -466,8 +466,8 @@ def check_penalties(
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     if others := unpenalized_parameters(net):
         print(
-            f"{args.model}: only weights of nn.Conv2d and nn.Linear are penalized; "
-            f"{len(others)} others are not: {first_names(others)}"
+            f"{args.model}: only weights of nn.Conv2d and nn.Linear are penalized, "
+            f"not {first_names(others)}"
         )
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)

@@ -168,8 +168,8 @@ def check_coverage(
     network: MeasuredNetwork, quantizations: Sequence[Quantization], strict: bool
 ) -> None:
     """Print what stays in float, if anything does; with --strict that is a ValueError."""
-    for act_bits in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
-        covered = network.coverage(FLOAT_BITS if act_bits else 8)
+    for are_inputs_float in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
+        covered = network.coverage(FLOAT_BITS if are_inputs_float else 8)
         if covered.in_float and strict:
             raise ValueError(f"--strict: {covered}")
         if covered.in_float:

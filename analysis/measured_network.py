@@ -99,7 +99,7 @@ class Conditions:
     by_blocks: bool = False  # it is learned for blocks of layers, with quantized inputs
     in_integers: bool = False  # simulate what an integer runtime computes
     avg_in_layer: bool = False
-    tick: Callable[[], Any] = int  # called after each measurement
+    tick: Callable[[], Any] = lambda: None  # called after each measurement
 
 
 @dataclass(eq=False)
@@ -303,7 +303,8 @@ class MeasuredNetwork:
 
     def corrected(self, graph_q: fx.GraphModule, how: Quantization) -> fx.GraphModule:
         """Return a copy, on the CPU, whose biases make up for the mean errors of its outputs."""
-        where, part = self.conditions, (distributed.get_rank(), distributed.get_world_size())
+        where = self.conditions
+        part = distributed.get_rank(), distributed.get_world_size()
         graph, graph_q = (
             copy_graph(each).to(where.device, memory_format=where.memory_format)
             for each in (self.graph, graph_q)

@@ -35,4 +35,9 @@ def bit_widths(text: str) -> list[int]:
 
 def act_bit_widths_or_same(text: str) -> list[int | str]:
     """Return bit-widths, or "same": an argparse type."""
-    return ["same"] if text.lower() == "same" else bit_widths(text)
+    if text.lower() == "same":
+        return ["same"]
+    try:
+        return bit_widths(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'{error}, or "same"') from error

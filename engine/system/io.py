@@ -149,7 +149,8 @@ def torch_load(path: Path) -> Any:
     No code in the file is ever run, and it cannot unfold to more than its size. Raises FileError,
     in one line, for whatever is wrong.
     """
-    with file_boundary(path, "is damaged or not a file of weights"):
+    what = "checkpoint" if ".ckpt" in path.suffixes else "file of weights"
+    with file_boundary(path, f"is damaged or not a {what}"):
         if path.suffix == ".safetensors":
             return require("safetensors.torch", path.name).load_file(path)
         n_free = path.stat().st_size  # bytes of the file that no storage has taken yet

@@ -296,9 +296,11 @@ def test_bad_flags(flags, reason, scripts, capsys):
 
 def test_what_cannot_be_resumed_is_not_said_to(scripts, capsys):
     Path("file").touch()
-    assert main("--out", "file") == 1
+    assert main("--out", "file") == 2
     printed = capsys.readouterr().err
-    assert "'file'" in printed and "resumes" not in printed
+    assert "file is not a folder" in printed and "resumes" not in printed
+    assert main("--out", "none", "--forget", "seed0/*") == 1 and not Path("none").exists()
+    assert "there is no study in none" in capsys.readouterr().err
 
 
 def test_flags_without_effect_are_named_and_ignored(finished, capsys):
@@ -715,8 +717,8 @@ def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
     assert main("--only", "l2grad", "--seeds", "0") == 0
     assert scripts()[n_trainings:] == ["out/tuning/l2grad_0.03", "out/seed0/l2grad_0.03"]
     assert Path("out/tables.md").read_text(encoding="utf-8") == page
-    assert main("--forget", "no/such/*") == 0
-    assert "no record matches" in capsys.readouterr().out
+    assert main("--forget", "no/such/*") == 1
+    assert "no record in out matches no/such/*" in capsys.readouterr().err
 
 
 def test_the_same_records_are_the_same_bytes(finished):
