@@ -127,8 +127,9 @@ ONE = Need(lambda run: "one FILE, one of --bits, one of --act_bits and one of --
                        f"{len(utils.act_bits(run)) // len(run.bits)} and {len(run.schemes)}",
            lambda run: ONE_FILE.is_met(run) and len(run.schemes) == len(utils.act_bits(run)) == 1)
 INTEGERS = [
-    FLOAT64, "--fold_bn", "--act_bits",
-    Need(lambda run: f"--act_bits from 2 to 8, not {max(utils.act_bits(run))}",
+    FLOAT64, "--fold_bn",
+    Need(lambda run: "--act_bits from 2 to 8"
+                     + (f", not {max(utils.act_bits(run))}" if run.act_bits else ""),
          lambda run: max(utils.act_bits(run)) <= 8),
     Need(lambda run: f"--bits from 2 to 8, not {max(run.bits)}", lambda run: max(run.bits) <= 8),
     ONE,

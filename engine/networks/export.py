@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.networks.fast_layers import plain_copy
 from engine.networks.graph import (
@@ -35,6 +36,7 @@ from engine.networks.graph import (
     aten,
     copy_graph,
     layers,
+    operations,
     read_tensor,
     returning_values,
     set_constant,
@@ -76,7 +78,8 @@ def export_network(
     `earlier` are what `torch.export` made of other networks of the same code, for images of that
     shape: one that computes this network's logits with this network's tensors saves the time to
     run it again. Otherwise it gains this network's. Raises NetworkError, in one line with PyTorch's
-    reason, where it cannot be exported or the graph computes something else than the network.
+    reason, where it cannot be exported, where the graph computes something else than the network,
+    and where it has products that cannot be quantized.
     """
     name = type(net).__name__
     net = plain_copy(net).eval()
@@ -92,12 +95,23 @@ def export_network(
                     return graph
         program = traced(net, images[:BATCH])
         graph = _exported(program, net)
-        logits = graph(images)
+        with FlopCounterMode(display=False) as counter:
+            logits = graph(images)
+    _check_products(graph, counter.get_total_flops(), name)
     if not _is_near(logits, expected, TOLERANCE):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
     if earlier is not None:
         earlier.append(program)
     return graph
+
+
+def _check_products(graph: fx.GraphModule, flops: int, name: str) -> None:
+    """Raise NetworkError where PyTorch has counted products that are in none of the operations."""
+    counted = flops // 2 // (BATCH + 1)  # multiply-adds of one image
+    seen = sum(each.multiply_adds() for each in operations(graph))
+    if counted > seen * (1 + TOLERANCE):
+        share = f"{1 - seen / counted:.1%}"
+        raise NetworkError(f"{name}: {share} of its products are in operations that are not seen")
 
 
 def _has_tensors_of(program: ExportedProgram, net: nn.Module) -> bool:

@@ -492,6 +492,15 @@ def test_products_that_no_quantizer_reaches_are_refused(name, mix):
         export_network(WithMatrix(mix, 8, 8), (3, 32, 32))
 
 
+def test_products_that_pytorch_counts_and_no_operation_has_are_refused(monkeypatch):
+    monkeypatch.setattr(export, "UNSEEN_PRODUCTS", set())  # as if nobody had thought of it
+    net = WithMatrix(lambda t, w: torch.baddbmm(t, t @ t.mT, t), 1)
+    seen, unseen = 16 * 8 * 192 + 80 + 16 * 16 * 8, 16 * 16 * 8
+    share = f"{unseen / (seen + unseen):.1%} of its products are in operations that are not seen"
+    with pytest.raises(NetworkError, match=share):
+        export_network(net, (3, 32, 32))
+
+
 class WithMatrix(Tokens):
     """What `mix` makes of the tokens and a learned matrix, or of several."""
 
@@ -519,6 +528,7 @@ OF_A_MATRIX = {
 
 
 @pytest.mark.parametrize("name", OF_A_MATRIX)
+@pytest.mark.sampled(2)
 def test_a_matrix_is_a_weight_however_its_product_is_written(name):
     mix, shape = OF_A_MATRIX[name]
     torch.manual_seed(0)

@@ -84,7 +84,7 @@ def assert_same(found, expected, nets):
 
 
 @pytest.mark.parametrize("name", OF_GRADIENTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_its_gradient_is_that_of_plain_double_backprop(name, problem, recorded_only):
     plain, _, net = nets()
     step = CompiledStep(len(problem[0]))
@@ -100,7 +100,7 @@ def test_its_gradient_is_that_of_plain_double_backprop(name, problem, recorded_o
 
 @pytest.mark.parametrize("difference_step", [None, 0.01])
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(9)
 def test_any_penalty_draws_the_same_random_numbers(name, difference_step, problem, recorded_only):
     _, eager, net = nets()
     step = CompiledStep(len(problem[0]))
@@ -147,6 +147,7 @@ def test_a_batch_of_another_size_and_another_mode_are_no_mistake(problem, record
     assert step.is_compiled and len(recorded_only) == 2
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_gradient(problem, recorded_only):
     _, eager, net = nets()
     for each in (eager, net):
@@ -204,6 +205,7 @@ class Moving(reference.SmoothNet):
         return logits * self.kept[len(x)] + self.mean, activations
 
 
+@pytest.mark.slow
 def test_what_a_network_keeps_as_it_runs_is_right_afterwards(problem, recorded_only):
     _, eager, net = nets(Moving)
     step, regularizer = CompiledStep(len(problem[0])), LPGrad(0.3, 2)
@@ -241,6 +243,7 @@ def test_several_processes_are_refused(monkeypatch, capsys, tmp_path):
     assert "--step compiled is for one process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_dropout_in_one_pass_drops_the_same_units(problem, recorded_only):
     _, eager, net = nets(reference.DropoutNet)
     step = CompiledStep(len(problem[0]))

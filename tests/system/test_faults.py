@@ -172,6 +172,7 @@ def train_with_little_memory(argv, cwd):
     return tiny_scripts.run_logged("train.py", argv, cwd)
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no limit of addresses holds")
 def test_memory_that_runs_out_is_one_line_and_resumed_from(tmp_path):
     flags = "--model ResNet20 --width 0.25 --dataset Synthetic --lr 0.01 --device cpu".split()
