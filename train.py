@@ -400,7 +400,7 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
             "processes: choose another --batch_size or --train_subset"
         )
     if args.penalty_every > len(train):
-        raise SetupError(f"--penalty_every {args.penalty_every}: batches an epoch: {len(train)}")
+        raise SetupError(f"--penalty_every {args.penalty_every}: an epoch has {len(train)} batches")
     n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
     if n_bn > len(images):
         raise SetupError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")

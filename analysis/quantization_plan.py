@@ -10,6 +10,7 @@ from engine.quantization.grids import Grid
 
 COLUMNS = ("operation", "tensor", "shape", "bits", "range")
 FLOAT = "float"
+BIAS_RANGES = {"weight": "weight's", "own": "its own"}
 
 
 def plan_rows(
@@ -21,7 +22,6 @@ def plan_rows(
     attention, for all BATCH of them. A first dimension of BATCH is taken for the images.
     """
     act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
-    with_biases = any(how.bias_range for how in quantizations)
     inputs = quantized_inputs(network.graph, network.conditions.sums)
     all_grids = [network.grids(n) for n in act_bits if n != FLOAT_BITS]
     rows = []
@@ -40,8 +40,10 @@ def plan_rows(
             rows.append(_row(name, "weight", _size(w.shape), bits, extent))
         if operation.bias:
             shape = network.graph.get_buffer(operation.bias).shape
-            extent = "weight's" if with_biases else ""
-            rows.append(_row(name, "bias", _size(shape), bits if with_biases else (), extent))
+            ranges = {n: how.bias_range for n, how in zip(bits, quantizations, strict=True)}
+            ranges = {n: BIAS_RANGES[each] for n, each in ranges.items() if each}
+            extent = "/".join(dict.fromkeys(ranges.values()))
+            rows.append(_row(name, "bias", _size(shape), [*ranges], extent))
     return [{"checkpoint": network.name, **row} for row in rows]
 
 

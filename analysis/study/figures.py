@@ -40,7 +40,7 @@ ANSWER_4_4: Setting = ("uniform", 4, 4)
 ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
 CHANCE = 10.0  # % of ten classes
 REFERENCE_LINE = {"color": "#666666", "linestyle": (0, (4, 3)), "linewidth": 0.9}
-MAX_DROP_SHOWN = 8.0  # points below the control at 4 bits: candidates that drop more are cut off
+MAX_DROP_SHOWN = 8.0  # points below the quantized control: candidates that drop more are cut off
 
 
 def panels(n: int, columns: int, width: float, height: float, **share: Any) -> tuple[Figure, list]:
@@ -148,7 +148,7 @@ def tracked_plot(tracked: pd.DataFrame, first: int, path: Path) -> None:
 
 
 def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
-    """Draw held-out accuracy against λ, in full precision and at 4 bits: a panel for each variant.
+    """Draw held-out accuracy against λ, in full precision and quantized: a panel for each variant.
 
     Horizontal lines are the control's; the vertical one is the λ that was taken.
     """
@@ -160,7 +160,7 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
         figure, grid = panels(len(choices), 5, 2, 1.8, sharey=True)
         for axes, (variant, choice) in zip(grid, choices.items(), strict=True):
             candidates = {lmbda: a for lmbda, a in sorted(choice.candidates.items()) if a}
-            for i, name in enumerate(("full precision", "uniform 4")):
+            for i, name in enumerate(("full precision", "quantized")):
                 accuracies = [100 * accuracy[i] for accuracy in candidates.values()]
                 style = line_style(i)
                 axes.plot(list(candidates), accuracies, label=name, **style)

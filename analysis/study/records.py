@@ -76,13 +76,13 @@ class StudyRecords:
     def forget(self, patterns: Sequence[str]) -> list[str]:
         """Remove the records whose path below `out` matches, and their files; return the paths.
 
-        Trained weights are removed with their record.
+        Trained weights and checkpoints are removed with their record.
         """
         self.add_all()
         forgotten = [key for key in self._archived if any(fnmatchcase(key, p) for p in patterns)]
         for key in forgotten:
             del self._archived[key]
-            for suffix in (".json", ".pt"):
+            for suffix in (".json", ".pt", ".ckpt", ".ckpt.previous"):
                 (self.out / key).with_suffix(suffix).unlink(missing_ok=True)
         self._save()
         return forgotten

@@ -91,4 +91,5 @@ class JobRunner:
             for each in self.running:
                 if each.job.log.exists():  # it may wait for room
                     log = each.job.log.read_text(encoding="utf-8", errors="replace")
-                    print(f"{each.job.title}: {log.splitlines()[-1]}", flush=True)
+                    for line in log.splitlines()[-1:]:  # none where it has just begun
+                        print(f"{each.job.title}: {line}", flush=True)

@@ -15,9 +15,9 @@ What its nodes hold in their `meta` is told in `engine/networks/graph.py`.
 
 import copy
 import io
+import itertools
 import logging
 import operator
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 
@@ -42,7 +42,12 @@ from engine.networks.graph import (
     set_constant,
 )
 from engine.networks.outputs import network_boundary, split_output
-from engine.networks.spelling import constants, inline_regions, spell_one_way, split_attention
+from engine.networks.spelling import (
+    constants,
+    inline_regions,
+    normalize_operations,
+    split_attention,
+)
 from engine.system.errors import NetworkError
 
 TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
@@ -95,9 +100,10 @@ def export_network(
                     return graph
         program = traced(net, images[:BATCH])
         graph = _exported(program, net)
+        logits = graph(images)
         with FlopCounterMode(display=False) as counter:
-            logits = graph(images)
-    _check_products(graph, counter.get_total_flops(), name)
+            graph(images[:BATCH])
+    _check_products(graph, counter.get_total_flops() // 2, name)
     if not _is_near(logits, expected, TOLERANCE):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
     if earlier is not None:
@@ -105,10 +111,12 @@ def export_network(
     return graph
 
 
-def _check_products(graph: fx.GraphModule, flops: int, name: str) -> None:
-    """Raise NetworkError where PyTorch has counted products that are in none of the operations."""
-    counted = flops // 2 // (BATCH + 1)  # multiply-adds of one image
-    seen = sum(each.multiply_adds() for each in operations(graph))
+def _check_products(graph: fx.GraphModule, counted: int, name: str) -> None:
+    """Raise NetworkError where operations have fewer multiply-adds than PyTorch has counted.
+
+    Those are of BATCH images, as the graph's shapes are.
+    """
+    seen = BATCH * sum(each.multiply_adds() for each in operations(graph))
     if counted > seen * (1 + TOLERANCE):
         share = f"{1 - seen / counted:.1%}"
         raise NetworkError(f"{name}: {share} of its products are in operations that are not seen")
@@ -151,7 +159,7 @@ def _exported(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
     inline_regions(graph)
     for node in graph.graph.nodes:
         node.meta = _described(node)
-    for transform in (spell_one_way, split_attention, _fold_constants):
+    for transform in (normalize_operations, split_attention, _fold_constants):
         graph.graph.eliminate_dead_code()
         transform(graph)
     graph.graph.eliminate_dead_code()
@@ -301,7 +309,8 @@ def _name_operations(module: fx.GraphModule) -> None:
     Raises NetworkError, naming it, for a product that would stay in float unseen.
     """
     constant = constants(module)
-    taken = Counter({read.target for read in module.graph.find_nodes(op="get_attr")})
+    tensors = {read.target for read in module.graph.find_nodes(op="get_attr")}
+    taken = set(tensors)
     for node in module.graph.nodes:
         kind = getattr(node.target, "_opname", "")
         is_layer = KINDS.get(node.target) in LAYERS
@@ -310,9 +319,18 @@ def _name_operations(module: fx.GraphModule) -> None:
             of_what = " with a weight that depends on the images" if is_layer else ""
             raise NetworkError(f"{where} calls {kind}{of_what}, whose products cannot be quantized")
         if _is_operation(node, constant):
-            name = _operation_name(node)
-            taken[name] += 1
-            node.meta["name"] = name if taken[name] == 1 else f"{name}_{taken[name]}"
+            own = {each.target for each in node.all_input_nodes if each.op == "get_attr"}
+            name = _free_name(_operation_name(node), taken, tensors - own)
+            taken.add(name)
+            node.meta["name"] = name
+
+
+def _free_name(name: str, taken: set[str], tensors: set[str]) -> str:
+    """Return the name, with a number where an operation has it, or a tensor that a layer would."""
+    for number in itertools.count(1):
+        free = name if number == 1 else f"{name}_{number}"
+        if free not in taken and not {f"{free}.weight", f"{free}.bias"} & tensors:
+            return free
 
 
 def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:

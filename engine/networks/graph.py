@@ -2,7 +2,13 @@
 
 It is an `fx.GraphModule` whose tensors are buffers; `engine/networks/export.py` makes it. A node's
 `meta` holds the `path` of the module in whose forward it runs, the module's `type`, the `shape` of
-its value for a batch of `BATCH` images and, where it is one of `operations`, its `name`.
+its value for a batch of `BATCH` images, and
+
+- `name`: that of the operation, where it is one of `operations`;
+- `is_bool`: whether its value is of truth values;
+- `learned`: the names of the parameters that a constant is, or is computed from;
+- `computed`: True where a constant is none of the network's tensors but computed from some;
+- `stored`: of a layer, which tensors of the `state_dict` its "weight" and "bias" are.
 """
 
 import math
@@ -67,7 +73,7 @@ class Operation:
         """Read it off a node that has a name."""
         self.node, self.name, self.kind = node, node.meta["name"], KINDS[node.target]
         self.is_product = node.target in PRODUCTS
-        self.is_sum = node.target in SUMS  # of several values, see there
+        self.is_sum = node.target in SUMS  # differences, products and concatenations as well
         self.is_layer = self.kind in LAYERS
         n_inputs = 2 if self.kind in ("matmul", "add", "sub", "mul") else 1
         n_inputs = len(node.args[0]) if self.kind == "cat" else n_inputs

@@ -63,8 +63,7 @@ CALIBRATIONS = {
 def quantized_inputs(graph: fx.GraphModule, sums: bool = False) -> dict[str, Operation]:
     """Return the operation of each input that is quantized, by the input's name, as they run.
 
-    Those of products and pooling and, with `sums`, of additions, multiplications and
-    concatenations.
+    Those of products and pooling and, with `sums`, of the operations in SUMS as well.
     """
     return {
         name: each for each in operations(graph) if sums or not each.is_sum for name in each.inputs

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from engine.networks.graph import PRODUCTS, Operation, operations
+from engine.networks.graph import Operation, operations
 
 MAX_NAMES = 4  # of layers, in a line
 AS_INPUT = "its weight is an input of the product, which --act_bits quantizes"
@@ -55,19 +55,21 @@ def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
     """
     in_float: dict[str, str] = {}
     covered: set[fx.Node] = set()  # what is quantized, weights and inputs
+    as_inputs: set[fx.Node] = set()  # what was learned and is an input of a product
     products = all_products = weights = all_weights = 0
     for operation in operations(graph):
         n = operation.multiply_adds()
-        reason = _reason(operation, inputs)
+        sources = {name: _unmoved(operation.source(name)) for name in operation.inputs}
+        learned = {each for each in sources.values() if each.meta.get("learned")}
+        as_inputs |= learned if operation.is_product else set()
+        reason = _reason(operation, inputs, bool(learned))
         all_products += n
         products += 0 if reason else n
         if reason and n:
             in_float[operation.name] = reason
         if operation.is_layer:
             covered.add(operation.node.args[1])
-        for name in operation.inputs:
-            if name in (inputs or ()):
-                covered.add(_unmoved(operation.source(name)))
+        covered |= {source for name, source in sources.items() if name in (inputs or ())}
     for node in graph.graph.nodes:
         is_weight = node in covered and node.op == "get_attr"
         learned = node.meta.get("learned")
@@ -77,7 +79,9 @@ def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
         all_weights += n
         weights += n if node in covered else 0
         if node not in covered:
-            in_float[", ".join(learned)] = _reason_of_constant(node)
+            reader = next(iter(node.users)).name.rstrip("_0123456789")
+            reason = AS_INPUT if node in as_inputs else f"read by {reader}, by no product"
+            in_float[", ".join(learned)] = reason
     return Coverage(products / max(all_products, 1), weights / max(all_weights, 1), in_float)
 
 
@@ -88,23 +92,10 @@ def _unmoved(node: fx.Node) -> fx.Node:
     return node
 
 
-def _reason_of_constant(node: fx.Node) -> str:
-    """Return why a constant that was learned stays in float."""
-    reader = next(iter(node.users))
-    if reader.target in PRODUCTS:  # of more matrices than one layer can have
-        return AS_INPUT
-    return f"read by {reader.name.rstrip('_0123456789')}, by no product"
-
-
-def _reason(operation: Operation, inputs: Container[str] | None) -> str | None:
+def _reason(operation: Operation, inputs: Container[str] | None, has_weight: bool) -> str | None:
     """Return why a product is not one of quantized numbers; None where it is."""
-    if inputs is None and not operation.is_layer:
-        sources = [_unmoved(operation.source(name)) for name in operation.inputs]
-        has_weight = any(source.op == "get_attr" for source in sources)
-        return (
-            AS_INPUT if has_weight else "no weight in this product: --act_bits quantizes its inputs"
-        )
     if inputs is None:
-        return None
+        no_weight = "no weight in this product: --act_bits quantizes its inputs"
+        return None if operation.is_layer else AS_INPUT if has_weight else no_weight
     missing = [name for name in operation.inputs if name not in inputs]
     return f"its input {missing[0]} is not quantized" if missing else None

@@ -523,6 +523,10 @@ OF_A_MATRIX = {
     "multi_dot": (lambda t, w: torch.linalg.multi_dot([t.sum(1), w, w])[:, None], (8, 8)),
     "a matrix for each token": (lambda t, w: torch.einsum("bnc,noc->bno", t, w), (16, 8, 8)),
     "the same, first": (lambda t, w: torch.einsum("noc,bnc->bno", w, t), (16, 8, 8)),
+    "the same, as a product": (lambda t, w: (t.transpose(0, 1) @ w).transpose(0, 1), (16, 8, 8)),
+    "squeezed": (lambda t, w: F.linear(t, w.squeeze()), (8, 8, 1, 1)),
+    "squeezed, a dimension before": (lambda t, w: F.linear(t, w.squeeze()), (1, 8, 8)),
+    "added to values": (lambda t, w: torch.addmm(t.sum(1), t.sum(1), w)[:, None], (8, 8)),
     "bmm": (lambda t, w: torch.bmm(t.transpose(0, 1), w).transpose(0, 1), (16, 8, 8)),
 }
 
@@ -555,6 +559,34 @@ def test_multiply_adds_are_those_that_pytorch_counts(name):
         net(torch.randn(1, 3, 32, 32))
     graph = export_network(net, (3, 32, 32))
     assert sum(each.multiply_adds() for each in operations(graph)) == counter.get_total_flops() / 2
+
+
+class SameNames(WithMatrix):
+    """Its module has the name that the product before it would have, and its number as well."""
+
+    def __init__(self):
+        super().__init__(None, 8, 8)
+        self.linear, self.linear_2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def mixed(self, tokens):
+        return self.linear_2(self.linear(self.linear(tokens @ self.matrix)))
+
+
+def test_no_two_layers_have_one_name():
+    graph = export_network(SameNames().eval(), (3, 32, 32))  # which compares logits
+    names = ["conv", "linear_3", "linear", "linear_4", "linear_2", "fc"]
+    assert [*layers(graph)] == names and coverage(graph, None) == (1, 1, {})
+
+
+def test_weights_that_are_computed_and_scales_without_a_dimension():
+    graph = export_network(WithMatrix(low_rank, 8, 8).eval(), (3, 32, 32))
+    assert [*layers(graph)] == ["conv", "linear", "fc"] and coverage(graph, None) == (1, 1, {})
+    export_network(WithMatrix(lambda t, s: t * s.view(1, 1, 1)).eval(), (3, 32, 32))
+
+
+def low_rank(tokens, w):
+    """Multiply by w plus a product of two of its parts."""
+    return F.linear(tokens, torch.addmm(w, w[:, :2], w[:2]))
 
 
 def test_weights_that_no_layer_has_are_said_to_be_inputs():
