@@ -9,10 +9,10 @@ batch. They alternate; the ratio is the median over the rounds. The last line is
 import argparse
 import json
 import statistics
-import time
 
 import _root  # noqa: F401
 import torch
+from step_time import milliseconds
 from torch import nn
 
 import train
@@ -64,15 +64,6 @@ def make_work(regularizer: str, batches: int, device: str) -> tuple:
     return epoch, steps
 
 
-def seconds(work) -> float:
-    """Time one call, the device's work included."""
-    started_at = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started_at
-
-
 def main() -> None:
     """Alternate epochs and steps; print both and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,9 +77,9 @@ def main() -> None:
     set_winograd(True, args.device)
     epoch, steps = make_work(args.regularizer, args.batches, args.device)
     steps()  # compiles
-    pairs = [(seconds(epoch), seconds(steps)) for _ in range(args.rounds)]
+    pairs = [(milliseconds(epoch), milliseconds(steps)) for _ in range(args.rounds)]
     for in_epoch, in_steps in pairs:
-        print(f"epoch {in_epoch:.2f} s, its {args.batches} steps {in_steps:.2f} s")
+        print(f"epoch {in_epoch:.0f} ms, its {args.batches} steps {in_steps:.0f} ms")
     ratio = statistics.median(a / b for a, b in pairs)
     print(json.dumps({"epoch_ratio": round(ratio, 3), "regularizer": args.regularizer}))
 

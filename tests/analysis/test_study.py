@@ -717,6 +717,8 @@ def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
     assert main("--only", "l2grad", "--seeds", "0") == 0
     assert scripts()[n_trainings:] == ["out/tuning/l2grad_0.03", "out/seed0/l2grad_0.03"]
     assert Path("out/tables.md").read_text(encoding="utf-8") == page
+    assert main("--forget", "seed0/*") == 0
+    assert not list(Path("out/seed0").glob("*.ckpt*"))  # or a trunk would be done already
     assert main("--forget", "no/such/*") == 1
     assert "no record in out matches no/such/*" in capsys.readouterr().err
 
