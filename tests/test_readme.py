@@ -229,7 +229,7 @@ def test_the_merged_table_is_that_of_the_records(folder):
 ANSWER = README[README.index("## The answer") : README.index("## Train")]
 STUDY = ROOT / "results" / "study"
 CLAIM = ROOT / "results" / "claim"
-OF_CLAIM = [CLAIM / "ResNet20@0.5", CLAIM / "ResNet20@0.25"]
+OF_CLAIM = [CLAIM / name for name in ("ResNet20@0.5", "ResNet20@0.25", "VGGSmall@0.125")]
 QUOTED = [line for line in ANSWER.splitlines() if line.startswith("|")]
 VARIANTS = [line.split("|")[1].strip() for line in QUOTED[2:]]
 
