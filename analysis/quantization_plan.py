@@ -40,10 +40,10 @@ def plan_rows(
             rows.append(_row(name, "weight", _size(w.shape), bits, extent))
         if operation.bias:
             shape = network.graph.get_buffer(operation.bias).shape
-            ranges = {n: how.bias_range for n, how in zip(bits, quantizations, strict=True)}
-            ranges = {n: BIAS_RANGES[each] for n, each in ranges.items() if each}
-            extent = "/".join(dict.fromkeys(ranges.values()))
-            rows.append(_row(name, "bias", _size(shape), [*ranges], extent))
+            with_biases = [how.bias_range for how in quantizations if how.bias_range]
+            bits = [n for n, how in zip(bits, quantizations, strict=True) if how.bias_range]
+            extent = "/".join(dict.fromkeys(BIAS_RANGES[each] for each in with_biases))
+            rows.append(_row(name, "bias", _size(shape), bits, extent))
     return [{"checkpoint": network.name, **row} for row in rows]
 
 

@@ -323,6 +323,23 @@ def test_a_plan_has_the_shape_of_one_image_where_images_are_the_first_dimension(
     assert sizes[-1][0] == "6"
 
 
+@pytest.mark.parametrize(
+    ("flags", "cells"),
+    [
+        ("--schemes uniform pwlq", ["4", "weight's/its own"]),  # see BIAS_RANGES
+        ("--schemes pwlq", ["4", "its own"]),
+        ("--schemes uniform --biases full", ["float"]),
+    ],
+)
+def test_a_plan_says_in_which_range_biases_are(flags, cells, quantize, capsys):
+    def network(num_classes=4):
+        return nn.Sequential(*head(3))
+
+    assert quantize(network, f"--bits 4 --show_plan {flags}") == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if " bias  " in line]
+    assert " ".join(line.split()[3:]) == " ".join(cells)
+
+
 VIT = {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 16}
 NETWORKS = {
     "vit": lambda: VisionTransformer(**VIT, mlp_dim=32, num_classes=4),
