@@ -33,7 +33,6 @@ import _root  # noqa: F401
 import torch
 from bf16_cosine import cosine
 from epoch_time import make_work
-from epoch_time import seconds as epoch_seconds
 from launches import count
 from step_time import ROWS, machine, make_steps, milliseconds, peak_megabytes
 from torch import nn
@@ -461,7 +460,7 @@ def check_epoch(args: argparse.Namespace) -> Found:
     set_compile(args.compile, args.device)
     epoch, steps = make_work("L2Grad", args.epoch_batches, args.device)
     steps()
-    in_epoch, in_steps = epoch_seconds(epoch), epoch_seconds(steps)
+    in_epoch, in_steps = milliseconds(epoch), milliseconds(steps)
     seconds = in_epoch * 391 / args.epoch_batches
     return {"epoch_seconds": seconds, "epoch_ratio": in_epoch / in_steps}
 
