@@ -461,7 +461,7 @@ def check_epoch(args: argparse.Namespace) -> Found:
     epoch, steps = make_work("L2Grad", args.epoch_batches, args.device)
     steps()
     in_epoch, in_steps = milliseconds(epoch), milliseconds(steps)
-    seconds = in_epoch * 391 / args.epoch_batches
+    seconds = in_epoch / 1000 * 391 / args.epoch_batches
     return {"epoch_seconds": seconds, "epoch_ratio": in_epoch / in_steps}
 
 
