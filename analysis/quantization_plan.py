@@ -40,10 +40,9 @@ def plan_rows(
             rows.append(_row(name, "weight", _size(w.shape), bits, extent))
         if operation.bias:
             shape = network.graph.get_buffer(operation.bias).shape
-            with_biases = [how.bias_range for how in quantizations if how.bias_range]
             bits = [n for n, how in zip(bits, quantizations, strict=True) if how.bias_range]
-            extent = "/".join(dict.fromkeys(BIAS_RANGES[each] for each in with_biases))
-            rows.append(_row(name, "bias", _size(shape), bits, extent))
+            ranges = (BIAS_RANGES[how.bias_range] for how in quantizations if how.bias_range)
+            rows.append(_row(name, "bias", _size(shape), bits, "/".join(dict.fromkeys(ranges))))
     return [{"checkpoint": network.name, **row} for row in rows]
 
 

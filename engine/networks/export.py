@@ -174,11 +174,11 @@ def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
     # With gradients: without them attention runs as one kernel that hides its matrix products.
     with torch.enable_grad(), _no_listing():
         program = export(_Logits(net), (images,), dynamic_shapes=shapes, strict=False)
-    is_composed = not COMPOSED.isdisjoint(node.target for node in program.graph.nodes)
-    if is_composed or not _without_inplace(program.graph):
-        table = default_decompositions() if is_composed else {}
-        wanted = COMPOSED if is_composed else ()  # all: one may be written as another
-        program = program.run_decompositions({target: table[target] for target in wanted})
+    has_composed = not COMPOSED.isdisjoint(node.target for node in program.graph.nodes)
+    if has_composed or not _without_inplace(program.graph):
+        table = default_decompositions() if has_composed else {}
+        # all of COMPOSED, as one may be written as another
+        program = program.run_decompositions({k: v for k, v in table.items() if k in COMPOSED})
     return program
 
 

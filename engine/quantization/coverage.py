@@ -15,6 +15,7 @@ from engine.networks.graph import Operation, operations
 
 MAX_NAMES = 4  # of layers, in a line
 AS_INPUT = "its weight is an input of the product, which --act_bits quantizes"
+NO_WEIGHT = "no weight in this product: --act_bits quantizes its inputs"
 MOVES = set("expand view reshape permute transpose unsqueeze slice clone".split())
 
 
@@ -60,9 +61,9 @@ def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
     for operation in operations(graph):
         n = operation.multiply_adds()
         sources = {name: _unmoved(operation.source(name)) for name in operation.inputs}
-        learned = {each for each in sources.values() if each.meta.get("learned")}
-        as_inputs |= learned if operation.is_product else set()
-        reason = _reason(operation, inputs, bool(learned))
+        factors = {each for each in sources.values() if each.meta.get("learned")}
+        as_inputs |= factors if operation.is_product else set()
+        reason = _reason(operation, inputs, bool(factors))
         all_products += n
         products += 0 if reason else n
         if reason and n:
@@ -95,7 +96,8 @@ def _unmoved(node: fx.Node) -> fx.Node:
 def _reason(operation: Operation, inputs: Container[str] | None, has_weight: bool) -> str | None:
     """Return why a product is not one of quantized numbers; None where it is."""
     if inputs is None:
-        no_weight = "no weight in this product: --act_bits quantizes its inputs"
-        return None if operation.is_layer else AS_INPUT if has_weight else no_weight
+        if operation.is_layer:
+            return None
+        return AS_INPUT if has_weight else NO_WEIGHT
     missing = [name for name in operation.inputs if name not in inputs]
     return f"its input {missing[0]} is not quantized" if missing else None
