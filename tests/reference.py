@@ -1,5 +1,7 @@
 """Small nets, and the slow and obvious versions that the fast code is compared with."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class DropoutNet(SmoothNet):
 def rectifying_norm(channels: int, **settings: object) -> nn.BatchNorm2d:
     """Return one of our batch norms that does the work of a ReLU after it as well."""
     norm = BatchNorm2d(channels, **settings)
-    norm.rectifier = "relu"
+    norm.bounds = (0.0, math.inf)
     return norm
 
 

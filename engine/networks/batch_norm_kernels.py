@@ -1,9 +1,11 @@
 """The arithmetic of batch norm and its derivatives: pure functions, compiled where that pays.
 
 x, gy and v are (N, C, S), S = H·W: the input, the cotangent of y, and the cotangent of gx. `norm`
-(4, C) stacks μ, r = 1/√(σ² + eps), γ and β; x̂ = (x − μ)·r and z = γ·x̂ + β. `rectifier` is the
-activation φ of y = φ(z): None, "relu" or "relu6". h = gy·φ′(z): gy where z > 0 (and z < 6 for
-"relu6"), else 0. `k` (K, C) has one row for each coefficient of the sum that a kernel returns.
+(6, C) stacks μ, r = 1/√(σ² + eps), γ, β and the two bounds at which the activation φ of y = φ(z)
+cuts off; x̂ = (x − μ)·r and z = γ·x̂ + β. h = gy·φ′(z): gy where z is between the bounds, else 0.
+The bounds are values, so that no activation needs a compilation of its own: (0, ∞) of a ReLU. Run
+eagerly, where each comparison is a pass over memory, `norm` has the finite ones alone.
+`k` (K, C) has one row for each coefficient of the sum that a kernel returns.
 """
 
 import functools
@@ -32,16 +34,19 @@ def _sum(x):
     return x.sum(2).sum(0)  # two stages vectorize in either memory format, one does not
 
 
-def _masked(gy, x, norm, rectifier):
-    """Return x̂, the mask φ′(z) ≠ 0 (None without a rectifier) and h."""
-    mean, r, gamma, beta = _rows(norm)
+def _masked(gy, x, norm):
+    """Return x̂, the mask φ′(z) ≠ 0 (None without bounds) and h."""
+    mean, r, gamma, beta, *bounds = _rows(norm)
     xhat = (at_least_float32(x) - mean) * r
-    if rectifier is None:
-        return xhat, None, at_least_float32(gy)
+    h = at_least_float32(gy)
+    if not bounds:
+        return xhat, None, h
     # z is computed again rather than stored: a stored one would be a pass over memory
     z = xhat * gamma + beta
-    mask = (z > 0) & (z < 6) if rectifier == "relu6" else z > 0
-    return xhat, mask, torch.where(mask, at_least_float32(gy), 0)
+    mask = z > bounds[0]
+    if len(bounds) == 2:
+        mask &= z < bounds[1]
+    return xhat, mask, torch.where(mask, h, 0)
 
 
 @compiled
@@ -56,46 +61,44 @@ def statistics(x):
 
 
 @compiled
-def normalize(x, norm, rectifier):
+def normalize(x, norm):
     """Return y = φ(γ·x̂ + β) in the dtype of x."""
-    mean, r, gamma, beta = _rows(norm)
+    mean, r, gamma, beta, *bounds = _rows(norm)
     z = (at_least_float32(x) - mean) * r * gamma + beta
-    if rectifier is not None:
-        z = z.clamp(0, 6) if rectifier == "relu6" else z.relu()
-    return z.to(x.dtype)
+    return (z.clamp(*bounds) if bounds else z).to(x.dtype)
 
 
 @compiled
-def adjoint_sums(gy, x, norm, rectifier):
+def adjoint_sums(gy, x, norm):
     """Return dγ = Σ h·x̂ and dβ = Σ h, (C) each."""
-    xhat, _, h = _masked(gy, x, norm, rectifier)
+    xhat, _, h = _masked(gy, x, norm)
     return _sum(h * xhat), _sum(h)
 
 
 @compiled
-def adjoint(gy, x, norm, k, rectifier):
+def adjoint(gy, x, norm, k):
     """Return gx = k0·h + k1·x̂ + k2."""
     k0, k1, k2 = _rows(k)  # (C, 1) each: from `adjoint_rows`
-    xhat, _, h = _masked(gy, x, norm, rectifier)
+    xhat, _, h = _masked(gy, x, norm)
     return (k0 * h + k1 * xhat + k2).to(x.dtype)
 
 
 @compiled
-def second_sums(v, gy, x, norm, rectifier):
+def second_sums(v, gy, x, norm):
     """Return Σ v, Σ v·x̂ and Σ v·h, (C) each."""
-    xhat, _, h = _masked(gy, x, norm, rectifier)
+    xhat, _, h = _masked(gy, x, norm)
     v = at_least_float32(v)
     return _sum(v), _sum(v * xhat), _sum(v * h)
 
 
 @compiled
-def second(v, gy, x, norm, k, rectifier):
+def second(v, gy, x, norm, k):
     """Return ∂gy = φ′(z)·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
     k0, k1, k2, k3, k4, k5, k6 = _rows(k)  # (C, 1) each: from `second_rows`
-    xhat, mask, h = _masked(gy, x, norm, rectifier)
+    xhat, mask, h = _masked(gy, x, norm)
     v = at_least_float32(v)
     ggy = k0 * v + k1 * xhat + k2
-    ggy = ggy if rectifier is None else torch.where(mask, ggy, 0)
+    ggy = ggy if mask is None else torch.where(mask, ggy, 0)
     return ggy.to(x.dtype), (k3 * h + k4 * v + k5 * xhat + k6).to(x.dtype)
 
 
@@ -103,9 +106,10 @@ def second(v, gy, x, norm, k, rectifier):
 
 
 @compiled_on_gpu
-def norm_rows(mean, var, gamma, beta, eps):
+def norm_rows(mean, var, gamma, beta, eps, bounds):
     """Return `norm`."""
-    return torch.stack((mean, (var + eps).rsqrt(), gamma, beta))
+    rows = mean, (var + eps).rsqrt(), gamma, beta
+    return torch.stack((*rows, *(torch.full_like(mean, bound) for bound in bounds)))
 
 
 @compiled_on_gpu

@@ -1,6 +1,7 @@
 """Fast layers in place of PyTorch's own, in any network: same parameters, keys and outputs."""
 
 import copy
+import math
 from collections import Counter
 
 from torch import Tensor, fx, nn
@@ -13,7 +14,7 @@ from engine.networks.outputs import BATCH_NORMS
 class BatchNormBeforeRectifier(BatchNorm2d):
     """A batch norm that does the work of the `ReLU` or `ReLU6` after it, its only reader, as well.
 
-    Its attribute `rectifier` says which.
+    Its attribute `bounds` says where that cuts off.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,8 +43,9 @@ class ReLU6(_PassesRectified, nn.ReLU6):
 
 
 FAST = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d}
-# activations that the batch norm before them can take over, under its name for them
-RECTIFIERS = {nn.ReLU: ("relu", ReLU), nn.ReLU6: ("relu6", ReLU6)}
+# activations that the batch norm before them can take over: where they cut off, and the class
+# that they get
+RECTIFIERS = {nn.ReLU: ((0.0, math.inf), ReLU), nn.ReLU6: ((0.0, 6.0), ReLU6)}
 
 
 def use_fast_layers(net: nn.Module) -> nn.Module:
@@ -59,7 +61,7 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
         norm = net.get_submodule(norm_name)
         # the class, not the module, is exchanged: parameters, hooks and their order stay
         norm.__class__ = BatchNormBeforeRectifier
-        norm.rectifier, _ = RECTIFIERS[type(net.get_submodule(activation_name))]
+        norm.bounds, _ = RECTIFIERS[type(net.get_submodule(activation_name))]
     for m in followers:
         _, m.__class__ = RECTIFIERS[type(m)]
     for m in net.modules():
