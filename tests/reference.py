@@ -34,11 +34,11 @@ class DropoutNet(SmoothNet):
         return super().forward(F.dropout(x, 0.2, self.training))
 
 
-def rectifying_norm(channels: int, **settings: object) -> nn.BatchNorm2d:
-    """Return one of our batch norms that does the work of a ReLU after it as well."""
-    norm = BatchNorm2d(channels, **settings)
-    norm.bounds = (0.0, math.inf)
-    return norm
+class RectifyingNorm(BatchNorm2d):
+    """One of our batch norms that does the work of a ReLU after it as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, (0.0, math.inf))
 
 
 class Reordered(nn.Module):

@@ -168,11 +168,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     `sync` is whether statistics are those of all processes' shares of a batch.
     """
 
-    # attributes of the class, as `use_fast_layers` changes the class of modules that exist
-    sync = True
-    bounds = IDENTITY
+    sync = True  # of the class, as `use_fast_layers` changes the class of modules that exist
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bounds: tuple[float, float] = IDENTITY) -> Tensor:
         """Map x (N, C, H, W) to φ(batch_norm(x)), the same shape; φ cuts off at the `bounds`."""
         self._check_input_dim(x)
         momentum = self.momentum
@@ -183,7 +181,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         buffers = self.running_mean, self.running_var
         training = self.training or buffers == (None, None)
         momentum = 0.0 if momentum is None else momentum
-        options = (training, momentum, self.eps, self.sync, self.bounds)
+        options = (training, momentum, self.eps, self.sync, bounds)
         return batch_norm(x, self.weight, self.bias, *buffers, *options)
 
 

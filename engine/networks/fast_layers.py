@@ -3,34 +3,54 @@
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, fx, nn
 
 from engine.networks.convolution import Conv2d
 from engine.networks.fast_batch_norm import BatchNorm2d
 from engine.networks.outputs import BATCH_NORMS
+from engine.system.errors import NetworkError
 
 
 class BatchNormBeforeRectifier(BatchNorm2d):
     """A batch norm that does the work of the `ReLU` or `ReLU6` after it, its only reader, as well.
 
-    Its attribute `bounds` says where that cuts off.
+    Its attribute `bounds` says where that cuts off; `reader` holds it, a tuple, so that it is no
+    module of this one. Where a hook looks at what is between the two, each does its own work.
     """
+
+    is_waiting = False  # whether its output has not been read by `reader`
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, C, H, W) to φ(batch_norm(x)), marked as rectified."""
-        y = super().forward(x)
-        y.is_rectified = True  # on the tensor: nothing in the module's state can be out of date
+        (reader,) = self.reader
+        if _is_looked_at(self, reader):
+            return super().forward(x)
+        y = super().forward(x, self.bounds)
+        y.rectified_by = self  # on the tensor: nothing in the module's state can be out of date
+        self.is_waiting = True
         return y
+
+
+def _is_looked_at(norm: nn.Module, reader: nn.Module) -> bool:
+    """Tell whether a hook sees what is between the two, or its gradient."""
+    hooks = [*norm._forward_hooks.values(), *norm._backward_hooks.values()]
+    hooks += [*norm._backward_pre_hooks.values(), *reader._forward_pre_hooks.values()]
+    hooks += [*reader._forward_hooks.values(), *reader._backward_hooks.values()]
+    return not all(getattr(hook, "is_output_only", False) for hook in hooks)
 
 
 class _PassesRectified:
     """A module that returns what a `BatchNormBeforeRectifier` has rectified as it is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not getattr(x, "is_rectified", False):
+        norm = getattr(x, "rectified_by", None)
+        if norm is None:
             return super().forward(x)
-        x.is_rectified = False  # for the batch norm's reader only, not for one after that
+        x.rectified_by = None  # for the batch norm's reader only, not for one after that
+        norm.is_waiting = False
         return x
 
 
@@ -61,12 +81,36 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
         norm = net.get_submodule(norm_name)
         # the class, not the module, is exchanged: parameters, hooks and their order stay
         norm.__class__ = BatchNormBeforeRectifier
-        norm.bounds, _ = RECTIFIERS[type(net.get_submodule(activation_name))]
+        activation = net.get_submodule(activation_name)
+        norm.bounds, _ = RECTIFIERS[type(activation)]
+        norm.reader = (activation,)
     for m in followers:
         _, m.__class__ = RECTIFIERS[type(m)]
     for m in net.modules():
         m.__class__ = FAST.get(type(m), type(m))
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.inplace = False  # what it would write into may be an activation: run_recorded
     return net
+
+
+@contextmanager
+def rectified_are_read(net: nn.Module) -> Iterator[None]:
+    """Context manager of a forward pass; NetworkError if what a norm rectified was not read so.
+
+    A network may change, as it trains, which module reads another's output.
+    """
+    norms = [m for m in net.modules() if isinstance(m, BatchNormBeforeRectifier)]
+    for norm in norms:
+        norm.is_waiting = False
+    yield
+    if waiting := [norm for norm in norms if norm.is_waiting]:
+        name_of = {m: name for name, m in net.named_modules()}
+        names = name_of[waiting[0]], name_of[waiting[0].reader[0]]
+        raise NetworkError(
+            f"{type(net).__name__}: {names[0]} was not read by {names[1]} alone, as when training "
+            "began, and had done its work: in a network that changes its order, F.relu in place of "
+            "nn.ReLU stays apart"
+        )
 
 
 PLAIN = {

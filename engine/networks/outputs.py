@@ -43,13 +43,28 @@ def run_recorded(
     """Return what `run_network` does, and all outputs of activation modules where asked for.
 
     A module that runs twice has two. The A_l are others than these where the network returns its
-    activations itself.
+    activations itself. Raises NetworkError where they are to be differentiated, and one was written
+    into after it was recorded: autograd knows only what it is now.
     """
     recorded: list[Tensor] = []
+    versions: list[int] = []
+
+    def record(y: Tensor) -> None:
+        recorded.append(y)
+        versions.append(y._version if torch.is_grad_enabled() else 0)
+
     with network_boundary(net, problem):
-        with _activation_hooks(net, recorded.append) if with_activations else nullcontext():
+        with _activation_hooks(net, record) if with_activations else nullcontext():
             output = net(x.clone())  # a network may write into its input
         logits, activations = split_output(net, output, recorded)
+    if torch.is_grad_enabled() and activations is recorded:
+        for i, (y, version) in enumerate(zip(recorded, versions, strict=True)):
+            if y._version != version:
+                raise NetworkError(
+                    f"{type(net).__name__} writes into the output of an activation module, number "
+                    f"{i} as they run, as y *= 2 does: penalties of its gradient need y = y * 2, "
+                    "or --no_activation_gradients"
+                )
     if logits.dim() != 2 or len(logits) != len(x):
         name, shape = type(net).__name__, tuple(logits.shape)
         hint = ": choose another --batch_size, which leaves no single image" * (len(x) == 1)
@@ -122,11 +137,31 @@ def moved_activations(net: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator
         yield
 
 
+def fixed_activations(net: nn.Module) -> AbstractContextManager[None]:
+    """Context manager of a backward pass in which an activation module that runs is an error."""
+
+    def refuse(y: Tensor) -> None:
+        raise NetworkError(
+            f"--penalty_gradient difference: {type(net).__name__} runs activation modules again in "
+            "its backward pass, as torch.utils.checkpoint does, where their outputs cannot be "
+            "moved: --penalty_gradient exact, or --no_activation_gradients"
+        )
+
+    return _activation_hooks(net, refuse)
+
+
+def output_only(hook: Callable) -> Callable:
+    """Mark a forward hook that does not look at the input of its module; return it."""
+    hook.is_output_only = True
+    return hook
+
+
 @contextmanager
 def _activation_hooks(net: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Context manager in which hook(output), unless None, replaces outputs of activation layers."""
     modules = [m for m in net.modules() if isinstance(m, ACTIVATIONS)]
-    handles = [m.register_forward_hook(lambda m, args, y: hook(y)) for m in modules]
+    on_output = output_only(lambda m, args, y: hook(y))
+    handles = [m.register_forward_hook(on_output) for m in modules]
     try:
         yield
     finally:

@@ -1,8 +1,9 @@
 """The loss of one batch as a function of parameters and activations, and its first derivatives."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.networks import outputs
+from engine.networks.fast_layers import rectified_are_read
 from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.system import distributed
-from engine.system.hardware import autocast, rng_from
+from engine.system.hardware import RandomState, autocast, get_rng_state, rng_from
 
 
 @dataclass
@@ -27,6 +29,18 @@ class FirstOrderResult:
     activations: dict[int, Tensor] = field(default_factory=dict)  # by run, those of a_grads
 
 
+class StartingState(NamedTuple):
+    """What a forward pass begins with beside parameters and images, and changes."""
+
+    random: RandomState
+    buffers: dict[str, Tensor]  # copies, by name
+
+    @classmethod
+    def of(cls, net: nn.Module, device: torch.device) -> "StartingState":
+        """Return the state of the network, and of the random streams it draws from, now."""
+        return cls(get_rng_state(device), {name: b.clone() for name, b in net.named_buffers()})
+
+
 @dataclass(frozen=True)
 class BatchLoss:
     """The loss of one batch as a function of parameters and activations."""
@@ -36,11 +50,11 @@ class BatchLoss:
     x: Tensor  # images (B, 3, H, W), this rank's share
     y: Tensor  # labels (B,)
     dtype: torch.dtype  # of the convolutions
-    rng_state: Tensor | None  # that the first forward pass starts from, for others after it
+    start: StartingState | None  # of the first forward pass, for others after it
 
     def forward_only(self) -> FirstOrderResult:
         """Return loss and number correct, without a derivative."""
-        with torch.inference_mode(), autocast(self.x.device, self.dtype):
+        with torch.inference_mode(), self._forward_pass():
             logits, _ = outputs.run_network(self.net, self.x)
             loss, n_correct = self.criterion(logits, self.y), self._n_correct(logits)
         return FirstOrderResult(loss, n_correct, tensors={"weights": penalized_weights(self.net)})
@@ -51,9 +65,7 @@ class BatchLoss:
         """Differentiate once, by what the regularizer's `inputs` ask for."""
         net = self.net
         has_activations = "a_grads" in inputs
-        # of PyTorch's kernels for attention, one has a second derivative
-        kernel = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-        with autocast(self.x.device, self.dtype), kernel:
+        with self._forward_pass(), differentiable_twice(create_graph):
             logits, activations, recorded = outputs.run_recorded(net, self.x, has_activations)
             loss = distributed.to_global_mean(self.criterion(logits, self.y), len(self.x))
         params = [*trainable_parameters(net).values()]
@@ -62,7 +74,8 @@ class BatchLoss:
         activations = [a for a in activations if a.requires_grad] if has_activations else []
         # one backward pass for all of them: they share most of the way
         targets = [*params, *activations]
-        with outputs.network_boundary(net):
+        # checkpointing runs parts of the network in the backward pass as well
+        with outputs.network_boundary(net), differentiable_twice(create_graph):
             grads = grad(loss, targets, create_graph=create_graph, materialize_grads=True)
         grad_of = dict(zip(params, grads, strict=False))
         available = {
@@ -82,25 +95,41 @@ class BatchLoss:
     def _n_correct(self, logits: Tensor) -> Tensor:
         return (logits.argmax(dim=1) == self.y).sum()
 
-    def perturbed(self, params: Mapping[str, Tensor], offsets: Mapping[int, Tensor]) -> Tensor:
-        """Return this rank's contribution to the loss at other parameters and activations.
+    @contextmanager
+    def _forward_pass(self) -> Iterator[None]:
+        with autocast(self.x.device, self.dtype), rectified_are_read(self.net):
+            yield
 
-        `params` are by name, `offsets` what is added to activations, by their run. In training mode
-        batch norms take the statistics of these activations; the real running statistics stay
-        unchanged. Dropout drops the same units: it starts from `rng_state`, as the first pass did.
+    def perturbed(
+        self, params: Mapping[str, Tensor], offsets: Mapping[int, Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return this rank's contributions to the loss elsewhere and to its derivatives there.
+
+        `params` are leaves, by name, which it is differentiated in; `offsets` is what is added to
+        activations, by their run. In training mode batch norms take the statistics of these
+        activations; the real running statistics stay unchanged. The pass begins as the first one
+        did, in `start`: dropout drops the same units. With gradients disabled there are none.
         """
         net, x = self.net, self.x
-        buffers = {name: b.clone() for name, b in net.named_buffers()}
-        with (
-            outputs.network_boundary(net),
-            autocast(x.device, self.dtype),
-            rng_from(self.rng_state, x.device),
-            outputs.moved_activations(net, offsets),
-        ):
-            logits, _ = outputs.split_output(
-                net, functional_call(net, {**buffers, **params}, (x.clone(),)), []
-            )
-            return distributed.to_global_mean(self.criterion(logits, self.y), len(x))
+        buffers = {name: b.clone() for name, b in self.start.buffers.items()}
+
+        def run() -> tuple[Tensor, Sequence[Tensor]]:
+            with (
+                self._forward_pass(),
+                rng_from(self.start.random, x.device),
+                outputs.moved_activations(net, offsets),
+            ):
+                logits, _ = outputs.split_output(net, net(x.clone()), [])
+                loss = distributed.to_global_mean(self.criterion(logits, self.y), len(x))
+            if not torch.is_grad_enabled():
+                return loss, ()
+            # here, where the network has these parameters: checkpointing runs parts of it again
+            with outputs.fixed_activations(net) if offsets else nullcontext():
+                return loss.detach(), grad(loss, [*params.values()], materialize_grads=True)
+
+        tensors = {f"net.{name}": t for name, t in (buffers | dict(params)).items()}
+        with outputs.network_boundary(net):
+            return functional_call(_Around(net), tensors, (run,))
 
     def change(self, loss: Tensor, grads: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
         """Return L(W + Δ) − L(W) for a Δ_l of each penalized weight.
@@ -109,16 +138,38 @@ class BatchLoss:
         pass. L(W + Δ) is one more forward pass, differentiable in Δ and the parameters.
         """
         name_of = {p: name for name, p in self.net.named_parameters()}
-        perturbed_params = dict(self.net.named_parameters())
+        moved = trainable_parameters(self.net)
         for w, delta in zip(penalized_weights(self.net), deltas, strict=True):
-            perturbed_params[name_of[w]] = w + delta
+            moved[name_of[w]] = w + delta
         # The penalty is of the whole batch, this forward pass of the rank's share: the pair below
         # adds up the losses on the way forward, and their derivatives on the way back
-        names, tensors = zip(*perturbed_params.items(), strict=True)
-        perturbed_params = dict(zip(names, distributed.copy_to_ranks(*tensors), strict=True))
-        perturbed_loss = distributed.reduce_from_ranks(self.perturbed(perturbed_params, {}))
-        # L(W) with the derivatives that are known already: each term has value 0 and derivative g
+        moved = dict(zip(moved, distributed.copy_to_ranks(*moved.values()), strict=True))
+        leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in moved.items()}
+        moved_loss, moved_grads = self.perturbed(leaves, {})
+        moved_loss = _with_derivatives(moved_loss, moved.values(), moved_grads)
         params = trainable_parameters(self.net).values()
-        zeros = [(g.detach() * (p - p.detach())).sum() for p, g in zip(params, grads, strict=False)]
-        linearized_loss = loss + sum(zeros)
-        return perturbed_loss - linearized_loss
+        return distributed.reduce_from_ranks(moved_loss) - _with_derivatives(loss, params, grads)
+
+
+class _Around(nn.Module):
+    """Calls a function while `torch.func.functional_call` has other tensors in the network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def _with_derivatives(
+    value: Tensor, tensors: Iterable[Tensor], derivatives: Sequence[Tensor]
+) -> Tensor:
+    """Return a scalar of this value, whose derivatives in the tensors are those that are known."""
+    pairs = zip(tensors, derivatives, strict=False)  # there may be no derivatives
+    return value + sum((g.detach() * (t - t.detach())).sum() for t, g in pairs)
+
+
+def differentiable_twice(needed: bool) -> AbstractContextManager[None]:
+    """Context manager in which attention has a second derivative: one of PyTorch's kernels does."""
+    return sdpa_kernel(SDPBackend.MATH) if needed else nullcontext()

@@ -5,10 +5,10 @@ from torch import nn
 
 from engine.images.loader import Loader
 from engine.networks.batch_norm import folded_weights
-from engine.step.batch_loss import BatchLoss
+from engine.step.batch_loss import BatchLoss, StartingState
 from engine.step.penalty_inputs import evaluate_penalty, needs_gradients
 from engine.system import distributed
-from engine.system.hardware import get_rng_state, seed_rng, with_float64
+from engine.system.hardware import seed_rng, with_float64
 
 
 def evaluate(
@@ -32,8 +32,8 @@ def evaluate(
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for i, (x, y) in enumerate(loader.batches(0, start=rank, every=world_size)):
         seed_rng(rank + i * world_size, x.device)
-        rng_state = get_rng_state(x.device) if "loss_change" in inputs else None
-        batch = BatchLoss(net, criterion, x, y, dtype, rng_state)
+        start = StartingState.of(net, x.device) if "loss_change" in inputs else None
+        batch = BatchLoss(net, criterion, x, y, dtype, start)
         result = batch.first_order(inputs) if needs_gradients(regularizer) else batch.forward_only()
         penalty = torch.zeros_like(result.loss)
         if regularizer:

@@ -17,11 +17,10 @@ from torch.autograd import grad
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.networks.outputs import blank_images, every_module_in, network_boundary
-from engine.step.batch_loss import BatchLoss, FirstOrderResult
+from engine.step.batch_loss import BatchLoss, FirstOrderResult, StartingState, differentiable_twice
 from engine.step.norms import lp_norms, whole_batch_norms
 from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward, runs_forward_again
 from engine.system import distributed
-from engine.system.hardware import get_rng_state
 
 NOT_TWICE = " cannot be differentiated twice, which --penalty_gradient difference does without"
 DIFFERENCE_STEP = 0.01  # relative size of a difference; docs/fast_step.md says why
@@ -55,7 +54,8 @@ def compute_gradients(
     second_order = needs_double_backward(regularizer)
     by_difference = second_order and difference_step is not None
     runs_again = runs_forward_again(regularizer, difference_step)
-    batch = BatchLoss(net, criterion, x, y, dtype, get_rng_state(x.device) if runs_again else None)
+    start = StartingState.of(net, x.device) if runs_again else None
+    batch = BatchLoss(net, criterion, x, y, dtype, start)
     with distributed.overlapped_grad_all_reduce(params) as sum_grads:
         first = batch.first_order(inputs, second_order and not by_difference, by_difference)
         grads = sum_grads(first.grads)
@@ -150,7 +150,8 @@ def vector_jacobian_product(
     first.tensors.clear()
     directions.clear()
     overlapped = distributed.overlapped_grad_all_reduce(params)
-    with network_boundary(net, NOT_TWICE), overlapped as sum_grads:
+    twice = differentiable_twice(True)
+    with network_boundary(net, NOT_TWICE), twice, overlapped as sum_grads:
         return sum_grads(grad(start, params, allow_unused=True))
 
 
@@ -224,8 +225,8 @@ def difference_product(
     }
     leaves = [*params.values()]  # ∇L at the moved weights, in all parameters
     with distributed.overlapped_grad_all_reduce(leaves) as sum_grads:
-        loss = batch.perturbed(params, {run: h * e for run, (_, e) in activations.items()})
-        moved_grads = sum_grads(grad(loss, leaves, materialize_grads=True))
+        offsets = {run: h * e for run, (_, e) in activations.items()}
+        moved_grads = sum_grads(batch.perturbed(params, offsets)[1])
     return torch._foreach_div(torch._foreach_sub(moved_grads, grads), h)
 
 

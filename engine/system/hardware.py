@@ -3,16 +3,19 @@
 import argparse
 import ctypes
 import platform
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.system import distributed
 
 PRECISIONS = ("auto", "bf16", "fp32")
+RandomState = tuple[Tensor, tuple, tuple]  # of PyTorch's stream, Python's and NumPy's
 # of images, activations and weights of convolutions
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -114,10 +117,18 @@ def seed_rng(seed: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def get_rng_state(device: torch.device) -> Tensor:
-    """Return the state of the random stream that a forward pass on the device draws from."""
+def get_rng_state(device: torch.device) -> RandomState:
+    """Return the states of the random streams that a forward pass on the device may draw from."""
     module, arguments = _stream_of(device)
-    return module.get_rng_state(*arguments)
+    return module.get_rng_state(*arguments), random.getstate(), np.random.get_state()
+
+
+def _set_rng_state(state: RandomState, device: torch.device) -> None:
+    module, arguments = _stream_of(device)
+    of_torch, of_python, of_numpy = state
+    module.set_rng_state(of_torch, *arguments)
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
 
 
 def _stream_of(device: torch.device) -> tuple[ModuleType, tuple[torch.device, ...]]:
@@ -128,15 +139,14 @@ def _stream_of(device: torch.device) -> tuple[ModuleType, tuple[torch.device, ..
 
 
 @contextmanager
-def rng_from(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Context manager in which the device's stream continues from `state`; after it, as before."""
-    module, arguments = _stream_of(device)
-    before = module.get_rng_state(*arguments)
-    module.set_rng_state(state, *arguments)
+def rng_from(state: RandomState, device: torch.device) -> Iterator[None]:
+    """Context manager in which the streams continue from `state`; after it, as before."""
+    before = get_rng_state(device)
+    _set_rng_state(state, device)
     try:
         yield
     finally:
-        module.set_rng_state(before, *arguments)
+        _set_rng_state(before, device)
 
 
 def tune_glibc_malloc() -> bool:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import rectifying_norm
+from reference import RectifyingNorm
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
@@ -50,7 +50,7 @@ class Blocks(nn.Module):
         super().__init__()
         self.conv1 = convolution.Conv2d(3, 8, 3, padding=1, bias=False)
         self.conv2 = convolution.Conv2d(8, 16, 3, stride, padding=1, bias=False)
-        self.norm1, self.norm2 = rectifying_norm(8), rectifying_norm(16)
+        self.norm1, self.norm2 = RectifyingNorm(8), RectifyingNorm(16)
         self.last = nn.Linear(16, 5)
         for norm in (self.norm1, self.norm2):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -120,7 +120,7 @@ def test_norm_derivatives(training, layout):
 
 def test_third_derivative_is_an_error():
     w = torch.randn(2, 2, 3, 3, requires_grad=True)
-    y = rectifying_norm(2)(convolution.conv2d(torch.randn(1, 2, 5, 5), w))
+    y = RectifyingNorm(2)(convolution.conv2d(torch.randn(1, 2, 5, 5), w))
     (g,) = grad(y.square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivative"):
         grad(g.square().sum(), w, create_graph=True)
@@ -128,7 +128,7 @@ def test_third_derivative_is_an_error():
 
 def test_only_what_is_asked_for():
     """Frozen weights, an input without gradient and a detached output all work."""
-    x, conv, norm = (torch.randn(4, 3, 6, 6), convolution.Conv2d(3, 4, 3), rectifying_norm(4))
+    x, conv, norm = (torch.randn(4, 3, 6, 6), convolution.Conv2d(3, 4, 3), RectifyingNorm(4))
     y = norm(conv(x))
     assert not y.detach().requires_grad and conv.weight.requires_grad
     conv.weight.requires_grad_(False)
@@ -187,10 +187,10 @@ def test_where_compiling_fails_kernels_run_eagerly_and_one_line_says_so(monkeypa
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "compile", refuse)
     x = torch.randn(4, 5, 3, 3)
-    expected = rectifying_norm(5)(x)
+    expected = RectifyingNorm(5)(x)
     assert compiling.set_compile(True)
     for _ in range(2):
-        assert torch.equal(rectifying_norm(5)(x), expected)
+        assert torch.equal(RectifyingNorm(5)(x), expected)
     line = "torch.compile failed, kernels run eagerly: no such compiler\n"
     assert capfd.readouterr().err == line
 
@@ -200,7 +200,7 @@ def test_what_runs_on_another_device_is_not_compiled(monkeypatch):
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch, "compile", None)
     assert compiling.set_compile(True, "cuda:1")
-    rectifying_norm(5)(torch.randn(4, 5, 3, 3))  # a folding check, on the CPU
+    RectifyingNorm(5)(torch.randn(4, 5, 3, 3))  # a folding check, on the CPU
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     assert not compiling.set_compile(True, "cuda")
 
@@ -214,7 +214,7 @@ def test_compiled_equals_eager():
     # a smaller batch; as many images as channels, and channels as pixels; a wide and large one
     shapes = (8, 4, 3, 3), (5, 4, 3, 3), (9, 9, 3, 3), (3, 40, 7, 5)
     images = {shape: torch.randn(shape).to(memory_format=LAST) for shape in shapes}
-    norms, results = {shape: rectifying_norm(shape[1]) for shape in shapes}, {}
+    norms, results = {shape: RectifyingNorm(shape[1]) for shape in shapes}, {}
     for compiled in (False, True, True):
         compiling.set_compile(compiled)
         for shape, x in images.items():
@@ -246,7 +246,7 @@ def test_conv_module_is_torchs(settings):
     ids=str,
 )
 def test_norm_module_is_torchs(settings):
-    ours, theirs = rectifying_norm(4, **settings), nn.BatchNorm2d(4, **settings)
+    ours, theirs = RectifyingNorm(4, **settings), nn.BatchNorm2d(4, **settings)
     for _ in range(3):
         assert_same_module(ours, theirs, 10 + torch.randn(5, 4, 3, 3), nn.ReLU())
     assert_same_module(ours.eval(), theirs.eval(), torch.randn(5, 4, 3, 3), nn.ReLU())
@@ -262,10 +262,10 @@ def assert_same_module(ours, theirs, x, after=lambda y: y):
 
 def test_large_mean_does_not_cancel():
     x = 1000 + torch.randn(16, 2, 8, 8)
-    norm, double = rectifying_norm(2), nn.BatchNorm2d(2).double()
+    norm, double = RectifyingNorm(2), nn.BatchNorm2d(2).double()
     torch.testing.assert_close(norm(x).double(), double(x.double()).relu(), rtol=1e-3, atol=1e-3)
 
 
 def test_one_value_per_channel_cannot_train():
     with pytest.raises(ValueError, match="more than 1 value"):
-        rectifying_norm(2)(torch.randn(1, 2, 1, 1))
+        RectifyingNorm(2)(torch.randn(1, 2, 1, 1))

@@ -66,7 +66,7 @@ def no_synchronization():
 @pytest.fixture(autouse=True)
 def _meta_is_a_device(monkeypatch):
     """Streams of random numbers and autocast, which the meta device has not."""
-    monkeypatch.setattr(gradients, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(batch_loss, "get_rng_state", lambda device: None)
     monkeypatch.setattr(batch_loss, "rng_from", lambda state, device: contextlib.nullcontext())
     monkeypatch.setattr(train.hardware, "seed_rng", lambda seed, device: None)
     monkeypatch.setattr(torch, "autocast", lambda kind, **options: contextlib.nullcontext())

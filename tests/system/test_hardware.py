@@ -43,9 +43,11 @@ def test_streams_of_random_numbers_of_apples_gpus_have_no_index(monkeypatch):
     states = [torch.tensor([1])]
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
     monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
-    with hardware.rng_from(torch.tensor([2]), torch.device("mps")):
-        assert hardware.get_rng_state(torch.device("mps")) == 2
-    assert hardware.get_rng_state(torch.device("mps")) == 1
+    mps = torch.device("mps")
+    others = hardware.get_rng_state(mps)[1:]
+    with hardware.rng_from((torch.tensor([2]), *others), mps):
+        assert hardware.get_rng_state(mps)[0] == 2
+    assert hardware.get_rng_state(mps)[0] == 1
 
 
 @pytest.mark.parametrize(
