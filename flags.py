@@ -440,7 +440,7 @@ def common() -> Table:
     """Return what trainings share: options, also those of regularizers, data and logging."""
     options = []
     for name, option in regularizer_options().items():
-        kind = bool if option.kind is bool else bounded_number(option.kind)
+        kind = bounded_number(option.kind) if option.kind in (int, float) else option.kind
         owners, defaults = option.regularizer_names, dict.fromkeys(map(str, option.defaults))
         help = f"{', '.join(owners)}: {option.help}; None: {', '.join(defaults)}"
         needs = Need(f"--regularizer {' or '.join(owners)}", partial(utils.is_option_used, name))
@@ -451,6 +451,12 @@ def common() -> Table:
 def make_parser(description: str, table: Table, **defaults: Any) -> Parser:
     """Return a parser of the flags in the table, some with other defaults than theirs."""
     parser = Parser(description)
+    flags = [entry for entry in table if isinstance(entry, Flag)]
+    spellings = ["help", *(word for f in flags for word in (f.name, f.also, f.was) if word)]
+    for name, option in regularizer_options().items():
+        if spellings.count(name) > 1:
+            owners = ", ".join(option.regularizer_names)
+            parser.error(f"{owners}: an option cannot be called {name}: there is a flag --{name}")
     parser.add_flags(table)
     parser.set_defaults(**defaults)
     return parser

@@ -14,9 +14,10 @@ computed from it is differentiated through it, but for detached_w_grads. Gradien
 backward pass, unless they are detached, and each call of loss_change costs one more plain step.
 
 An argument of a constructor that is annotated as an option, such as TargetBits, is also a flag of
-the scripts (--target_bits): of type bool, int or float, and with a name that no flag has yet. What
-`forward` draws from torch's random stream is fresh in each batch and the same when the run is
-repeated.
+the scripts (--target_bits): of type bool, int, float or str, and with a name that no flag has yet.
+`forward` is a pure function: it keeps nothing from one call to the next and writes into none of its
+inputs, and there are no parameters to train. What it draws from torch's random stream is fresh in
+each batch and the same when the run is repeated.
 """
 
 import inspect
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from engine.quantization.bit_widths import check_bits
 from engine.step.norms import lp_norm, lp_norms, per_image_lp_norms
 from engine.step.penalty_inputs import INPUTS
+from engine.system.errors import PenaltyError
 
 Tensors = Sequence[Tensor]
 LossChange = Callable[[Tensors], Tensor]
@@ -40,11 +42,19 @@ LossChange = Callable[[Tensors], Tensor]
 # name. Classes put themselves in.
 REGULARIZERS: dict[str, Callable[..., "Regularizer"]] = {}
 
+# Names that mean something else: no penalty, and what is logged beside the penalty's value.
+RESERVED_NAMES = ("none", "loss", "accuracy")
+
+OPTION_KINDS = (bool, int, float, str)  # what a flag's value can be read as
+
 
 class Regularizer(nn.Module):
     """A penalty R, λ included. A subclass with a `forward` is in REGULARIZERS, by its name.
 
-    `forward` takes the inputs that it names and returns R, a scalar tensor.
+    `forward` takes the inputs that it names and returns R, a scalar tensor. It is a pure function
+    of them. To define a subclass raises PenaltyError where its name is taken, upper and lower case
+    being the same, or one of its options is of a type that no flag has. The same class may be
+    defined again, as a notebook does.
 
     Attributes:
         name: as it is logged; unless given, that of the class.
@@ -61,6 +71,8 @@ class Regularizer(nn.Module):
             _, *arguments = inspect.signature(cls.forward).parameters
             cls.inputs = tuple(arguments)
         if register and cls.forward is not nn.Module.forward:
+            _check_name(cls)
+            _check_options(cls)
             REGULARIZERS[cls.name] = cls
 
     def __init__(
@@ -68,7 +80,8 @@ class Regularizer(nn.Module):
     ) -> None:
         """Keep λ, and a name and inputs that depend on the constructor's arguments.
 
-        Raises ValueError for a λ that is negative or not finite, or an input that there is not.
+        Raises ValueError for a λ that is negative or not finite, an input that there is not, or a
+        `forward` that does not take its inputs by position.
         """
         super().__init__()
         if not (math.isfinite(lmbda) and lmbda >= 0):
@@ -82,11 +95,57 @@ class Regularizer(nn.Module):
                 f"{self.name}: `forward` takes {', '.join(map(repr, unknown))}: "
                 f"its inputs are a tuple out of {', '.join(INPUTS)}"
             )
+        try:
+            inspect.signature(self.forward).bind(*self.inputs)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.name}: `forward` is given {', '.join(self.inputs)}, by position: {error}"
+            ) from error
 
     @property
     def label(self) -> str:
         """Name and λ, as a plan shows them: "L2Grad λ=0.01"."""
         return f"{self.name} λ={self.lmbda:g}"
+
+
+def _check_name(cls: type[Regularizer]) -> None:
+    """Raise PenaltyError where the name of a new class means something else already."""
+    of_class = cls.__module__, cls.__qualname__
+    taken = {reserved: reserved for reserved in RESERVED_NAMES}
+    taken |= {
+        template: _pattern(template)
+        for template, make in REGULARIZERS.items()
+        if (make.__module__, getattr(make, "__qualname__", "")) != of_class
+    }
+    for owner, pattern in taken.items():
+        if cls.name.lower() == owner.lower() or re.fullmatch(pattern, cls.name, re.IGNORECASE):
+            raise PenaltyError(
+                f"a regularizer cannot be called {cls.name}: {owner} means something else already, "
+                "whatever the case; choose another name"
+            )
+
+
+def _check_options(cls: type[Regularizer]) -> None:
+    """Raise PenaltyError where an option of a new class is of a type that no flag has."""
+    for key, parameter in _annotated_arguments(cls).items():
+        kind = parameter.annotation.__origin__
+        if kind not in OPTION_KINDS:
+            allowed = ", ".join(each.__name__ for each in OPTION_KINDS)
+            raise PenaltyError(
+                f"{cls.name}: the option {key} is of type {getattr(kind, '__name__', kind)}: "
+                f"choose one of {allowed}"
+            )
+
+
+def _pattern(template: str) -> str:
+    """Return the regular expression of the names that a key of REGULARIZERS stands for."""
+    return re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", template)
+
+
+def _annotated_arguments(make: Callable[..., Regularizer]) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a constructor that are annotated as options, by name."""
+    parameters = inspect.signature(make).parameters
+    return {key: p for key, p in parameters.items() if hasattr(p.annotation, "__metadata__")}
 
 
 # Marks an option that --track ignores: what is tracked means the same whatever is penalized.
@@ -359,7 +418,8 @@ def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer 
     """Make the regularizer of that name, a key of REGULARIZERS in any case; None for "none".
 
     `options` are further arguments of the constructor, such as only_weight_grads. Raises ValueError
-    for an unknown name, or a λ, number or option that does not go with it.
+    for an unknown name, a λ, number or option that does not go with it, or a regularizer with
+    parameters to train.
     """
     if name.lower() == "none":
         return None
@@ -370,6 +430,11 @@ def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer 
         regularizer = make(lmbda, **numbers, **options)
     except TypeError as error:  # the constructor takes other arguments
         raise ValueError(f"{name}: {error}") from error
+    if trained := [key for key, p in regularizer.named_parameters() if p.requires_grad]:
+        raise ValueError(
+            f"{own_name} has parameters of its own, which nothing trains: {', '.join(trained)}; a "
+            "penalty is a function of the network, and a constant is an attribute or a buffer"
+        )
     regularizer.name = own_name  # also of an alias, so that it is logged as it was asked for
     return regularizer
 
@@ -380,8 +445,7 @@ def _lookup(name: str) -> tuple[Callable[..., Regularizer], dict[str, int], str]
     Raises ValueError where it is unknown.
     """
     for template, make in REGULARIZERS.items():
-        pattern = re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", template)
-        if match := re.fullmatch(pattern, name, re.IGNORECASE):
+        if match := re.fullmatch(_pattern(template), name, re.IGNORECASE):
             numbers = {key: int(digits) for key, digits in match.groupdict().items()}
             for key, number in numbers.items():
                 template = template.replace(f"<{key}>", str(number))
@@ -414,13 +478,12 @@ def regularizer_options() -> dict[str, Option]:
     """Return every annotated argument of the constructors in REGULARIZERS, by name."""
     options: dict[str, Option] = {}
     for name, make in REGULARIZERS.items():
-        for key, parameter in inspect.signature(make).parameters.items():
-            if metadata := getattr(parameter.annotation, "__metadata__", ()):
-                text, *marks = metadata
-                kind, tracked = parameter.annotation.__origin__, PENALTY_ONLY not in marks
-                option = options.get(key, Option(kind, text, (), tracked, ()))
-                options[key] = option._replace(
-                    defaults=(*option.defaults, parameter.default),
-                    regularizer_names=(*option.regularizer_names, name),
-                )
+        for key, parameter in _annotated_arguments(make).items():
+            text, *marks = parameter.annotation.__metadata__
+            kind, tracked = parameter.annotation.__origin__, PENALTY_ONLY not in marks
+            option = options.get(key, Option(kind, text, (), tracked, ()))
+            options[key] = option._replace(
+                defaults=(*option.defaults, parameter.default),
+                regularizer_names=(*option.regularizer_names, name),
+            )
     return options

@@ -1,7 +1,9 @@
 """Every flag of every script, out of the tables that parsers and checks are made from."""
 
 import argparse
+import inspect
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 
@@ -12,7 +14,7 @@ import study
 import train
 from engine.system import cli
 from engine.system.cli import Flag, Parser, read_need, refuse_flags, switch, warn_unused_flags
-from regularizers import make_regularizer
+from regularizers import Regularizer, make_regularizer
 
 SCRIPTS = {
     "train": train,
@@ -99,6 +101,21 @@ def test_help_says_what_each_flag_is_and_its_default(script, flag):
     expected = shown if not is_shown else f"{shown} (default: {default})"
     assert "".join(expected.split()) in "".join(help_text.split())
     assert f"--{flag.was}" not in help_text.split() or not flag.was
+
+
+@pytest.mark.parametrize("name", ["lr", "help", "dataset", "hold_step"])
+def test_an_option_that_is_called_as_a_flag_is_refused_in_one_line(name, registry, capsys):
+    class MyNorm(Regularizer):
+        def forward(self, weights):
+            return 0
+
+    option = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, "x"])
+    MyNorm.__signature__ = inspect.Signature([option])
+    for script in ("train", "combined_protocol"):
+        with pytest.raises(SystemExit) as refused:
+            SCRIPTS[script].make_parser()
+        [line] = capsys.readouterr().err.splitlines()
+        assert refused.value.code == 2 and f"MyNorm: an option cannot be called {name}: " in line
 
 
 def test_no_two_flags_of_a_script_share_a_name():

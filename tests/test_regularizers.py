@@ -1,9 +1,11 @@
 import math
+from typing import Annotated
 
 import pytest
 import reference
 import torch
 
+from engine.system.errors import PenaltyError
 from quant_utils import uniform
 from regularizers import (
     REGULARIZERS,
@@ -443,3 +445,75 @@ def test_the_choices_are_in_the_order_in_which_they_were_always_listed():
         "KurtosisNorm, RangeNorm, StepL1Grad, StepL2Grad, StepNoise, Dampening, Sharpness, "
         "AdaptiveSharpness"
     )
+
+
+def define(class_name, forward=lambda self, weights: 0, **attributes):
+    return type(class_name, (Regularizer,), {"forward": forward, **attributes})
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("Rangenorm", "RangeNorm"),
+        ("LINFGRAD", "LinfGrad"),
+        ("L5Grad", "L<P>Grad"),
+        ("l10grad", "L<P>Grad"),
+        ("NONE", "none"),
+        ("Loss", "loss"),
+        ("accuracy", "accuracy"),
+    ],
+)
+def test_a_name_that_means_something_else_is_refused_whatever_the_case(name, owner, registry):
+    before = dict(registry)
+    with pytest.raises(PenaltyError, match=f"called {name}: {owner} means something else"):
+        define(name)
+    with pytest.raises(PenaltyError, match=f"called {name}: "):
+        define("MyNorm", name=name)
+    assert registry == before
+
+
+def test_a_class_may_be_defined_again_but_not_by_somebody_else(registry):
+    define("MyNorm")
+    again = define("MyNorm")
+    assert registry["MyNorm"] is again
+    with pytest.raises(PenaltyError, match="MyNorm means something else"):
+        define("MyNorm", __module__="elsewhere")
+
+
+def test_an_option_may_be_a_text_but_of_no_type_that_no_flag_has(registry):
+    class MyNorm(Regularizer):
+        def __init__(self, lmbda, kind: Annotated[str, "of the norm"] = "max"):
+            super().__init__(lmbda)
+
+        def forward(self, weights):
+            return 0
+
+    assert regularizer_options()["kind"].kind is str
+    with pytest.raises(PenaltyError, match="Odd: the option orders is of type list: choose"):
+
+        class Odd(MyNorm):
+            def __init__(self, lmbda, orders: Annotated[list, "of the norms"] = ()):
+                super().__init__(lmbda)
+
+
+def test_inputs_are_given_by_position(registry):
+    def forward(self, *, weights):
+        return weights[0].sum()
+
+    define("MyNorm", forward)
+    with pytest.raises(ValueError, match="MyNorm: `forward` is given weights, by position: too"):
+        make_regularizer("MyNorm", 1.0)
+
+
+def test_parameters_that_nothing_would_train_are_refused(registry):
+    class MyNorm(Regularizer):
+        def __init__(self, lmbda, is_trained=True):
+            super().__init__(lmbda)
+            self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=is_trained)
+
+        def forward(self, weights):
+            return self.scale * weights[0].sum()
+
+    with pytest.raises(ValueError, match="MyNorm has parameters .* nothing trains: scale"):
+        make_regularizer("MyNorm", 1.0)
+    assert make_regularizer("MyNorm", 1.0, is_trained=False).scale == 1  # a constant

@@ -1,8 +1,9 @@
-"""Importing this makes a Ctrl-C one line, until a script takes the signals over.
+"""Importing this makes a Ctrl-C one line, until a script takes the signals over, and bad code, too.
 
 That is while PyTorch is imported, which takes seconds, and while flags are read: nothing has begun
 that would have to be ended well. An exception would not do, for some imports catch all of them, and
-the script would go on.
+the script would go on. Bad code is what a registry of ours refuses while it is imported, such as a
+regularizer whose name is taken.
 """
 
 import multiprocessing
@@ -10,6 +11,9 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import TracebackType
+
+from engine.system.errors import ReportedError
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,11 +24,20 @@ def _end(number: int, frame: object) -> None:
     signal.raise_signal(number)
 
 
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, ReportedError):
+        os.write(2, f"{os.path.basename(sys.argv[0])}: error: {error}\n".encode())
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def _is_script() -> bool:
     """Tell whether a script of ours is what runs, not a program that imports one."""
     main = getattr(sys.modules["__main__"], "__file__", None) or ""
     return Path(main).resolve().parent == ROOT and multiprocessing.parent_process() is None
 
 
-if _is_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _end)
+if _is_script():
+    sys.excepthook = _report
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)

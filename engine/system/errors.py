@@ -39,7 +39,7 @@ class BatchTooSmallError(NetworkError, ValueError):
 
 
 class PenaltyError(ReportedError):
-    """A regularizer returned something that is not a penalty."""
+    """A regularizer is not what one has to be, or returned something that is not a penalty."""
 
 
 class NotFiniteError(ReportedError):

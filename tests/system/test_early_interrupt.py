@@ -27,6 +27,18 @@ def test_a_ctrl_c_during_the_imports_is_one_line(script, tmp_path):
     assert process.returncode == -signal.SIGINT and error == f"{script}: stopped\n"
 
 
+def test_bad_code_in_a_registry_is_one_line(tmp_path):
+    (tmp_path / "engine").symlink_to(ROOT / "engine")  # so that the script is one of ours
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import engine.system.early_interrupt\n"
+        "from engine.system.errors import PenaltyError\n"
+        "raise PenaltyError('the name is taken')\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "script.py: error: the name is taken\n")
+
+
 @pytest.mark.slow
 def test_a_program_that_imports_a_script_keeps_its_own_handler(tmp_path):
     program = "import signal, train; print(signal.getsignal(signal.SIGINT).__name__)"
