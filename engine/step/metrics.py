@@ -26,16 +26,19 @@ def epoch_means(
 ) -> dict[str, float]:
     """Return the means over an epoch's rows: "loss", "accuracy" and, under its name, the penalty.
 
-    Raises NotFiniteError that names the batch and term where a number is not finite.
+    Raises NotFiniteError that names the batch and term where a number is not finite. Where it is
+    the penalty, the loss, which comes before it, is finite.
     """
     table = torch.stack(list(rows)).cpu().double()
     if not table.isfinite().all():
         batch, column = (~table.isfinite()).nonzero()[0].tolist()
         terms = ["", "loss", f"penalty {regularizer.name}" if regularizer else "penalty", ""]
         terms += [f"gradient of {name}" for name in trainable_parameters(net)]
+        advice = "a smaller --lr or --lmbda, or a later --first_regularized_epoch, may help"
+        if column == 2 and table[batch, column].isnan():
+            advice = "the loss is finite: the penalty itself has no value, as 0/0 has none"
         raise NotFiniteError(
-            f"epoch {epoch}, batch {batch}: the {terms[column]} is {table[batch, column]}; "
-            "a smaller --lr or --lmbda, or a later --first_regularized_epoch, may help"
+            f"epoch {epoch}, batch {batch}: the {terms[column]} is {table[batch, column]}; {advice}"
         )
     n = table[:, 0]
     means = {"loss": (n * table[:, 1]).sum() / n.sum(), "accuracy": table[:, 3].sum() / n.sum()}

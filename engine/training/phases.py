@@ -52,6 +52,8 @@ def describe_plan(
     for p in phases:
         label = p.regularizer.label if p.regularizer else "no regularizer"
         parts.append(f"from epoch {p.start}: {label}" if p.start else label)
+    if args.lmbda_warmup:
+        parts.append(f"λ rises from 0 over the first {args.lmbda_warmup:g} epochs of a phase")
     if args.penalty_every > 1:
         parts.append(f"the penalty in one of {args.penalty_every} batches")
     if args.penalty_gradient == "difference":
