@@ -433,7 +433,7 @@ def make_regularizer(name: str, lmbda: float, **options: object) -> Regularizer 
     if trained := [key for key, p in regularizer.named_parameters() if p.requires_grad]:
         raise ValueError(
             f"{own_name} has parameters of its own, which nothing trains: {', '.join(trained)}; a "
-            "penalty is a function of the network, and a constant is an attribute or a buffer"
+            "penalty is a function of the network"
         )
     regularizer.name = own_name  # also of an alias, so that it is logged as it was asked for
     return regularizer

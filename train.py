@@ -40,7 +40,7 @@ from engine.networks.outputs import check_movable_activations, check_network
 from engine.quantization.coverage import first_names
 from engine.step.compiled_step import CompiledStep
 from engine.step.evaluation import evaluate
-from engine.step.gradients import check_derivatives, compute_gradients
+from engine.step.gradients import check_derivatives, check_penalty, compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.step.penalty_inputs import needs_double_backward
 from engine.system import distributed, hardware, io
@@ -429,7 +429,8 @@ def make_state(
     if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
     if penalized := [p.regularizer for p in phases if p.regularizer]:
-        check_penalties(net, penalized, image_shape, n_activations, args)
+        check_penalized(net, penalized, image_shape, n_activations, args)
+    check_penalties(net, penalized, utils.make_tracked_regularizers(args), image_shape)
     steps = None
     if args.qat_bits is not None:
         bits = utils.qat_bit_widths(args.qat_bits)
@@ -450,18 +451,16 @@ def make_state(
     return TrainState(net, optimizer, scheduler, average=average, steps=steps)
 
 
-def check_penalties(
+def check_penalized(
     net: nn.Module,
     penalized: Sequence[Regularizer],
     image_shape: Sequence[int],
     n_activations: int,
     args: argparse.Namespace,
 ) -> None:
-    """Print what of the network is not penalized; NetworkError where a penalty cannot work."""
+    """Print what of the network is not penalized; NetworkError where it cannot be trained so."""
     by_difference = args.penalty_gradient == "difference"
     inputs = {name for regularizer in penalized for name in regularizer.inputs}
-    if not penalized_weights(net):
-        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
     if computed := computed_weights(net):
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
     if others := unpenalized_parameters(net):
@@ -471,8 +470,6 @@ def check_penalties(
         )
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)
-    if "folded_weights" in inputs and (unfolded := describe_unfolded(net, image_shape)):
-        print(f"{args.model}: {unfolded}")
     if "a_grads" in inputs and by_difference:
         check_movable_activations(net, image_shape)
     if "a_grads" in inputs and n_activations == 0:
@@ -480,6 +477,26 @@ def check_penalties(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
             "gradients of activations are not penalized"
         )
+
+
+def check_penalties(
+    net: nn.Module,
+    penalized: Sequence[Regularizer],
+    tracked: Sequence[Regularizer],
+    image_shape: Sequence[int],
+) -> None:
+    """Try each of the regularizers, and print how many batch norms one cannot fold.
+
+    Raises NetworkError or PenaltyError where it cannot be computed: see `check_penalty`.
+    """
+    regularizers = [*penalized, *tracked]
+    if regularizers and not penalized_weights(net):
+        raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
+    of_folded = [r.name for r in regularizers if "folded_weights" in r.inputs]
+    if of_folded and (unfolded := describe_unfolded(net, image_shape, of_folded[0])):
+        print(f"{type(net).__name__}: {unfolded}")
+    for regularizer in regularizers:
+        check_penalty(net, regularizer, image_shape, is_minimized=regularizer in penalized)
 
 
 # --- the script ------------------------------------------------------------------------------
@@ -532,13 +549,24 @@ def validate_and_run(
 def reachable_phases(
     parser: Parser, args: argparse.Namespace, phases: Sequence[Phase], epoch_flags: str
 ) -> list[Phase]:
-    """Return the phases that begin within the run; name later epochs in one warning line."""
+    """Return the phases that begin within the run; name later epochs in one warning line.
+
+    Another names those phases that end before --lmbda_warmup does.
+    """
     late = [f"{epoch_flags} {p.start}" for p in phases if p.start >= args.n_epochs]
     late += [f"--milestones {epoch}" for epoch in utils.late_milestones(args)]
     if late and distributed.get_rank() == 0:
         reason = f"never reached, the last epoch is {args.n_epochs - 1}"
         print(f"{parser.prog}: {reason}: {', '.join(late)}", file=sys.stderr)
-    return [p for p in phases if p.start < args.n_epochs]
+    phases = [p for p in phases if p.start < args.n_epochs]
+    ends = [*(p.start for p in phases[1:]), args.n_epochs]
+    lengths = [end - p.start for p, end in zip(phases, ends, strict=True) if p.regularizer]
+    short = [str(length) for length in lengths if length < args.lmbda_warmup]
+    if short and distributed.get_rank() == 0:
+        reason = f"never reached, a phase ends after {', '.join(short)} epochs"
+        what = f"the whole λ, at the end of --lmbda_warmup {args.lmbda_warmup:g}"
+        print(f"{parser.prog}: {reason}: {what}", file=sys.stderr)
+    return phases
 
 
 def output_path(parser: Parser, args: argparse.Namespace) -> Path:

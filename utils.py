@@ -23,6 +23,7 @@ from engine.networks.fast_layers import use_fast_layers
 from engine.networks.outputs import check_network
 from engine.networks.winograd import set_winograd
 from engine.quantization.bit_widths import parse_bits
+from engine.step.penalty_inputs import OF_WEIGHTS
 from engine.system import distributed
 from engine.system.cli import argument_errors, bounded_number, choice_ignoring_case
 from engine.system.errors import SetupError
@@ -141,8 +142,7 @@ def is_option_used(option: str, args: argparse.Namespace) -> bool:
 
 def beyond_weights(args: argparse.Namespace) -> list[str]:
     """Return the names of those of `args.regularizers` that are not functions of weights alone."""
-    of_weights = {"weights", "folded_weights"}
-    return [r.name for r in args.regularizers if not of_weights.issuperset(r.inputs)]
+    return [r.name for r in args.regularizers if not OF_WEIGHTS.issuperset(r.inputs)]
 
 
 def make_tracked_regularizers(args: argparse.Namespace) -> list[Regularizer]:

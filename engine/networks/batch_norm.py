@@ -43,11 +43,9 @@ def foldable_pairs(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> 
         pairs = [(layer.node.meta["stored"], norm) for layer, norm in foldable(graph)]
         name = type(net).__name__
         if not pairs and batch_norms(graph):
-            raise NetworkError(
-                f"--fold_bn: no batch norm after a convolution in {name}: cannot fold"
-            )
+            raise NetworkError(f"no batch norm after a convolution in {name}: cannot fold")
         if any(norm.args[4] is None for norm in batch_norms(graph)):
-            raise NetworkError("--fold_bn: cannot fold a batch norm without running statistics")
+            raise NetworkError("cannot fold a batch norm without running statistics")
         _pairs[net] = [
             (stored["weight"], norm.meta["path"]) for stored, norm in pairs if "weight" in stored
         ]
@@ -68,15 +66,19 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
     return [folded.get(w, w) for w in penalized_weights(net)]
 
 
-def describe_unfolded(net: nn.Module, image_shape: Sequence[int]) -> str | None:
+def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) -> str | None:
     """Return that there is nothing to fold, or how many batch norms stay unfolded; None: neither.
 
-    Raises NetworkError as `foldable_pairs` does.
+    `penalty` is the name of the one that takes folded weights. Raises NetworkError as
+    `foldable_pairs` does, with that name.
     """
     n_norms = sum(isinstance(m, BATCH_NORMS) for m in net.modules())
-    n_left = n_norms - len(foldable_pairs(net, image_shape))
+    try:
+        n_left = n_norms - len(foldable_pairs(net, image_shape))
+    except NetworkError as error:
+        raise NetworkError(f"{penalty} of folded weights: {error}") from error
     if not n_norms:
-        return "--fold_bn has no effect: there are no batch norms"
+        return f"{penalty} of folded weights is one of weights: there are no batch norms to fold"
     return f"{n_left} batch norms do not follow a layer alone: they stay" if n_left else None
 
 

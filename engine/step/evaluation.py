@@ -6,7 +6,7 @@ from torch import nn
 from engine.images.loader import Loader
 from engine.networks.batch_norm import folded_weights
 from engine.step.batch_loss import BatchLoss, StartingState
-from engine.step.penalty_inputs import evaluate_penalty, needs_gradients
+from engine.step.penalty_inputs import detached_leaves, evaluate_penalty, needs_gradients
 from engine.system import distributed
 from engine.system.hardware import seed_rng, with_float64
 
@@ -27,7 +27,7 @@ def evaluate(
     net.eval()
     inputs = regularizer.inputs if regularizer else ()
     with torch.no_grad():
-        folded = folded_weights(net) if "folded_weights" in inputs else []
+        folded = detached_leaves(folded_weights(net)) if "folded_weights" in inputs else []
     totals = torch.zeros(3, dtype=torch.float64, device=with_float64(loader.labels.device))
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for i, (x, y) in enumerate(loader.batches(0, start=rank, every=world_size)):
@@ -37,9 +37,10 @@ def evaluate(
         result = batch.first_order(inputs) if needs_gradients(regularizer) else batch.forward_only()
         penalty = torch.zeros_like(result.loss)
         if regularizer:
+            copies = {name: detached_leaves(ts) for name, ts in result.tensors.items()}
             with torch.no_grad():
                 penalty = evaluate_penalty(
-                    regularizer, batch, result.loss, result.grads, result.tensors, folded
+                    regularizer, batch, result.loss, result.grads, copies, folded
                 )
         sums = torch.stack([len(x) * result.loss, result.n_correct, len(x) * penalty])
         totals += sums.to(totals.device)

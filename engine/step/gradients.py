@@ -8,19 +8,29 @@ pass starts from the direction of the whole batch, and its result is summed once
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.utils._pytree import tree_leaves
 
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
-from engine.networks.outputs import blank_images, every_module_in, network_boundary
+from engine.networks.outputs import blank_images, every_module_in, foreign_code, network_boundary
 from engine.step.batch_loss import BatchLoss, FirstOrderResult, StartingState, differentiable_twice
 from engine.step.norms import lp_norms, whole_batch_norms
-from engine.step.penalty_inputs import evaluate_penalty, needs_double_backward, runs_forward_again
+from engine.step.penalty_inputs import (
+    OF_WEIGHTS,
+    detached_leaves,
+    evaluate_penalty,
+    needs_double_backward,
+    runs_forward_again,
+)
 from engine.system import distributed
+from engine.system.errors import PenaltyError
+from engine.system.hardware import rng_from
 
 NOT_TWICE = " cannot be differentiated twice, which --penalty_gradient difference does without"
 DIFFERENCE_STEP = 0.01  # relative size of a difference; docs/fast_step.md says why
@@ -45,7 +55,8 @@ def compute_gradients(
     `vector_jacobian_product` carries them to the parameters through the graph of the first-order
     pass or, with a `difference_step`, `difference_product` without one.
 
-    Raises PenaltyError where the regularizer returns no scalar, or none that depends on its inputs.
+    Raises PenaltyError where the regularizer returns no scalar, or none that depends on its inputs,
+    and NetworkError for whatever it or the network raises.
     """
     inputs = regularizer.inputs if regularizer else ()
     params = [*trainable_parameters(net).values()]
@@ -69,7 +80,7 @@ def compute_gradients(
     copies = _detached_copies(first.tensors, penalized_weights(net))
     penalty = evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
     penalty = penalty_scale * penalty  # before the directions, which then have the factor
-    directions = _add_direct_gradients(params, penalty, first.tensors, copies)
+    directions = _add_direct_gradients(regularizer.name, params, penalty, first.tensors, copies)
     penalty = penalty.detach()
     del copies  # they are the memory of gradients, which the second pass frees one by one
     if by_difference:
@@ -91,26 +102,40 @@ def _detached_copies(tensors: Lists, weights: Sequence[Tensor]) -> Lists:
     values = dict(tensors)
     if "w_grads" in values:
         values["w_grads"] = [w.grad for w in weights]
-    return {name: [t.detach().requires_grad_() for t in ts] for name, ts in values.items()}
+    return {name: detached_leaves(ts) for name, ts in values.items()}
 
 
 def _add_direct_gradients(
-    params: Sequence[Tensor], penalty: Tensor, tensors: Lists, copies: Lists
+    name: str, params: Sequence[Tensor], penalty: Tensor, tensors: Lists, copies: Lists
 ) -> Directions:
     """Add ∂penalty/∂p to the .grad of every parameter p, but for what goes through gradients.
 
-    The penalty was computed from `copies` of `tensors`. Returns its directions ∂penalty/∂t at the
-    gradients t, by the name of the input; None where it does not depend on one.
+    The penalty, of a regularizer of that name, was computed from `copies` of `tensors`. Returns its
+    directions ∂penalty/∂t at the gradients t, by the name of the input; None where it does not
+    depend on one.
     """
     leaves = sum(copies.values(), [])
     # params as well: loss_change and folded weights depend on them without a copy in between
-    directions = grad(penalty, [*leaves, *params], allow_unused=True)
+    directions = _derivatives(name, penalty, [*leaves, *params])
     at_leaves = iter(directions)
     by_input = {name: [next(at_leaves) for _ in ts] for name, ts in copies.items()}
     # a weight is a parameter itself: ∂t/∂p is 1, and its direction is a gradient already
     _add(tensors.get("weights", ()), by_input.pop("weights", ()))
     _add(params, directions[len(leaves) :])
     return by_input
+
+
+def _derivatives(name: str, penalty: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return ∂penalty/∂t of each tensor t, None where it does not depend on one.
+
+    Raises PenaltyError where it depends on none, and NetworkError where there is no derivative;
+    both begin with the regularizer's name.
+    """
+    with foreign_code(f"{name} cannot be differentiated"):
+        found = grad(penalty, tensors, allow_unused=True) if penalty.requires_grad else ()
+    if all(each is None for each in found):
+        raise PenaltyError(f"{name} does not depend on its inputs: nothing to minimize")
+    return found
 
 
 def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
@@ -192,6 +217,64 @@ def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) 
                 # `once_differentiable` may end it, and `grad` then returns too little in silence
                 torch.autograd.backward(gradients, [torch.ones_like(t) for t in gradients])
             net.zero_grad()
+
+
+def check_penalty(
+    net: nn.Module, regularizer: nn.Module, image_shape: Sequence[int], is_minimized: bool = True
+) -> None:
+    """Try the penalty on two black images of `image_shape` (3, H, W), in evaluation mode.
+
+    Raises PenaltyError and NetworkError as `compute_gradients` does, and PenaltyError where the
+    regularizer's `forward` changes what it is given, or something that it keeps itself. One that
+    is not minimized, but only measured, may be a constant. The random streams stay where they are,
+    and no .grad is set.
+    """
+    x = blank_images(net, 2, image_shape)
+    y = torch.zeros(2, dtype=torch.long, device=x.device)
+    start = StartingState.of(net, x.device)
+    with every_module_in(net, training=False), rng_from(start.random, x.device):
+        batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, start)
+        zero = x.new_zeros(())
+        first = FirstOrderResult(zero, zero, tensors={"weights": penalized_weights(net)})
+        if not OF_WEIGHTS.issuperset(regularizer.inputs):  # otherwise the network need not run
+            first = batch.first_order(regularizer.inputs)
+        folded = folded_weights(net) if "folded_weights" in regularizer.inputs else []
+        copies = {name: detached_leaves(ts) for name, ts in first.tensors.items()}
+        inputs = copies | {"folded_weights": folded}
+        given = {f"its input {name}": tensors for name, tensors in inputs.items()}
+        before = _versions(given | _everything_kept(regularizer))
+        with torch.set_grad_enabled(is_minimized):
+            penalty = evaluate_penalty(regularizer, batch, first.loss, first.grads, copies, folded)
+        after = _versions(given | _everything_kept(regularizer))
+        if changed := [name for name, versions in after.items() if before.get(name) != versions]:
+            raise PenaltyError(
+                f"{regularizer.name}: `forward` has to be a pure function of its inputs, but it "
+                f"changed {', '.join(changed)}: a resumed run would not have it"
+            )
+        leaves = [*sum(copies.values(), []), *trainable_parameters(net).values()]
+        if is_minimized:
+            _derivatives(regularizer.name, penalty, leaves)
+
+
+def _everything_kept(regularizer: nn.Module) -> dict[str, Any]:
+    """Return all attributes and buffers of a regularizer and of the terms in it, by name."""
+    kept = {}
+    for prefix, module in regularizer.named_modules():
+        attributes = vars(module) | module._buffers
+        del attributes["_buffers"]
+        kept |= {f"{prefix}.{name}".lstrip("."): value for name, value in attributes.items()}
+    return kept
+
+
+def _versions(things: Mapping[str, Any]) -> dict[str, list[tuple[int, int, object]]]:
+    """Return the id of each object in a thing, how often it was written into, and itself.
+
+    It is there to stay alive, so that its id stays its own. Only tensors count what is written.
+    """
+    return {
+        name: [(id(leaf), getattr(leaf, "_version", 0), leaf) for leaf in tree_leaves(thing)]
+        for name, thing in things.items()
+    }
 
 
 def difference_product(

@@ -1,13 +1,13 @@
 """What a penalty is a function of. One function supplies it, in training and in evaluation."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.networks.layers import penalized_weights, trainable_parameters
+from engine.networks.outputs import foreign_code
 from engine.step.batch_loss import BatchLoss
 from engine.system import distributed
 from engine.system.errors import PenaltyError
@@ -28,6 +28,7 @@ class PenaltyInputs(NamedTuple):
 
 
 INPUTS = PenaltyInputs._fields
+OF_WEIGHTS = {"weights", "folded_weights"}  # without the network's loss
 DIFFERENTIATED_GRADIENTS = {"w_grads", "a_grads"}
 
 
@@ -48,6 +49,11 @@ def runs_forward_again(regularizer: nn.Module | None, difference_step: float | N
     return by_difference or (regularizer is not None and "loss_change" in regularizer.inputs)
 
 
+def detached_leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors of the same memory that a penalty is computed, and differentiated, from."""
+    return [t.detach().requires_grad_() for t in tensors]
+
+
 def evaluate_penalty(
     regularizer: nn.Module,
     batch: BatchLoss,
@@ -56,25 +62,37 @@ def evaluate_penalty(
     tensors: Mapping[str, Sequence[Tensor]],
     folded: Sequence[Tensor],
 ) -> Tensor:
-    """Return the penalty (scalar) of a batch; PenaltyError where it is none, or a constant.
+    """Return the penalty (scalar) of a batch, without its graph where gradients are disabled.
 
     `loss` and `grads`, its derivatives in the trainable parameters (none where the regularizer does
     not need gradients), are those of the whole batch. `tensors` are the "weights", "w_grads" and
     "a_grads" that the regularizer takes, the last of this rank's images; `folded` folded weights.
+    Raises PenaltyError where the regularizer returns no real scalar, and NetworkError for whatever
+    it raises itself.
     """
+    is_differentiated = torch.is_grad_enabled()
+
+    def loss_change(deltas: Sequence[Tensor]) -> Tensor:
+        with torch.set_grad_enabled(is_differentiated):  # a graph of the network would cost memory
+            return batch.change(loss, grads, deltas)
+
     grad_of = dict(zip(trainable_parameters(batch.net).values(), grads, strict=False))
     inputs = PenaltyInputs(
         weights=tensors.get("weights", ()),
         w_grads=tensors.get("w_grads", ()),
         a_grads=distributed.whole_batch(tensors.get("a_grads", ())),
-        loss_change=partial(batch.change, loss, grads),
+        loss_change=loss_change,
         folded_weights=folded,
         detached_w_grads=[grad_of[w] for w in penalized_weights(batch.net) if grad_of],
     )
-    penalty = regularizer(*(getattr(inputs, name) for name in regularizer.inputs))
-    if not isinstance(penalty, Tensor) or penalty.dim():
-        shape = tuple(penalty.shape) if isinstance(penalty, Tensor) else type(penalty).__name__
-        raise PenaltyError(f"{regularizer.name} returned {shape}: it must return a scalar tensor")
-    if torch.is_grad_enabled() and not penalty.requires_grad:
-        raise PenaltyError(f"{regularizer.name} does not depend on its inputs: nothing to minimize")
-    return penalty
+    # with gradients in any case: a regularizer may itself differentiate
+    with foreign_code(regularizer.name), torch.enable_grad():
+        penalty = regularizer(*(getattr(inputs, name) for name in regularizer.inputs))
+    if not isinstance(penalty, Tensor) or penalty.dim() or penalty.is_complex():
+        found = type(penalty).__name__
+        if isinstance(penalty, Tensor):
+            found = tuple(penalty.shape) if penalty.dim() else "a complex number"
+        raise PenaltyError(
+            f"{regularizer.name} returned {found}: it must return a real scalar tensor"
+        )
+    return penalty if is_differentiated else penalty.detach()

@@ -327,7 +327,7 @@ def test_layers_that_share_a_weight_count_once():
 def test_folding(name):
     net = fast_layers.use_fast_layers(make(name)).eval()
     size = 32 if "torchvision" in name else 16
-    assert batch_norm.describe_unfolded(net, (3, size, size)) is None
+    assert batch_norm.describe_unfolded(net, (3, size, size), "RangeNorm") is None
     graph = export_network(net, (3, size, size))
     folded = fold_batch_norms(graph)
     assert batch_norms(graph) and not batch_norms(folded)
@@ -352,7 +352,8 @@ def test_a_transposed_convolution_is_folded_group_by_group(bias, groups):
 def test_batch_norms_that_stay():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).float()
     net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert batch_norm.describe_unfolded(net, (3, 4, 4)).startswith("1 batch norms do not follow")
+    unfolded = batch_norm.describe_unfolded(net, (3, 4, 4), "RangeNorm")
+    assert unfolded.startswith("1 batch norms do not follow")
 
 
 # --- scripts ---------------------------------------------------------------------------------
