@@ -54,7 +54,7 @@ def weight_adjoint_is_faster(x: Tensor, w: Tensor, geometry: tuple) -> bool:
     """
     return (
         _enabled
-        and _is_wide(w, geometry)
+        and _is_wide(w.shape, geometry)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -73,13 +73,19 @@ def may_be_used_by(net: nn.Module, dtype: torch.dtype, memory_format: torch.memo
     """Tell whether a convolution of the network goes through these kernels if images allow it."""
     convolutions = (m for m in net.modules() if isinstance(m, nn.Conv2d))
     fits = dtype == torch.float32 and memory_format == torch.channels_last
+    # not by the weight's own shape: to read a weight that is computed may change what it is next
     return (_enabled and fits) and any(
-        _is_wide(m.weight, (m.stride, m.padding, m.dilation, m.groups)) for m in convolutions
+        _is_wide(
+            (m.out_channels, m.in_channels // m.groups, *m.kernel_size),
+            (m.stride, m.padding, m.dilation, m.groups),
+        )
+        for m in convolutions
     )
 
 
-def _is_wide(w: Tensor, geometry: tuple) -> bool:
-    return geometry == GEOMETRY and w.shape[2:] == (3, 3) and min(w.shape[:2]) >= MIN_CHANNELS
+def _is_wide(weight_shape: Sequence[int], geometry: tuple) -> bool:
+    *channels, height, width = weight_shape
+    return geometry == GEOMETRY and (height, width) == (3, 3) and min(channels) >= MIN_CHANNELS
 
 
 def _pixels(x: Tensor) -> int:

@@ -1,5 +1,6 @@
 """Winograd's convolutions against PyTorch's own, alone and in whole steps."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def test_what_it_is_not_for(monkeypatch):
 def test_no_processor_of_another_kind_uses_it(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert not winograd.set_winograd(True)
+
+
+@pytest.mark.usefixtures("_everywhere")
+def test_to_ask_whether_it_is_used_changes_nothing():
+    """A resumed run asks after it has read its checkpoint: `spectral_norm` counts how it is read."""
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3, padding=1)))
+    before = copy.deepcopy(net.state_dict())
+    assert winograd.may_be_used_by(net, torch.float32, LAST)
+    assert all(torch.equal(before[key], t) for key, t in net.state_dict().items())
 
 
 @pytest.mark.usefixtures("_everywhere")
