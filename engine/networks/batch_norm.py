@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.networks.export import export_network
 from engine.networks.folding import batch_norms, foldable
+from engine.networks.graph import layers
 from engine.networks.layers import penalized_weights
 from engine.networks.outputs import BATCH_NORMS
 from engine.system.errors import NetworkError
@@ -34,21 +35,21 @@ _pairs: weakref.WeakKeyDictionary[nn.Module, Pairs] = weakref.WeakKeyDictionary(
 def foldable_pairs(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> Pairs:
     """Return the weight of each layer whose output a batch norm alone reads, and that norm.
 
-    Both by name. They are found once for a network, for images of `image_shape` (3, H, W). Raises
-    NetworkError where the network cannot be exported, has batch norms of which none can be folded,
-    or has one without running statistics.
+    Both by name. A weight that is used more than once has no pair: it is another folded weight, or
+    none, each time. They are found once for a network, for images of `image_shape` (3, H, W).
+    Raises NetworkError where the network cannot be exported, has batch norms of which none can be
+    folded, or has one without running statistics.
     """
     if net not in _pairs:
         graph = export_network(net, image_shape)
-        pairs = [(layer.node.meta["stored"], norm) for layer, norm in foldable(graph)]
-        name = type(net).__name__
-        if not pairs and batch_norms(graph):
+        found, name = foldable(graph), type(net).__name__
+        if not found and batch_norms(graph):
             raise NetworkError(f"no batch norm after a convolution in {name}: cannot fold")
         if any(norm.args[4] is None for norm in batch_norms(graph)):
             raise NetworkError("cannot fold a batch norm without running statistics")
-        _pairs[net] = [
-            (stored["weight"], norm.meta["path"]) for stored, norm in pairs if "weight" in stored
-        ]
+        stored = [layer.node.meta["stored"].get("weight") for layer in layers(graph).values()]
+        pairs = [(layer.node.meta["stored"].get("weight"), norm) for layer, norm in found]
+        _pairs[net] = [(w, norm.meta["path"]) for w, norm in pairs if w and stored.count(w) == 1]
     return _pairs[net]
 
 
@@ -74,12 +75,15 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
     """
     n_norms = sum(isinstance(m, BATCH_NORMS) for m in net.modules())
     try:
-        n_left = n_norms - len(foldable_pairs(net, image_shape))
+        n_left = n_norms - len({norm for _, norm in foldable_pairs(net, image_shape)})
     except NetworkError as error:
         raise NetworkError(f"{penalty} of folded weights: {error}") from error
     if not n_norms:
         return f"{penalty} of folded weights is one of weights: there are no batch norms to fold"
-    return f"{n_left} batch norms do not follow a layer alone: they stay" if n_left else None
+    if not n_left:
+        return None
+    why = "do not follow a layer alone, or follow one that runs more than once"
+    return f"{n_left} batch norms {why}: they stay"
 
 
 def norms_with_statistics(net: nn.Module) -> list[nn.BatchNorm2d]:

@@ -99,12 +99,47 @@ def test_what_is_folded_is_what_runs(make):
     net.norm.running_mean.fill_(-1.5)
     net.norm.running_var.fill_(0.01)
     state = copy.deepcopy(net.state_dict())
-    assert batch_norm.foldable_pairs(net, (3, 8, 8)) == [("conv.weight", "norm")]
     folded = fold_batch_norms(export_network(net, (3, 8, 8)))
     assert not batch_norms(folded)
     x = torch.randn(4, 3, 8, 8, generator=seeded())
     torch.testing.assert_close(folded(x), net(x)[0], rtol=1e-4, atol=1e-4)
     assert all(torch.equal(state[key], t) for key, t in net.state_dict().items())
+
+
+class TwoNorms(InOrder):
+    """Another batch norm each time that its convolution runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.BatchNorm2d(3)
+
+    def features(self, x):
+        return self.second(self.conv(self.norm(self.conv(x))))
+
+
+class NormTwice(InOrder):
+    """The same batch norm each time that its convolution runs."""
+
+    def features(self, x):
+        return self.norm(self.conv(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs", "n_left"),
+    [
+        (InOrder, [("conv.weight", "norm")], None),
+        (Shared, [], "1"),
+        (TwoNorms, [], "2"),
+        (NormTwice, [], "1"),
+    ],
+)
+def test_a_weight_that_runs_more_than_once_is_penalized_as_it_is(make, pairs, n_left):
+    net = make().eval()
+    assert batch_norm.foldable_pairs(net, (3, 8, 8)) == pairs
+    line = batch_norm.describe_unfolded(net, (3, 8, 8))
+    assert (line and line.split()[0]) == n_left
+    plain = all(map(torch.equal, batch_norm.folded_weights(net), layers.penalized_weights(net)))
+    assert plain == (not pairs)
 
 
 def test_what_cannot_be_folded_is_refused():

@@ -405,7 +405,7 @@ def test_batch_norms_that_stay_are_counted_before_training(capsys, tmp_path, mon
     flags = "--run_name r --model staying --no-compile --precision fp32 --regularizer RangeNorm"
     train.main([*flags.split(), "--fold_bn", *TINY.split()])
     printed = capsys.readouterr().out
-    assert "Staying: 1 batch norms do not follow a layer alone: they stay" in printed
+    assert "Staying: 1 batch norms do not follow a layer alone" in printed
 
 
 # --- quantizing ------------------------------------------------------------------------------
