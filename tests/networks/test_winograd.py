@@ -133,7 +133,7 @@ def test_no_processor_of_another_kind_uses_it(monkeypatch):
 
 @pytest.mark.usefixtures("_everywhere")
 def test_to_ask_whether_it_is_used_changes_nothing():
-    """A resumed run asks after it has read its checkpoint: `spectral_norm` counts how it is read."""
+    """A resumed run asks after it has read its checkpoint; `spectral_norm` changes when read."""
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3, padding=1)))
     before = copy.deepcopy(net.state_dict())
     assert winograd.may_be_used_by(net, torch.float32, LAST)
