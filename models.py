@@ -16,6 +16,7 @@ from torch import nn
 
 from engine.networks.layers import Add, FullPrecisionLinear
 from engine.networks.outputs import foreign_code
+from engine.system.errors import NetworkError
 
 TORCHVISION = "torchvision:"  # before the name of any of its classifiers
 TIMM = "timm:"
@@ -320,9 +321,34 @@ def _parameters(make: Callable[..., nn.Module]) -> set[str]:
 def make_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     """Make the network of that name; `width` is a factor of its channels where it has one.
 
-    Raises NetworkError where its constructor does not take a number of classes, or fails.
+    Its constructor gets the number of classes as `num_classes` where it has such an argument, else
+    as its first one. Raises NetworkError where it does not take one, fails, or returns no network
+    that can be trained and saved.
     """
     options = {"width": width} if width != 1 and has_width(name) else {}
     _, make = find_model(name)
     with foreign_code(name):
-        return make(num_classes, **options)
+        if "num_classes" in _parameters(make):
+            net = make(num_classes=num_classes, **options)
+        else:
+            net = make(num_classes, **options)
+    if not isinstance(net, nn.Module):
+        raise NetworkError(f"{name} made a {type(net).__name__}, not an nn.Module")
+    _check_tensors(name, net)
+    return net
+
+
+def _check_tensors(name: str, net: nn.Module) -> None:
+    """Raise NetworkError, naming it, for what cannot be trained, or is in no file of weights."""
+    for key, p in net.named_parameters():
+        if p.is_complex():
+            raise NetworkError(
+                f"{name}: the parameter {key} is of {p.dtype}, and only real ones are trained: "
+                "torch.view_as_complex makes complex numbers of pairs of real ones"
+            )
+    for key, value in net.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise NetworkError(
+                f"{name}: its state_dict has a {type(value).__name__} as {key}, and files of "
+                "weights hold tensors alone: get_extra_state must return a tensor"
+            )

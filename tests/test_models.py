@@ -84,7 +84,7 @@ def test_networks_of_timm(monkeypatch):
     timm = types.ModuleType("timm")
     timm.__spec__ = importlib.machinery.ModuleSpec("timm", None)
     timm.is_model = lambda name: name == "resnet10t"
-    timm.create_model = lambda name, **options: calls.append((name, options))
+    timm.create_model = lambda name, **options: calls.append((name, options)) or nn.Identity()
     monkeypatch.setitem(sys.modules, "timm", timm)
     make_model("timm:ResNet10t", 7)
     assert calls == [("resnet10t", {"pretrained": False, "num_classes": 7})]
@@ -171,6 +171,41 @@ class Failing(nn.Module):
 def test_a_constructor_that_fails_is_one_line(network, reason, monkeypatch):
     monkeypatch.setitem(models.MODELS, "Mine", network)
     with pytest.raises(NetworkError, match=f"^Mine: {reason}") as raised:
+        make_model("Mine", 10)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda depth=3, num_classes=10: nn.Linear(depth, num_classes),
+        lambda *, num_classes=10: nn.Linear(3, num_classes),
+        lambda n: nn.Linear(3, n),
+    ],
+)
+def test_the_number_of_classes_is_given_by_its_name_or_first(network, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "Mine", network)
+    assert make_model("Mine", 7).weight.shape == (7, 3)
+
+
+class Counting(nn.Linear):
+    """What it keeps beside tensors is in its state_dict."""
+
+    def get_extra_state(self):
+        return {"n": 3}
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (lambda n: [n], "Mine made a list, not an nn.Module"),
+        (lambda n: nn.Linear(3, n, dtype=torch.cfloat), "Mine: .* weight is of torch.complex64, "),
+        (lambda n: Counting(3, n), "Mine: .* has a dict as _extra_state, .*: get_extra_state must"),
+    ],
+)
+def test_what_cannot_be_trained_and_saved_is_one_line(network, reason, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "Mine", network)
+    with pytest.raises(NetworkError, match=f"^{reason}") as raised:
         make_model("Mine", 10)
     assert "\n" not in str(raised.value)
 
