@@ -41,6 +41,7 @@ from engine.networks.graph import (
     returning_values,
     set_constant,
 )
+from engine.networks.layers import image_dtype
 from engine.networks.outputs import network_boundary, split_output
 from engine.networks.spelling import (
     constants,
@@ -87,9 +88,10 @@ def export_network(
     and where it has products that cannot be quantized.
     """
     name = type(net).__name__
-    net = plain_copy(net).eval()
+    net = plain_copy(net)
+    net.eval()  # a network's own `train` need not return it
     images = torch.randn(BATCH + 1, *image_shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(net.parameters(), images))
+    images = images.to(next(net.parameters(), images).device, image_dtype(net))
     problem = " cannot be exported by torch.export, which quantizing needs (training does not)"
     with network_boundary(net, problem), torch.no_grad():
         expected = _Logits(net)(images.clone())

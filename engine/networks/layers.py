@@ -31,6 +31,15 @@ class FullPrecisionLinear(nn.Linear):
             return super().forward(x)
 
 
+def image_dtype(net: nn.Module) -> torch.dtype:
+    """Return the dtype of the images that a network takes: float32, as long as it has such weights.
+
+    Of one that was converted as a whole, as by `net.double()`, it is that of its parameters.
+    """
+    dtypes = [p.dtype for p in net.parameters()]
+    return torch.float32 if torch.float32 in dtypes or not dtypes else dtypes[0]
+
+
 def penalized_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return every convolution and linear layer by name, in module order.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.networks.layers import image_dtype
 from engine.system import hardware
 from engine.system.errors import NetworkError, ReportedError
 
@@ -114,6 +115,12 @@ def split_output(
         return output, recorded
     match output:
         case (Tensor() as logits, list() | tuple() as activations):
+            for a in activations:
+                if not isinstance(a, Tensor):
+                    raise NetworkError(
+                        f"{type(net).__name__} returned a {type(a).__name__} among its "
+                        "activations: a network must return logits, or logits and a list of tensors"
+                    )
             return logits, list(activations)
     raise NetworkError(
         f"{type(net).__name__} returned a {type(output).__name__}: a network must return logits, "
@@ -200,8 +207,8 @@ def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> Non
 
 def blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
     """Return n black images in the dtype and on the device of the network."""
-    p = next(net.parameters(), torch.empty(0))
-    return torch.zeros(n, *image_shape, dtype=p.dtype, device=p.device)
+    device = next(net.parameters(), torch.empty(0)).device
+    return torch.zeros(n, *image_shape, dtype=image_dtype(net), device=device)
 
 
 def check_network(
@@ -216,7 +223,7 @@ def check_network(
     x = blank_images(net, n_images, image_shape)
     with torch.no_grad(), every_module_in(net, training=False):
         logits, activations, _ = run_recorded(net, x, problem=f" cannot take images of {size}")
-    if logits.shape[1] < num_classes:
+    if logits.shape[1] != num_classes:
         shape, wanted = tuple(logits.shape), (n_images, num_classes)
         raise NetworkError(f"{name} returned logits {shape} of {n_images} images, not {wanted}")
     return len(activations)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.networks.export import export_network
 from engine.networks.graph import Operation, aten, layers, returning_values
-from engine.networks.layers import LAYER_TYPES, trainable_parameters
+from engine.networks.layers import LAYER_TYPES, image_dtype, trainable_parameters
 from engine.quantization.bit_widths import check_bits
 from engine.system import distributed
 from engine.system.errors import FileError, NetworkError, StepSizeError
@@ -207,7 +207,7 @@ def make_steps(
     places = find_places(graph, net)
     read = returning_values(graph, [_before_padding(layer) for layer in layers(graph).values()])
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(net.parameters()).dtype)
+    images = images.to(image_dtype(net))
     inputs = dict(zip(layers(graph), read(images), strict=True))
     ends = (next(iter(places)), next(reversed(places))) if keep_first_last else ()
     quantizers: dict[str, dict[str, LearnedStep]] = {}

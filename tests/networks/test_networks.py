@@ -41,6 +41,7 @@ from engine.quantization.activations import (
 from engine.quantization.weights import quantize_model
 from engine.step.gradients import compute_gradients
 from engine.system.errors import NetworkError
+from engine.training.averaging import averaged_network, make_average
 from regularizers import KurtosisNorm, StepNoise, make_regularizer
 
 CE = nn.CrossEntropyLoss()
@@ -226,13 +227,22 @@ def test_activations_that_a_network_returns_are_taken():
     assert len(activations) == 9  # not 18: its batch norms with ReLU are seen as well
 
 
+class Junk(nn.Linear):
+    """Returns names beside its logits."""
+
+    def forward(self, x):
+        return super().forward(x.mean((2, 3))), ["a", None]
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 10)), "cannot take images of 3 × 8 × 8: mat1"),
         (nn.Conv2d(3, 10, 1), r"logits \(2, 10, 8, 8\) of 2 images"),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), r"logits \(2, 5\) of 2 images"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 15)), r"\(2, 15\) of 2 images, not \(2, 10\)"),
         (nn.LSTM(8, 3), "cannot take images"),
+        (Junk(3, 10), "returned a str among its activations: .* a list of tensors"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_in_one_line(net, message):
@@ -246,6 +256,39 @@ def test_a_view_that_needs_another_memory_layout_names_the_flag():
     net = reference.Viewed(10).to(memory_format=torch.channels_last)
     with pytest.raises(NetworkError, match="view size .* Or --memory_format contiguous"):
         outputs.check_network(net, (3, 8, 8), 10)
+
+
+class Scaled(nn.Module):
+    """Its first parameter is of another type than the images that it takes."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=dtype))
+        self.linear = nn.Linear(3, 10)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3))) * self.scale.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_are_of_float32_whatever_the_first_parameter_is_of(dtype):
+    net = Scaled(dtype)
+    assert outputs.check_network(net, (3, 8, 8), 10) == 0
+    assert outputs.blank_images(net.double(), 1, (3, 8, 8)).dtype == torch.float64
+
+
+class ReturnsNothing(nn.Sequential):
+    """Its `train` is as many people write it."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_train_need_not_return_the_network():
+    net = ReturnsNothing(nn.Conv2d(3, 10, 8), nn.BatchNorm2d(10), nn.Flatten())
+    assert len(batch_norms(export_network(net, (3, 8, 8)))) == 1
+    average = make_average(net, 0.5)
+    assert averaged_network(average, [torch.randn(2, 3, 8, 8)]) is average.module
 
 
 def test_images_of_other_shapes():
