@@ -339,6 +339,23 @@ def test_bad_files_get_a_line_each_and_the_others_are_evaluated(tiny, capsys):
     assert not Path("executed").exists()
 
 
+class Masked(nn.Sequential):
+    """It has an infinite mask, and a `train` as many people write it."""
+
+    def __init__(self, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_network_may_have_an_infinite_mask_and_a_train_that_returns_nothing(tiny, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "Masked", Masked)
+    save_weights(Masked(10), Path("m.pt"))
+    assert main("m.pt", "--model", "Masked", "--bits", 4, "--schemes", "uniform") == 0
+
+
 def test_a_network_that_cannot_be_quantized_leaves_the_others(tiny, capsys, monkeypatch):
     plain, calls = qi.export_network, []
 

@@ -25,7 +25,8 @@ def averaged_network(average: AveragedModel, batches: Iterable[Tensor]) -> nn.Mo
 
     `batches` are images (B, 3, H, W) on which the statistics of its batch norms are estimated.
     """
-    net = average.module.eval()
+    net = average.module
+    net.eval()
     if norms_with_statistics(net):
         recalibrate_batch_norm(net, batches)
     return net

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +65,10 @@ class TrainState:
     average: AveragedModel | None = None  # of the weights
     steps: LearnedSteps | None = None  # of quantization-aware training
 
+    def __post_init__(self) -> None:
+        # what is not finite before training, such as a mask of attention, may stay so
+        self._infinite = {k for k, t in self.net.state_dict().items() if not t.isfinite().all()}
+
     def quantized(self) -> AbstractContextManager[None]:
         """Context manager in which the network runs as this epoch trains it."""
         if self.steps is None or self.progress.epoch < self.steps.first_epoch:
@@ -87,7 +91,7 @@ class TrainState:
             self.steps.check()
 
     def state_dict(self, regularizer: nn.Module | None) -> dict[str, Any]:
-        """Return the content of a checkpoint; NotFiniteError if it is not worth saving.
+        """Return the content of a checkpoint; NotFiniteError where something is no longer finite.
 
         `regularizer` is that of the current epoch, None for none.
         """
@@ -95,7 +99,7 @@ class TrainState:
         if progress.batch_metrics:
             epoch_means(self.net, regularizer, progress.epoch, progress.batch_metrics)
         for name, t in self.net.state_dict().items():
-            if not t.isfinite().all():
+            if name not in self._infinite and not t.isfinite().all():
                 raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
         parts = {"net": self.net, "optimizer": self.optimizer, "state": progress}
         parts |= {"average": self.average, "steps": self.steps}
@@ -112,7 +116,7 @@ class TrainState:
             self.progress = self._read_progress(content["state"], n_epochs, n_batches)
             with file_boundary("the checkpoint", "is of another network"):
                 load_tensors(self.net, content["net"])
-                _check_loaded(content["net"], self.net.state_dict())
+                _check_loaded(content["net"], self.net.state_dict(), self._infinite)
             if self.average is not None:
                 self._load_average(self.average, content)
             if self.steps is not None:
@@ -158,7 +162,8 @@ class TrainState:
         with file_boundary("the checkpoint.average:", NOT_OURS):
             saved = {key: content["average"][key] for key in average.state_dict()}
             load_tensors(average, saved)
-            _check_loaded(saved, average.state_dict())
+            infinite = {f"module.{name}" for name in self._infinite}
+            _check_loaded(saved, average.state_dict(), infinite)
             if average.n_averaged < 0:
                 raise ValueError(f"an average of {average.n_averaged} steps")
 
@@ -193,8 +198,13 @@ class TrainState:
             self.optimizer.load_state_dict({"state": state, "param_groups": own_groups})
 
 
-def _check_loaded(saved: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming it, where a tensor was converted on its way in, or is not finite."""
+def _check_loaded(
+    saved: Mapping[str, Tensor], loaded: Mapping[str, Tensor], infinite: Container[str] = ()
+) -> None:
+    """Raise ValueError, naming it, where a tensor was converted on its way in, or is not finite.
+
+    Those named in `infinite` need not be.
+    """
     for name, t in loaded.items():
-        if saved[name].dtype != t.dtype or not t.isfinite().all():
+        if saved[name].dtype != t.dtype or not (name in infinite or t.isfinite().all()):
             raise ValueError(f"{name} is of another dtype or not finite")

@@ -16,6 +16,7 @@ from engine.system import signals
 from engine.system.io import FileError
 from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.training import checkpoints
+from engine.training.averaging import make_average
 from engine.training.checkpoints import CheckpointClock, load_checkpoint, save_checkpoint
 from engine.training.train_state import TrainProgress, TrainState
 from regularizers import CombinedReg, LPGrad, VarianceNorm
@@ -289,3 +290,17 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(Exception, match="linear.bias"):
         training.state_dict(None)
     assert isinstance(training.progress, TrainProgress)
+
+
+def test_what_was_infinite_before_training_may_stay_so():
+    """As a causal mask; after a checkpoint and in the average, too."""
+    states = []
+    for _ in range(2):
+        net = tiny_scripts.Tiny(10)
+        net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        scheduler = utils.make_scheduler("none", optimizer, 0.1, "default", 2)
+        states.append(TrainState(net, optimizer, scheduler, average=make_average(net, 0.5)))
+    content = states[0].state_dict(None)
+    states[1].load_state_dict({**content, "random": checkpoints.get_all_rng_states()}, 1, 1)
+    assert torch.equal(states[1].net.conv1.weight, states[0].net.conv1.weight)
