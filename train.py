@@ -27,7 +27,7 @@ import utils
 from analysis.weights_files import WeightsFile, read_record
 from data import ImageDataset
 from engine.images.loader import Loader
-from engine.networks.batch_norm import describe_unfolded, freeze_batch_norms
+from engine.networks.batch_norm import count_batch_norms, describe_unfolded, freeze_batch_norms
 from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
 from engine.networks.layers import (
@@ -428,6 +428,8 @@ def make_state(
         check_network(net, image_shape, dataset.num_classes, n_images=1)
     if not trainable_parameters(net):
         raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
+    if args.freeze_bn_from is not None and not count_batch_norms(net):
+        print(f"{args.model}: --freeze_bn_from has no effect: there are no batch norms")
     if penalized := [p.regularizer for p in phases if p.regularizer]:
         check_penalized(net, penalized, image_shape, n_activations, args)
     check_penalties(net, penalized, utils.make_tracked_regularizers(args), image_shape)

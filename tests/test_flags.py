@@ -75,11 +75,11 @@ def other_value(parser, flag):
 def test_a_useless_flag_is_named_once_and_ignored(script, flag, capsys):
     parser = SCRIPTS[script].make_parser()
     words = ["x.pt"] if script == "quant_inference" else []
-    words += other_value(parser, flag) + USELESS_BESIDE.get((script, flag.name), [])
-    args = parser.parse_args(words)
+    given = other_value(parser, flag)
+    args = parser.parse_args([*words, *given, *USELESS_BESIDE.get((script, flag.name), [])])
     warn_unused_flags(parser, args, [flag], regularizers=[], models=["ConvNet"])
     [line] = capsys.readouterr().err.splitlines()
-    assert f"ignored, without effect: --{flag.name} (needs " in line
+    assert f"ignored, without effect: {given[0]} (needs " in line
     assert getattr(args, flag.name) == parser.get_default(flag.name)
     assert flag.name not in parser.explicit_flags
     warn_unused_flags(parser, args, [flag], regularizers=[], models=["ConvNet"])

@@ -28,6 +28,11 @@ def freeze_batch_norms(net: nn.Module) -> None:
             m.eval()
 
 
+def count_batch_norms(net: nn.Module) -> int:
+    """Return how many batch norms the network has, of all kinds of PyTorch's."""
+    return sum(isinstance(m, BATCH_NORMS) for m in net.modules())
+
+
 Pairs = list[tuple[str, str]]  # name of a weight, and of the batch norm after its layer
 _pairs: weakref.WeakKeyDictionary[nn.Module, Pairs] = weakref.WeakKeyDictionary()
 
@@ -73,7 +78,7 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
     `penalty` is the name of the one that takes folded weights. Raises NetworkError as
     `foldable_pairs` does, with that name.
     """
-    n_norms = sum(isinstance(m, BATCH_NORMS) for m in net.modules())
+    n_norms = count_batch_norms(net)
     try:
         n_left = n_norms - len({norm for _, norm in foldable_pairs(net, image_shape)})
     except NetworkError as error:

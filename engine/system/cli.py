@@ -320,7 +320,8 @@ def warn_unused_flags(
     for flag in flags:
         is_changed = flag.needs and getattr(args, flag.name) != parser.get_default(flag.name)
         if is_changed and (need := unmet_need(flag.needs, run)):
-            unused[flag.name] = f"--{flag.name} (needs {need})"
+            given = f"--no-{flag.name}" if flag.default is True else f"--{flag.name}"
+            unused[flag.name] = f"{given} (needs {need})"
     for name in unused:
         setattr(args, name, parser.get_default(name))
         parser.explicit_flags.discard(name)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
+import data
 import models
 import quant_inference
 import quant_utils as qu
@@ -449,6 +450,16 @@ def test_batch_norms_that_stay_are_counted_before_training(capsys, tmp_path, mon
     train.main([*flags.split(), "--fold_bn", *TINY.split()])
     printed = capsys.readouterr().out
     assert "Staying: 1 batch norms do not follow a layer alone" in printed
+
+
+def test_freezing_batch_norms_that_are_not_there_is_told(capsys, monkeypatch, tiny_images):
+    for norms, is_told in (([], True), ([nn.BatchNorm2d(3)], False)):
+        layers = *norms, nn.Flatten(), nn.Linear(192, 4)
+        monkeypatch.setitem(models.MODELS, "Mine", lambda n, layers=layers: nn.Sequential(*layers))
+        args = train.make_parser().parse_args("--model mine --freeze_bn_from 1".split())
+        train.make_state(args, data.DATASETS["Tiny"]("", 0), [])
+        line = "Mine: --freeze_bn_from has no effect: there are no batch norms"
+        assert (line in capsys.readouterr().out) == is_told
 
 
 # --- quantizing ------------------------------------------------------------------------------
