@@ -39,6 +39,7 @@ from engine.images.loader import Loader
 from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.graph import layers, weights
+from engine.networks.layers import not_finite
 from engine.networks.outputs import check_network
 from engine.quantization.activations import quantize_activations
 from engine.quantization.bit_allocation import BIT_CHOICES
@@ -203,10 +204,10 @@ def load_networks(
             net.eval()
             image_shape = dataset.test_images.shape[1:]
             check_network(net, image_shape, dataset.num_classes)
-            masks = {k for k, t in net.state_dict().items() if not t.isfinite().all()}
+            masks = not_finite(net)
             load_weights(net, file.path)
-            for key, value in net.state_dict().items():
-                if key not in masks and not value.isfinite().all():
+            for key in not_finite(net):
+                if key not in masks:
                     raise FileError(f"{file.path}: {key} holds NaN or infinite values")
             graph = export_network(net, image_shape, programs[model, width])
             graph = prepare_graph(graph, file.path, args)

@@ -32,6 +32,7 @@ from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
 from engine.networks.layers import (
     computed_weights,
+    not_finite,
     penalized_weights,
     trainable_parameters,
     unpenalized_parameters,
@@ -450,7 +451,8 @@ def make_state(
     if distributed.get_world_size() > 1:
         set_sync_bn(net, args.sync_bn)
     average = None if args.ema is None else make_average(net, args.ema)
-    return TrainState(net, optimizer, scheduler, average=average, steps=steps)
+    infinite = not_finite(net)  # before training, as a mask
+    return TrainState(net, optimizer, scheduler, average=average, steps=steps, infinite=infinite)
 
 
 def check_penalized(

@@ -40,6 +40,11 @@ def image_dtype(net: nn.Module) -> torch.dtype:
     return torch.float32 if torch.float32 in dtypes or not dtypes else dtypes[0]
 
 
+def not_finite(net: nn.Module) -> list[str]:
+    """Return the names of the tensors of its state_dict that have NaN or infinite values."""
+    return [name for name, t in net.state_dict().items() if not t.isfinite().all()]
+
+
 def penalized_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return every convolution and linear layer by name, in module order.
 

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from engine.networks.layers import trainable_parameters
+from engine.networks.layers import not_finite, trainable_parameters
 from engine.step.metrics import epoch_means
 from engine.system import distributed
 from engine.system.errors import FileError, NotFiniteError
@@ -64,10 +64,7 @@ class TrainState:
     progress: TrainProgress = field(default_factory=TrainProgress)
     average: AveragedModel | None = None  # of the weights
     steps: LearnedSteps | None = None  # of quantization-aware training
-
-    def __post_init__(self) -> None:
-        # what is not finite before training, such as a mask of attention, may stay so
-        self._infinite = {k for k, t in self.net.state_dict().items() if not t.isfinite().all()}
+    infinite: Sequence[str] = ()  # tensors that may be not finite, such as a mask of attention
 
     def quantized(self) -> AbstractContextManager[None]:
         """Context manager in which the network runs as this epoch trains it."""
@@ -98,8 +95,8 @@ class TrainState:
         progress = self.progress
         if progress.batch_metrics:
             epoch_means(self.net, regularizer, progress.epoch, progress.batch_metrics)
-        for name, t in self.net.state_dict().items():
-            if name not in self._infinite and not t.isfinite().all():
+        for name in not_finite(self.net):
+            if name not in self.infinite:
                 raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
         parts = {"net": self.net, "optimizer": self.optimizer, "state": progress}
         parts |= {"average": self.average, "steps": self.steps}
@@ -116,7 +113,7 @@ class TrainState:
             self.progress = self._read_progress(content["state"], n_epochs, n_batches)
             with file_boundary("the checkpoint", "is of another network"):
                 load_tensors(self.net, content["net"])
-                _check_loaded(content["net"], self.net.state_dict(), self._infinite)
+                _check_loaded(content["net"], self.net.state_dict(), self.infinite)
             if self.average is not None:
                 self._load_average(self.average, content)
             if self.steps is not None:
@@ -162,7 +159,7 @@ class TrainState:
         with file_boundary("the checkpoint.average:", NOT_OURS):
             saved = {key: content["average"][key] for key in average.state_dict()}
             load_tensors(average, saved)
-            infinite = {f"module.{name}" for name in self._infinite}
+            infinite = {f"module.{name}" for name in self.infinite}
             _check_loaded(saved, average.state_dict(), infinite)
             if average.n_averaged < 0:
                 raise ValueError(f"an average of {average.n_averaged} steps")

@@ -12,6 +12,7 @@ import train
 import utils
 from data import synthetic
 from engine.images.loader import Loader
+from engine.networks.layers import not_finite
 from engine.system import signals
 from engine.system.io import FileError
 from engine.system.signals import GracefulShutdown, StoppedBySignal
@@ -300,7 +301,9 @@ def test_what_was_infinite_before_training_may_stay_so():
         net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
         optimizer = torch.optim.SGD(net.parameters(), 0.1)
         scheduler = utils.make_scheduler("none", optimizer, 0.1, "default", 2)
-        states.append(TrainState(net, optimizer, scheduler, average=make_average(net, 0.5)))
+        average, infinite = make_average(net, 0.5), not_finite(net)
+        states.append(TrainState(net, optimizer, scheduler, average=average, infinite=infinite))
+    assert states[0].infinite == ["mask"]
     content = states[0].state_dict(None)
     states[1].load_state_dict({**content, "random": checkpoints.get_all_rng_states()}, 1, 1)
     assert torch.equal(states[1].net.conv1.weight, states[0].net.conv1.weight)
