@@ -292,8 +292,9 @@ def _fold_constants(module: fx.GraphModule) -> None:
         if not isinstance(value, Tensor):
             continue
         path = node.meta["path"]
+        name = f"{path}.{node.name}_value".lstrip(".")  # `to` alone is a method of modules
         with module.graph.inserting_before(node):
-            read = read_tensor(module, f"{path}.{node.name}".lstrip("."), value.detach().clone())
+            read = read_tensor(module, name, value.detach().clone())
         read.meta |= {"path": path, "computed": True, "learned": _learned(node)}
         for user in node.users.keys() - constant:
             user.replace_input_with(node, read)

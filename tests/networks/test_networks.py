@@ -33,6 +33,7 @@ from engine.networks import (
 )
 from engine.networks.export import export_network
 from engine.networks.folding import batch_norms, fold_batch_norms
+from engine.networks.graph import layers as graph_layers
 from engine.quantization.activations import (
     activation_grids,
     calibrate,
@@ -275,6 +276,7 @@ class Scaled(nn.Module):
 def test_images_are_of_float32_whatever_the_first_parameter_is_of(dtype):
     net = Scaled(dtype)
     assert outputs.check_network(net, (3, 8, 8), 10) == 0
+    assert [*layers.penalized_layers(net)] == [*graph_layers(export_network(net, (3, 8, 8)))]
     assert outputs.blank_images(net.double(), 1, (3, 8, 8)).dtype == torch.float64
 
 
