@@ -29,7 +29,7 @@ from data import ImageDataset
 from engine.images.loader import Loader
 from engine.networks.batch_norm import count_batch_norms, describe_unfolded, freeze_batch_norms
 from engine.networks.compiling import set_compile
-from engine.networks.fast_batch_norm import set_sync_bn, unsynced_bn_buffers
+from engine.networks.fast_batch_norm import set_sync_bn, unsynced_norm_buffers
 from engine.networks.layers import (
     computed_weights,
     not_finite,
@@ -138,7 +138,7 @@ def run_epoch(
                 loss, penalty, n_correct = take_step(
                     net, criterion, regularizer, x, y, config.dtype, scale, config.difference_step
                 )
-            distributed.all_reduce_mean_(unsynced_bn_buffers(net))
+            distributed.all_reduce_mean_(unsynced_norm_buffers(net))
             row = batch_metrics_row(net, n_images, loss, penalty, n_correct)
             progress.batch_metrics.append(row)
             if x.device.type == "cpu" and not row.isfinite().all():

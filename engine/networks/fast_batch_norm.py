@@ -200,8 +200,8 @@ def set_sync_bn(net: nn.Module, enabled: bool) -> None:
             )
 
 
-def unsynced_bn_buffers(net: nn.Module) -> Iterator[Tensor]:
+def unsynced_norm_buffers(net: nn.Module) -> Iterator[Tensor]:
     """Yield the running statistics that each process makes of its own share of the batches."""
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not getattr(m, "sync", False):
+        if isinstance(m, nn.modules.batchnorm._NormBase) and not getattr(m, "sync", False):
             yield from m.buffers()

@@ -161,7 +161,8 @@ def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
     """Return the module that alone reads another's output, by the name of the latter."""
     try:
         copied = copy.deepcopy(net)  # a network that keeps what it computes would keep symbols
-        graph = ModuleTracer().trace(copied.train(training))
+        copied.train(training)  # which need not return it
+        graph = ModuleTracer().trace(copied)
         nodes = [n for n in graph.nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
         return {}

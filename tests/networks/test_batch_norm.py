@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.networks import batch_norm, layers
 from engine.networks.export import export_network
-from engine.networks.fast_batch_norm import BatchNorm2d
+from engine.networks.fast_batch_norm import BatchNorm2d, unsynced_norm_buffers
 from engine.networks.folding import batch_norms, fold_batch_norms
 from engine.networks.graph import returning_values, weights
 from engine.system.errors import NetworkError
@@ -136,7 +136,7 @@ class NormTwice(InOrder):
 def test_a_weight_that_runs_more_than_once_is_penalized_as_it_is(make, pairs, n_left):
     net = make().eval()
     assert batch_norm.foldable_pairs(net, (3, 8, 8)) == pairs
-    line = batch_norm.describe_unfolded(net, (3, 8, 8))
+    line = batch_norm.describe_unfolded(net, (3, 8, 8), "R")
     assert (line and line.split()[0]) == n_left
     plain = all(map(torch.equal, batch_norm.folded_weights(net), layers.penalized_weights(net)))
     assert plain == (not pairs)
@@ -181,3 +181,10 @@ def test_recalibrated_statistics_are_those_of_the_images(norm):
     assert not any(module.training for module in net) and net[1].momentum == 0.1
     with pytest.raises(ValueError, match="Linear has no batch-norm statistics"):
         batch_norm.recalibrate_batch_norm(nn.Linear(2, 2), batches)
+
+
+def test_statistics_that_each_process_has_of_its_own_are_those_of_all_norms_but_synced_ones():
+    instance = nn.InstanceNorm2d(2, track_running_stats=True)
+    net = nn.Sequential(BatchNorm2d(2), nn.BatchNorm1d(2), instance, nn.LayerNorm(2))
+    expected = [*net[1].buffers(), *instance.buffers()]
+    assert [*map(id, unsynced_norm_buffers(net))] == [*map(id, expected)]

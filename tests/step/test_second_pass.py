@@ -222,3 +222,13 @@ def test_a_network_that_no_longer_rectifies_is_refused():
         compute_gradients(net, CE, None, *problem())
     net.use_tanh = False
     compute_gradients(net, CE, None, *problem())
+
+
+class TrainsWithoutReturning(Rectified):
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_train_that_does_not_return_the_network_is_no_obstacle():
+    net = use_fast_layers(TrainsWithoutReturning())
+    assert type(net.norm).__name__ == "BatchNormBeforeRectifier"
