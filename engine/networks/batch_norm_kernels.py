@@ -1,11 +1,9 @@
 """The arithmetic of batch norm and its derivatives: pure functions, compiled where that pays.
 
 x, gy and v are (N, C, S), S = H·W: the input, the cotangent of y, and the cotangent of gx. `norm`
-(6, C) stacks μ, r = 1/√(σ² + eps), γ, β and the two bounds at which the activation φ of y = φ(z)
-cuts off; x̂ = (x − μ)·r and z = γ·x̂ + β. h = gy·φ′(z): gy where z is between the bounds, else 0.
-The bounds are values, so that no activation needs a compilation of its own: (0, ∞) of a ReLU. Run
-eagerly, where each comparison is a pass over memory, `norm` has the finite ones alone.
-`k` (K, C) has one row for each coefficient of the sum that a kernel returns.
+(4, C) stacks μ, r = 1/√(σ² + eps), γ and β; x̂ = (x − μ)·r and z = γ·x̂ + β. `rectifier` is the
+activation φ of y = φ(z): None, "relu" or "relu6". h = gy·φ′(z): gy where z > 0 (and z < 6 for
+"relu6"), else 0. `k` (K, C) has one row for each coefficient of the sum that a kernel returns.
 """
 
 import functools
@@ -34,19 +32,16 @@ def _sum(x):
     return x.sum(2).sum(0)  # two stages vectorize in either memory format, one does not
 
 
-def _masked(gy, x, norm):
-    """Return x̂, the mask φ′(z) ≠ 0 (None without bounds) and h."""
-    mean, r, gamma, beta, *bounds = _rows(norm)
+def _masked(gy, x, norm, rectifier):
+    """Return x̂, the mask φ′(z) ≠ 0 (None without a rectifier) and h."""
+    mean, r, gamma, beta = _rows(norm)
     xhat = (at_least_float32(x) - mean) * r
-    h = at_least_float32(gy)
-    if not bounds:
-        return xhat, None, h
+    if rectifier is None:
+        return xhat, None, at_least_float32(gy)
     # z is computed again rather than stored: a stored one would be a pass over memory
     z = xhat * gamma + beta
-    mask = z > bounds[0]
-    if len(bounds) == 2:
-        mask &= z < bounds[1]
-    return xhat, mask, torch.where(mask, h, 0)
+    mask = (z > 0) & (z < 6) if rectifier == "relu6" else z > 0
+    return xhat, mask, torch.where(mask, at_least_float32(gy), 0)
 
 
 @compiled
@@ -61,44 +56,46 @@ def statistics(x):
 
 
 @compiled
-def normalize(x, norm):
+def normalize(x, norm, rectifier):
     """Return y = φ(γ·x̂ + β) in the dtype of x."""
-    mean, r, gamma, beta, *bounds = _rows(norm)
+    mean, r, gamma, beta = _rows(norm)
     z = (at_least_float32(x) - mean) * r * gamma + beta
-    return (z.clamp(*bounds) if bounds else z).to(x.dtype)
+    if rectifier is not None:
+        z = z.clamp(0, 6) if rectifier == "relu6" else z.relu()
+    return z.to(x.dtype)
 
 
 @compiled
-def adjoint_sums(gy, x, norm):
+def adjoint_sums(gy, x, norm, rectifier):
     """Return dγ = Σ h·x̂ and dβ = Σ h, (C) each."""
-    xhat, _, h = _masked(gy, x, norm)
+    xhat, _, h = _masked(gy, x, norm, rectifier)
     return _sum(h * xhat), _sum(h)
 
 
 @compiled
-def adjoint(gy, x, norm, k):
+def adjoint(gy, x, norm, k, rectifier):
     """Return gx = k0·h + k1·x̂ + k2."""
     k0, k1, k2 = _rows(k)  # (C, 1) each: from `adjoint_rows`
-    xhat, _, h = _masked(gy, x, norm)
+    xhat, _, h = _masked(gy, x, norm, rectifier)
     return (k0 * h + k1 * xhat + k2).to(x.dtype)
 
 
 @compiled
-def second_sums(v, gy, x, norm):
+def second_sums(v, gy, x, norm, rectifier):
     """Return Σ v, Σ v·x̂ and Σ v·h, (C) each."""
-    xhat, _, h = _masked(gy, x, norm)
+    xhat, _, h = _masked(gy, x, norm, rectifier)
     v = at_least_float32(v)
     return _sum(v), _sum(v * xhat), _sum(v * h)
 
 
 @compiled
-def second(v, gy, x, norm, k):
+def second(v, gy, x, norm, k, rectifier):
     """Return ∂gy = φ′(z)·(k0·v + k1·x̂ + k2) and ∂x = k3·h + k4·v + k5·x̂ + k6."""
     k0, k1, k2, k3, k4, k5, k6 = _rows(k)  # (C, 1) each: from `second_rows`
-    xhat, mask, h = _masked(gy, x, norm)
+    xhat, mask, h = _masked(gy, x, norm, rectifier)
     v = at_least_float32(v)
     ggy = k0 * v + k1 * xhat + k2
-    ggy = ggy if mask is None else torch.where(mask, ggy, 0)
+    ggy = ggy if rectifier is None else torch.where(mask, ggy, 0)
     return ggy.to(x.dtype), (k3 * h + k4 * v + k5 * xhat + k6).to(x.dtype)
 
 
@@ -106,10 +103,9 @@ def second(v, gy, x, norm, k):
 
 
 @compiled_on_gpu
-def norm_rows(mean, var, gamma, beta, eps, bounds):
+def norm_rows(mean, var, gamma, beta, eps):
     """Return `norm`."""
-    rows = mean, (var + eps).rsqrt(), gamma, beta
-    return torch.stack((*rows, *(torch.full_like(mean, bound) for bound in bounds)))
+    return torch.stack((mean, (var + eps).rsqrt(), gamma, beta))
 
 
 @compiled_on_gpu

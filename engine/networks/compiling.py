@@ -45,11 +45,6 @@ def set_compile(enabled: bool, device: str = "cpu") -> bool:
     return _compile_for is not None
 
 
-def is_compiled_for(device: torch.device) -> bool:
-    """Tell whether kernels are compiled on this device, as `set_compile` says."""
-    return device.type == _compile_for
-
-
 @contextmanager
 def eager_kernels() -> Iterator[None]:
     """Context manager in which no kernel is compiled."""
@@ -82,7 +77,8 @@ def compiled(fn: Callable, on_cpu: bool = True) -> Callable:
     def call(*args, **constants):
         global _compile_for
         x = args[0]
-        if not is_compiled_for(x.device) or (x.device.type == "cpu" and not on_cpu):
+        device_type = x.device.type
+        if device_type != _compile_for or (device_type == "cpu" and not on_cpu):
             return fn(*args, **constants)
         # with requires_grad it would compile once more for each pattern of True and False
         args = [t.detach() for t in args]

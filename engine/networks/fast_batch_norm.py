@@ -4,23 +4,19 @@ Where a batch is shared out to several processes, its statistics are those of th
 so are the sums of every derivative. Statistics stay float32 under `torch.autocast`.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from engine.networks import batch_norm_kernels as kernels
-from engine.networks.compiling import is_compiled_for
 from engine.networks.convolution import forbid_third_derivative
 from engine.system import distributed
 from engine.system.errors import BatchTooSmallError, SetupError
 
-IDENTITY = (-math.inf, math.inf)
-
 
 class _BatchNorm(torch.autograd.Function):
-    """y = φ(γ·(x − μ)·r + β), where φ cuts off at the `bounds`; shapes as in batch_norm_kernels.py.
+    """y = φ(γ·(x − μ)·r + β), φ the `rectifier`; shapes as in batch_norm_kernels.py.
 
     n is the number of values, in each channel, that μ and σ² are the mean and variance of; 0 where
     they are constants. Where n exceeds the values of x, the other ranks hold the rest, and all sums
@@ -28,19 +24,18 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, mean, var, eps, n, bounds):
-        if not is_compiled_for(x.device):
-            bounds = tuple(filter(math.isfinite, bounds))
-        norm = kernels.norm_rows(mean, var, gamma, beta, eps=eps, bounds=bounds)  # (4 to 6, C)
+    def forward(ctx, x, gamma, beta, mean, var, eps, n, rectifier):
+        norm = kernels.norm_rows(mean, var, gamma, beta, eps=eps)  # (4, C)
         ctx.save_for_backward(x, gamma, norm)
         ctx.n = n
-        y = kernels.normalize(x.flatten(2), norm)
+        ctx.rectifier = rectifier
+        y = kernels.normalize(x.flatten(2), norm, rectifier=rectifier)
         return torch.ops.aten._unsafe_view(y, x.shape)  # of a view, `y += s` would be refused
 
     @staticmethod
     def backward(ctx, gy):
         x, gamma, norm = ctx.saved_tensors
-        grads = _BatchNormAdjoint.apply(gy, x, gamma, norm, ctx.n)
+        grads = _BatchNormAdjoint.apply(gy, x, gamma, norm, ctx.n, ctx.rectifier)
         # none for μ and σ²: `adjoint` has their derivatives in it
         return *grads, None, None, None, None, None
 
@@ -52,15 +47,16 @@ class _BatchNormAdjoint(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gy, x, gamma, norm, n):
+    def forward(ctx, gy, x, gamma, norm, n, rectifier):
         gy = _match_memory_format(gy, x)
         flat = gy.flatten(2), x.flatten(2), norm  # (N, C, H·W): one kernel for either format
-        ggamma, gbeta = kernels.adjoint_sums(*flat)
+        ggamma, gbeta = kernels.adjoint_sums(*flat, rectifier=rectifier)
         # the means are those of the whole batch, dγ and dβ are summed later, with all gradients
         mhx, mh = _means((ggamma, gbeta), x, n) if n else torch.zeros_like(norm[:2])
         ctx.save_for_backward(gy, x, norm, mhx, mh)
         ctx.n = n
-        gx = kernels.adjoint(*flat, kernels.adjoint_rows(mhx, mh, norm))
+        ctx.rectifier = rectifier
+        gx = kernels.adjoint(*flat, kernels.adjoint_rows(mhx, mh, norm), rectifier=rectifier)
         return gx.view_as(x), ggamma, gbeta
 
     @staticmethod
@@ -76,15 +72,15 @@ class _BatchNormAdjoint(torch.autograd.Function):
         gy, x, norm, mhx, mh = ctx.saved_tensors
         flat = _match_memory_format(v, x).flatten(2), gy.flatten(2), x.flatten(2), norm
         # two passes over memory: the sums, and with them the elements
-        sums = kernels.second_sums(*flat)
+        sums = kernels.second_sums(*flat, rectifier=ctx.rectifier)
         means = _means(sums, x, ctx.n) if ctx.n else torch.zeros_like(norm[:3])
         # seven rows for the kernel below, and A for ∂γ
         k, a = kernels.second_rows(c, d, *means, mhx, mh, norm)
         # N of this rank: its contribution, of which the sum over the ranks is ∂γ
         r = norm[1]
         ggamma = x.numel() // len(mh) * r * a if ctx.n else r * sums[2]
-        ggy, gx = kernels.second(*flat, k)
-        return ggy.view_as(x), gx.view_as(x), ggamma, None, None
+        ggy, gx = kernels.second(*flat, k, rectifier=ctx.rectifier)
+        return ggy.view_as(x), gx.view_as(x), ggamma, None, None, None
 
 
 def _means(sums, x, n):
@@ -122,12 +118,11 @@ def batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     sync: bool = True,
-    bounds: tuple[float, float] = IDENTITY,
+    rectifier: str | None = None,
 ) -> Tensor:
     """Return φ(γ·(x − μ)/√(σ² + eps) + β) of x (N, C, H, W) in the dtype of x.
 
-    φ cuts off at the `bounds`, a lower and an upper one: (0, ∞) is a ReLU. Only with a finite lower
-    one may the upper one be finite.
+    `rectifier` is φ: "relu", "relu6", or None for the identity.
 
     The other tensors are (C), as in `F.batch_norm`: if `training`, μ and σ² are the batch's and
     the running statistics, where given, move towards them by `momentum` (σ² unbiased); otherwise
@@ -159,7 +154,7 @@ def batch_norm(
         mean, var = map(kernels.at_least_float32, (running_mean, running_var))
     gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     beta = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
-    return _BatchNorm.apply(x, gamma, beta, mean, var, eps, n, bounds)
+    return _BatchNorm.apply(x, gamma, beta, mean, var, eps, n, rectifier)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -170,8 +165,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     sync = True  # of the class, as `use_fast_layers` changes the class of modules that exist
 
-    def forward(self, x: Tensor, bounds: tuple[float, float] = IDENTITY) -> Tensor:
-        """Map x (N, C, H, W) to φ(batch_norm(x)), the same shape; φ cuts off at the `bounds`."""
+    def forward(self, x: Tensor, rectifier: str | None = None) -> Tensor:
+        """Map x (N, C, H, W) to φ(batch_norm(x)), the same shape; φ is the `rectifier`."""
         self._check_input_dim(x)
         momentum = self.momentum
         if self.training and self.num_batches_tracked is not None:
@@ -181,7 +176,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         buffers = self.running_mean, self.running_var
         training = self.training or buffers == (None, None)
         momentum = 0.0 if momentum is None else momentum
-        options = (training, momentum, self.eps, self.sync, bounds)
+        options = (training, momentum, self.eps, self.sync, rectifier)
         return batch_norm(x, self.weight, self.bias, *buffers, *options)
 
 

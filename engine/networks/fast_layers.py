@@ -1,7 +1,6 @@
 """Fast layers in place of PyTorch's own, in any network: same parameters, keys and outputs."""
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from engine.system.errors import NetworkError
 class BatchNormBeforeRectifier(BatchNorm2d):
     """A batch norm that does the work of the `ReLU` or `ReLU6` after it, its only reader, as well.
 
-    Its attribute `bounds` says where that cuts off; `reader` holds it, a tuple, so that it is no
-    module of this one. Where a hook looks at what is between the two, each does its own work.
+    Its attribute `rectifier` says which; `reader` holds it, a tuple, so that it is no module of
+    this one. Where a hook looks at what is between the two, each does its own work.
     """
 
     is_waiting = False  # whether its output has not been read by `reader`
@@ -28,7 +27,7 @@ class BatchNormBeforeRectifier(BatchNorm2d):
         (reader,) = self.reader
         if _is_looked_at(self, reader):
             return super().forward(x)
-        y = super().forward(x, self.bounds)
+        y = super().forward(x, self.rectifier)
         y.rectified_by = self  # on the tensor: nothing in the module's state can be out of date
         self.is_waiting = True
         return y
@@ -63,9 +62,8 @@ class ReLU6(_PassesRectified, nn.ReLU6):
 
 
 FAST = {nn.Conv2d: Conv2d, nn.BatchNorm2d: BatchNorm2d}
-# activations that the batch norm before them can take over: where they cut off, and the class
-# that they get
-RECTIFIERS = {nn.ReLU: ((0.0, math.inf), ReLU), nn.ReLU6: ((0.0, 6.0), ReLU6)}
+# activations that the batch norm before them can take over, under its name for them
+RECTIFIERS = {nn.ReLU: ("relu", ReLU), nn.ReLU6: ("relu6", ReLU6)}
 
 
 def use_fast_layers(net: nn.Module) -> nn.Module:
@@ -82,7 +80,7 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
         # the class, not the module, is exchanged: parameters, hooks and their order stay
         norm.__class__ = BatchNormBeforeRectifier
         activation = net.get_submodule(activation_name)
-        norm.bounds, _ = RECTIFIERS[type(activation)]
+        norm.rectifier, _ = RECTIFIERS[type(activation)]
         norm.reader = (activation,)
     for m in followers:
         _, m.__class__ = RECTIFIERS[type(m)]
