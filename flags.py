@@ -23,7 +23,7 @@ from engine.quantization.bit_widths import act_bit_widths_or_same, bit_widths
 from engine.quantization.output_correction import INPUTS
 from engine.step.gradients import DIFFERENCE_STEP, needs_double_backward
 from engine.system.cli import Flag, Need, Parser, bounded_number, file_name, label, switch
-from engine.system.distributed import is_one_of_several, is_restart_here
+from engine.system.distributed import is_restart_here
 from engine.system.hardware import MEMORY_FORMATS, PRECISIONS, has_float64, parse_device
 from engine.training.averaging import MAX_BN_IMAGES
 from models import MODELS, TIMM, TORCHVISION, has_width
@@ -86,9 +86,6 @@ WEIGHTS_ALONE = Need(
     "has no second derivative", lambda run: not utils.beyond_weights(run))
 CONTINUES = Need("--resume or --init_from",
                  lambda run: run.resume or run.init_from or is_restart_here())
-# one process that continues a run of several has to say what they did
-SEVERAL = Need("several processes, which torchrun starts",
-               lambda run: is_one_of_several() or CONTINUES.is_met(run))
 QAT_RUNS = Need("a longer run", lambda run: run.qat_from < run.n_epochs)
 QAT = ["--qat_bits", QAT_RUNS]
 WHOLE_STEP = Need("--compile", lambda run: run.compile or run.step == "eager")
@@ -229,8 +226,7 @@ TRAINING: Table = [
     Flag("winograd", ("auto", "off"), "auto", "3×3 convolutions of many channels by Winograd's "
          "algorithm; auto: where that is faster, on processors with AVX2 and no AVX-512"),
     Flag("cuda_graph", bool, ignored="--step compiled took its place"),
-    switch("sync_bn", "under torchrun, take batch statistics over all processes", SEVERAL,
-           default=True),
+    switch("sync_bn", "under torchrun, take batch statistics over all processes", default=True),
     Flag("freeze_bn_from", count, None, "from epoch N on batch norms use and keep their running "
          "statistics: the gradients are those of the network that is quantized", needs=LATE_FREEZE),
     switch("no_test_penalty", "do not measure the penalty on the test set after each epoch",

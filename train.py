@@ -37,7 +37,7 @@ from engine.networks.layers import (
     trainable_parameters,
     unpenalized_parameters,
 )
-from engine.networks.outputs import check_movable_activations, check_network
+from engine.networks.outputs import check_network
 from engine.quantization.coverage import first_names
 from engine.step.compiled_step import CompiledStep
 from engine.step.evaluation import evaluate
@@ -432,8 +432,8 @@ def make_state(
     if args.freeze_bn_from is not None and not count_batch_norms(net):
         print(f"{args.model}: --freeze_bn_from has no effect: there are no batch norms")
     if penalized := [p.regularizer for p in phases if p.regularizer]:
-        check_penalized(net, penalized, image_shape, n_activations, args)
-    check_penalties(net, penalized, utils.make_tracked_regularizers(args), image_shape)
+        check_network_for(penalized, net, image_shape, n_activations, args)
+    try_penalties(net, penalized, image_shape, args)
     steps = None
     if args.qat_bits is not None:
         bits = utils.qat_bit_widths(args.qat_bits)
@@ -450,14 +450,16 @@ def make_state(
     )
     if distributed.get_world_size() > 1:
         set_sync_bn(net, args.sync_bn)
+    elif not args.sync_bn:
+        print("--no-sync_bn has no effect: there is one process")
     average = None if args.ema is None else make_average(net, args.ema)
     infinite = not_finite(net)  # before training, as a mask
     return TrainState(net, optimizer, scheduler, average=average, steps=steps, infinite=infinite)
 
 
-def check_penalized(
-    net: nn.Module,
+def check_network_for(
     penalized: Sequence[Regularizer],
+    net: nn.Module,
     image_shape: Sequence[int],
     n_activations: int,
     args: argparse.Namespace,
@@ -474,8 +476,6 @@ def check_penalized(
         )
     if any(map(needs_double_backward, penalized)):
         check_derivatives(net, image_shape, second=not by_difference)
-    if "a_grads" in inputs and by_difference:
-        check_movable_activations(net, image_shape)
     if "a_grads" in inputs and n_activations == 0:
         print(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
@@ -483,24 +483,29 @@ def check_penalized(
         )
 
 
-def check_penalties(
+def try_penalties(
     net: nn.Module,
     penalized: Sequence[Regularizer],
-    tracked: Sequence[Regularizer],
     image_shape: Sequence[int],
+    args: argparse.Namespace,
 ) -> None:
-    """Try each of the regularizers, and print how many batch norms one cannot fold.
+    """Try these and the tracked regularizers; print how many batch norms one cannot fold.
 
-    Raises NetworkError or PenaltyError where it cannot be computed: see `check_penalty`.
+    Raises NetworkError or PenaltyError where one cannot be computed: see `check_penalty`.
     """
+    tracked = utils.make_tracked_regularizers(args)
     regularizers = [*penalized, *tracked]
     if regularizers and not penalized_weights(net):
         raise NetworkError(f"{type(net).__name__}: all weights are frozen, nothing to penalize")
     of_folded = [r.name for r in regularizers if "folded_weights" in r.inputs]
     if of_folded and (unfolded := describe_unfolded(net, image_shape, of_folded[0])):
-        print(f"{type(net).__name__}: {unfolded}")
-    for regularizer in regularizers:
-        check_penalty(net, regularizer, image_shape, is_minimized=regularizer in penalized)
+        print(f"{args.model}: {unfolded}")
+    by_difference = args.penalty_gradient == "difference"
+    for regularizer in penalized:
+        step = args.penalty_step if by_difference else None
+        check_penalty(net, regularizer, image_shape, difference_step=step)
+    for regularizer in tracked:
+        check_penalty(net, regularizer, image_shape, is_minimized=False)
 
 
 # --- the script ------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
     except NetworkError as error:
         raise NetworkError(f"{penalty} of folded weights: {error}") from error
     if not n_norms:
-        return f"{penalty} of folded weights is one of weights: there are no batch norms to fold"
+        return f"{penalty} of folded weights has no batch norm to fold: weights are as they are"
     if not n_left:
         return None
     why = "do not follow a layer alone, or follow one that runs more than once"

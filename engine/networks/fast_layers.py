@@ -17,10 +17,10 @@ class BatchNormBeforeRectifier(BatchNorm2d):
     """A batch norm that does the work of the `ReLU` or `ReLU6` after it, its only reader, as well.
 
     Its attribute `rectifier` says which; `reader` holds it, a tuple, so that it is no module of
-    this one. Where a hook looks at what is between the two, each does its own work.
+    this one. Where a hook of one of the two looks at what is between them, each does its own work.
     """
 
-    is_waiting = False  # whether its output has not been read by `reader`
+    unread: int | None = None  # the storage of its output, until `reader` has read it
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, C, H, W) to φ(batch_norm(x)), marked as rectified."""
@@ -28,8 +28,8 @@ class BatchNormBeforeRectifier(BatchNorm2d):
         if _is_looked_at(self, reader):
             return super().forward(x)
         y = super().forward(x, self.rectifier)
-        y.rectified_by = self  # on the tensor: nothing in the module's state can be out of date
-        self.is_waiting = True
+        y.is_rectified = True  # on the tensor: nothing in the module's state can be out of date
+        self.unread = y.untyped_storage()._cdata
         return y
 
 
@@ -42,14 +42,17 @@ def _is_looked_at(norm: nn.Module, reader: nn.Module) -> bool:
 
 
 class _PassesRectified:
-    """A module that returns what a `BatchNormBeforeRectifier` has rectified as it is."""
+    """A module that returns what one of its `norms` has rectified as it is."""
+
+    norms: tuple[nn.Module, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = getattr(x, "rectified_by", None)
-        if norm is None:
+        for norm in self.norms:
+            if norm.unread == x.untyped_storage()._cdata:  # also as another tensor, or as a view
+                norm.unread = None
+        if not getattr(x, "is_rectified", False):
             return super().forward(x)
-        x.rectified_by = None  # for the batch norm's reader only, not for one after that
-        norm.is_waiting = False
+        x.is_rectified = False  # for the batch norm's reader only, not for one after that
         return x
 
 
@@ -71,7 +74,8 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
 
     `nn.Conv2d` and `nn.BatchNorm2d` compute the same as before, of the same parameters under the
     same names; a batch norm does the work of the `nn.ReLU` or `nn.ReLU6` that alone reads it.
-    Subclasses and all other modules stay as they are: autograd differentiates them.
+    Subclasses and all other modules stay as they are: autograd differentiates them. Only dropout no
+    longer writes into its input.
     """
     pairs = rectified_norms(net)
     followers = {net.get_submodule(name) for _, name in pairs}  # one may follow several
@@ -82,12 +86,13 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
         activation = net.get_submodule(activation_name)
         norm.rectifier, _ = RECTIFIERS[type(activation)]
         norm.reader = (activation,)
+        activation.norms = (*getattr(activation, "norms", ()), norm)  # it may follow several
     for m in followers:
         _, m.__class__ = RECTIFIERS[type(m)]
     for m in net.modules():
         m.__class__ = FAST.get(type(m), type(m))
         if isinstance(m, nn.modules.dropout._DropoutNd):
-            m.inplace = False  # what it would write into may be an activation: run_recorded
+            m.inplace = False  # it might write into an activation, which `run_recorded` refuses
     return net
 
 
@@ -99,11 +104,11 @@ def rectified_are_read(net: nn.Module) -> Iterator[None]:
     """
     norms = [m for m in net.modules() if isinstance(m, BatchNormBeforeRectifier)]
     for norm in norms:
-        norm.is_waiting = False
+        norm.unread = None
     yield
-    if waiting := [norm for norm in norms if norm.is_waiting]:
+    if unread := [norm for norm in norms if norm.unread is not None]:
         name_of = {m: name for name, m in net.named_modules()}
-        names = name_of[waiting[0]], name_of[waiting[0].reader[0]]
+        names = name_of[unread[0]], name_of[unread[0].reader[0]]
         raise NetworkError(
             f"{type(net).__name__}: {names[0]} was not read by {names[1]} alone, as when training "
             "began, and had done its work: in a network that changes its order, F.relu in place of "
@@ -125,6 +130,8 @@ def plain_copy(net: nn.Module) -> nn.Module:
     net = copy.deepcopy(net)
     for m in net.modules():
         m.__class__ = PLAIN.get(type(m), type(m))
+        for name in ("rectifier", "reader", "norms", "unread"):
+            vars(m).pop(name, None)
     return net
 
 

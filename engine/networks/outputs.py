@@ -63,8 +63,8 @@ def run_recorded(
             if y._version != version:
                 raise NetworkError(
                     f"{type(net).__name__} writes into the output of an activation module, number "
-                    f"{i} as they run, as y *= 2 does: penalties of its gradient need y = y * 2, "
-                    "or --no_activation_gradients"
+                    f"{i} as they run, as y *= 2 or a module with inplace=True does: its gradient "
+                    "can be penalized without that; --no_activation_gradients leaves it out"
                 )
     if logits.dim() != 2 or len(logits) != len(x):
         name, shape = type(net).__name__, tuple(logits.shape)
@@ -193,16 +193,6 @@ def activation_runs(
             "return such outputs, or leave gradients of activations out"
         )
     return runs
-
-
-def check_movable_activations(net: nn.Module, image_shape: Sequence[int]) -> None:
-    """Raise NetworkError where `moved_activations` cannot reach an activation of the network.
-
-    It is tried on one image of `image_shape` (3, H, W), in evaluation mode.
-    """
-    with torch.no_grad(), every_module_in(net, training=False):
-        _, activations, recorded = run_recorded(net, blank_images(net, 1, image_shape))
-    activation_runs(net, activations, recorded)
 
 
 def blank_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:

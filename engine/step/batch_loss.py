@@ -1,6 +1,6 @@
 """The loss of one batch as a function of parameters and activations, and its first derivatives."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from engine.networks import outputs
 from engine.networks.fast_layers import rectified_are_read
 from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.system import distributed
+from engine.system.errors import PenaltyError
 from engine.system.hardware import RandomState, autocast, get_rng_state, rng_from
 
 
@@ -135,7 +136,7 @@ class BatchLoss:
         """Return L(W + Δ) − L(W) for a Δ_l of each penalized weight.
 
         `loss` is L(W) and `grads` its derivatives, both of the whole batch, from the first-order
-        pass. L(W + Δ) is one more forward pass, differentiable in Δ and the parameters.
+        pass. L(W + Δ) is one more step, differentiable once in Δ and the parameters.
         """
         name_of = {p: name for name, p in self.net.named_parameters()}
         moved = trainable_parameters(self.net)
@@ -146,9 +147,11 @@ class BatchLoss:
         moved = dict(zip(moved, distributed.copy_to_ranks(*moved.values()), strict=True))
         leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in moved.items()}
         moved_loss, moved_grads = self.perturbed(leaves, {})
-        moved_loss = _with_derivatives(moved_loss, moved.values(), moved_grads)
-        params = trainable_parameters(self.net).values()
-        return distributed.reduce_from_ranks(moved_loss) - _with_derivatives(loss, params, grads)
+        if torch.is_grad_enabled():
+            moved_loss = _WithDerivatives.apply(moved_loss, moved_grads, *moved.values())
+            params = trainable_parameters(self.net).values()
+            loss = _WithDerivatives.apply(loss, [g.detach() for g in grads], *params)
+        return distributed.reduce_from_ranks(moved_loss) - loss
 
 
 class _Around(nn.Module):
@@ -162,12 +165,25 @@ class _Around(nn.Module):
         return function()
 
 
-def _with_derivatives(
-    value: Tensor, tensors: Iterable[Tensor], derivatives: Sequence[Tensor]
-) -> Tensor:
-    """Return a scalar of this value, whose derivatives in the tensors are those that are known."""
-    pairs = zip(tensors, derivatives, strict=False)  # there may be no derivatives
-    return value + sum((g.detach() * (t - t.detach())).sum() for t, g in pairs)
+class _WithDerivatives(torch.autograd.Function):
+    """A scalar of this value, whose derivatives in the tensors are known, and have none themselves.
+
+    Raises PenaltyError where they are to be differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx, value, derivatives, *tensors):
+        ctx.derivatives = derivatives
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():  # as with create_graph=True
+            raise PenaltyError(
+                "loss_change has one derivative, which the training step takes: a regularizer "
+                "cannot differentiate it with create_graph=True"
+            )
+        return None, None, *(g * derivative for derivative in ctx.derivatives)
 
 
 def differentiable_twice(needed: bool) -> AbstractContextManager[None]:

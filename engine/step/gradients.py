@@ -220,19 +220,26 @@ def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) 
 
 
 def check_penalty(
-    net: nn.Module, regularizer: nn.Module, image_shape: Sequence[int], is_minimized: bool = True
+    net: nn.Module,
+    regularizer: nn.Module,
+    image_shape: Sequence[int],
+    is_minimized: bool = True,
+    difference_step: float | None = None,
 ) -> None:
-    """Try the penalty on two black images of `image_shape` (3, H, W), in evaluation mode.
+    """Try the penalty on two random images of `image_shape` (3, H, W), in evaluation mode.
 
     Raises PenaltyError and NetworkError as `compute_gradients` does, and PenaltyError where the
     regularizer's `forward` changes what it is given, or something that it keeps itself. One that
     is not minimized, but only measured, may be a constant. The random streams stay where they are,
-    and no .grad is set.
+    and no .grad is left.
     """
     x = blank_images(net, 2, image_shape)
+    x += torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     y = torch.zeros(2, dtype=torch.long, device=x.device)
     start = StartingState.of(net, x.device)
-    with every_module_in(net, training=False), rng_from(start.random, x.device):
+    # cuDNN's recurrent layers have no derivative in evaluation mode
+    no_cudnn = torch.backends.cudnn.flags(enabled=False)
+    with every_module_in(net, training=False), rng_from(start.random, x.device), no_cudnn:
         batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, start)
         zero = x.new_zeros(())
         first = FirstOrderResult(zero, zero, tensors={"weights": penalized_weights(net)})
@@ -249,11 +256,19 @@ def check_penalty(
         if changed := [name for name, versions in after.items() if before.get(name) != versions]:
             raise PenaltyError(
                 f"{regularizer.name}: `forward` has to be a pure function of its inputs, but it "
-                f"changed {', '.join(changed)}: a resumed run would not have it"
+                f"changed {', '.join(changed)}; constants are made in the constructor, and what "
+                "is kept from batch to batch no resumed run would have"
             )
         leaves = [*sum(copies.values(), []), *trainable_parameters(net).values()]
-        if is_minimized:
-            _derivatives(regularizer.name, penalty, leaves)
+        if not is_minimized:
+            return
+        _derivatives(regularizer.name, penalty, leaves)
+        with torch.no_grad():  # as an evaluation does
+            evaluate_penalty(regularizer, batch, first.loss, first.grads, copies, folded)
+        if difference_step is not None and needs_double_backward(regularizer):
+            options = {"dtype": x.dtype, "difference_step": difference_step}
+            compute_gradients(net, batch.criterion, regularizer, x, y, **options)
+            net.zero_grad()
 
 
 def _everything_kept(regularizer: nn.Module) -> dict[str, Any]:
@@ -267,9 +282,9 @@ def _everything_kept(regularizer: nn.Module) -> dict[str, Any]:
 
 
 def _versions(things: Mapping[str, Any]) -> dict[str, list[tuple[int, int, object]]]:
-    """Return the id of each object in a thing, how often it was written into, and itself.
+    """Return the id of each object in a thing, how often it was written into, and the object.
 
-    It is there to stay alive, so that its id stays its own. Only tensors count what is written.
+    While the object is kept, no other one gets its id. Only tensors count what is written.
     """
     return {
         name: [(id(leaf), getattr(leaf, "_version", 0), leaf) for leaf in tree_leaves(thing)]

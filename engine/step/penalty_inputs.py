@@ -22,7 +22,8 @@ class PenaltyInputs(NamedTuple):
     weights: Sequence[Tensor]  # W_l of every Conv2d and Linear, in module order
     w_grads: Sequence[Tensor]  # ∂L/∂W_l of the batch-mean loss L, same shapes
     a_grads: Sequence[Tensor]  # ∂L/∂A_l of the network's activations, each (B, …)
-    loss_change: Callable[[Sequence[Tensor]], Tensor]  # Δ ↦ L(W + Δ) − L(W), Δ_l as W_l
+    # Δ ↦ L(W + Δ) − L(W), Δ_l as W_l; to be differentiated once, by the training step
+    loss_change: Callable[[Sequence[Tensor]], Tensor]
     folded_weights: Sequence[Tensor]  # Ŵ_l = W_l·γ_l/√(σ_l² + ε), see `folded_weights`
     detached_w_grads: Sequence[Tensor]  # w_grads, constants when the penalty is differentiated
 
@@ -73,7 +74,8 @@ def evaluate_penalty(
     is_differentiated = torch.is_grad_enabled()
 
     def loss_change(deltas: Sequence[Tensor]) -> Tensor:
-        with torch.set_grad_enabled(is_differentiated):  # a graph of the network would cost memory
+        # of the regularizer's own no_grad as well; in evaluation it would cost a backward pass
+        with torch.set_grad_enabled(is_differentiated and torch.is_grad_enabled()):
             return batch.change(loss, grads, deltas)
 
     grad_of = dict(zip(trainable_parameters(batch.net).values(), grads, strict=False))

@@ -53,7 +53,7 @@ def process_group(device: str) -> Iterator[None]:
     of its own, and PeerLostError where the others cannot be found.
     """
     global _cpu_group
-    if not is_one_of_several():
+    if _env_int("WORLD_SIZE", 1) == 1:
         yield
         return
     if missing := {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} - os.environ.keys():
@@ -126,12 +126,7 @@ def get_rank() -> int:
     """Return this process's rank, outside `process_group` as torchrun says; rank 0 writes."""
     if dist.is_initialized():
         return dist.get_rank()
-    return _env_int("RANK", 0) if is_one_of_several() else 0
-
-
-def is_one_of_several() -> bool:
-    """Tell whether torchrun started several processes, also outside `process_group`."""
-    return _env_int("WORLD_SIZE", 1) > 1
+    return _env_int("RANK", 0) if _env_int("WORLD_SIZE", 1) > 1 else 0
 
 
 def is_restart_here() -> bool:

@@ -1,9 +1,8 @@
-"""Importing this makes a Ctrl-C one line, until a script takes the signals over, and bad code, too.
+"""Importing this makes two things one line: a Ctrl-C, and an error of ours, during the imports.
 
-That is while PyTorch is imported, which takes seconds, and while flags are read: nothing has begun
-that would have to be ended well. An exception would not do, for some imports catch all of them, and
-the script would go on. Bad code is what a registry of ours refuses while it is imported, such as a
-regularizer whose name is taken.
+PyTorch takes seconds to import, and until flags are read nothing has begun that would have to be
+ended well. For a Ctrl-C an exception would not do: some imports catch all of them, and the script
+would go on. An error of ours is, for instance, a regularizer whose name is taken.
 """
 
 import multiprocessing
@@ -28,7 +27,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if issubclass(kind, ReportedError):
         os.write(2, f"{os.path.basename(sys.argv[0])}: error: {error}\n".encode())
     else:
-        sys.__excepthook__(kind, error, trace)
+        _hook_before(kind, error, trace)
 
 
 def _is_script() -> bool:
@@ -37,6 +36,7 @@ def _is_script() -> bool:
     return Path(main).resolve().parent == ROOT and multiprocessing.parent_process() is None
 
 
+_hook_before = sys.excepthook
 if _is_script():
     sys.excepthook = _report
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.system import distributed
 
 PRECISIONS = ("auto", "bf16", "fp32")
-RandomState = tuple[Tensor, tuple, tuple]  # of PyTorch's stream, Python's and NumPy's
+RandomState = tuple[Tensor, Tensor, tuple, tuple]  # PyTorch's CPU, the device, Python, NumPy
 # of images, activations and weights of convolutions
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -120,13 +120,15 @@ def seed_rng(seed: int, device: torch.device) -> None:
 def get_rng_state(device: torch.device) -> RandomState:
     """Return the states of the random streams that a forward pass on the device may draw from."""
     module, arguments = _stream_of(device)
-    return module.get_rng_state(*arguments), random.getstate(), np.random.get_state()
+    of_device = module.get_rng_state(*arguments)
+    return torch.get_rng_state(), of_device, random.getstate(), np.random.get_state()
 
 
 def _set_rng_state(state: RandomState, device: torch.device) -> None:
     module, arguments = _stream_of(device)
-    of_torch, of_python, of_numpy = state
-    module.set_rng_state(of_torch, *arguments)
+    of_cpu, of_device, of_python, of_numpy = state
+    torch.set_rng_state(of_cpu)
+    module.set_rng_state(of_device, *arguments)
     random.setstate(of_python)
     np.random.set_state(of_numpy)
 

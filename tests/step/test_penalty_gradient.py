@@ -16,7 +16,7 @@ import train
 import utils
 from engine.networks import fast_layers, outputs
 from engine.step import gradients
-from engine.step.gradients import check_derivatives, compute_gradients
+from engine.step.gradients import check_derivatives, check_penalty, compute_gradients
 from engine.step.penalty_inputs import needs_gradients
 from engine.system.errors import NetworkError
 from regularizers import LPGrad, Sharpness, StepL2Grad, VarianceNorm
@@ -188,8 +188,8 @@ def test_activations_of_no_module_cannot_be_moved(problem):
     with pytest.raises(NetworkError, match="number 0 is the output of no activation module"):
         compute_gradients(net, CE, LPGrad(0.1, 2), x.float(), y, difference_step=0.01)
     with pytest.raises(NetworkError, match="--penalty_gradient difference: Plain"):
-        outputs.check_movable_activations(net, (3, 6, 6))
-    outputs.check_movable_activations(reference.SmoothNet(), (3, 6, 6))
+        check_penalty(net, LPGrad(0.1, 2), (3, 6, 6), difference_step=0.01)
+    check_penalty(reference.SmoothNet(), LPGrad(0.1, 2), (3, 6, 6), difference_step=0.01)
     compute_gradients(net, CE, LPGrad(0.1, 2, True), x.float(), y, difference_step=0.01)
 
 

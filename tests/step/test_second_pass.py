@@ -11,8 +11,8 @@ from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
 from engine.networks.fast_layers import use_fast_layers
-from engine.step.gradients import compute_gradients
-from engine.system.errors import NetworkError
+from engine.step.gradients import check_penalty, compute_gradients
+from engine.system.errors import NetworkError, PenaltyError
 from regularizers import LPGrad, Regularizer, Sharpness, StepNoise
 
 CE = nn.CrossEntropyLoss()
@@ -86,8 +86,11 @@ def test_a_checkpointed_part_runs_again_with_the_parameters_of_its_pass(regulari
 
 
 def test_moved_activations_of_a_checkpointed_part_are_refused():
-    with pytest.raises(NetworkError, match="in its backward pass, as torch.utils.checkpoint does"):
+    message = "in its backward pass, as torch.utils.checkpoint does"
+    with pytest.raises(NetworkError, match=message):
         gradients_of(Checkpointed, LPGrad(0.3, 2), difference_step=1e-3)
+    with pytest.raises(NetworkError, match=message):  # and before the training
+        check_penalty(Checkpointed(), LPGrad(0.3, 2), (3, 6, 6), difference_step=1e-3)
 
 
 def test_checkpointed_attention_is_differentiated_twice():
@@ -125,6 +128,31 @@ def test_the_second_pass_begins_as_the_first_one_did(net_class, registry):
     after_two_passes = random.random()
     gradients_of(net_class, None)
     assert random.random() == after_two_passes
+
+
+def test_the_change_of_the_loss_may_be_a_constant_and_has_one_derivative(registry):
+    class Factor(Regularizer):
+        """The change of the loss as a factor, a constant one where it is `detached`."""
+
+        def __init__(self, detached):
+            super().__init__(1.0)
+            self.detached = detached
+
+        def forward(self, weights, loss_change):
+            with torch.set_grad_enabled(not self.detached):
+                change = loss_change([0.1 * w for w in weights])
+            return change.detach() * sum(w.square().sum() for w in weights) + 0 * change
+
+    class Nested(Regularizer):
+        def forward(self, weights, loss_change):
+            deltas = [0.1 * w for w in weights]
+            return grad(loss_change(deltas), deltas, create_graph=True)[0].norm()
+
+    torch.testing.assert_close(
+        gradients_of(Small, Factor(True)), gradients_of(Small, Factor(False))
+    )
+    with pytest.raises(PenaltyError, match="loss_change has one derivative"):
+        gradients_of(Small, Nested(1.0))
 
 
 # --- what is written into, or is looked at ---------------------------------------------------
@@ -167,7 +195,10 @@ def test_gradients_of_activations_are_those_before_dropout_in_place(last_activat
 
 
 def test_an_activation_that_is_written_into_is_refused(last_activation):
-    with pytest.raises(NetworkError, match=r"writes into the output .* number 1 .* y = y \* 2"):
+    with pytest.raises(
+        NetworkError,
+        match=r"writes into the output .* number 1 .* y \*= 2 or a module with inplace",
+    ):
         gradients_of(WritesInPlace, last_activation)
     gradients_of(WritesInPlace, LPGrad(0.1, 2, only_weight_grads=True))
 
@@ -178,6 +209,15 @@ class Rectified(Small):
     def middle(self, x):
         z = self.norm(self.conv1(x))
         return torch.tanh(z) if self.use_tanh else self.relu(z)
+
+
+class InBlock(Small):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(self.conv1, self.norm)
+
+    def middle(self, x):
+        return self.relu(self.block(x))
 
 
 def add_half(module, args, y):
@@ -211,6 +251,13 @@ def test_hooks_between_a_norm_and_its_rectifier_see_what_they_would_see(add_hook
         handle.remove()
     torch.testing.assert_close(*results)
     assert torch.equal(fast.norm(x.new_ones(2, 4, 3, 3)), F.relu(fast.norm(x.new_ones(2, 4, 3, 3))))
+
+
+def test_a_hook_of_a_container_may_hand_on_another_tensor():
+    torch.manual_seed(0)
+    net = use_fast_layers(InBlock().double())
+    net.block.register_full_backward_hook(lambda net, gx, gy: None)
+    compute_gradients(net, CE, None, *problem())
 
 
 def test_a_network_that_no_longer_rectifies_is_refused():

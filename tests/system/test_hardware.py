@@ -44,10 +44,10 @@ def test_streams_of_random_numbers_of_apples_gpus_have_no_index(monkeypatch):
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
     monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
     mps = torch.device("mps")
-    others = hardware.get_rng_state(mps)[1:]
-    with hardware.rng_from((torch.tensor([2]), *others), mps):
-        assert hardware.get_rng_state(mps)[0] == 2
-    assert hardware.get_rng_state(mps)[0] == 1
+    of_cpu, _, *others = hardware.get_rng_state(mps)
+    with hardware.rng_from((of_cpu, torch.tensor([2]), *others), mps):
+        assert hardware.get_rng_state(mps)[1] == 2
+    assert hardware.get_rng_state(mps)[1] == 1
 
 
 @pytest.mark.parametrize(
