@@ -62,7 +62,7 @@ def test_mutated_checkpoints_are_refused_or_run(
     raw, tree = Path("r.ckpt").read_bytes(), checkpoints.load_checkpoint(Path("r.ckpt"))
     monkeypatch.setattr(train, "describe_environment", dict)
     monkeypatch.setattr(train, "WandbLogger", NoTracker)
-    n, outcomes = {"short": 40, "long": 6000}[size], Counter()
+    n, outcomes = {"short": 20, "long": 6000}[size], Counter()
     for seed in range(n):
         chance = random.Random(seed)
         mutate = chance.choice(MUTATIONS)
