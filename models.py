@@ -315,7 +315,9 @@ def has_width(name: str) -> bool:
 
 
 def _parameters(make: Callable[..., nn.Module]) -> set[str]:
-    return set(inspect.signature(make).parameters)
+    """Return the names that a constructor takes arguments by."""
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
 
 
 def make_model(name: str, num_classes: int, width: float = 1.0) -> nn.Module:

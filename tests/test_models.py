@@ -181,6 +181,7 @@ def test_a_constructor_that_fails_is_one_line(network, reason, monkeypatch):
         lambda depth=3, num_classes=10: nn.Linear(depth, num_classes),
         lambda *, num_classes=10: nn.Linear(3, num_classes),
         lambda n: nn.Linear(3, n),
+        lambda num_classes, /: nn.Linear(3, num_classes),
     ],
 )
 def test_the_number_of_classes_is_given_by_its_name_or_first(network, monkeypatch):
