@@ -41,9 +41,10 @@ from engine.networks.outputs import check_network
 from engine.quantization.coverage import first_names
 from engine.step.compiled_step import CompiledStep
 from engine.step.evaluation import evaluate
-from engine.step.gradients import check_derivatives, check_penalty, compute_gradients
+from engine.step.gradients import compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.step.penalty_inputs import needs_double_backward
+from engine.step.trial import check_derivatives, check_penalty
 from engine.system import distributed, hardware, io
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
@@ -360,7 +361,7 @@ def make_config(args: argparse.Namespace, n_images: int) -> FitConfig:
         criterion=utils.make_criterion(args.criterion, args.label_smoothing),
         dtype=hardware.resolve_precision(args.precision, args.device),
         test_penalty=not args.no_test_penalty,
-        difference_step=args.penalty_step if args.penalty_gradient == "difference" else None,
+        difference_step=utils.difference_step(args),
         freeze_bn_from=args.freeze_bn_from,
         compiled_step=CompiledStep(n_images) if args.step == "compiled" else None,
     )
@@ -465,7 +466,6 @@ def check_network_for(
     args: argparse.Namespace,
 ) -> None:
     """Print what of the network is not penalized; NetworkError where it cannot be trained so."""
-    by_difference = args.penalty_gradient == "difference"
     inputs = {name for regularizer in penalized for name in regularizer.inputs}
     if computed := computed_weights(net):
         print(f"{args.model}: computed weights are not penalized: {', '.join(computed)}")
@@ -475,7 +475,7 @@ def check_network_for(
             f"not {first_names(others)}"
         )
     if any(map(needs_double_backward, penalized)):
-        check_derivatives(net, image_shape, second=not by_difference)
+        check_derivatives(net, image_shape, second=utils.difference_step(args) is None)
     if "a_grads" in inputs and n_activations == 0:
         print(
             f"{args.model} has no activation modules, and functions such as F.relu are not seen: "
@@ -500,9 +500,8 @@ def try_penalties(
     of_folded = [r.name for r in regularizers if "folded_weights" in r.inputs]
     if of_folded and (unfolded := describe_unfolded(net, image_shape, of_folded[0])):
         print(f"{args.model}: {unfolded}")
-    by_difference = args.penalty_gradient == "difference"
     for regularizer in penalized:
-        step = args.penalty_step if by_difference else None
+        step = utils.difference_step(args)
         check_penalty(net, regularizer, image_shape, difference_step=step)
     for regularizer in tracked:
         check_penalty(net, regularizer, image_shape, is_minimized=False)

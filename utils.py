@@ -140,6 +140,11 @@ def is_option_used(option: str, args: argparse.Namespace) -> bool:
     return any(accepted_options(name, {option: None}) for name in names)
 
 
+def difference_step(args: argparse.Namespace) -> float | None:
+    """Return the relative size of differences of gradients, None where penalties are exact."""
+    return args.penalty_step if args.penalty_gradient == "difference" else None
+
+
 def beyond_weights(args: argparse.Namespace) -> list[str]:
     """Return the names of those of `args.regularizers` that are not functions of weights alone."""
     return [r.name for r in args.regularizers if not OF_WEIGHTS.issuperset(r.inputs)]

@@ -17,7 +17,7 @@ import train
 import utils
 from data import synthetic
 from engine.images.loader import Loader
-from engine.step import gradients
+from engine.step import gradients, trial
 from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
 from engine.system import hardware, progress
@@ -1108,7 +1108,7 @@ def of_folded_derivatives(self, folded_weights):
 )
 def test_a_penalty_may_differentiate_in_evaluation_as_in_training(forward, registry):
     net, made = reference.SmoothNet(num_classes=10), define("Own", forward)(0.5)
-    gradients.check_penalty(net, made, (3, 8, 8))
+    trial.check_penalty(net, made, (3, 8, 8))
     images = synthetic().train_images[:8, :, :8, :8], synthetic().train_labels[:8]
     loader = Loader(*images, 4, (0.5,) * 3, (0.5,) * 3)
     [(x, y), *_] = loader.batches(0)
@@ -1178,9 +1178,9 @@ def test_a_penalty_that_reaches_none_of_its_inputs_is_a_constant(problem, regist
 
 def test_what_is_only_tracked_may_have_no_derivative(registry):
     made = define("Zeros", lambda self, weights: (weights[0] == 0).sum())(1.0)
-    gradients.check_penalty(reference.SmoothNet(), made, (3, 8, 8), is_minimized=False)
+    trial.check_penalty(reference.SmoothNet(), made, (3, 8, 8), is_minimized=False)
     with pytest.raises(PenaltyError, match="Zeros does not depend on its inputs"):
-        gradients.check_penalty(reference.SmoothNet(), made, (3, 8, 8))
+        trial.check_penalty(reference.SmoothNet(), made, (3, 8, 8))
 
 
 def average(self, weights):
@@ -1208,10 +1208,10 @@ def test_a_regularizer_that_keeps_something_is_refused(forward, changed, registr
     with pytest.raises(
         PenaltyError, match=f"Own: .* pure function .* it changed {changed}; constants"
     ):
-        gradients.check_penalty(reference.SmoothNet(), made, (3, 8, 8))
+        trial.check_penalty(reference.SmoothNet(), made, (3, 8, 8))
     combined = CombinedReg(VarianceNorm(1.0), made)
     with pytest.raises(PenaltyError, match=rf"it changed terms\.1\.{changed}; "):
-        gradients.check_penalty(reference.SmoothNet(), combined, (3, 8, 8))
+        trial.check_penalty(reference.SmoothNet(), combined, (3, 8, 8))
 
 
 @pytest.mark.parametrize("options", [{}, {"detach_step": True}, {"fold_bn": True}])
@@ -1223,7 +1223,7 @@ def test_to_try_a_penalty_changes_nothing(name, options):
     net, untouched = (reference.SmoothNet(num_classes=4) for _ in range(2))
     untouched.load_state_dict(net.state_dict())
     torch.manual_seed(1)
-    gradients.check_penalty(net, made, (3, 6, 6))
+    trial.check_penalty(net, made, (3, 6, 6))
     drawn = torch.rand(3)
     torch.manual_seed(1)
     assert torch.equal(drawn, torch.rand(3))

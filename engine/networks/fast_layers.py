@@ -130,7 +130,7 @@ def plain_copy(net: nn.Module) -> nn.Module:
     net = copy.deepcopy(net)
     for m in net.modules():
         m.__class__ = PLAIN.get(type(m), type(m))
-        for name in ("rectifier", "reader", "norms", "unread"):
+        for name in ("rectifier", "reader", "norms", "unread"):  # what only fast layers have
             vars(m).pop(name, None)
     return net
 

@@ -157,17 +157,15 @@ def fixed_activations(net: nn.Module) -> AbstractContextManager[None]:
     return _activation_hooks(net, refuse)
 
 
-def output_only(hook: Callable) -> Callable:
-    """Mark a forward hook that does not look at the input of its module; return it."""
-    hook.is_output_only = True
-    return hook
-
-
 @contextmanager
 def _activation_hooks(net: nn.Module, hook: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Context manager in which hook(output), unless None, replaces outputs of activation layers."""
     modules = [m for m in net.modules() if isinstance(m, ACTIVATIONS)]
-    on_output = output_only(lambda m, args, y: hook(y))
+
+    def on_output(m: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+        return hook(y)
+
+    on_output.is_output_only = True  # `fast_layers`: the input of the module may be anything
     handles = [m.register_forward_hook(on_output) for m in modules]
     try:
         yield

@@ -8,21 +8,18 @@ pass starts from the direction of the whole batch, and its result is summed once
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
-from torch.utils._pytree import tree_leaves
 
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
-from engine.networks.outputs import blank_images, every_module_in, foreign_code, network_boundary
+from engine.networks.outputs import foreign_code, network_boundary
 from engine.step.batch_loss import BatchLoss, FirstOrderResult, StartingState, differentiable_twice
 from engine.step.norms import lp_norms, whole_batch_norms
 from engine.step.penalty_inputs import (
-    OF_WEIGHTS,
     detached_leaves,
     evaluate_penalty,
     needs_double_backward,
@@ -30,7 +27,6 @@ from engine.step.penalty_inputs import (
 )
 from engine.system import distributed
 from engine.system.errors import PenaltyError
-from engine.system.hardware import rng_from
 
 NOT_TWICE = " cannot be differentiated twice, which --penalty_gradient difference does without"
 DIFFERENCE_STEP = 0.01  # relative size of a difference; docs/fast_step.md says why
@@ -78,15 +74,12 @@ def compute_gradients(
 
     # a graph from the copies t to R alone: the way from p to t, which is long, is not walked twice
     copies = _detached_copies(first.tensors, penalized_weights(net))
-    penalty = evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
-    penalty = penalty_scale * penalty  # before the directions, which then have the factor
+    penalty = penalty_scale * evaluate_penalty(regularizer, batch, loss, grads, copies, folded)
     directions = _add_direct_gradients(regularizer.name, params, penalty, first.tensors, copies)
     penalty = penalty.detach()
     del copies  # they are the memory of gradients, which the second pass frees one by one
-    if by_difference:
-        _add(params, difference_product(batch, first, grads, directions, difference_step))
-    elif second_order:
-        _add(params, vector_jacobian_product(net, params, first, directions))
+    if second_order:
+        _add(params, _through_gradients(batch, params, first, grads, directions, difference_step))
     return loss, penalty, n_correct
 
 
@@ -116,7 +109,7 @@ def _add_direct_gradients(
     """
     leaves = sum(copies.values(), [])
     # params as well: loss_change and folded weights depend on them without a copy in between
-    directions = _derivatives(name, penalty, [*leaves, *params])
+    directions = derivatives(name, penalty, [*leaves, *params])
     at_leaves = iter(directions)
     by_input = {name: [next(at_leaves) for _ in ts] for name, ts in copies.items()}
     # a weight is a parameter itself: ∂t/∂p is 1, and its direction is a gradient already
@@ -125,7 +118,7 @@ def _add_direct_gradients(
     return by_input
 
 
-def _derivatives(name: str, penalty: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def derivatives(name: str, penalty: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Return ∂penalty/∂t of each tensor t, None where it does not depend on one.
 
     Raises PenaltyError where it depends on none, and NetworkError where there is no derivative;
@@ -150,6 +143,20 @@ def _add(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
 
 
 # --- from directions at gradients to the parameters ------------------------------------------
+
+
+def _through_gradients(
+    batch: BatchLoss,
+    params: Sequence[Tensor],
+    first: FirstOrderResult,
+    grads: Sequence[Tensor],
+    directions: Directions,
+    difference_step: float | None,
+) -> list[Tensor | None]:
+    """Return Σ_t d_t · ∂t/∂p of every parameter p, exactly or, with a step, by a difference."""
+    if difference_step is None:
+        return vector_jacobian_product(batch.net, params, first, directions)
+    return difference_product(batch, first, grads, directions, difference_step)
 
 
 def vector_jacobian_product(
@@ -197,99 +204,6 @@ class _Start(torch.autograd.Function):
         directions = tuple(ctx.directions)
         ctx.directions.clear()
         return None, *directions
-
-
-def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) -> None:
-    """Raise NetworkError where the network has no derivative or, with `second`, no second one.
-
-    It is tried on two images of `image_shape` (3, H, W), in evaluation mode, before there are any
-    gradients in .grad.
-    """
-    x = blank_images(net, 2, image_shape)
-    y = torch.zeros(2, dtype=torch.long, device=x.device)
-    with every_module_in(net, training=False):
-        batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, None)
-        first = batch.first_order(("w_grads",), create_graph=second)
-        gradients = [t for t in first.tensors["w_grads"] if t.requires_grad]
-        if second and gradients:
-            with network_boundary(net, NOT_TWICE):
-                # unlike `grad`, this goes to the ends of the graph: a function that is
-                # `once_differentiable` may end it, and `grad` then returns too little in silence
-                torch.autograd.backward(gradients, [torch.ones_like(t) for t in gradients])
-            net.zero_grad()
-
-
-def check_penalty(
-    net: nn.Module,
-    regularizer: nn.Module,
-    image_shape: Sequence[int],
-    is_minimized: bool = True,
-    difference_step: float | None = None,
-) -> None:
-    """Try the penalty on two random images of `image_shape` (3, H, W), in evaluation mode.
-
-    Raises PenaltyError and NetworkError as `compute_gradients` does, and PenaltyError where the
-    regularizer's `forward` changes what it is given, or something that it keeps itself. One that
-    is not minimized, but only measured, may be a constant. The random streams stay where they are,
-    and no .grad is left.
-    """
-    x = blank_images(net, 2, image_shape)
-    x += torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    y = torch.zeros(2, dtype=torch.long, device=x.device)
-    start = StartingState.of(net, x.device)
-    # cuDNN's recurrent layers have no derivative in evaluation mode
-    no_cudnn = torch.backends.cudnn.flags(enabled=False)
-    with every_module_in(net, training=False), rng_from(start.random, x.device), no_cudnn:
-        batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, start)
-        zero = x.new_zeros(())
-        first = FirstOrderResult(zero, zero, tensors={"weights": penalized_weights(net)})
-        if not OF_WEIGHTS.issuperset(regularizer.inputs):  # otherwise the network need not run
-            first = batch.first_order(regularizer.inputs)
-        folded = folded_weights(net) if "folded_weights" in regularizer.inputs else []
-        copies = {name: detached_leaves(ts) for name, ts in first.tensors.items()}
-        inputs = copies | {"folded_weights": folded}
-        given = {f"its input {name}": tensors for name, tensors in inputs.items()}
-        before = _versions(given | _everything_kept(regularizer))
-        with torch.set_grad_enabled(is_minimized):
-            penalty = evaluate_penalty(regularizer, batch, first.loss, first.grads, copies, folded)
-        after = _versions(given | _everything_kept(regularizer))
-        if changed := [name for name, versions in after.items() if before.get(name) != versions]:
-            raise PenaltyError(
-                f"{regularizer.name}: `forward` has to be a pure function of its inputs, but it "
-                f"changed {', '.join(changed)}; constants are made in the constructor, and what "
-                "is kept from batch to batch no resumed run would have"
-            )
-        leaves = [*sum(copies.values(), []), *trainable_parameters(net).values()]
-        if not is_minimized:
-            return
-        _derivatives(regularizer.name, penalty, leaves)
-        with torch.no_grad():  # as an evaluation does
-            evaluate_penalty(regularizer, batch, first.loss, first.grads, copies, folded)
-        if difference_step is not None and needs_double_backward(regularizer):
-            options = {"dtype": x.dtype, "difference_step": difference_step}
-            compute_gradients(net, batch.criterion, regularizer, x, y, **options)
-            net.zero_grad()
-
-
-def _everything_kept(regularizer: nn.Module) -> dict[str, Any]:
-    """Return all attributes and buffers of a regularizer and of the terms in it, by name."""
-    kept = {}
-    for prefix, module in regularizer.named_modules():
-        attributes = vars(module) | module._buffers
-        del attributes["_buffers"]
-        kept |= {f"{prefix}.{name}".lstrip("."): value for name, value in attributes.items()}
-    return kept
-
-
-def _versions(things: Mapping[str, Any]) -> dict[str, list[tuple[int, int, object]]]:
-    """Return the id of each object in a thing, how often it was written into, and the object.
-
-    While the object is kept, no other one gets its id. Only tensors count what is written.
-    """
-    return {
-        name: [(id(leaf), getattr(leaf, "_version", 0), leaf) for leaf in tree_leaves(thing)]
-        for name, thing in things.items()
-    }
 
 
 def difference_product(

@@ -16,8 +16,9 @@ import train
 import utils
 from engine.networks import fast_layers, outputs
 from engine.step import gradients
-from engine.step.gradients import check_derivatives, check_penalty, compute_gradients
+from engine.step.gradients import compute_gradients
 from engine.step.penalty_inputs import needs_gradients
+from engine.step.trial import check_derivatives, check_penalty
 from engine.system.errors import NetworkError
 from regularizers import LPGrad, Sharpness, StepL2Grad, VarianceNorm
 from train import Phase

@@ -11,7 +11,8 @@ from torch.autograd import grad
 from torch.utils.checkpoint import checkpoint
 
 from engine.networks.fast_layers import use_fast_layers
-from engine.step.gradients import check_penalty, compute_gradients
+from engine.step.gradients import compute_gradients
+from engine.step.trial import check_penalty
 from engine.system.errors import NetworkError, PenaltyError
 from regularizers import LPGrad, Regularizer, Sharpness, StepNoise
 
@@ -29,12 +30,11 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.norm, self.conv2 = (
-            nn.Conv2d(3, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.Conv2d(4, 4, 3),
-        )
-        self.act, self.relu, self.classifier = nn.SiLU(), nn.ReLU(), nn.Linear(4, 4)
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3)
+        self.act, self.relu = nn.SiLU(), nn.ReLU()
+        self.classifier = nn.Linear(4, 4)
 
     def middle(self, x):
         return self.act(self.conv2(self.act(self.conv1(x))))
