@@ -91,18 +91,19 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
     return f"{n_left} batch norms {why}: they stay"
 
 
-def norms_with_statistics(net: nn.Module) -> list[nn.BatchNorm2d]:
-    """Return the batch norms that keep running statistics, in module order."""
-    return [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+def norms_with_statistics(net: nn.Module) -> list[nn.Module]:
+    """Return the batch and instance norms that keep running statistics, in module order."""
+    norms = nn.modules.batchnorm._NormBase
+    return [m for m in net.modules() if isinstance(m, norms) and m.running_mean is not None]
 
 
 @torch.no_grad()
 def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics of every batch norm by those of these images, in place.
+    """Replace the running statistics of every norm by those of these images, in place.
 
     `batches` are images (B, 3, H, W). Mean and variance are the means over images of their batch's
-    own, each layer seeing what the quantized ones before it give: quantization shifts both, and
-    statistics of the unquantized network no longer fit. Source: Sun et al., NeurIPS 2019 (hybrid
+    own, each layer seeing what the ones before it give: averaged or quantized weights shift both,
+    and statistics of other weights do not fit. Source: Sun et al., NeurIPS 2019 (hybrid
     8-bit floating point). Raises ValueError where no batch norm keeps statistics.
     """
     norms = norms_with_statistics(net)

@@ -183,6 +183,22 @@ def test_recalibrated_statistics_are_those_of_the_images(norm):
         batch_norm.recalibrate_batch_norm(nn.Linear(2, 2), batches)
 
 
+def test_all_norms_with_running_statistics_are_recalibrated():
+    torch.manual_seed(0)
+    instance = nn.InstanceNorm2d(3, track_running_stats=True)
+    fixed = nn.BatchNorm1d(12, track_running_stats=False)
+    net = nn.Sequential(instance, nn.Flatten(), nn.BatchNorm1d(12), fixed).eval()
+    x = 3 + torch.randn(16, 3, 2, 2)
+    batch_norm.recalibrate_batch_norm(net, x.split(8))
+    torch.testing.assert_close(net[0].running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(net[0].running_var, x.var((2, 3)).mean(0))
+    normed = torch.cat([nn.InstanceNorm2d(3)(part) for part in x.split(8)]).flatten(1)
+    torch.testing.assert_close(net[2].running_mean, normed.mean(0), atol=1e-6, rtol=0)
+    variance = sum(part.var(0) for part in normed.split(8)) / 2
+    torch.testing.assert_close(net[2].running_var, variance)
+    assert fixed.running_mean is None and not any(m.training for m in net)
+
+
 def test_statistics_that_each_process_has_of_its_own_are_those_of_all_norms_but_synced_ones():
     instance = nn.InstanceNorm2d(2, track_running_stats=True)
     net = nn.Sequential(BatchNorm2d(2), nn.BatchNorm1d(2), instance, nn.LayerNorm(2))
