@@ -18,8 +18,7 @@ def plan_rows(
 ) -> list[Row]:
     """Return what the quantizations make of each input, weight and bias of the network.
 
-    An input's shape is given for one image; where images are not its first dimension, as within
-    attention, for all BATCH of them. A first dimension of BATCH is taken for the images.
+    An input's shape is that of one image.
     """
     act_bits = list(dict.fromkeys(how.act_bits for how in quantizations))
     inputs = quantized_inputs(network.graph, network.conditions.sums)
@@ -27,11 +26,10 @@ def plan_rows(
     rows = []
     for operation in operations(network.graph):
         for name in filter(inputs.__contains__, operation.inputs):
-            n, *image_shape = shape = operation.source(name).meta["shape"]
             grids = [of_inputs[name] for of_inputs in all_grids]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
             bits = [grid.n_bits for grid in grids]
-            size = _size(image_shape) if n == BATCH else f"{_size(shape)} of {BATCH} images"
+            size = _size(_of_one_image(operation.source(name).meta["shape"]))
             rows.append(_row(name, "input", size, bits, "/".join(ranges)))
         if operation.weight:
             name, w = operation.name, network.graph.get_buffer(operation.weight)
@@ -44,6 +42,11 @@ def plan_rows(
             ranges = (BIAS_RANGES[how.bias_range] for how in quantizations if how.bias_range)
             rows.append(_row(name, "bias", _size(shape), bits, "/".join(dict.fromkeys(ranges))))
     return [{"checkpoint": network.name, **row} for row in rows]
+
+
+def _of_one_image(shape: Sequence[int]) -> list[int]:
+    """Return a shape of BATCH images, where one dimension may be the product with another size."""
+    return [n if n % BATCH else n // BATCH for n in shape if n != BATCH]
 
 
 def _size(shape: Sequence[int]) -> str:

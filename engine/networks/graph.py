@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-BATCH = 2  # images that the network is exported with; any number can be run afterwards
+# Images that the network is exported with; any number can be run afterwards. A prime that no other
+# size is likely to be a multiple of: a size that is counts images.
+BATCH = 211
 
 PRODUCTS = {
     aten.conv1d.default: "conv",

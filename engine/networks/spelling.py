@@ -5,6 +5,7 @@ describes.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,6 +53,27 @@ def inline_regions(module: fx.GraphModule) -> None:
         module.graph.erase_node(node)
 
 
+def follow_batch(module: fx.GraphModule) -> None:
+    """Replace sizes that count the images of the export, as len(x) does, by those of any batch."""
+    [images] = module.graph.find_nodes(op="placeholder")
+    with module.graph.inserting_after(images):
+        n_images = module.graph.call_function(aten.sym_size.int, (images, 0))
+    n_images.meta = {**images.meta, "shape": ()}
+    for node in [*module.graph.nodes]:
+
+        def followed(size: fx.node.Argument, node: fx.Node = node) -> fx.node.Argument:
+            if type(size) is not int or size <= 0 or size % BATCH:
+                return size
+            if size == BATCH:
+                return n_images
+            with module.graph.inserting_before(node):
+                product = module.graph.call_function(operator.mul, (n_images, size // BATCH))
+            product.meta = n_images.meta
+            return product
+
+        node.args = fx.node.map_aggregate(node.args, followed)
+
+
 def normalize_operations(module: fx.GraphModule) -> None:
     """Write each batch norm, squeezing, view and product with a constant in one form.
 
@@ -75,11 +97,6 @@ def normalize_operations(module: fx.GraphModule) -> None:
                 ones = [i for i, n in enumerate(shape) if i and n == 1]
                 graph.replace(node, aten.squeeze.dims, (x, ones))
             case (aten.view.default | aten.reshape.default, (x, shape)):
-                before, after = x.meta["shape"], node.meta["shape"]
-                # len(x) is the number of images that were exported; -1 is any
-                is_of_images = before[:1] == after[:1] == (BATCH,)
-                if is_of_images and math.prod(before) == math.prod(after):
-                    shape = [-1, *after[1:]]
                 graph.replace(node, aten.reshape.default, (x, shape))
             case (aten.addmm.default, (bias, x, w)) if not node.kwargs:
                 if w in graph.constant and bias in graph.constant and len(bias.meta["shape"]) == 1:
