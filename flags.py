@@ -139,6 +139,12 @@ INTEGERS = [
          lambda run: "pwlq" not in run.schemes or run.overlapping),
 ]
 FILE_FORM = Need("--export or --page", lambda run: run.export or run.page)
+FEW_BITS = Need("--bits of 4 or fewer", lambda run: (
+    run.pack_weights == "int8" or run.budget_bits or min(run.bits) <= 4))
+WHOLE_CODES = Need("8-bit weights, which alone --export_for vnni changes", lambda run: (
+    run.export_for != "vnni" or run.budget_bits or run.keep_first_last or 8 in run.bits))
+COMPARED = Need("several FILEs or --layers: there is no distributions.png",
+                lambda run: run.layers or not ONE_FILE.is_met(run))
 VERIFIED = [FLOAT64, ONE, Need("--export, or the file to verify",
                                lambda run: run.export or run.verify is not True), *INTEGERS]
 AS_TRAINED = [
@@ -345,8 +351,9 @@ QUANTIZATION: Table = [
     "what is measured",
     switch("strict", "refuse a network of which a product or a weight would stay in float"),
     switch("avg_in_layer", "divide each layer's squared error by its number of weights"),
-    switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last "
-           "and --output_bias_correction, and expand the loss in their change",
+    switch("per_layer", "also quantize one layer's weights at a time, without --keep_first_last, "
+           "--output_bias_correction and --recalibrate_bn_images, and expand the loss in their "
+           "change",
            requires=["--precision fp32", BY_LAYER]),
     Flag("per_layer_images", count, 512, "training images for --per_layer", needs="--per_layer"),
     Flag("precision", PRECISIONS, "fp32", "of convolutions; auto: bf16 where that is fast"),
@@ -358,7 +365,7 @@ QUANTIZATION: Table = [
     Flag("layers", str, None, "layers in distributions.png, such as layer0.0; None: with several "
          "files, the five in which they differ most", "LAYER", nargs="+"),
     switch("absolute_weights", "distributions.png: not in units of the layer's standard deviation",
-           needs="no --no_plots"),
+           needs=["no --no_plots", COMPARED]),
     "files to deploy: of one FILE, one of --bits, one of --schemes",
     Flag("export", file_name, None, "write an ONNX model of integers, uint8 images to logits, and "
          "measure the same integer arithmetic", "ONNX", requires=INTEGERS),
@@ -369,13 +376,16 @@ QUANTIZATION: Table = [
          "tract is in Rust, tvm is of requirements-tvm.txt",
          needs="--verify", nargs="+"),
     Flag("pack_weights", ("int8", "int4", "int2"), "int8", "--export: weights of up to 4 bits in "
-         "half a byte each (int4), those of 2 bits also in a quarter (int2)", needs=FILE_FORM),
+         "half a byte each (int4), those of 2 bits also in a quarter (int2)",
+         needs=[FILE_FORM, FEW_BITS]),
     Flag("export_for", ("all", "vnni", "litert"), "all", "--export: all is exact everywhere; vnni "
          "has 8-bit weights that are faster with VNNI and wrong on x86 without it; litert has "
-         "inputs as int8, for which ONNX Runtime has slow kernels only", needs=FILE_FORM),
+         "inputs as int8, for which ONNX Runtime has slow kernels only",
+         needs=[FILE_FORM, WHOLE_CODES]),
     Flag("page", file_name, None, "write a page that runs the network in a browser, in integers "
          "and in floating point, on 100 test images", "HTML", requires=INTEGERS),
-    Flag("save_quantized", file_name, None, "write a state_dict of floats", "PT", requires=ONE),
+    Flag("save_quantized", file_name, None, "write a state_dict of floats, of the first of several "
+         "--trials", "PT", requires=ONE),
     Flag("save_integers", file_name, None, "write the integers of the weights packed into b bits, "
          "with scales and biases", "SAFETENSORS", requires=INTEGERS),
     *WANDB,

@@ -314,10 +314,10 @@ def deploy(
     """
     graph_q, _ = network.quantized_weights(how)
     if not network.conditions.in_integers:
+        graph_q = network.recalibrated(graph_q).cpu()
         net_q = write_back(network.net, graph_q)
         deployed_files.write_files(vars(args), net_q)
-        if net_q is graph_q and not args.fold_bn:  # docs/deploy.md says it of --fold_bn
-            checks.warn_of_graph_weights(args.save_quantized)
+        checks.check_written(network.net, net_q, args)
         return True
     integers = network.integers(how)
     source = loaded.describe(how, vars(args), dataset)

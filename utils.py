@@ -20,6 +20,7 @@ from analysis.weights_files import WeightsFile
 from engine.images.loader import Loader
 from engine.networks.compiling import set_compile
 from engine.networks.fast_layers import use_fast_layers
+from engine.networks.layers import moved
 from engine.networks.outputs import check_network
 from engine.networks.winograd import set_winograd
 from engine.quantization.bit_widths import parse_bits
@@ -215,7 +216,7 @@ def make_net(
     if any(map(is_lazy, net.parameters())):
         check_network(net, image_shape, num_classes)
     net = use_fast_layers(net)
-    return net.to(device, memory_format=MEMORY_FORMATS[memory_format])
+    return moved(net, device, MEMORY_FORMATS[memory_format])
 
 
 def choose_kernels(args: argparse.Namespace) -> bool:

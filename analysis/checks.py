@@ -25,7 +25,7 @@ from data import DATASETS, accepts
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import FileForm
 from engine.networks.folding import batch_norms, foldable
-from engine.networks.graph import layers, operations
+from engine.networks.graph import adds_infinity, layers, operations
 from engine.quantization.coverage import by_reason, first_names
 from engine.system import distributed
 from engine.system.cli import Parser
@@ -167,7 +167,12 @@ def check_layers(graphs: Iterable[fx.GraphModule], names: Sequence[str]) -> None
 def check_coverage(
     network: MeasuredNetwork, quantizations: Sequence[Quantization], strict: bool
 ) -> None:
-    """Print what stays in float, if anything does; with --strict that is a ValueError."""
+    """Print what stays in float, if anything does; with --strict that is a ValueError.
+
+    Raises ValueError, too, where there is nothing to quantize.
+    """
+    if not layers(network.graph):
+        raise ValueError("the network has no layer with a weight: nothing to quantize")
     for are_inputs_float in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
         covered = network.coverage(FLOAT_BITS if are_inputs_float else 8)
         if covered.in_float and strict:
@@ -200,18 +205,36 @@ def report_form(
     print(line)
 
 
-def warn_of_graph_weights(path: str) -> None:
-    """Warn that the weights in a file have no place in the network itself, but in its graph."""
-    print_warning(
-        f"{path} has the weights of the exported graph, which the network itself cannot load: it "
-        "computes weights as it runs, or one is rounded in several ways"
-    )
+def check_written(net: nn.Module, written: nn.Module, args: argparse.Namespace) -> None:
+    """Warn where the network itself, loading what was written, would not be what was measured."""
+    if args.fold_bn:  # docs/deploy.md says it
+        return
+    if isinstance(written, fx.GraphModule):
+        print_warning(
+            f"{args.save_quantized} has the weights of the exported graph: the network itself "
+            "cannot load them or computes something else with them, for it computes weights as it "
+            "runs, reads one elsewhere as well, has one that is rounded in several ways, or has a "
+            "layer without the bias that it has now"
+        )
+    elif written.state_dict().keys() != net.state_dict().keys():
+        print_warning(
+            f"{args.save_quantized} has weights in place of their parametrizations: remove those "
+            "(torch.nn.utils.parametrize) before the network loads it"
+        )
 
 
 def check_sums(network: MeasuredNetwork, path: Path) -> None:
-    """Warn where --quantize_sums finds no sum to quantize."""
-    if network.conditions.sums and not any(each.is_sum for each in operations(network.graph)):
-        print_warning(f"{path}: --quantize_sums has no effect: the network adds nothing up")
+    """Say which sums stay in float with --quantize_sums, and warn where that leaves none."""
+    graph = network.graph
+    if not network.conditions.sums:
+        return
+    if masked := [n.meta["path"] or n.name for n in graph.graph.nodes if adds_infinity(graph, n)]:
+        print_warning(f"{path}: in float: sums with a mask of −∞ ({first_names(masked)})")
+    if not any(each.is_sum for each in operations(graph)):
+        print_warning(
+            f"{path}: --quantize_sums has no effect: the network adds up nothing but, at most, "
+            "vectors, numbers and masks"
+        )
 
 
 def check_accuracy(row: Row, file: WeightsFile, dataset: str, is_whole_test_set: bool) -> None:

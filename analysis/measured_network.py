@@ -19,6 +19,7 @@ from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
 from engine.networks.graph import copy_graph, layers, weights
+from engine.networks.layers import moved
 from engine.quantization import activations as acts
 from engine.quantization.adaround import learn_rounding
 from engine.quantization.bit_allocation import BIT_CHOICES, allocate_bits
@@ -241,8 +242,11 @@ class MeasuredNetwork:
 
         Batch norms that are left are folded, which changes no output and halves the time.
         """
-        memory_format = self.conditions.memory_format
-        return fold_batch_norms(graph).to(self.conditions.device, memory_format=memory_format)
+        return self._moved(fold_batch_norms(graph))
+
+    def _moved(self, net: nn.Module) -> nn.Module:
+        """Move a network to where it is measured; return it."""
+        return moved(net, self.conditions.device, self.conditions.memory_format)
 
     def _measure(self, net: nn.Module, loader: Loader) -> dict[str, float]:
         """Return the mean "loss" (cross entropy) and the "accuracy" of a network on images."""
@@ -253,9 +257,7 @@ class MeasuredNetwork:
     def trial(self, how: Quantization, trial: int) -> Trial:
         """Quantize the network and measure it on the test images."""
         graph, quantized = self.quantized_weights(how, trial)
-        if self.images.recalibration:
-            on_device = copy_graph(graph).to(self.conditions.device)  # the weights are kept
-            graph = recalibrate_statistics(on_device, batches(self.images.recalibration))
+        graph = self.recalibrated(graph)
         if self.conditions.in_integers:
             net = self.integers(how, trial)
         else:
@@ -263,6 +265,13 @@ class MeasuredNetwork:
         measured = self._measure(net, self.images.test)
         error = model_error(quantized, self.conditions.avg_in_layer)
         return Trial(**measured, squared_error=error)
+
+    def recalibrated(self, graph: fx.GraphModule) -> fx.GraphModule:
+        """Return the graph, with batch norms estimated again on a copy if that is asked for."""
+        if not self.images.recalibration:
+            return graph
+        on_device = copy_graph(graph).to(self.conditions.device)  # the weights are kept
+        return recalibrate_statistics(on_device, batches(self.images.recalibration))
 
     def learned(self, steps: LearnedSteps) -> Trial:
         """Measure the network with the learned step sizes of its training, as the training ran it.
@@ -274,8 +283,7 @@ class MeasuredNetwork:
             QuantizedLayer(name, (w_q - w).double().square().sum().item(), w.numel())
             for name, w, w_q in steps.quantized_weights(self.net)
         ]
-        net = copy.deepcopy(self.net)
-        net.to(self.conditions.device, memory_format=self.conditions.memory_format)
+        net = self._moved(copy.deepcopy(self.net))
         with steps.quantized(net):
             measured = self._measure(net, self.images.test)
         return Trial(**measured, squared_error=model_error(errors, self.conditions.avg_in_layer))
@@ -305,10 +313,7 @@ class MeasuredNetwork:
         """Return a copy, on the CPU, whose biases make up for the mean errors of its outputs."""
         where = self.conditions
         part = distributed.get_rank(), distributed.get_world_size()
-        graph, graph_q = (
-            copy_graph(each).to(where.device, memory_format=where.memory_format)
-            for each in (self.graph, graph_q)
-        )
+        graph, graph_q = (self._moved(copy_graph(each)) for each in (self.graph, graph_q))
         images = partial(batches, self.images.calibration, *part)
         arguments = graph, graph_q, self.grids(how.act_bits), images
         if where.output_correction != "auto":

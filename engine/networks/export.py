@@ -33,6 +33,7 @@ from engine.networks.graph import (
     BATCH,
     KINDS,
     LAYERS,
+    adds_infinity,
     aten,
     copy_graph,
     layers,
@@ -103,7 +104,7 @@ def export_network(
                     return graph
         program = traced(net, images.new_zeros(BATCH, *image_shape))
         graph = _exported(program, net)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _no_listing():
             logits = graph(images)
     _check_products(graph, counter.get_total_flops() // 2 // len(images), name)
     if not _is_near(logits, expected, TOLERANCE):
@@ -186,7 +187,7 @@ def traced(net: nn.Module, images: Tensor) -> ExportedProgram:
 
 @contextmanager
 def _no_listing() -> Iterator[None]:
-    """Context manager that drops what torch.export writes beside its error: the graph so far."""
+    """Context manager that drops what PyTorch writes beside an error: a part of the graph."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -272,9 +273,11 @@ def _described(node: fx.Node) -> dict:
     stack = [*(node.meta.get("nn_module_stack") or {"": ("", "")}).values()][-1]
     value = node.meta.get("val")
     described = {"path": stack[0].removeprefix("net").lstrip("."), "type": stack[1], "shape": ()}
+    described |= {"is_bool": False, "is_complex": False}
     if isinstance(value, Tensor):
         described["shape"] = tuple(n if isinstance(n, int) else n.node.hint for n in value.shape)
-    described["is_bool"] = isinstance(value, Tensor) and value.dtype == torch.bool
+        described["is_bool"] = value.dtype == torch.bool
+        described["is_complex"] = value.is_complex()
     return described | {"learned": [node.target] if node.meta.get("is_parameter") else []}
 
 
@@ -321,7 +324,7 @@ def _name_operations(module: fx.GraphModule) -> None:
             where = node.meta["path"] or "the network"
             of_what = " with a weight that depends on the images" if is_layer else ""
             raise NetworkError(f"{where} calls {kind}{of_what}, whose products cannot be quantized")
-        if _is_operation(node, constant):
+        if _is_operation(node, constant) and not adds_infinity(module, node):
             own = {each.target for each in node.all_input_nodes if each.op == "get_attr"}
             name = _free_name(_operation_name(node), taken, tensors - own)
             taken.add(name)
@@ -338,7 +341,7 @@ def _free_name(name: str, taken: set[str], tensors: set[str]) -> str:
 
 def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:
     """Tell whether the node is a product, pooling or sum of more than numbers and channels."""
-    if node.target not in KINDS or node in constant:
+    if node.target not in KINDS or node in constant or node.meta["is_complex"]:
         return False
     if node.target is aten.mean.dim:
         return _is_over_pixels(node)
@@ -390,13 +393,13 @@ def _own_tensors(module: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
-    """Return a copy of the network with the layers' tensors of its graph, or the graph.
+    """Return a copy of the network with the tensors of its graph, or the graph.
 
-    The graph where the network computes a weight in its `forward`, or has one parameter for layers
-    whose tensors now differ: then no copy computes what the graph does.
+    The graph where the network computes a weight in its `forward`, reads one elsewhere as well, or
+    has one parameter for layers whose tensors now differ: no copy computes what the graph does.
     """
     copied = copy.deepcopy(net)
-    written = {}
+    written = _others(graph, copied)
     for layer in layers(graph).values():
         path = layer.node.meta["path"]
         for kind, name in layer.tensors.items():
@@ -408,7 +411,25 @@ def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
             if not torch.equal(written.setdefault(stored, tensor), tensor):
                 return graph
             operator.attrgetter(stored)(copied).copy_(tensor)
+    for name, statistic in copied.named_buffers():
+        statistic.copy_(written.get(name, statistic))  # such as those of batch norms
     return copied
+
+
+def _others(graph: fx.GraphModule, net: nn.Module) -> dict[str, Tensor]:
+    """Return the network's tensors that are read by something that is no layer, by name.
+
+    With the values that it reads, or that what it reads is computed from.
+    """
+    own = _named_tensors(net)
+    read = {}
+    of_layers = {n for layer in layers(graph).values() for n in layer.node.args[1:3]}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if node in of_layers:
+            continue
+        for name in {node.target, *node.meta.get("learned", ())} & own.keys():
+            read[name] = graph.get_buffer(node.target) if name == node.target else own[name]
+    return read
 
 
 def _remove_parametrization(net: nn.Module, path: str, kind: str) -> bool:

@@ -5,7 +5,7 @@ It is an `fx.GraphModule` whose tensors are buffers; `engine/networks/export.py`
 its value for a batch of `BATCH` images, and
 
 - `name`: that of the operation, where it is one of `operations`;
-- `is_bool`: whether its value is of truth values;
+- `is_bool`, `is_complex`: whether its value is of truth values, or of complex numbers;
 - `learned`: the names of the parameters that a constant is, or is computed from;
 - `computed`: True where a constant is none of the network's tensors but computed from some;
 - `stored`: of a layer, which tensors of the `state_dict` its "weight" and "bias" are.
@@ -133,6 +133,13 @@ def operations(graph: fx.GraphModule) -> list[Operation]:
     return [Operation(node) for node in graph.graph.nodes if "name" in node.meta]
 
 
+def adds_infinity(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether a sum adds an infinite constant, as a mask of attention is: no grid has that."""
+    constants = [graph.get_buffer(s.target) for s in node.all_input_nodes if s.op == "get_attr"]
+    is_sum = KINDS.get(node.target) in ("add", "sub")
+    return is_sum and not all(t.is_meta or t.isfinite().all() for t in constants)
+
+
 def layers(graph: fx.GraphModule) -> dict[str, Operation]:
     """Return the operations that have a weight, by name, in the order in which they run."""
     return {each.name: each for each in operations(graph) if each.is_layer}
@@ -227,8 +234,8 @@ def read_tensor(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     """Set a buffer of the module under a name with dots, and return a new node that reads it."""
     set_tensor(module, name, tensor)
     node = module.graph.get_attr(name)
-    is_bool = tensor.dtype == torch.bool
-    node.meta = {"path": "", "type": "", "shape": tuple(tensor.shape), "is_bool": is_bool}
+    node.meta = {"path": "", "type": "", "shape": tuple(tensor.shape)}
+    node.meta |= {"is_bool": tensor.dtype == torch.bool, "is_complex": tensor.is_complex()}
     return node
 
 

@@ -31,6 +31,15 @@ class FullPrecisionLinear(nn.Linear):
             return super().forward(x)
 
 
+def moved(net: nn.Module, device: str, memory_format: torch.memory_format) -> nn.Module:
+    """Move a network to a device and its tensors of four dimensions into an order; return it.
+
+    `nn.Module.to` would refuse those of five, which have no such order.
+    """
+    net.to(device)
+    return net._apply(lambda t: t.to(memory_format=memory_format) if t.dim() == 4 else t)
+
+
 def image_dtype(net: nn.Module) -> torch.dtype:
     """Return the dtype of the images that a network takes: float32, as long as it has such weights.
 

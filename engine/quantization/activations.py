@@ -88,6 +88,10 @@ def calibrate(
 
     def recorder(name: str) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor) -> Tensor:
+            if not x.isfinite().all():
+                raise ValueError(
+                    f"the input {name} has values that are not finite: no range holds them"
+                )
             ranges[name].append(rule.batch_range(x))
             return x
 
@@ -143,7 +147,7 @@ def activation_errors(x: Tensor, n_bits: int, extremes: Range, asymmetric: bool 
     The values that are rounded to one point v of a grid are neighbours among the sorted ones, and
     their error is Σx² − 2·v·Σx + v²·n: two sums instead of a pass over all values for each range.
     """
-    x = torch.from_numpy(np.sort(x.detach().flatten().cpu().numpy())).double()
+    x = torch.from_numpy(np.sort(x.detach().flatten().float().cpu().numpy())).double()
     sums_below = torch.cat([x.new_zeros(1), x.cumsum(0)])
     errors = []
     for factor in RANGE_FACTORS:

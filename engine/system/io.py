@@ -205,7 +205,9 @@ def load_weights(
     if isinstance(state, dict) and not _is_state_dict(state):
         wrapper = next((w for w in WRAPPERS if isinstance(state.get(w), dict)), None)
         if wrapper and "format" not in state:  # a .ckpt of our own has one
-            undone.append(f"taken from {wrapper!r}")
+            others = [k for k, v in state.items() if k != wrapper and v and _is_state_dict(v)]
+            beside = f", not from {', '.join(map(repr, others))}" if others else ""
+            undone.append(f"taken from {wrapper!r}{beside}")
         state = state.get(wrapper, state)
     if not _is_state_dict(state):
         raise FileError(f"{path} is not a state_dict: a file of named real tensors")
@@ -214,6 +216,12 @@ def load_weights(
     own_dtypes = {t.dtype for t in own.values()}
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()} - own_dtypes
     undone += [*renamed, *sorted(f"converted from {d}".replace("torch.", "") for d in dtypes)]
+    if codes := [k for k, t in state.items() if k in own and _are_codes(t, own[k])]:
+        dtype = str(state[codes[0]].dtype).removeprefix("torch.")
+        raise FileError(
+            f"{path} has {codes[0]} as {dtype}: codes of quantized weights without what one of "
+            "them stands for; save their values, in floating point"
+        )
     heads = _heads(state, own, num_classes)
     if heads and not new_head:
         classes = f"{len(state[heads[0]])} classes, not {num_classes}"
@@ -266,6 +274,9 @@ def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict,
         renamed = {name.replace("._orig_mod.", "."): t for name, t in renamed.items()}
         done = ["renamed"] if renamed.keys() != state.keys() else []
         state = renamed
+    if state.keys() - own.keys() >= {"n_averaged"}:  # of PyTorch's AveragedModel
+        state = {name: t for name, t in state.items() if name != "n_averaged"}
+        done.append("without 'n_averaged'")
     while state and not state.keys() & own.keys():
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
         if prefix is None:
@@ -273,6 +284,11 @@ def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict,
         state = {name.removeprefix(prefix): t for name, t in state.items()}
         done.append(f"without the prefix {prefix!r}")
     return state, done
+
+
+def _are_codes(t: Tensor, own: Tensor) -> bool:
+    """Tell whether a tensor holds whole numbers where the network has others."""
+    return own.is_floating_point() and not t.is_floating_point()
 
 
 def _heads(

@@ -172,6 +172,13 @@ OTHER_FORMS = {
     "without the prefix '_orig_mod.', without the prefix 'module.'": lambda s: prefixed(
         "_orig_mod.module.", s
     ),
+    "taken from 'state_dict', not from 'state_dict_ema'": lambda s: {  # of timm
+        "state_dict": s,
+        "state_dict_ema": s,
+    },
+    "without 'n_averaged', without the prefix 'module.'": lambda s: (
+        prefixed("module.", s) | {"n_averaged": torch.tensor(7)}
+    ),
     "renamed": lambda s: {name.replace(".", "._orig_mod."): t for name, t in s.items()},
     "converted from bfloat16": lambda s: {
         name: t.bfloat16() if t.is_floating_point() else t for name, t in s.items()
@@ -191,6 +198,14 @@ def test_files_of_other_tools_are_read_and_it_is_said(said, zipped, tmp_path, ca
     assert capsys.readouterr().out == f"{path}: weights {unchecked}{said}\n"
     torch.testing.assert_close(net.state_dict(), source.state_dict(), rtol=0, atol=0)
     assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_integers_are_not_taken_for_weights(tmp_path):
+    net, path = convolution_with_norm(), tmp_path / "w.pt"
+    state = net.state_dict()
+    torch.save(state | {"0.weight": (100 * state["0.weight"]).to(torch.int8)}, path)
+    with pytest.raises(FileError, match=r"w.pt has 0.weight as int8: codes of quantized weights"):
+        load_weights(net, path)
 
 
 def test_a_network_with_a_prefix_of_its_own_keeps_it(tmp_path, capsys):
