@@ -292,7 +292,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
                 measure_network(network, each.file, quantizations, steps, record, args, results)
     finally:  # an interruption loses nothing that was measured before it
         if results.rows and distributed.get_rank() == 0:
-            report_results(results, loaded, quantizations, args, folder)
+            report_results(results, loaded, networks, quantizations, args, folder)
     is_complete = distributed.get_rank() > 0 or results.checkpoints() == files.keys()
     if is_complete and any(getattr(args, flag) for flag in FILE_FLAGS):
         [(name, network)] = networks.items()
@@ -409,6 +409,7 @@ def measure_network(
 def report_results(
     results: Results,
     loaded: Mapping[str, LoadedNetwork],
+    networks: Mapping[str, MeasuredNetwork],
     quantizations: Sequence[Quantization],
     args: argparse.Namespace,
     folder: Path,
@@ -429,7 +430,7 @@ def report_results(
     if len(measured) > 1 or args.layers:
         plots |= draw_distributions(layer_weights, args, folder)
     if not args.no_plots:
-        plots |= draw_plots(results, layer_weights, quantizations, args, folder)
+        plots |= draw_plots(results, networks, layer_weights, quantizations, args, folder)
     print(f"\nresults: {folder / 'results.csv'}, {folder / 'results.json'}")
     if plots:
         print(f"plots:   {', '.join(map(str, plots.values()))}")
@@ -461,6 +462,7 @@ def draw_distributions(
 
 def draw_plots(
     results: Results,
+    networks: Mapping[str, MeasuredNetwork],
     layer_weights: Mapping[str, Mapping[str, torch.Tensor]],
     quantizations: Sequence[Quantization],
     args: argparse.Namespace,
@@ -474,11 +476,14 @@ def draw_plots(
     if results.layer_rows:
         plots["per_layer"] = folder / "per_layer.png"
         figures.per_layer_plot(results.layer_rows, plots["per_layer"])
-    n_bits = 4 if 4 in args.bits else int(min(args.bits))
-    quantizers = {each.scheme: each.make_quantizer(0) for each in quantizations}
+    n_bits = 4 if 4 in args.bits else min(args.bits)
+    shown = {how.scheme: how for how in quantizations if how.n_bits == n_bits}
+    quantizers = {scheme: how.make_quantizer(0) for scheme, how in shown.items()}
     for name, of_layers in layer_weights.items():
         path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
-        figures.weights_plot(name, of_layers, quantizers, n_bits, args.per_channel, path)
+        exceptions = {scheme: networks[name].weight_bits(how) for scheme, how in shown.items()}
+        bits = {s: dict.fromkeys(of_layers, n_bits) | each for s, each in exceptions.items()}
+        figures.weights_plot(name, of_layers, quantizers, bits, args.per_channel, path)
     return plots
 
 

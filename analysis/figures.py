@@ -220,17 +220,17 @@ def weights_plot(
     name: str,
     weights: Mapping[str, Tensor],
     quantizers: Mapping[str, Callable[..., Tensor]],
-    n_bits: int,
+    bits: Mapping[str, Mapping[str, int]],
     per_channel: bool,
     path: Path,
 ) -> None:
     """Draw a histogram of each layer's weights above the values that each scheme can give them.
 
-    `weights` are by layer. `per_channel`: only the first output channel, which has its own range.
+    `weights` are by layer, `bits` by scheme and layer. `per_channel`: only the first output
+    channel, which has its own range.
     """
     title = f"{name}: weights, and the values that quantization leaves"
     if per_channel:
-        weights = {f"{key}[0]": w[:1] for key, w in weights.items()}
         title += " (first output channel of each layer)"
     columns = min(5, len(weights))
     lines = -(-len(weights) // columns)
@@ -241,12 +241,16 @@ def weights_plot(
             axes.set_visible(False)
         n_values = dict.fromkeys(quantizers, 0)
         for axes, (layer, w) in zip(panels, weights.items(), strict=False):
-            grids = {scheme: grid_values(q, w, n_bits) for scheme, q in quantizers.items()}
+            w = w[:1] if per_channel else w
+            grids = {s: grid_values(q, w, bits[s][layer]) for s, q in quantizers.items()}
             histogram_panel(axes, w, list(grids.values()))
-            axes.set_title(f"{layer}: {w.numel():,} weights")
+            axes.set_title(f"{layer}{'[0]' * per_channel}: {w.numel():,} weights")
             n_values = {scheme: max(n, len(grids[scheme])) for scheme, n in n_values.items()}
         handles = [Line2D([], [], color=COLOURS[i], linewidth=2) for i in range(len(quantizers))]
-        labels = [f"{scheme}, {n_bits} bits: {n} values" for scheme, n in n_values.items()]
+        labels = [
+            f"{scheme}, {'/'.join(map(str, sorted({*bits[scheme].values()})))} bits: {n} values"
+            for scheme, n in n_values.items()
+        ]
         figure.suptitle(wrap(title, 20 * columns))
         place_legend(figure, handles, labels)
         save_png(figure, path)

@@ -116,18 +116,24 @@ def test_what_a_figure_compares_looks_different():
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_weights_plot_has_a_panel_a_layer(drawn, per_channel):
+def test_weights_plot_has_a_panel_a_layer_with_its_bits(drawn, per_channel):
     torch.manual_seed(0)
     weights = {"0": torch.randn(4, 3, 3, 3), "2": torch.randn(2, 36)}
     name = LONG_NAMES[0]
-    figure = drawn(figures.weights_plot, name, weights, {"uniform": qu.uniform}, 4, per_channel)
+    quantizers, bits = {"uniform": qu.uniform, "pwlq": qu.pwlq}, {"0": 4, "2": 3}
+    bits = {"uniform": bits, "pwlq": dict.fromkeys(weights, 4)}
+    figure = drawn(figures.weights_plot, name, weights, quantizers, bits, per_channel)
     titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
     assert titles == (
         ["0[0]: 27 weights", "2[0]: 36 weights"]
         if per_channel
         else ["0: 108 weights", "2: 72 weights"]
     )
-    assert "uniform, 4 bits: 16 values" in [t.get_text() for t in figure.legends[0].get_texts()]
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert labels == ["uniform, 3/4 bits: 16 values", "pwlq, 4 bits: 31 values"]
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    ticks = [[len(grid.get_segments()) for grid in axes.collections] for axes in panels]
+    assert ticks[0] == [16, 31] and ticks[1] in ([7, 31], [8, 31])
     title = figure.get_suptitle().replace("\n", "")
     assert title.startswith(f"{name}: weights")
     assert ("first output channel" in title) == per_channel
