@@ -4,8 +4,8 @@
 # One would guess: the firmware that hls4ml makes of a network without further settings saturates, as quantized runtimes do: a logit
 # of 34 becomes the largest number there is, a little below 32.
 # What happens: weights, sums and outputs are fixed<16,6>, from −32 to 32 − 1/1024, and what is beyond is taken modulo 64: 34 becomes −30, −34
-# becomes 30, and the class with the largest logit gets the smallest one. Rounding is downwards as well, so that values are up to 1/1024 too small
-# and never too large. Neither conversion nor prediction says a word. Needs g++, which hls4ml's own emulation takes. Fails if that changes.
+# becomes 30, and the class with the largest logit gets the smallest one. Neither conversion nor prediction says a word. Needs g++,
+# which hls4ml's own emulation takes. Fails if that changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -37,8 +37,6 @@ for image, exact, logits in zip(images[:, 0], expected, found, strict=True):
     lines.append(f"input {image:+.1f}: logits {exact.round(4).tolist()} become {logits.tolist()}, {classes}")
 wrapped = (expected + 32) % 64 - 32
 assert np.abs(expected).max() > 32 and np.allclose(found, wrapped, atol=0.05), "it does not wrap any more"
-inside = np.abs(expected) < 32
-assert (found[inside] <= expected[inside] + 1e-6).all(), "it does not round downwards any more"
 assert (expected.argmax(1) != found.argmax(1)).sum() == 2, "other classes now"
 Path("shown.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 PYTHON
