@@ -274,15 +274,17 @@ def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict,
         renamed = {name.replace("._orig_mod.", "."): t for name, t in renamed.items()}
         done = ["renamed"] if renamed.keys() != state.keys() else []
         state = renamed
-    if state.keys() - own.keys() >= {"n_averaged"}:  # of PyTorch's AveragedModel
-        state = {name: t for name, t in state.items() if name != "n_averaged"}
-        done.append("without 'n_averaged'")
     while state and not state.keys() & own.keys():
-        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
+        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)
         if prefix is None:
             break
-        state = {name.removeprefix(prefix): t for name, t in state.items()}
-        done.append(f"without the prefix {prefix!r}")
+        inside = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+        # such as a criterion's weights, or PyTorch's n_averaged, beside the whole network
+        others = [name for name in state if not name.startswith(prefix)]
+        if others and not inside.keys() >= own.keys():
+            break
+        state = inside
+        done += [f"without the prefix {prefix!r}", *(f"without {name}" for name in others)]
     return state, done
 
 
