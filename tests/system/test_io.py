@@ -176,7 +176,7 @@ OTHER_FORMS = {
         "state_dict": s,
         "state_dict_ema": s,
     },
-    "without 'n_averaged', without the prefix 'module.'": lambda s: (
+    "without the prefix 'module.', without n_averaged": lambda s: (
         prefixed("module.", s) | {"n_averaged": torch.tensor(7)}
     ),
     "renamed": lambda s: {name.replace(".", "._orig_mod."): t for name, t in s.items()},
