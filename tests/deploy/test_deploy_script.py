@@ -13,7 +13,7 @@ import data
 import models
 import quant_inference as qi
 from analysis import measured_network
-from engine.deploy import runtimes, verify
+from engine.deploy import runtimes
 from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load
@@ -49,8 +49,6 @@ def tiny(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(data.DATASETS, "Synthetic", lambda data_dir, seed: small)
     monkeypatch.setitem(models.MODELS, "Folding", Folding)
-    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
-    monkeypatch.setattr(verify, "ROUNDS", 1)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_weights(Folding(), Path("net.pt"))

@@ -158,9 +158,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "pwlq"])
-def test_a_file_is_written_and_verified(scheme, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
-    monkeypatch.setattr(verify, "ROUNDS", 1)
+def test_a_file_is_written_and_verified(scheme, tmp_path, capsys):
     net = small_net()
     integers, quantized, _ = quantize(net, normalized(pixels(8)), 4, 4, scheme, per_channel=True)
     checkpoint, path = tmp_path / "net.pt", tmp_path / "net.onnx"

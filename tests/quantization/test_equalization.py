@@ -15,7 +15,7 @@ from torch import nn
 
 import models
 import quant_inference as qi
-from engine.deploy import deployed_files, verify
+from engine.deploy import deployed_files
 from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
 from engine.networks.folding import fold_batch_norms
@@ -431,7 +431,6 @@ def test_a_network_without_batch_norms_is_exported(run, monkeypatch, capsys):
     conv, pool, linear = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 4)
     net = nn.Sequential(conv, nn.ReLU(), pool, nn.Flatten(), linear)
     monkeypatch.setitem(NETWORKS, "Plain", lambda: net)
-    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0)
     assert run("Plain", "--fold_bn --bits 4 --act_bits 4 --export a.onnx --verify") == 0
     assert "--fold_bn has no effect: a.pt has no batch norms" in capsys.readouterr().out
 
@@ -453,8 +452,6 @@ def test_files_to_deploy_hold_weights_only(run, capsys):
 
 @pytest.mark.slow
 def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "ROUNDS", 1)
-    monkeypatch.setattr(verify, "SECONDS_PER_ROUND", 0.0)
     onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
     pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
     flags = "--fold_bn --bits 4 --act_bits 4 --quantize_sums"
