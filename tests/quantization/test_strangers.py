@@ -644,6 +644,7 @@ def test_weights_that_no_layer_has_are_said_to_be_inputs():
     ("mix", "expected"),
     [
         (lambda t: (t - t.sin()).flatten(1)[:, :8, None].mT, ["sub[0]", "sub[1]"]),
+        (lambda t: (t * t.sin()).flatten(1)[:, :8, None].mT, ["mul[0]", "mul[1]"]),
         (lambda t: torch.stack([t, t.sin()]).sum(0), ["cat[0]", "cat[1]"]),
         (lambda t: F.avg_pool1d(t, 2).repeat(1, 1, 2), ["pool"]),
         (lambda t: F.adaptive_avg_pool1d(t.mT, 1).mT, ["pool"]),
