@@ -10,7 +10,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 ml_dtypes==0.6.0 onnx==1.22.0 onnxruntime==1.32.0 numpy==2.4.6
+"$folder/venv/bin/python" -m pip install --quiet torch==2.14.1 ml_dtypes==0.6.0 onnx==1.23.2 onnxruntime==1.32.0 numpy==2.4.6
 cd "$folder"
 "$folder/venv/bin/python" - <<'PYTHON'
 import ml_dtypes
