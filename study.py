@@ -24,6 +24,7 @@ import data
 import flags
 import train
 from analysis.study import jobs as study_jobs
+from analysis.study.changes import refuse_changed, warn_of_changed
 from analysis.study.estimate import measure_epoch_seconds
 from analysis.study.executors import Executor, LocalExecutor, RayExecutor, visible_gpus
 from analysis.study.grid import Grid, Quantization, Variant, load_grid
@@ -389,9 +390,12 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     plans, settings = make_plans(parser, args)
     out = Path(args.out)
     if args.plan:
+        refuse_changed(plans, args.only)
         print_plans(plans, args.only, args.seeds)
         return 0
     if args.tables:
+        # how many images batch norms were recalibrated with depends on the data set
+        warn_of_changed(plans, unknown={"recalibrate_bn_images"})
         if not update_report(plans):
             parser.exit_with(1, f"error: there are no results in {out} yet")
         print(f"renewed the tables and figures in {out}")
@@ -409,6 +413,7 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
                 parser.exit_with(1, f"error: no record in {out} matches {patterns}")
             print("\n".join(["forgotten:", *forgotten]))
             return 0
+        refuse_changed(plans, args.only)
         save_json(settings, out / "study.json")
         return 0 if run_all(plans, args) else 1
 

@@ -31,7 +31,7 @@ class StudyRecords:
 
     def archived(self, path: Path) -> bool:
         """Return whether the compact file has the record that is saved at `path`, below `out`."""
-        return self._key(path) in self._archived
+        return self.key(path) in self._archived
 
     def exists(self, path: Path) -> bool:
         """Return whether there is a record of that path, as a file or in the compact file."""
@@ -55,15 +55,15 @@ class StudyRecords:
                 yield record
             return
         with file_boundary(f"{path} in {self.archive}"):
-            yield self._archived[self._key(path)]
+            yield self._archived[self.key(path)]
 
     def add(self, *paths: Path) -> None:
         """Copy the files at `paths` into the compact file; raises FileError and OSError."""
         changed = False
         for path in paths:
             with read_json(path) as record:
-                changed |= self._archived.get(self._key(path)) != record
-                self._archived[self._key(path)] = record
+                changed |= self._archived.get(self.key(path)) != record
+                self._archived[self.key(path)] = record
         if changed:
             self._save()
 
@@ -87,12 +87,29 @@ class StudyRecords:
         self._save()
         return forgotten
 
-    def _key(self, path: Path) -> str:
+    def key(self, path: Path) -> str:
+        """Return the name of the record that is saved at `path`: the path below `out`."""
         return path.relative_to(self.out).as_posix()
 
     def _save(self) -> None:
         content = pack_records(self._archived)
         atomic_write(self.archive, lambda path: path.write_bytes(content))
+
+
+def recorded_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a record, with what a training's has beside them."""
+    return record["settings"] | record
+
+
+def recorded_command(record: Mapping[str, Any]) -> list[str]:
+    """Return the command that does today what the one of a record did.
+
+    Before --biases, PWLQ quantized biases.
+    """
+    settings = recorded_settings(record)
+    has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
+    is_old = has_pwlq and "biases" not in settings
+    return [*settings["command"], *(["--biases", "weight"] if is_old else [])]
 
 
 def pack_records(records: Mapping[str, Any]) -> bytes:

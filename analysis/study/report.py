@@ -9,7 +9,7 @@ from analysis.study import results as study_results
 from analysis.study import tables as study_tables
 from analysis.study.lambda_choice import Choice
 from analysis.study.plan import StudyPlan
-from analysis.study.records import StudyRecords
+from analysis.study.records import StudyRecords, recorded_command, recorded_settings
 from analysis.study.results import Result, Statistics
 
 
@@ -75,13 +75,9 @@ def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterato
 def reproduction_command(records: StudyRecords, path: Path) -> str:
     """Return the command of a training's record or of a results.json; raises FileError.
 
-    With its number of threads: sums are split among them. Before --biases, PWLQ quantized biases.
+    With its number of threads: sums are split among them.
     """
     with records.open(path) as record:
-        settings = record["settings"] | record  # a results.json has them among its settings
-        threads = settings["machine"]["threads"]
-        command = shlex.join(settings["command"])
-        has_pwlq = "pwlq" in settings.get("schemes", ()) and not settings.get("fold_bn")
-        if has_pwlq and "biases" not in settings:
-            command += " --biases weight"
+        threads = recorded_settings(record)["machine"]["threads"]
+        command = shlex.join(recorded_command(record))
     return f"OMP_NUM_THREADS={threads} python {command}"

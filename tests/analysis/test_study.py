@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -514,6 +515,40 @@ def test_a_row_has_the_command_that_it_was_run_with(finished_control, monkeypatc
     monkeypatch.setitem(study.VARIANTS, "control", study.Variant("--regularizer none --watch"))
     study.main(["--out", "out", "--tables"])
     assert Path("out/tables.md").read_text(encoding="utf-8") == before
+
+
+def test_results_of_flags_that_were_changed_are_named_and_can_be_made_again(
+    finished, scripts, monkeypatch, capsys
+):
+    page = Path("out/tables.md").read_text(encoding="utf-8")
+    flags = ["--only", "l2grad", "--seeds", "0", "1"]
+    changed = study.Variant("--regularizer L1Grad", (0.01, 0.03, 0.1), 3.3)
+    monkeypatch.setitem(study.VARIANTS, "l2grad", changed)
+    n_trainings = len(scripts())
+    for mode in ([], ["--plan"]):
+        assert main(*flags, *mode) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and "tuning/l2grad_0.01.json (--regularizer was" in line
+        assert "choose another --out" in line and len(scripts()) == n_trainings
+    study.main(["--out", "out", "--tables"])
+    assert "jobs in out ran with other flags" in capsys.readouterr().err
+    assert Path("out/tables.md").read_text(encoding="utf-8") == page
+    study.main(["--out", "out", "--plan", "--only", "control"])  # which is what it was
+    assert main("--forget", *shlex.split(line.partition("--forget ")[2])) == 0
+    study.main(["--out", "out", "--plan", *flags])
+    planned = capsys.readouterr().out
+    assert all(f"_tuning_l2grad_{lmbda} " in planned for lmbda in ("0.01", "0.03", "0.1"))
+    assert "--regularizer L1Grad" in planned and not list(Path("out").glob("*/l2grad*.pt"))
+
+
+def test_another_way_of_choosing_lambda_is_named_with_the_choices(finished, monkeypatch, capsys):
+    other = study.Quantization("--bits 3 --schemes uniform", 20.0)
+    monkeypatch.setitem(study.QUANTIZATIONS, "tuning", other)
+    assert main("--only", "l2grad", "--seeds", "1") == 2
+    line = capsys.readouterr().err
+    assert "tuning/control_tuning/results.json (--bits was [4], is [3])" in line
+    assert " tuning/l2grad_choice.json" in line and "tuning/trunk" not in line
+    assert "seed" not in line and "l2grad_0.1.json" not in line
 
 
 def test_jobs_that_were_run_predict_how_long_the_next_ones_take(finished_control):
