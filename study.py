@@ -27,7 +27,9 @@ from analysis.study import jobs as study_jobs
 from analysis.study.changes import refuse_changed, warn_of_changed
 from analysis.study.estimate import measure_epoch_seconds
 from analysis.study.executors import Executor, LocalExecutor, RayExecutor, visible_gpus
-from analysis.study.grid import Grid, Quantization, Variant, load_grid
+from analysis.study.grid import Grid, Quantization, Variant
+from analysis.study.grid_check import OF_TRAININGS, OF_VARIANTS, check_grid
+from analysis.study.grid_file import load_grid
 from analysis.study.jobs import Job, pending
 from analysis.study.plan import NotChosen, StudyPlan
 from analysis.study.runner import JobRunner
@@ -151,12 +153,6 @@ SETTINGS: Settings = {
 DATA_FLAGS = {  # that --data_flags may give
     "dataset", "data_dir", "device", "memory_format", "model", "width", *data.OPTIONS,
 }  # fmt: skip
-RESERVED_FLAGS = set(  # that --train_flags may not give, because the study does
-    "run_name save_file resume init_from allow_changed_settings seed n_epochs holdout regularizer "
-    "lmbda first_regularized_epoch no_activation_gradients freeze_bn_from "
-    "save_preregularized_model lmbda_warmup penalty_every penalty_gradient penalty_step fold_bn "
-    "detach_step wandb_group".split()
-)
 
 
 def make_parser() -> Parser:
@@ -178,18 +174,18 @@ def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan
         parser.prog += f": {path}"
         parser.error(str(error))
     requested = {name: getattr(args, name, None) for name in SETTINGS}
+    args.models = args.models and list(dict.fromkeys(args.models))
+    args.seeds = list(dict.fromkeys(args.seeds))
     requested["models"] = args.models and " ".join(args.models)
-    grid = Grid(TRAINING, VARIANTS, QUANTIZATIONS, note=NOTE)
     # the one asked for first: it may not be there, and then nothing need be compared
-    for grid_file in filter(None, (requested["grid"], saved and saved["grid"])):
-        grid = load_grid(Path(grid_file))
+    grid = read_grid(requested["grid"], saved and saved["grid"])
     defaults = {**SETTINGS, "TRAINING": grid.training}
     settings = resolve_settings(args.out, saved, requested, defaults)
     try:
         args.only = list(map(choice_ignoring_case(grid.variants), args.only or grid.variants))
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --only: {error}")
-    data_args = check_flags(parser, settings)
+    data_args = check_flags(parser, settings, is_new=saved is None)
     looks_only = bool(args.tables or args.forget)  # at what has run
     if not looks_only:
         print_device(data_args.device)
@@ -210,22 +206,36 @@ def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan
     ], settings
 
 
+def read_grid(*files: str | None) -> Grid:
+    """Return the grid in the last of those files that are given, else that of this script.
+
+    Raises FileError where one holds something else, or no study can be made of it.
+    """
+    grid, source = Grid(TRAINING, VARIANTS, QUANTIZATIONS, note=NOTE), "study.py"
+    for source in filter(None, files):
+        grid = load_grid(Path(source))
+    check_grid(grid, source)
+    return grid
+
+
 def network_folder(network: str) -> str:
     """Return the name of a network's folder in --out: without what Windows refuses."""
     return network.replace(":", "_")
 
 
-def check_flags(parser: Parser, settings: Settings) -> argparse.Namespace:
+def check_flags(parser: Parser, settings: Settings, is_new: bool) -> argparse.Namespace:
     """End the program where --train_flags or --data_flags hold what they may not.
 
-    Returns what --data_flags mean for a training.
+    A study that `is_new` has --models or a network in --data_flags, which count for nothing beside
+    them. Returns what --data_flags mean for a training.
     """
     data_flags = shlex.split(settings["data_flags"])
     train_parser = train.make_parser()  # it ends the program at a flag that it does not know
     train_parser.parse_args(shlex.split(settings["train_flags"]))
-    refused = {"train": train_parser.explicit_flags & (RESERVED_FLAGS | DATA_FLAGS)}
+    refused = {"train": train_parser.explicit_flags & (OF_TRAININGS | OF_VARIANTS | DATA_FLAGS)}
     data_args = train_parser.parse_args(data_flags)
-    refused["data"] = train_parser.explicit_flags - DATA_FLAGS
+    by_models = {"model", "width"} if is_new and settings["models"] else set()
+    refused["data"] = train_parser.explicit_flags - (DATA_FLAGS - by_models)
     for kind, names in refused.items():
         if names:
             reason = "is set by the study and cannot be given here"

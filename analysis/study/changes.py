@@ -78,10 +78,9 @@ def _difference(plan: StudyPlan, job: Job, unknown: Set[str]) -> str:
     with plan.records.open(job.record) as record:
         command = recorded_command(record)
     try:
-        before = settings_of(command)
+        before, now = settings_of(command), settings_of(job.command)
     except (LookupError, ValueError):
         return ""
-    now = settings_of(job.command)
     for name in sorted(now.keys() - unknown):
         if before.get(name) != now[name]:
             return f"--{name} was {before.get(name)!r}, is {now[name]!r}"

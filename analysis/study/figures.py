@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import STYLE, accuracy_plot, line_style, save_png
 from analysis.study import results as study_results
+from analysis.study.grid import lambda_text
 from analysis.study.lambda_choice import Choice
 from analysis.study.results import FULL_PRECISION, MAIN_SETTINGS, SETTING, Setting, Statistics
 from analysis.study.tables import label
@@ -167,7 +168,7 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
                 axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": style["color"]})
             axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
             axes.set_xscale("log")
-            axes.set_xticks(list(candidates), [f"{lmbda:g}" for lmbda in candidates])
+            axes.set_xticks(list(candidates), map(lambda_text, candidates))
             axes.set_xticks([], minor=True)
             axes.set(title=variant, xlabel="λ", ylim=(low - 1, high + 1))
         grid[0].set_ylabel("held-out accuracy, %")

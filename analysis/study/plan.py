@@ -8,7 +8,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.study import jobs as study_jobs
-from analysis.study.grid import CONTROL, TUNING, Grid
+from analysis.study.commands import QUANTIZE, TRAIN, script_of
+from analysis.study.grid import (
+    CONTROL,
+    TRUNK,
+    TUNING,
+    Grid,
+    choice_name,
+    lambda_text,
+    quantized_name,
+    training_name,
+)
 from analysis.study.jobs import Job
 from analysis.study.lambda_choice import TUNING_SEED, Choice, HoldoutAccuracy, select_lambda
 from analysis.study.records import StudyRecords
@@ -64,7 +74,7 @@ class StudyPlan:
         training = settings["TRAINING"].format(**self.epochs) + " " + settings["train_flags"]
         self.training_flags = [*shlex.split(training), *self.data_flags]
         self.measured = {} if epoch_seconds else study_jobs.job_seconds(out)
-        measured = self.measured.get("trunk", 0) / self.epochs["first"]
+        measured = self.measured.get(TRUNK, 0) / self.epochs["first"]
         self.is_timed = bool(epoch_seconds or measured)
         self.epoch_seconds = epoch_seconds or measured or CONTROL_EPOCH_SECONDS
 
@@ -74,18 +84,24 @@ class StudyPlan:
         """Return the training that all variants of a seed have in common."""
         n_epochs = self.epochs["first"]
         flags = ["--n_epochs", str(n_epochs)]
-        return self._training("train.py", "trunk", "trunk", flags, seed, tuning, n_epochs)
+        return self._training(TRAIN, TRUNK, TRUNK, flags, seed, tuning, n_epochs)
 
     def branch(self, name: str, seed: int, lmbda: float | None, tuning: bool = False) -> Job:
         """Return the last third of a variant's run; λ is None where there is none to choose."""
         trunk = self.trunk(seed, tuning)
-        flags = self.variants[name].flags.format(**self.epochs, lmbda=f"{lmbda or 0:g}").split()
-        script = "combined_protocol.py" if "--phases" in flags else "train.py"
+        text = lambda_text(lmbda or 0.0)
+        flags = shlex.split(self.variants[name].flags.format(**self.epochs, lmbda=text))
+        script = script_of(flags)
         first = self.epochs["first"]
-        if lmbda is not None and script == "train.py":
-            flags += ["--lmbda", f"{lmbda:g}", "--first_regularized_epoch", str(first)]
-        flags += ["--n_epochs", str(self.n_epochs), "--init_from", f"{_stem(trunk)}.ckpt"]
-        stem = name if lmbda is None else f"{name}_{lmbda:g}"
+        if lmbda is not None and script == TRAIN:
+            flags += ["--lmbda", text, "--first_regularized_epoch", str(first)]
+        flags += [
+            "--n_epochs",
+            str(self.n_epochs),
+            "--init_from",
+            str(trunk.target.with_suffix(".ckpt")),
+        ]
+        stem = training_name(name, lmbda)
         cost = self.variants[self.tuned_name(name)].cost * (self.n_epochs - first)
         return self._training(script, name, stem, flags, seed, tuning, cost, (trunk,))
 
@@ -116,12 +132,12 @@ class StudyPlan:
 
     def quantized(self, trained: Job, quantization: str) -> Job:
         """Return the quantization of a trained network; named by a key of `quantizations`."""
-        folder = Path(f"{_stem(trained)}_{quantization}")
-        flags = [*self.data_flags, *self.quantizations[quantization].flags.split()]
+        folder = trained.target.with_name(quantized_name(trained.target.stem, quantization))
+        flags = [*self.data_flags, *shlex.split(self.quantizations[quantization].flags)]
         if quantization == TUNING:
             flags += ["--holdout", str(self.holdout)]
         output = ["--no_plots", "--output", str(folder)]
-        command = ("quant_inference.py", str(trained.target), *flags, *output, *self.group)
+        command = (QUANTIZE, str(trained.target), *flags, *output, *self.group)
         target = folder / "results.json"
         kind = f"quantize {quantization}"
         seconds = self.measured.get(kind, self.quantizations[quantization].seconds)
@@ -140,7 +156,7 @@ class StudyPlan:
 
     def choice_path(self, name: str) -> Path:
         """Return where the choice of the variant's λ is saved."""
-        return self.out / "tuning" / f"{self.tuned_name(name)}_choice.json"
+        return self.out / "tuning" / f"{choice_name(self.tuned_name(name))}.json"
 
     def saved_choice(self, name: str) -> Choice | None:
         """Return the choice of the variant's λ that was made last, or None; raises FileError."""
@@ -195,8 +211,8 @@ class StudyPlan:
         for lmbda, accuracies in choice.candidates.items() if choice else ():
             if not accuracies:
                 tqdm.write(
-                    f"{name}: λ = {lmbda:g} failed and is left out; to try it again, remove {path} "
-                    f"with --forget {path.relative_to(self.out).as_posix()}"
+                    f"{name}: λ = {lambda_text(lmbda)} failed and is left out; to try it again, "
+                    f"remove {path} with --forget {path.relative_to(self.out).as_posix()}"
                 )
 
     # --- all jobs of a variant ---
@@ -247,7 +263,3 @@ def network_flags(network: str) -> list[str]:
     if not at:
         return ["--model", network] if network else []
     return ["--model", name, "--width", width]
-
-
-def _stem(trained: Job) -> str:
-    return str(trained.target.with_suffix(""))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.study.grid import lambda_text
 from analysis.study.lambda_choice import Choice, HoldoutAccuracy
 from analysis.study.records import ARCHIVE_NAME
 from analysis.study.results import (
@@ -114,7 +115,7 @@ def accuracy_lines(
         f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
         for mean, std in zip(summary["mean"], summary["std"], strict=True)
     ]
-    lmbdas = ["" if pd.isna(lmbda) else f"{lmbda:g}" for lmbda in summary["lmbda"]]
+    lmbdas = ["" if pd.isna(lmbda) else lambda_text(lmbda) for lmbda in summary["lmbda"]]
     rows = summary.assign(cell=cells, lmbda=lmbdas)
     lines = {
         name: [name, lmbda, str(n), *cells, times[name]]
@@ -177,7 +178,7 @@ def choice_table(choices: Mapping[str, Choice]) -> str:
         return [f"{100 * a:.2f}" for a in accuracies] if accuracies else ["failed", MISSING]
 
     lines = [
-        [variant, f"{lmbda:g}", *cells(accuracies), "taken" if lmbda == choice.lmbda else ""]
+        [variant, lambda_text(lmbda), *cells(accuracies), "taken" if lmbda == choice.lmbda else ""]
         for variant, choice in choices.items()
         for lmbda, accuracies in choice.candidates.items()
     ]

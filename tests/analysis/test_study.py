@@ -260,6 +260,7 @@ def test_the_plan_runs_nothing(scripts, capsys):
             "control",
             "--seeds",
             "4",
+            "4",  # which is one
             "--epoch_seconds",
             "90",
         ]
@@ -271,6 +272,7 @@ def test_the_plan_runs_nothing(scripts, capsys):
     training = (6 + 3 + 3 * 3 * 3.3) + (6 + 3 + 3 * 3.3)  # epochs of the control
     seconds = 90 * training + 4 * 20 + 2 * (40 + 20 + 60 + 8 + 12)
     assert f"about {study.duration(seconds)}, with 90 s an epoch of the control" in output
+    assert "1 network(s), 1 seed(s): about" in output
     assert "--run_name study_seed4_l2grad_0.01 " in output
 
 
@@ -386,10 +388,13 @@ def test_a_settings_file_that_holds_something_else(changed, reason, mode, script
         ("--train_flags=--model ConvNet --dataset Synthetic", "--dataset"),
         ("--data_flags=--holdout 9", "--data_flags: --holdout"),
         ("--data_flags=--lr 1", "--lr"),
+        ("--data_flags=--model VGGSmall --models ResNet20", "--data_flags: --model"),
+        ("--data_flags=--width 0.5 --models ResNet20", "--data_flags: --width"),
     ],
 )
 def test_flags_that_are_not_for_the_jobs_leave_no_study(flags, reason, scripts, capsys):
-    assert main(flags) == 2
+    flags, *models = flags.split(" --models ")
+    assert main(flags, *(f"--models={model}" for model in models)) == 2
     output = capsys.readouterr().err
     assert (
         output.count("\n") == 1 and reason in output and not Path("out").exists() and not scripts()

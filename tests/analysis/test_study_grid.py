@@ -9,7 +9,7 @@ from test_study import main, scripts  # noqa: F401 (a fixture)
 import study
 import train
 from analysis.study.estimate import measure_epoch_seconds
-from analysis.study.grid import load_grid
+from analysis.study.grid import lambda_text
 from engine.system.errors import FileError
 
 GRID = """
@@ -32,13 +32,35 @@ flags = "--bits 4 2 --schemes uniform --per_channel"
 seconds = 1
 names = { uniform = "uniform per channel" }
 """
+MORE_WEIGHTS = """
+[quantizations.more_weights]
+flags = "--bits 8 --schemes uniform"
+seconds = 1
+"""
+SECOND = '[variants.second]\nflags = ""\n'
+THIRD = '[variants.third]\nflags = ""\nlambda_from = "noise"\n'
+
+
+def test_jobs_of_two_quantizations_do_not_share_a_folder(tmp_path):
+    path = tmp_path / "grid.toml"
+    grid = GRID.replace("variants.noise", "variants.control_more")
+    path.write_text(grid.replace("lmbdas = [1, 0.01]", "") + MORE_WEIGHTS)
+    with pytest.raises(FileError, match="have the same files, control_more_weights/: rename one"):
+        study.read_grid(str(path))
+
+
+@pytest.mark.parametrize("lmbda", [0.1, 1e-5, 0.00015, 5.0, 20, 0.12345678, 0.1000001, 1e7])
+def test_lambda_is_written_with_all_its_digits(lmbda):
+    assert float(lambda_text(lmbda)) == lmbda
+    is_short = float(f"{lmbda:g}") == lmbda
+    assert (lambda_text(lmbda) == f"{lmbda:g}") == is_short
 
 
 def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: F811
     tuning = '\n[tuning]\n"ResNet20@0.5" = "--bits 3 --schemes uniform"\n'
     Path("grid.toml").write_text(GRID + tuning)
     flags = ["--grid", "grid.toml", "--seeds", "0"]
-    assert main(*flags, "--models", "ConvNet", "ResNet20@0.5") == 0
+    assert main(*flags, "--models", "ConvNet", "ResNet20@0.5", "ConvNet") == 0
     trained = scripts()
     for network in ("ConvNet", "ResNet20@0.5"):
         page = Path("out", network, "tables.md").read_text(encoding="utf-8")
@@ -78,13 +100,42 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
         ("training = ", "trainings = ", "the file has 'trainings'"),
         ("cost = 2", 'lambda_from = "other"', "no variant 'other'"),
         ("cost = 2", "cost = ", "Invalid value"),
+        ("StepNoise", "StepNose", "variants.noise: unknown regularizer 'StepNose'"),
+        ("StepNoise", "StepNoise --seed 3", "variants.noise: --seed is set by the study"),
+        ("StepNoise", "StepNoise --lmbda 3", "variants.noise: --lmbda is set by the study"),
+        ("--lr 0.1", "--lr 0.1 --fold_bn", "training: --fold_bn is set by the study"),
+        ("--lr 0.1", "--lr much", "training: argument --lr: 'much'"),
+        ("uniform --per", "unifrom --per", "quantizations.channel: argument --schemes"),
+        ("uniform --per", "uniform --holdout 9 --per", "quantizations.channel: --holdout is set"),
+        ("uniform --per", "uniform --act_bits 4 --precision bf16 --per", "channel: --act_bits"),
+        ("uniform --per", "uniform --bits {bits} --per", "quantizations.channel: {bits}"),
+        ("--bits 4 --schemes", "--bits 4 5 --schemes", "quantizations.tuning: λ is chosen by one"),
+        ("[1, 0.01]", "[1, -0.01]", "variants.noise: λ and cost are finite and not negative"),
+        ("[1, 0.01]", "[nan]", "not nan"),
+        ("cost = 2", "cost = -2", "not -2"),
+        ("cost = 2", 'lambda_from = "control"', "variants.noise: it has lmbdas and lambda_from"),
+        ("cost = 2", f'{SECOND}lambda_from = "control"', "lambda_from: 'control' has no lmbdas"),
+        ("cost = 2", f'{SECOND}lambda_from = "third"\n{THIRD}', "'third' has no lmbdas of its own"),
+        ("[1, 0.01]", "[1, 1.0]", "'noise' with λ = 1 and variant 'noise' with λ = 1 have the"),
+        ("variants.noise", "variants.trunk", "variants share and variant 'trunk'"),
+        ("variants.noise", "variants.Control", "variant 'control' and variant 'Control' have"),
+        ("variants.noise", "variants.'a/b'", "'a/b' is not the name of a file"),
+        ("cost = 2", '[variants."noise_0.01"]\nflags = ""', "the same files, noise_0.01: rename"),
+        ("cost = 2", '[variants.noise_choice]\nflags = ""', "the choice of λ of 'noise'"),
+        ("cost = 2", '[variants.noise_1_tuning]\nflags = ""', ""),  # a file beside a folder
+        ("quantizations.channel", "quantizations.1_channel", ""),
+        ('names = { uniform = "uniform per channel" }', "", "both have 'uniform' with 2 bits"),
+        ('uniform = "uniform per channel"', 'pwlq = "x"', "weights and quantizations.channel both"),
     ],
 )
 def test_a_grid_that_is_none_is_named_in_a_line(old, new, reason, tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(GRID.replace(old, new, 1))
+    if not reason:
+        study.read_grid(str(path))
+        return
     with pytest.raises(FileError) as refused:
-        load_grid(path)
+        study.read_grid(str(path))
     message = str(refused.value)
     assert reason in message and str(path) in message and "\n" not in message
 
