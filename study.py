@@ -274,10 +274,15 @@ def count_images(data_args: argparse.Namespace) -> int:
 # --- what it does ----------------------------------------------------------------------------
 
 
-def update_report(plans: Sequence[StudyPlan]) -> bool:
-    """Renew tables and figures; return whether there are results yet."""
+def update_report(plans: Sequence[StudyPlan], is_last: bool = True) -> bool:
+    """Renew tables and figures; return whether there are results yet.
+
+    Where it `is_last`, what they lack is printed.
+    """
     from analysis.study import report  # with pandas and Matplotlib, which --plan needs not wait for
 
+    if is_last:
+        report.print_left_out(plans)
     return report.update_reports(plans)
 
 
@@ -358,7 +363,7 @@ def run_all(plans: Sequence[StudyPlan], args: argparse.Namespace) -> bool:
         with warn_on_error("records, tables and figures were not renewed"):
             plan.records.add(job.record)
             if plan.completes_network(job):
-                update_report(plans)
+                update_report(plans, is_last=False)
 
     seconds = sum(job.seconds for job in pending(jobs))
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"

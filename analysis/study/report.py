@@ -43,19 +43,35 @@ def read_study(plan: StudyPlan) -> tuple[Statistics | None, list[Result], dict[s
 
     A variant has the λ that was chosen last. Raises FileError.
     """
-    results: list[Result] = []
-    choices = {}
-    for name, variant in plan.variants.items():
-        choice = plan.saved_choice(name)
-        if choice and not variant.lambda_from:
-            choices[name] = choice
-        if choice or not plan.lmbdas(name):
-            results += finished_results(plan, name, choice.lmbda if choice else None)
+    variants = list(known_variants(plan))
+    choices = {n: plan.saved_choice(n) for n, _ in variants if plan.variants[n].lmbdas}
+    results = [each for variant in variants for each in finished_results(plan, *variant)]
     if not results:
         return None, results, choices
     first = plan.epochs["first"]
     tables = study_results.read_results(results, plan.records, plan.quantizations, first)
     return Statistics(*tables), results, choices
+
+
+def print_left_out(plans: Sequence[StudyPlan]) -> None:
+    """Print what is not in the tables, for a quantization that it lacks; raises FileError."""
+    for plan in plans:
+        for name, lmbda in known_variants(plan):
+            for seed in plan.records.seeds():
+                branch = plan.branch(name, seed, lmbda)
+                jobs = plan.final_quantized(branch)
+                lacking = [how for how, job in jobs.items() if not job.done]
+                if 0 < len(lacking) < len(jobs):
+                    what = f"{branch.target.with_suffix('')} is not quantized as"
+                    print(f"left out of the tables: {what} {', '.join(lacking)} yet")
+
+
+def known_variants(plan: StudyPlan) -> Iterator[tuple[str, float | None]]:
+    """Yield each variant whose λ is known, with the one that was chosen last; raises FileError."""
+    for name in plan.variants:
+        choice = plan.saved_choice(name)
+        if choice or not plan.lmbdas(name):
+            yield name, choice and choice.lmbda
 
 
 def finished_results(plan: StudyPlan, name: str, lmbda: float | None) -> Iterator[Result]:

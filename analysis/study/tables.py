@@ -108,15 +108,22 @@ def accuracy_table(
 def accuracy_lines(
     statistics: Statistics, settings: Sequence[Setting]
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the header and, by variant, the lines of `accuracy_table`."""
+    """Return the header and, by variant, the lines of `accuracy_table`.
+
+    A cell of fewer seeds than the variant has elsewhere says how many they are.
+    """
     summary = statistics.summary
     times = relative_epoch_times(statistics.rows)
+    n_seeds = summary.groupby("variant")["n"].transform("max")
+    columns = (summary["mean"], summary["std"], summary["n"], n_seeds)
     cells = [
-        f"{100 * mean:.2f}" if pd.isna(std) else f"{100 * mean:.2f} ± {100 * std:.2f}"
-        for mean, std in zip(summary["mean"], summary["std"], strict=True)
+        f"{100 * mean:.2f}"
+        + ("" if pd.isna(std) else f" ± {100 * std:.2f}")
+        + ("" if n == n_most else f" (n = {n})")
+        for mean, std, n, n_most in zip(*columns, strict=True)
     ]
     lmbdas = ["" if pd.isna(lmbda) else lambda_text(lmbda) for lmbda in summary["lmbda"]]
-    rows = summary.assign(cell=cells, lmbda=lmbdas)
+    rows = summary.assign(cell=cells, lmbda=lmbdas, n=n_seeds)
     lines = {
         name: [name, lmbda, str(n), *cells, times[name]]
         for (name, lmbda, n), *cells in cells_by_setting(rows, ["variant", "lmbda", "n"], settings)

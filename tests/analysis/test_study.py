@@ -556,6 +556,17 @@ def test_another_way_of_choosing_lambda_is_named_with_the_choices(finished, monk
     assert "seed" not in line and "l2grad_0.1.json" not in line
 
 
+def test_seeds_that_lack_a_new_quantization_are_said_to_be_left_out(
+    finished_control, monkeypatch, capsys
+):
+    new = study.Quantization("--bits 6 --schemes dorefa", 20.0, {"dorefa": "other"})
+    monkeypatch.setitem(study.QUANTIZATIONS, "new", new)
+    assert main("--tables") == 1
+    printed = capsys.readouterr()
+    line = "left out of the tables: out/seed0/control is not quantized as new yet\n"
+    assert line in printed.out and "there are no results in out yet" in printed.err
+
+
 def test_jobs_that_were_run_predict_how_long_the_next_ones_take(finished_control):
     with open("out/jobs.jsonl", "ab") as file:
         file.write(b'{}\n7\n\xff\n{"kind": "trunk", "seconds": 1, "at_once": 0}\n{"kind": "tru')
@@ -870,6 +881,20 @@ def test_tables_of_means_deviations_and_commands(finished):
 
 def row_table(rows):
     return pd.DataFrame(rows, columns=study_results.ROW_COLUMNS)
+
+
+def test_a_setting_of_fewer_seeds_takes_no_cell_from_the_others():
+    common = {"variant": "control", "act_bits": 32, "lmbda": None, "epoch_seconds": 1.0}
+    rows = [
+        {**common, "seed": seed, "scheme": scheme, "bits": bits, "accuracy": 0.9 - seed / 100}
+        for scheme, bits, n in (("none", 32, 3), ("uniform", 4, 2), ("uniform", 3, 1))
+        for seed in range(n)
+    ]
+    tracked = pd.DataFrame([], columns=study_results.TRACKED_COLUMNS)
+    statistics = study_results.Statistics(row_table(rows), tracked)
+    table = study_tables.accuracy_table(statistics, study_results.SUMMARY_SETTINGS[:3])
+    cells = "| 3 | 89.00 ± 1.00 | 89.50 ± 0.71 (n = 2) | 90.00 (n = 1) | 1.00 |"
+    assert table.splitlines()[2:] == [f"| control |  {cells}"]
 
 
 def accuracies_of(rows):
