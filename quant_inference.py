@@ -30,7 +30,7 @@ from analysis.measured_network import Conditions, Images, MeasuredNetwork, Quant
 from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Results, Row
-from analysis.weights_files import WeightsFile, find_weights
+from analysis.weights_files import WeightsFile, find_weights, warn_of_holdout
 from data import ImageDataset
 from engine.deploy import deployed_files, page, verify
 from engine.deploy.integer_layers import with_integers
@@ -260,6 +260,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
     warn_unused_flags(parser, args, FLAGS_OF_RECORDS, models=models)
     dataset = utils.load_dataset(args)
     checks.check_n_images(args, explicit_flags, len(dataset.train_images))
+    warn_of_holdout(files.values(), args, len(dataset.train_images))
     use_ieee_float32()
     # Each process reads the files, as graphs lose their names when they are sent; rank 0 prints.
     with redirect_stdout(None if distributed.get_rank() else sys.stdout):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import flags
 import utils
-from analysis.weights_files import WeightsFile, read_record
+from analysis.weights_files import WeightsFile, read_record, warn_of_holdout
 from data import ImageDataset
 from engine.images.loader import Loader
 from engine.networks.batch_norm import count_batch_norms, describe_unfolded, freeze_batch_norms
@@ -237,9 +237,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     hardware.tune_glibc_malloc()
     hardware.use_ieee_float32()
     utils.seed_everything(args.seed)
-    if args.init_weights:
-        path = Path(args.init_weights)
-        args.model = utils.model_of_file(args.model, WeightsFile(path, read_record(path)))
+    begun_from = read_init_weights(args)
     if args.step == "compiled" and distributed.get_world_size() > 1:
         raise SetupError("--step compiled is for one process: leave out --step or torchrun")
     schedule = utils.schedule_settings(args)
@@ -249,6 +247,8 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     args.precision = settled_precision(args.precision, args.device, checkpoint)
     args.winograd = settled("winograd", args.winograd, checkpoint)
     dataset = utils.load_dataset(args)
+    n_before = math.inf if args.train_subset else len(dataset.train_images)  # inf: not known
+    warn_of_holdout(begun_from, args, n_before)
     loaders = make_loaders(dataset, args)
     config = make_config(args, loaders.train.n_images_in_batch(0))
     set_compile(False)  # what is tried out on two images compiles nothing
@@ -281,6 +281,15 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         record=record | describe_environment(),
         logger=logger,
     )
+
+
+def read_init_weights(args: argparse.Namespace) -> list[WeightsFile]:
+    """Return the file of --init_weights, if it is given, whose network may be the run's."""
+    if not args.init_weights:
+        return []
+    file = WeightsFile(Path(args.init_weights), read_record(Path(args.init_weights)))
+    args.model = utils.model_of_file(args.model, file)
+    return [file]
 
 
 def log_epoch(training: TrainingRun, phase: Phase) -> None:

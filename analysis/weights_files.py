@@ -3,6 +3,7 @@
 The record of `<name>.pt` is `<name>.json`; a checkpoint, `<name>.ckpt`, holds its settings itself.
 """
 
+import argparse
 import glob
 import os
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.system import distributed
 from engine.system.errors import DataError, FileError
 from engine.system.io import read_json, torch_load
 
@@ -28,10 +30,25 @@ class WeightsFile:
         value = self.record.get("settings", {}).get(name)
         return None if isinstance(value, list) else value
 
+    def count(self, name: str) -> int | None:
+        """Return a setting that is a number of something, None where the record has no such one."""
+        value = self.setting(name)
+        return value if type(value) is int and value > 0 else None
+
     def image_size(self) -> int | None:
         """Return the --image_size of the training, None where the record has no such number."""
-        size = self.setting("image_size")
-        return size if type(size) is int and size > 0 else None
+        return self.count("image_size")
+
+    def n_trained_on(self, dataset: str, n: int, n_before: float) -> int:
+        """Return how many of the data set's last `n` images, with `n_before` before them, it knows.
+
+        They count as unknown where the record does not say that they were trained on.
+        """
+        if self.setting("dataset") != dataset:
+            return 0
+        n_known = n - (self.count("holdout") or 0)
+        subset = self.count("train_subset")  # the first ones
+        return max(0, n_known if subset is None else min(n_known, subset - n_before))
 
     def provenance(self) -> dict[str, Any]:
         """Return what a row of the report says of the training."""
@@ -134,3 +151,19 @@ def common_image_size(files: Iterable[WeightsFile], dataset: str) -> int | None:
         pixels = " and ".join(map(str, sorted(sizes)))
         raise DataError(f"trained on images of {pixels} pixels: choose --image_size")
     return next(iter(sizes), None)
+
+
+def warn_of_holdout(
+    files: Iterable[WeightsFile], args: argparse.Namespace, n_before: float
+) -> None:
+    """Print a line for each file that was trained on images of --holdout, by its record.
+
+    Before those, the data set has `n_before` others.
+    """
+    for file in files if args.holdout and distributed.get_rank() == 0 else ():
+        if n := file.n_trained_on(args.dataset, args.holdout, n_before):
+            print(
+                f"{file.path} was trained on {n} of the {args.holdout} images that --holdout tests "
+                "on, as its record says: that is no accuracy on new images",
+                file=sys.stderr,
+            )

@@ -1003,7 +1003,11 @@ def test_a_run_names_its_penalties_and_where_it_resumes(script, tmp_path):
 def test_any_run_can_start_from_weights_alone(script, tmp_path):
     flags = ("--n_epochs", 1, "--lr", 1e-12, "--momentum", 0, *FAST)
     first = script("train.py", "--run_name", "a", "--seed", 7, *flags)
+    record = json.loads((tmp_path / "a.json").read_text())
+    record["settings"] |= {"holdout": 1, "train_subset": None}
+    (tmp_path / "a.json").write_text(json.dumps(record))
     second = script("train.py", "--run_name", "b", "--seed", 8, "--init_weights", "a.pt", *flags)
+    assert "a.pt was trained on 63 of the 64 images that --holdout tests on" in second.stderr
     assert first.returncode == second.returncode == 0, second.stderr
     a, b = [torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "ab"]
     assert torch.allclose(a["0.0.weight"], b["0.0.weight"])

@@ -88,6 +88,31 @@ def test_a_data_set_other_than_that_of_the_training_is_told(folder, capsys):
     assert "c.pt was trained on Fantasia, which is not here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "n_trained_on"),
+    [
+        ({}, 5),
+        ({"holdout": 2}, 3),
+        ({"holdout": 5}, 0),
+        ({"holdout": 9}, 0),
+        ({"train_subset": 27}, 0),  # of 32
+        ({"train_subset": 30}, 3),
+        ({"train_subset": 30, "holdout": 4}, 1),
+        ({"dataset": "CIFAR10"}, 0),
+        ({"holdout": "x"}, 5),
+    ],
+)
+def test_held_out_images_that_were_trained_on_are_told(folder, settings, n_trained_on, capsys):
+    save("a", **settings)
+    [file] = find_weights(["a.pt"]).values()
+    assert file.n_trained_on("Synthetic", 5, n_before=27) == n_trained_on
+    if settings.get("holdout") == 2:
+        assert main("a.pt", "--holdout", 5)[0] == 0
+        assert "a.pt was trained on 3 of the 5 images that --hold" in capsys.readouterr().err
+        assert main("a.pt", "--holdout", 2)[0] == 0
+        assert "trained on" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [(), ("--test_subset", 5)])
 def test_a_baseline_other_than_the_record_says_is_told(folder, capsys, flags):
     save("a")
