@@ -1,6 +1,5 @@
 """Tests of hypotheses about two variants, paired by seed, and how several are corrected."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import scipy.stats
 from analysis.study.results import mean_intervals
 
 MIN_SEEDS = 2  # for a paired test
+ROUNDING = 1e-9  # of accuracies, which are fractions of at most millions of images
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,26 @@ class Outcome:
     p: float
 
 
+def is_constant(differences: Sequence[float]) -> bool:
+    """Tell whether the differences are equal but for rounding: a t-test then divides by nothing."""
+    return max(differences) - min(differences) < ROUNDING
+
+
+def difference_p(differences: Sequence[float]) -> float:
+    """Return the p value of a t-test that the mean is 0; of equal differences 0 or 1."""
+    if is_constant(differences):
+        return float(abs(differences[0]) < ROUNDING)
+    return scipy.stats.ttest_1samp(differences, 0).pvalue
+
+
 def equivalence_p(differences: Sequence[float], margin: float) -> float:
     """Return the p value of two one-sided t-tests that the mean lies within ±margin.
 
-    Source: Schuirmann, 1987. The larger of both counts: each rejects a mean beyond one margin.
+    Source: Schuirmann, 1987. The larger of both counts: each rejects a mean beyond one margin. Of
+    equal differences it is 0 or 1, and a margin itself is not within.
     """
+    if is_constant(differences):
+        return float(abs(differences[0]) > margin - ROUNDING)
     above = scipy.stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = scipy.stats.ttest_1samp(differences, margin, alternative="less").pvalue
     return max(above, below)
@@ -85,12 +100,8 @@ def examine(hypothesis: Hypothesis, accuracies: pd.Series) -> Outcome | None:
     n = len(differences)
     if n < MIN_SEEDS:
         return None
-    if hypothesis.margin is None:
-        p = scipy.stats.ttest_1samp(differences, 0).pvalue
-    else:
-        p = equivalence_p(differences, hypothesis.margin)
-    if math.isnan(p):  # no variance: all differences are 0
-        p = 1.0 if hypothesis.margin is None else 0.0
+    values, margin = differences.to_list(), hypothesis.margin
+    p = difference_p(values) if margin is None else equivalence_p(values, margin)
     [interval] = mean_intervals(differences.to_frame()).itertuples()
     return Outcome(hypothesis, n, interval.mean, (interval.high - interval.low) / 2, p)
 

@@ -23,6 +23,19 @@ def test_equivalence_is_that_of_the_interval_of_90_percent():
         assert (equivalence_p(differences, 0.01) < 0.05) == (-0.01 < low and high < 0.01)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("difference", "p", "p_within"),
+    [(0.0, 1, 0), (0.25, 0, 0), (0.3, 0, 1), (-0.3, 0, 1), (0.30001, 0, 1), (-0.29999, 0, 0)],
+)
+def test_of_equal_differences_a_margin_itself_is_not_within(difference, p, p_within):
+    second = {0: 0.5, 1: 0.6, 2: 0.7}  # which differ by rounding
+    first = {seed: accuracy + difference for seed, accuracy in second.items()}
+    for margin, expected in ((None, p), (0.3, p_within)):
+        assert examine(Hypothesis("a", "b", margin), accuracies(a=first, b=second)).p == expected
+    assert equivalence_p([0.25] * 3, 0.25) == equivalence_p([-0.25] * 3, 0.25) == 1
+
+
 @pytest.mark.parametrize(
     ("p_values", "corrected"),
     [
