@@ -132,6 +132,9 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
 }
 
 
+CLASSES = {"CIFAR10": CIFAR10_CLASSES, "CIFAR100": CIFAR100_CLASSES}  # known without the images
+
+
 def accepts(name: str, option: str) -> bool:
     """Tell whether the data set takes that one of OPTIONS."""
     return option in inspect.signature(DATASETS[name]).parameters

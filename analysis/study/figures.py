@@ -39,7 +39,6 @@ ANSWER_SETTINGS: dict[str, Setting] = {"full": FULL_PRECISION}
 ANSWER_SETTINGS |= {str(bits): ("uniform", bits, 32) for bits in (8, 4, 3, 2)}
 ANSWER_4_4: Setting = ("uniform", 4, 4)
 ANSWER_AXIS = "test accuracy, %: mean, range of seeds"
-CHANCE = 10.0  # % of ten classes
 REFERENCE_LINE = {"color": "#666666", "linestyle": (0, (4, 3)), "linewidth": 0.9}
 MAX_DROP_SHOWN = 8.0  # points below the quantized control: candidates that drop more are cut off
 
@@ -167,6 +166,8 @@ def choice_plot(choices: Mapping[str, Choice], path: Path) -> None:
                 axes.plot(list(candidates), accuracies, label=name, **style)
                 axes.axhline(100 * control[i], **{**REFERENCE_LINE, "color": style["color"]})
             axes.axvline(choice.lmbda, color="#666666", linestyle=":", linewidth=0.9)
+            if len(candidates) == 1:  # no range to fit the axis to
+                axes.set_xlim(choice.lmbda / 2, choice.lmbda * 2)
             axes.set_xscale("log")
             axes.set_xticks(list(candidates), map(lambda_text, candidates))
             axes.set_xticks([], minor=True)
@@ -187,10 +188,11 @@ def spread_labels(positions: Sequence[float], distance: float) -> Iterator[float
         yield last
 
 
-def answer_plot(statistics: Statistics, path: Path) -> None:
+def answer_plot(statistics: Statistics, n_classes: int | None, path: Path) -> None:
     """Draw what the study found, for the README: means and ranges over shared seeds, in %.
 
-    Left, accuracy against bits of a weight; right, with 4-bit weights and activations.
+    Left, accuracy against bits of a weight, with that of guessing where the number of classes is
+    known; right, with 4-bit weights and activations.
     """
     accuracies = 100 * statistics.accuracies.loc[statistics.shared_networks]
     variants = accuracies.index.unique("variant")
@@ -200,6 +202,8 @@ def answer_plot(statistics: Statistics, path: Path) -> None:
         figure = Figure(figsize=(9.6, 3.9))
         left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _draw_answer_curves(left, accuracies, curves)
+        if n_classes:
+            _draw_chance(left, 100 / n_classes)
         _draw_answer_dots(right, accuracies, dots)
         save_png(figure, path)
 
@@ -209,6 +213,7 @@ def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: CurveStyle
     shown = {bits: s for bits, s in ANSWER_SETTINGS.items() if s in accuracies}
     x = np.arange(len(shown))
     ends = {}
+    highest = accuracies[list(shown.values())].max(axis=None)
     for i, (name, (_, colour, marker)) in enumerate(reversed(curves.items())):
         seeds = accuracies.loc[name, list(shown.values())]
         mean = seeds.mean()
@@ -216,17 +221,22 @@ def _draw_answer_curves(axes: Axes, accuracies: pd.DataFrame, curves: CurveStyle
         axes.vlines(beside, seeds.min(), seeds.max(), colour, linewidth=2.5, alpha=0.45)
         axes.plot(beside, mean, color=colour, marker=marker)
         ends[name] = mean.iloc[-1]
-    axes.plot(x[[0, -1]], [CHANCE, CHANCE], **REFERENCE_LINE)
-    axes.annotate("chance", (0, CHANCE), (0, 3), textcoords="offset points", color="#666666")
     lowest_first = sorted(ends, key=ends.get)
     heights = spread_labels([ends[name] for name in lowest_first], distance=6)
     for name, height in zip(lowest_first, heights, strict=True):
         text, colour, _ = curves[name]
         axes.text(x[-1] + 0.2, height, text, color=colour, va="center", weight="bold")
     axes.set_xticks(x, shown)
-    axes.set(xlim=(-0.2, x[-1] + 1.5), ylim=(0, 92))
+    axes.set(xlim=(-0.2, x[-1] + 1.5), ylim=(0, max(92, highest + 3)))
     axes.set(xlabel="bits of a weight (uniform, per tensor)", ylabel=ANSWER_AXIS)
     axes.set_title("Quantized weights")
+
+
+def _draw_chance(axes: Axes, accuracy: float) -> None:
+    """Draw the accuracy of guessing across the curves."""
+    ticks = axes.get_xticks()
+    axes.plot(ticks[[0, -1]], [accuracy, accuracy], **REFERENCE_LINE)
+    axes.annotate("chance", (0, accuracy), (0, 3), textcoords="offset points", color="#666666")
 
 
 def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: CurveStyles) -> None:
@@ -249,9 +259,16 @@ def _draw_answer_dots(axes: Axes, accuracies: pd.DataFrame, dots: CurveStyles) -
 
 
 def draw_figures(
-    out: Path, statistics: Statistics, choices: Mapping[str, Choice], first: int
+    out: Path,
+    statistics: Statistics,
+    choices: Mapping[str, Choice],
+    first: int,
+    n_classes: int | None,
 ) -> None:
-    """Draw the study's figures into `out`, as PNG; there is at least one result."""
+    """Draw the study's figures into `out`, as PNG; there is at least one result.
+
+    Regularization begins at epoch `first`.
+    """
     if len(statistics.accuracies.index.unique("variant")) > 1:
         overview_plot(statistics, out / "overview.png")
     if curves := curve_rows(statistics.summary):
@@ -261,4 +278,4 @@ def draw_figures(
     if choices:
         choice_plot(choices, out / "choice.png")
     if "control" in statistics.accuracies.index and ANSWER_4_4 in statistics.accuracies:
-        answer_plot(statistics, out / "answer.png")
+        answer_plot(statistics, n_classes, out / "answer.png")

@@ -34,7 +34,10 @@ def update_report(plan: StudyPlan) -> Statistics | None:
     statistics, results, choices = read_study(plan)
     if statistics:
         study_tables.write_tables(plan.out, statistics, results, choices, plan.note)
-        study_figures.draw_figures(plan.out, statistics, choices, plan.epochs["first"])
+        with plan.records.open(results[0].training) as record:
+            n_classes = study_results.count_classes(record)
+        first = plan.epochs["first"]
+        study_figures.draw_figures(plan.out, statistics, choices, first, n_classes)
     return statistics
 
 

@@ -11,11 +11,13 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 
+import data
 from analysis.report import UNQUANTIZED
 from analysis.study.grid import Quantization
 from analysis.study.records import StudyRecords
@@ -112,6 +114,12 @@ def read_results(
         rows += quantization_rows(result, records, quantizations, seconds)
     frame = pd.DataFrame(rows, columns=ROW_COLUMNS).astype({"levels": "Int64"})
     return frame, pd.DataFrame(tracked, columns=TRACKED_COLUMNS)
+
+
+def count_classes(record: Mapping[str, Any]) -> int | None:
+    """Return the number of classes of a training's data set, None where its record has none."""
+    classes = record.get("classes") or data.CLASSES.get(record["settings"].get("dataset"))
+    return len(classes) if classes else None
 
 
 # --- means and differences -------------------------------------------------------------------

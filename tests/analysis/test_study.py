@@ -30,7 +30,7 @@ from analysis.study import runner as study_runner
 from analysis.study import tables as study_tables
 from analysis.study.figures import draw_figures
 from analysis.study.jobs import Job, next_ready_job, pending
-from analysis.study.lambda_choice import select_lambda
+from analysis.study.lambda_choice import Choice, HoldoutAccuracy, select_lambda
 from engine.system.io import run_lock
 from study import make_parser
 
@@ -867,7 +867,8 @@ def test_tables_of_means_deviations_and_commands(finished):
         results, plan.records, plan.quantizations, plan.epochs["first"]
     )
     choices = {"l2grad": plan.saved_choice("l2grad")}
-    draw_figures(Path("out"), study_results.Statistics(*tables), choices, plan.epochs["first"])
+    statistics = study_results.Statistics(*tables)
+    draw_figures(Path("out"), statistics, choices, plan.epochs["first"], n_classes=100)
     for plot in ("overview.png", "accuracy.png", "tracked.png", "choice.png", "answer.png"):
         assert Path("out", plot).stat().st_size > 10_000
     answer = Path("out/answer.md").read_text(encoding="utf-8").splitlines()
@@ -1015,6 +1016,39 @@ def test_accuracy_drops_are_those_of_the_same_network():
     half = scipy.stats.t.ppf(0.975, 1) * 0.03
     assert (drop["scheme"], drop["bits"], drop["n"]) == ("uniform", 4, 2)
     assert (drop["mean"], drop["high"]) == pytest.approx((0.07, 0.07 + half), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_choice_of_one_lambda_is_drawn(tmp_path):
+    both = HoldoutAccuracy(0.9, 0.8)
+    study_figures.choice_plot({"a": Choice(both, {0.1: both}, 0.1)}, tmp_path / "choice.png")
+
+
+@pytest.mark.parametrize(
+    ("record", "n_classes"),
+    [
+        ({"classes": ["cat", "dog"], "settings": {"dataset": "ImageFolder"}}, 2),
+        ({"classes": [], "settings": {"dataset": "Synthetic"}}, None),
+        ({"settings": {"dataset": "CIFAR10"}}, 10),  # as in older records
+        ({"settings": {}}, None),
+    ],
+)
+def test_guessing_is_drawn_where_the_number_of_classes_is_known(record, n_classes, monkeypatch):
+    assert study_results.count_classes(record) == n_classes
+    figures = []
+    monkeypatch.setattr(study_figures, "save_png", lambda figure, _: figures.append(figure))
+    common = {"variant": "control", "seed": 0, "lmbda": None, "epoch_seconds": 1.0}
+    rows = [
+        {**common, "scheme": scheme, "bits": bits, "act_bits": act_bits, "accuracy": 0.97}
+        for scheme, bits, act_bits in (("none", 32, 32), ("uniform", 4, 32), ("uniform", 4, 4))
+    ]
+    tracked = pd.DataFrame([], columns=study_results.TRACKED_COLUMNS)
+    statistics = study_results.Statistics(row_table(rows), tracked)
+    study_figures.answer_plot(statistics, n_classes, Path("answer.png"))
+    axes = figures[0].axes[0]
+    lines = [set(line.get_ydata()) for line in axes.lines]
+    assert ({100 / n_classes} in lines) if n_classes else len(lines) == 1
+    assert axes.get_ylim() == (0, 100)
 
 
 def test_labels_of_a_figure_do_not_overlap():
