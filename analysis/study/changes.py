@@ -20,10 +20,11 @@ def refuse_changed(plans: Sequence[StudyPlan], names: Sequence[str]) -> None:
     """
     for plan in plans:
         if found := changed_jobs(plan, names):
-            patterns = shlex.join(dict.fromkeys(_patterns(plan, found)))
+            of_network = ["--models", plan.network] if plan.network else []  # and of no other
+            again = [*of_network, "--forget", *dict.fromkeys(_patterns(plan, found))]
             raise SettingsError(
                 f"{_describe(plan, found)}: choose another --out, or make them again after "
-                f"--forget {patterns}"
+                f"{shlex.join(again)}"
             )
 
 
