@@ -87,7 +87,9 @@ Path(args.output).mkdir(exist_ok=True)
 if args.output == os.environ.get("HALF"): rows = rows[:1]
 settings = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "machine": {"threads": int(os.environ["OMP_NUM_THREADS"])}}
-Path(args.output, "results.json").write_text(json.dumps({"settings": settings, "rows": rows}))
+part = Path(args.output, "part")  # as the script does: the study reads what is there at any time
+part.write_text(json.dumps({"settings": settings, "rows": rows}))
+os.replace(part, Path(args.output, "results.json"))
 sys.exit(130 if len(rows) == 1 else 0)
 """
 
