@@ -106,7 +106,8 @@ def export_network(
         graph = _exported(program, net)
         with FlopCounterMode(display=False) as counter, _no_listing():
             logits = graph(images)
-    _check_products(graph, counter.get_total_flops() // 2 // len(images), name)
+    seen = sum(each.multiply_adds(len(images)) for each in operations(graph))
+    _check_products(seen, counter.get_total_flops() // 2, name)
     if not _is_near(logits, expected, TOLERANCE):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
     if earlier is not None:
@@ -114,12 +115,8 @@ def export_network(
     return graph
 
 
-def _check_products(graph: fx.GraphModule, counted: int, name: str) -> None:
-    """Raise NetworkError where operations have fewer multiply-adds than PyTorch has counted.
-
-    Both are of one image.
-    """
-    seen = sum(each.multiply_adds() for each in operations(graph))
+def _check_products(seen: int, counted: int, name: str) -> None:
+    """Raise NetworkError where operations have fewer multiply-adds than PyTorch has counted."""
     if counted > seen * (1 + TOLERANCE):
         share = f"{1 - seen / counted:.1%}"
         raise NetworkError(f"{name}: {share} of its products are in operations that are not seen")

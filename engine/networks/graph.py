@@ -119,13 +119,15 @@ class Operation:
         operands[self.inputs.index(name)] = value
         self.node.args = (operands, *others) if self.kind == "cat" else tuple(operands)
 
-    def multiply_adds(self) -> int:
-        """Return how many products of two numbers it computes for one image."""
+    def multiply_adds(self, n_images: int = 1) -> int:
+        """Return how many products of two numbers it computes for so many images."""
         if not self.is_product:
             return 0
         first, second = (operand.meta["shape"] for operand in self.node.args[:2])
         values = math.prod(first if self.kind == "conv_transpose" else self.node.meta["shape"])
-        return values // BATCH * (first[-1] if self.kind == "matmul" else math.prod(second[1:]))
+        if values % BATCH == 0:  # otherwise it does not depend on the images
+            values = values // BATCH * n_images
+        return values * (first[-1] if self.kind == "matmul" else math.prod(second[1:]))
 
 
 def operations(graph: fx.GraphModule) -> list[Operation]:

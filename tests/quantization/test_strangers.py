@@ -592,11 +592,17 @@ def test_a_matrix_is_a_weight_however_its_product_is_written(name):
         torch.testing.assert_close(graph(x), net(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [None, *OF_A_MATRIX, "linear"])
+OTHER_PRODUCTS = {
+    "of no images": (lambda t, w: t + F.linear(F.dropout(w, 0.1, False), w).sum(), (64, 64)),
+    "of images alone": (lambda t, w: t @ t.mT @ t, (1,)),
+    "of a moved matrix": (lambda t, w: F.linear(t, w * t.mean()) + t, (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER_PRODUCTS, *OF_A_MATRIX])
 @pytest.mark.sampled(4)
 def test_multiply_adds_are_those_that_pytorch_counts(name):
-    moved = (lambda t, w: F.linear(t, w * t.mean()) + t, (8, 8))  # it depends on the images
-    mix, shape = {None: (lambda t, w: t @ t.mT @ t, (1,)), "linear": moved, **OF_A_MATRIX}[name]
+    mix, shape = (OTHER_PRODUCTS | OF_A_MATRIX)[name]
     net = WithMatrix(mix, *shape).eval()
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(1, 3, 32, 32))
