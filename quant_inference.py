@@ -316,14 +316,14 @@ def deploy(
     graph_q, _ = network.quantized_weights(how)
     if not network.conditions.in_integers:
         graph_q = network.recalibrated(graph_q).cpu()
-        net_q = write_back(network.net, graph_q)
+        net_q, reason = write_back(network.net, graph_q)
         deployed_files.write_files(vars(args), net_q)
-        checks.check_written(network.net, net_q, args)
+        checks.check_written(network.net, net_q, reason, args)
         return True
     integers = network.integers(how)
     source = loaded.describe(how, vars(args), dataset)
     graph_int = with_integers(graph_q, integers.integers())
-    net_q = write_back(network.net, graph_int)
+    net_q, _ = write_back(network.net, graph_int)  # folded: docs/deploy.md says what it is of
     test = network.images.test
     form = FileForm.named(args.pack_weights, args.export_for)
     deployed_files.write_files(vars(args), net_q, integers, dataset, source, form)

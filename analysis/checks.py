@@ -205,16 +205,19 @@ def report_form(
     print(line)
 
 
-def check_written(net: nn.Module, written: nn.Module, args: argparse.Namespace) -> None:
-    """Warn where the network itself, loading what was written, would not be what was measured."""
+def check_written(
+    net: nn.Module, written: nn.Module, reason: str | None, args: argparse.Namespace
+) -> None:
+    """Warn where the network itself, loading what was written, would not be what was measured.
+
+    `reason` is why its graph was written in its place.
+    """
     if args.fold_bn:  # docs/deploy.md says it
         return
-    if isinstance(written, fx.GraphModule):
+    if reason:
         print_warning(
-            f"{args.save_quantized} has the weights of the exported graph: the network itself "
-            "cannot load them or computes something else with them, for it computes weights as it "
-            "runs, reads one elsewhere as well, has one that is rounded in several ways, or has a "
-            "layer without the bias that it has now"
+            f"{args.save_quantized} has the weights of the exported graph, for {reason}: the "
+            "network itself cannot load them, or computes something else with them"
         )
     elif written.state_dict().keys() != net.state_dict().keys():
         print_warning(

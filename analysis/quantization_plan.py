@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import fx
+
 from analysis.measured_network import MeasuredNetwork, Quantization
 from analysis.report import FLOAT_BITS, Row
 from engine.networks.graph import BATCH, operations
@@ -29,7 +31,7 @@ def plan_rows(
             grids = [of_inputs[name] for of_inputs in all_grids]
             ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
             bits = [grid.n_bits for grid in grids]
-            size = _size(_of_one_image(operation.source(name).meta["shape"]))
+            size = _size(_of_one_image(operation.source(name)))
             rows.append(_row(name, "input", size, bits, "/".join(ranges)))
         if operation.weight:
             name, w = operation.name, network.graph.get_buffer(operation.weight)
@@ -44,9 +46,15 @@ def plan_rows(
     return [{"checkpoint": network.name, **row} for row in rows]
 
 
-def _of_one_image(shape: Sequence[int]) -> list[int]:
-    """Return a shape of BATCH images, where one dimension may be the product with another size."""
-    return [n if n % BATCH else n // BATCH for n in shape if n != BATCH]
+def _of_one_image(value: fx.Node) -> list[int]:
+    """Return the shape of a value without the images, which may be a factor of one dimension."""
+    shape = [*value.meta["shape"]]
+    of_images = [i for i, n in enumerate(shape) if n % BATCH == 0]
+    if of_images and value.op != "get_attr":  # the first one; a constant has none
+        shape[of_images[0]] //= BATCH
+        if shape[of_images[0]] == 1:
+            del shape[of_images[0]]
+    return shape
 
 
 def _size(shape: Sequence[int]) -> str:

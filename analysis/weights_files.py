@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import accepts
 from engine.system import distributed
 from engine.system.errors import DataError, FileError
 from engine.system.io import read_json, torch_load
@@ -39,13 +40,15 @@ class WeightsFile:
         """Return the --image_size of the training, None where the record has no such number."""
         return self.count("image_size")
 
-    def n_trained_on(self, dataset: str, n: int, n_before: float) -> int:
+    def n_trained_on(self, dataset: str, data_dir: str, n: int, n_before: float) -> int:
         """Return how many of the data set's last `n` images, with `n_before` before them, it knows.
 
         They count as unknown where the record does not say that they were trained on.
         """
-        if self.setting("dataset") != dataset:
-            return 0
+        folders = [str(self.setting("data_dir")), data_dir]
+        same_folder = len({os.path.realpath(folder) for folder in folders}) == 1
+        if self.setting("dataset") != dataset or (accepts(dataset, "workers") and not same_folder):
+            return 0  # of one's own images; those of CIFAR-10 are the same in every folder
         n_known = n - (self.count("holdout") or 0)
         subset = self.count("train_subset")  # the first ones
         return max(0, n_known if subset is None else min(n_known, subset - n_before))
@@ -161,7 +164,7 @@ def warn_of_holdout(
     Before those, the data set has `n_before` others.
     """
     for file in files if args.holdout and distributed.get_rank() == 0 else ():
-        if n := file.n_trained_on(args.dataset, args.holdout, n_before):
+        if n := file.n_trained_on(args.dataset, args.data_dir, args.holdout, n_before):
             print(
                 f"{file.path} was trained on {n} of the {args.holdout} images that --holdout tests "
                 "on, as its record says: that is no accuracy on new images",

@@ -21,6 +21,7 @@ from analysis.study.grid import (
 )
 from analysis.study.settings import MIN_EPOCHS, epoch_names
 from engine.system.errors import FileError
+from engine.training.resume import MUST_MATCH_INIT_FROM
 
 # Flags that the study gives each training, each one of a λ that it chooses, and each quantization.
 OF_TRAININGS = set(
@@ -50,12 +51,17 @@ def _check(grid: Grid) -> None:
     """Raise ValueError where a study cannot be made of the grid."""
     _check_parts(grid)
     with _naming("training"):
-        check_training(shlex.split(grid.training.format(**ANY)), OF_TRAININGS | OF_VARIANTS)
+        shared = shlex.split(grid.training.format(**ANY))
+        check_training(shared, OF_TRAININGS | OF_VARIANTS)
     for name, variant in grid.variants.items():
         with _naming(f"variants.{name}"):
             _check_lambdas(grid, name)
+            own = shlex.split(variant.flags.format(**ANY))
             reserved = OF_TRAININGS | (OF_LAMBDAS if variant.lmbdas else set())
-            check_training(shlex.split(variant.flags.format(**ANY)), reserved)
+            if "--allow_changed_settings" not in own:  # what the shared epochs have, it has too
+                reserved = reserved | MUST_MATCH_INIT_FROM
+            check_training(own, reserved)
+            check_training([*shared, *own], set())  # which may contradict each other
     _check_columns(grid)
     _check_files(grid)
 

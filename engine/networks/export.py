@@ -19,7 +19,7 @@ import itertools
 import logging
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 
 import torch
 from torch import Tensor, fx, nn
@@ -99,11 +99,11 @@ def export_network(
         expected = _Logits(net)(images.clone())
         for program in earlier or ():
             if _has_tensors_of(program, net):
-                graph = _exported(program, net)
+                graph = _graph(program, net, images, expected)
                 if _is_near(graph(images), expected, TOLERANCE_OF_EARLIER):
                     return graph
         program = traced(net, images.new_zeros(BATCH, *image_shape))
-        graph = _exported(program, net)
+        graph = _graph(program, net, images, expected)
         with FlopCounterMode(display=False) as counter, _no_listing():
             logits = graph(images)
     seen = sum(each.multiply_adds(len(images)) for each in operations(graph))
@@ -153,13 +153,32 @@ class _Logits(nn.Module):
         return split_output(self.net, self.net(x), [])[0]
 
 
-def _exported(program: ExportedProgram, net: nn.Module) -> fx.GraphModule:
+def _graph(
+    program: ExportedProgram, net: nn.Module, images: Tensor, expected: Tensor
+) -> fx.GraphModule:
+    """Return the graph with this network's tensors; what it computes is for the caller to check.
+
+    Sizes that are multiples of BATCH count images only where it would be wrong otherwise: a network
+    may have such sizes of its own.
+    """
+    graph = _exported(program, net)
+    with suppress(Exception), _no_listing():  # the caller runs the graph again
+        if _is_near(graph(images), expected, TOLERANCE):
+            return graph
+    return _exported(program, net, follows_batch=True)
+
+
+def _exported(
+    program: ExportedProgram, net: nn.Module, follows_batch: bool = False
+) -> fx.GraphModule:
     """Return the graph as the module describes it, with this network's tensors."""
     graph = _with_own_tensors(program, _Logits(net))
     inline_regions(graph)
     for node in graph.graph.nodes:
         node.meta = _described(node)
-    for transform in (follow_batch, normalize_operations, split_attention, _fold_constants):
+    if follows_batch:
+        follow_batch(graph)
+    for transform in (normalize_operations, split_attention, _fold_constants):
         graph.graph.eliminate_dead_code()
         transform(graph)
     graph.graph.eliminate_dead_code()
@@ -389,8 +408,8 @@ def _own_tensors(module: fx.GraphModule) -> None:
 
 
 @torch.no_grad()
-def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
-    """Return a copy of the network with the tensors of its graph, or the graph.
+def write_back(net: nn.Module, graph: fx.GraphModule) -> tuple[nn.Module, str | None]:
+    """Return a copy of the network with the tensors of its graph, or the graph and why not.
 
     The graph where the network computes a weight in its `forward`, reads one elsewhere as well, or
     has one parameter for layers whose tensors now differ: no copy computes what the graph does.
@@ -402,15 +421,21 @@ def write_back(net: nn.Module, graph: fx.GraphModule) -> nn.Module:
         for kind, name in layer.tensors.items():
             tensor = graph.get_buffer(name)
             stored = layer.node.meta["stored"].get(kind)
-            if stored is None and not _remove_parametrization(copied, path, kind):
-                return graph
-            stored = stored or f"{path}.{kind}".lstrip(".")
+            own = f"{path}.{kind}".lstrip(".")
+            sources = f"{path}.parametrizations.{kind}.".lstrip(".")
+            is_read_elsewhere = any(each.startswith(sources) for each in written)
+            if stored is None and (
+                is_read_elsewhere or not _remove_parametrization(copied, path, kind)
+            ):
+                return graph, f"the network has no {name} of its own, or reads its parts elsewhere"
+            stored = stored or own
             if not torch.equal(written.setdefault(stored, tensor), tensor):
-                return graph
+                return graph, f"{stored} has other values elsewhere in the network"
             operator.attrgetter(stored)(copied).copy_(tensor)
-    for name, statistic in copied.named_buffers():
-        statistic.copy_(written.get(name, statistic))  # such as those of batch norms
-    return copied
+    for name, statistic in copied.named_buffers():  # such as those of batch norms
+        if not torch.equal(written.get(name, statistic), statistic):
+            statistic.copy_(written[name])
+    return copied, None
 
 
 def _others(graph: fx.GraphModule, net: nn.Module) -> dict[str, Tensor]:

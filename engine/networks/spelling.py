@@ -68,7 +68,7 @@ def follow_batch(module: fx.GraphModule) -> None:
                 return n_images
             with module.graph.inserting_before(node):
                 product = module.graph.call_function(operator.mul, (n_images, size // BATCH))
-            product.meta = n_images.meta
+            product.meta = {**n_images.meta}
             return product
 
         node.args = fx.node.map_aggregate(node.args, followed)
@@ -97,6 +97,9 @@ def normalize_operations(module: fx.GraphModule) -> None:
                 ones = [i for i, n in enumerate(shape) if i and n == 1]
                 graph.replace(node, aten.squeeze.dims, (x, ones))
             case (aten.view.default | aten.reshape.default, (x, shape)):
+                before, after = x.meta["shape"], node.meta["shape"]
+                if before[:1] == after[:1] == (BATCH,):
+                    shape = [-1, *after[1:]]  # which reads nothing of the images beside x
                 graph.replace(node, aten.reshape.default, (x, shape))
             case (aten.addmm.default, (bias, x, w)) if not node.kwargs:
                 if w in graph.constant and bias in graph.constant and len(bias.meta["shape"]) == 1:

@@ -167,4 +167,4 @@ def quantize_model(
     graph, quantized = quantize_weights(
         export_network(net, image_shape), quantizer, n_bits, **options
     )
-    return write_back(net, graph), quantized
+    return write_back(net, graph)[0], quantized

@@ -274,23 +274,32 @@ def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict,
         renamed = {name.replace("._orig_mod.", "."): t for name, t in renamed.items()}
         done = ["renamed"] if renamed.keys() != state.keys() else []
         state = renamed
-    while state and not state.keys() & own.keys():
-        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)
-        if prefix is None:
-            break
-        inside = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-        # such as a criterion's weights, or PyTorch's n_averaged, beside the whole network
+    if state.keys() & own.keys():
+        return state, done
+    candidates = dict.fromkeys(prefix for name in state for prefix in _prefixes(name))
+    # the whole network, beside others such as a criterion or PyTorch's n_averaged, or all there is
+    whole = (p for p in candidates if all(p + name in state for name in own))
+    shared = (p for p in reversed(candidates) if all(name.startswith(p) for name in state))
+    if prefix := next(whole, None) or next(shared, None):
         others = [name for name in state if not name.startswith(prefix)]
-        if others and not inside.keys() >= own.keys():
-            break
-        state = inside
-        done += [f"without the prefix {prefix!r}", *(f"without {name}" for name in others)]
+        state = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        left_out = [f"without {others[0]}{more}"] if others else []
+        done += [f"without the prefix {prefix!r}", *left_out]
     return state, done
 
 
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield what tools may have put before a network's own name: one of PREFIXES, two, …"""
+    prefix = ""
+    while (part := f"{name.removeprefix(prefix).partition('.')[0]}.") in PREFIXES:
+        prefix += part
+        yield prefix
+
+
 def _are_codes(t: Tensor, own: Tensor) -> bool:
-    """Tell whether a tensor holds whole numbers where the network has others."""
-    return own.is_floating_point() and not t.is_floating_point()
+    """Tell whether a tensor holds small whole numbers where the network has others."""
+    return own.is_floating_point() and t.dtype in (torch.int8, torch.uint8, torch.int32)
 
 
 def _heads(

@@ -110,6 +110,8 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
         ("StepNoise", "StepNoise --lmbda 3", "variants.noise: --lmbda is set by the study"),
         ("--lr 0.1", "--lr 0.1 --fold_bn", "training: --fold_bn is set by the study"),
         ("--lr 0.1", "--lr much", "training: argument --lr: 'much'"),
+        ("--lr 0.1", "--lr 0.1 --qat_bits 4", "variants.noise: --qat_bits"),
+        ("StepNoise", "StepNoise --width 0.5", "variants.noise: --width is set by the study"),
         ("uniform --per", "unifrom --per", "quantizations.channel: argument --schemes"),
         ("uniform --per", "uniform --holdout 9 --per", "quantizations.channel: --holdout is set"),
         ("uniform --per", "uniform --act_bits 4 --precision bf16 --per", "channel: --act_bits"),

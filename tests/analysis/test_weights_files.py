@@ -88,6 +88,13 @@ def test_a_data_set_other_than_that_of_the_training_is_told(folder, capsys):
     assert "c.pt was trained on Fantasia, which is not here" in capsys.readouterr().err
 
 
+def test_images_of_another_folder_were_not_trained_on(folder):
+    save("a", dataset="ImageFolder", data_dir="mine")
+    [file] = find_weights(["a.pt"]).values()
+    assert file.n_trained_on("ImageFolder", "./mine", 5, n_before=27) == 5
+    assert file.n_trained_on("ImageFolder", "others", 5, n_before=27) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "n_trained_on"),
     [
@@ -105,7 +112,7 @@ def test_a_data_set_other_than_that_of_the_training_is_told(folder, capsys):
 def test_held_out_images_that_were_trained_on_are_told(folder, settings, n_trained_on, capsys):
     save("a", **settings)
     [file] = find_weights(["a.pt"]).values()
-    assert file.n_trained_on("Synthetic", 5, n_before=27) == n_trained_on
+    assert file.n_trained_on("Synthetic", "data", 5, n_before=27) == n_trained_on
     if settings.get("holdout") == 2:
         assert main("a.pt", "--holdout", 5)[0] == 0
         assert "a.pt was trained on 3 of the 5 images that --hold" in capsys.readouterr().err

@@ -79,6 +79,18 @@ def test_a_chain_has_a_block_for_each_layer_with_its_activation():
     assert torch.equal(blocks[-1](y), graph(x))
 
 
+@pytest.mark.parametrize("n_images", [len, lambda x: x.size(0), lambda x: -1])
+def test_a_view_that_counts_the_images_is_no_part_of_every_block(n_images):
+    class Viewed(nn.Sequential):
+        def forward(self, x):
+            conv1, relu, conv2, head = self
+            return head(relu(conv2(relu(conv1(x)))).view(n_images(x), 4 * 4 * 4))
+
+    convs = nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1)
+    names, _, _ = find(Viewed(*convs, nn.Linear(64, 4)), 8)
+    assert names == [["0"], ["2"], ["3"]]
+
+
 def test_residual_blocks_end_behind_their_sums():
     names, graph, blocks = find(make_model("ResNet20", 10, 1.0), 8)
     residual = [[f"blocks.{i}.conv1", f"blocks.{i}.conv2"] for i in range(9)]

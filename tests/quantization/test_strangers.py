@@ -291,6 +291,14 @@ class Shared(Twice):
         return super().forward(x) * self.a.weight.square().sum()
 
 
+class SharedParts(Shared):
+    """The same, of a weight whose norm is learned apart."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.a)
+
+
 OF_GRAPH = "q.pt has the weights of the exported graph"
 IN_PLACE = "q.pt has weights in place of their parametrizations"
 
@@ -302,6 +310,7 @@ IN_PLACE = "q.pt has weights in place of their parametrizations"
         (Twice, "", None),
         (standardized, "", OF_GRAPH),
         (Shared, "", OF_GRAPH),
+        (SharedParts, "", OF_GRAPH),
         (Twice, "--rounding adaround --rounding_images 16 --rounding_steps 20", OF_GRAPH),
         (standardized, "--fold_bn", None),  # docs/deploy.md says it
     ],
@@ -694,6 +703,28 @@ class Windows(nn.Module):
         pairs = torch.einsum("bgc,gcd->bgd", windows.sum(1).unflatten(1, (2, 4)), self.groups)
         streams = self.head(pairs.flatten(1).expand(2, -1, -1)).relu()  # images second
         return streams.sum(0) / len(x)
+
+
+class Multiples(nn.Module):
+    """Its own sizes are 422 and 211, of which the second is that of the images in an export."""
+
+    def __init__(self, num_classes=4):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 422, 3), nn.Linear(422, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x).reshape(len(x), 2, 211, -1).transpose(1, 2).reshape(x.size(0), 422, -1)
+        return self.head(x.mean(2).view(-1, 422))
+
+
+def test_sizes_of_the_network_itself_are_not_taken_for_images(quantize, capsys):
+    net = make(Multiples)
+    graph = export_network(net, SHAPE)
+    torch.testing.assert_close(graph(images(7)), net(images(7)))
+    flags = "--bits 8 --act_bits 8 --calibration_images 8 --show_plan"
+    assert quantize(Multiples, flags) == 0
+    sizes = [line.split()[2] for line in capsys.readouterr().out.splitlines() if " input " in line]
+    assert sizes == ["3×8×8", "422"]
 
 
 def test_sizes_that_count_images_are_those_of_any_batch(quantize):

@@ -169,15 +169,17 @@ OTHER_FORMS = {
     "taken from 'model', without the prefix 'module.'": lambda s: {"model": prefixed("module.", s)},
     "taken from 'model_state_dict'": lambda s: {"model_state_dict": s, "optimizer": {"lr": 1}},
     "without the prefix '_orig_mod.'": lambda s: prefixed("_orig_mod.", s),
-    "without the prefix '_orig_mod.', without the prefix 'module.'": lambda s: prefixed(
-        "_orig_mod.module.", s
-    ),
+    "without the prefix '_orig_mod.module.'": lambda s: prefixed("_orig_mod.module.", s),
     "taken from 'state_dict', not from 'state_dict_ema'": lambda s: {  # of timm
         "state_dict": s,
         "state_dict_ema": s,
     },
-    "without the prefix 'module.', without n_averaged": lambda s: (
-        prefixed("module.", s) | {"n_averaged": torch.tensor(7)}
+    "without the prefix 'module.module.', without n_averaged": lambda s: (
+        {"n_averaged": torch.tensor(7)} | prefixed("module.module.", s)
+    ),
+    "without the prefix 'model.', without module.criterion and 2 more": lambda s: (
+        prefixed("module.", dict.fromkeys(("criterion", "a", "b"), torch.ones(3)))
+        | prefixed("model.", s)
     ),
     "renamed": lambda s: {name.replace(".", "._orig_mod."): t for name, t in s.items()},
     "converted from bfloat16": lambda s: {
