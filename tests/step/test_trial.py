@@ -199,3 +199,13 @@ def test_tracked_folded_weights_are_tried_on_images_of_the_data(registry, tmp_pa
 def test_a_penalty_of_weights_is_tried_alone():
     """The network need not run: this one could not."""
     check_penalty(nn.Sequential(nn.Linear(3, 4)), RangeNorm(1.0), (3, 6, 6))
+
+
+def test_folded_weights_that_a_penalty_changes_are_named(registry):
+    def forward(self, folded_weights):
+        with torch.no_grad():
+            folded_weights[0].mul_(2)
+        return folded_weights[1].sum()
+
+    with pytest.raises(PenaltyError, match="it changed its input folded_weights;"):
+        check_penalty(reference.SmoothNet(), reference.define("Own", forward)(1.0), (3, 8, 8))
