@@ -451,7 +451,7 @@ def test_files_to_deploy_hold_weights_only(run, capsys):
 
 
 @pytest.mark.slow
-def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys, monkeypatch):
+def test_an_equalized_network_is_exported_and_its_file_says_so(run, capsys):
     onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
     pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
     flags = "--fold_bn --bits 4 --act_bits 4 --quantize_sums"
