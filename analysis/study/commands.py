@@ -53,10 +53,14 @@ def settings_of(command: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in NO_MATTER}
 
 
-def check_training(words: Sequence[str], reserved: set[str]) -> None:
-    """Raise ValueError where a training does not take these flags, or one of them is reserved."""
-    script = script_of(words)
-    args = _parse(script, words, reserved)
+def check_training(own: Sequence[str], shared: Sequence[str], reserved: set[str]) -> None:
+    """Raise ValueError where a training does not take its own flags with those that all share.
+
+    And where one of its own is reserved.
+    """
+    script = script_of(own)
+    _parse(script, own, reserved)
+    args = _parse(script, [*shared, *own], set())
     penalties = _phase_penalties(args) if script == PROTOCOL else _penalties(args)
     _refuse(script, args, regularizers=penalties, models=[args.model], has_checkpoint=True)
 

@@ -52,7 +52,7 @@ def _check(grid: Grid) -> None:
     _check_parts(grid)
     with _naming("training"):
         shared = shlex.split(grid.training.format(**ANY))
-        check_training(shared, OF_TRAININGS | OF_VARIANTS)
+        check_training(shared, [], OF_TRAININGS | OF_VARIANTS)
     for name, variant in grid.variants.items():
         with _naming(f"variants.{name}"):
             _check_lambdas(grid, name)
@@ -60,8 +60,7 @@ def _check(grid: Grid) -> None:
             reserved = OF_TRAININGS | (OF_LAMBDAS if variant.lmbdas else set())
             if "--allow_changed_settings" not in own:  # what the shared epochs have, it has too
                 reserved = reserved | MUST_MATCH_INIT_FROM
-            check_training(own, reserved)
-            check_training([*shared, *own], set())  # which may contradict each other
+            check_training(own, shared, reserved)
     _check_columns(grid)
     _check_files(grid)
 
