@@ -24,7 +24,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -142,7 +142,6 @@ def _pattern(template: str) -> str:
     return re.sub(r"<(\w+)>", r"(?P<\1>\\d+)", template)
 
 
-@cache
 def _annotated_arguments(make: Callable[..., Regularizer]) -> dict[str, inspect.Parameter]:
     """Return the arguments of a constructor that are annotated as options, by name."""
     parameters = inspect.signature(make).parameters
