@@ -75,6 +75,12 @@ def make_parser() -> Parser:
     return flags.make_parser(description, table, n_epochs=110, **schedule)
 
 
+def make_phases(args: argparse.Namespace) -> list[train.Phase]:
+    """Return what --phases says; ValueError where one is no phase."""
+    options = utils.regularizer_options_from(args)
+    return [parse_phase(text, **options) for text in args.phases]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train in the phases that the flags say."""
     parser = make_parser()
@@ -83,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     epoch_flags = "--phases" if args.phases else "--first_variance_epoch or --first_gradient_epoch"
     args.phases = args.phases or published_protocol(args)
     with parser.reporting_value_errors("argument --phases: "):
-        phases = [parse_phase(text, **utils.regularizer_options_from(args)) for text in args.phases]
+        phases = make_phases(args)
     starts = [phase.start for phase in phases]
     if starts != sorted(set(starts)):
         parser.error(f"{epoch_flags}: phases start at epochs {starts}, not each after the last")

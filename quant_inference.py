@@ -315,7 +315,6 @@ def deploy(
     """
     graph_q, _ = network.quantized_weights(how)
     if not network.conditions.in_integers:
-        graph_q = network.recalibrated(graph_q).cpu()
         net_q, reason = write_back(network.net, graph_q)
         deployed_files.write_files(vars(args), net_q)
         checks.check_written(network.net, net_q, reason, args)

@@ -609,15 +609,20 @@ def make_parser() -> Parser:
     return flags.make_parser(description, [*flags.TRAINING, *flags.ONE_PENALTY, *flags.common()])
 
 
+def make_penalty(args: argparse.Namespace) -> Regularizer | None:
+    """Return the regularizer that the flags name, or none; ValueError where there is no such."""
+    options = utils.regularizer_options_from(args)
+    options["only_weight_grads"] = args.no_activation_gradients
+    accepted = accepted_options(args.regularizer, options)
+    return make_regularizer(args.regularizer, args.lmbda, **accepted)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with at most two phases: without a regularizer, then with it."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    options = utils.regularizer_options_from(args)
-    options["only_weight_grads"] = args.no_activation_gradients
     with parser.reporting_value_errors("argument --regularizer: "):
-        accepted = accepted_options(args.regularizer, options)
-        regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
+        regularizer = make_penalty(args)
     args.regularizer = regularizer.name if regularizer else "none"
     args.run_name = args.run_name or default_name(args, args.regularizer)
     phases = [Phase(args.first_regularized_epoch, regularizer)] if regularizer else [Phase(0)]

@@ -257,7 +257,6 @@ class MeasuredNetwork:
     def trial(self, how: Quantization, trial: int) -> Trial:
         """Quantize the network and measure it on the test images."""
         graph, quantized = self.quantized_weights(how, trial)
-        graph = self.recalibrated(graph)
         if self.conditions.in_integers:
             net = self.integers(how, trial)
         else:
@@ -265,13 +264,6 @@ class MeasuredNetwork:
         measured = self._measure(net, self.images.test)
         error = model_error(quantized, self.conditions.avg_in_layer)
         return Trial(**measured, squared_error=error)
-
-    def recalibrated(self, graph: fx.GraphModule) -> fx.GraphModule:
-        """Return the graph, with batch norms estimated again on a copy if that is asked for."""
-        if not self.images.recalibration:
-            return graph
-        on_device = copy_graph(graph).to(self.conditions.device)  # the weights are kept
-        return recalibrate_statistics(on_device, batches(self.images.recalibration))
 
     def learned(self, steps: LearnedSteps) -> Trial:
         """Measure the network with the learned step sizes of its training, as the training ran it.
@@ -291,7 +283,10 @@ class MeasuredNetwork:
     def quantized_weights(
         self, how: Quantization, trial: int = 0
     ) -> tuple[fx.GraphModule, list[QuantizedLayer]]:
-        """Return a copy of the graph with quantized weights, and what became of each layer."""
+        """Return a copy of the graph with quantized weights, and what became of each layer.
+
+        With batch norms that were estimated again, if that is asked for.
+        """
         corrects = self.conditions.output_correction is not None
         # bits of inputs matter to what makes up for them alone: biases, and rounding by blocks
         reads_inputs = corrects or (how.learns and self.conditions.by_blocks)
@@ -306,8 +301,15 @@ class MeasuredNetwork:
                 **how.layer_options(),
             )
             graph = self.corrected(graph, how) if corrects else graph
+            graph = self._recalibrated(graph) if self.images.recalibration else graph
             self._weights = key, (graph, quantized)
         return self._weights[1]
+
+    def _recalibrated(self, graph_q: fx.GraphModule) -> fx.GraphModule:
+        """Return a copy, on the CPU, whose batch norms were estimated again."""
+        on_device = graph_q.to(self.conditions.device)
+        images = batches(self.images.recalibration)
+        return recalibrate_statistics(on_device, images).cpu()
 
     def corrected(self, graph_q: fx.GraphModule, how: Quantization) -> fx.GraphModule:
         """Return a copy, on the CPU, whose biases make up for the mean errors of its outputs."""

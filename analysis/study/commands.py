@@ -8,10 +8,8 @@ from typing import Any, NoReturn
 import combined_protocol
 import flags
 import train
-import utils
 from engine.system.cli import Parser, refuse_flags
 from engine.training.resume import MAY_CHANGE_ON_RESUME
-from regularizers import Regularizer, accepted_options, make_regularizer
 
 TRAIN, PROTOCOL, QUANTIZE = "train.py", "combined_protocol.py", "quant_inference.py"
 PARSERS: dict[str, Callable[[], Parser]] = {
@@ -61,7 +59,11 @@ def check_training(own: Sequence[str], shared: Sequence[str], reserved: set[str]
     script = script_of(own)
     _parse(script, own, reserved)
     args = _parse(script, [*shared, *own], set())
-    penalties = _phase_penalties(args) if script == PROTOCOL else _penalties(args)
+    if script == PROTOCOL:
+        penalties = [phase.regularizer for phase in combined_protocol.make_phases(args)]
+    else:
+        penalties = [train.make_penalty(args)]
+    penalties = [each for each in penalties if each]
     _refuse(script, args, regularizers=penalties, models=[args.model], has_checkpoint=True)
 
 
@@ -83,19 +85,3 @@ def _parse(script: str, words: Sequence[str], reserved: set[str]) -> argparse.Na
 
 def _refuse(script: str, args: argparse.Namespace, **facts: Any) -> None:
     refuse_flags(_parser(script), args, _parser(script).flags, **facts)
-
-
-def _penalties(args: argparse.Namespace) -> list[Regularizer]:
-    """Return the regularizer that flags of train.py name, or none; ValueError for an unknown."""
-    options = utils.regularizer_options_from(args)
-    options["only_weight_grads"] = args.no_activation_gradients
-    accepted = accepted_options(args.regularizer, options)
-    regularizer = make_regularizer(args.regularizer, args.lmbda, **accepted)
-    return [regularizer] if regularizer else []
-
-
-def _phase_penalties(args: argparse.Namespace) -> list[Regularizer]:
-    """Return the regularizers of all --phases; ValueError for one that is none."""
-    options = utils.regularizer_options_from(args)
-    phases = [combined_protocol.parse_phase(text, **options) for text in args.phases]
-    return [phase.regularizer for phase in phases if phase.regularizer]
