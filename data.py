@@ -140,6 +140,11 @@ def accepts(name: str, option: str) -> bool:
     return option in inspect.signature(DATASETS[name]).parameters
 
 
+def is_seeded(name: str) -> bool:
+    """Tell whether the images of a data set depend on the seed."""
+    return name == "Synthetic"
+
+
 def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
     """Return the data set of that name, a key of `DATASETS`, with those options that it takes.
 

@@ -132,6 +132,9 @@ INTEGERS = [
                      + (f", not {max(utils.act_bits(run))}" if run.act_bits else ""),
          lambda run: max(utils.act_bits(run)) <= 8),
     Need(lambda run: f"--bits from 2 to 8, not {max(run.bits)}", lambda run: max(run.bits) <= 8),
+    Need("at most 7 bits in each layer with dorefa, which has a level more: no --keep_first_last, "
+         "no --budget_bits", lambda run: "dorefa" not in run.schemes or not (
+             max(run.bits) > 7 or run.keep_first_last or run.budget_bits)),
     ONE,
     Need("weights without --mean_correction and --bias_correction",
          lambda run: not (run.mean_correction or run.bias_correction)),
@@ -308,7 +311,8 @@ QUANTIZATION: Table = [
          was="bn_images"),
     switch("mean_correction", "restore each output channel's mean after quantizing the weights",
            requires=["no --bias_correction", ON_GRID]),
-    switch("bias_correction", "restore mean and standard deviation",
+    switch("bias_correction", "the same, then scale it to its standard deviation, which moves the "
+           "mean again",
            requires=["no --mean_correction", ON_GRID]),
     Flag("output_bias_correction", OUTPUT_CORRECTIONS, None, "then put the mean error of each "
          "layer's outputs back through its bias, layer by layer, measured on --calibration_images: "

@@ -31,7 +31,7 @@ from analysis.quantization_plan import COLUMNS as PLAN_COLUMNS
 from analysis.quantization_plan import plan_rows
 from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Results, Row
 from analysis.weights_files import WeightsFile, find_weights, warn_of_holdout
-from data import ImageDataset
+from data import ImageDataset, is_seeded
 from engine.deploy import deployed_files, page, verify
 from engine.deploy.integer_layers import with_integers
 from engine.deploy.onnx_emitter import FileForm
@@ -51,7 +51,7 @@ from engine.system.hardware import MEMORY_FORMATS, print_device, resolve_precisi
 from engine.system.io import load_weights
 from engine.system.progress import StepDisplay
 from engine.system.signals import GracefulShutdown
-from engine.training.learned_steps import LearnedSteps
+from engine.training.learned_steps import FIRST_LAST_BITS, LearnedSteps
 from flags import FILE_FLAGS, INTEGER_FLAGS
 from models import make_model
 
@@ -72,8 +72,15 @@ class LoadedNetwork(NamedTuple):
         self, how: Quantization, settings: Mapping[str, Any], dataset: ImageDataset
     ) -> dict[str, str]:
         """Return the metadata of a file to deploy."""
-        path, classes = self.file.path, dataset.classes
-        return deployed_files.describe_source(path, settings, how, self.model, classes)
+        is_random = qu.is_stochastic(how.scheme) or is_seeded(settings["dataset"])
+        return deployed_files.describe_source(
+            self.file.path,
+            settings,
+            how,
+            self.model,
+            dataset.classes,
+            settings["seed"] if is_random else None,
+        )
 
 
 def sweep(
@@ -95,7 +102,7 @@ def sweep(
             levels=how.n_levels,
             act_bits=how.act_bits,
             coverage=network.coverage(how.act_bits),
-            layer_bits=network.weight_bits(how) if how.is_mixed else None,
+            layer_bits=network.weight_bits(how),
         )
     if steps:
         yield report.make_row(
@@ -107,6 +114,7 @@ def sweep(
             levels=2**steps.weight_bits,
             act_bits=steps.act_bits or FLOAT_BITS,
             coverage=network.learned_coverage(steps),
+            layer_bits=steps.bits_of_layers(),
         )
 
 
@@ -125,7 +133,7 @@ def make_quantizations(args: argparse.Namespace) -> list[Quantization]:
             bias_range=qu.bias_range(scheme, args.biases, args.fold_bn),
             correction=correction,
             learns=scheme in learners,
-            n_levels=None if is_mixed else qu.n_levels(scheme, n_bits, args.overlapping),
+            n_levels=qu.n_levels(scheme, n_bits, args.overlapping) if not is_mixed else None,
             is_mixed=is_mixed,
         )
         for scheme in args.schemes
@@ -336,7 +344,7 @@ def deploy(
         name: quantize_activations(graph, network.grids(how.act_bits))
         for name, graph in (("float32", graph_int), ("float32, biases not rounded", graph_q))
     }
-    compared = verify.Compared(integers, simulations, graph_q, network.graph)
+    compared = verify.Compared(integers, simulations, graph_q, network.graph, network.net)
     path = Path(args.export if args.verify is True else args.verify)
     others = [name for name in args.runtimes if name != "onnxruntime"]  # which is always run
     return verify.verify_file(
@@ -368,27 +376,26 @@ def measure_network(
     """Add the rows of one network to the results; if it cannot be quantized, print why instead."""
     common = file.provenance()
     common |= {flag: getattr(args, flag) for flag in ("per_channel", "fold_bn", "equalize")}
-    learners = utils.learned_schemes(args)
     try:
         checks.check_coverage(network, quantizations, args.strict)
         checks.check_sums(network, file.path)
+        is_learned = checks.check_rounding(network, args.rounding)
+        learners = utils.learned_schemes(args) if is_learned else []
         if network.conditions.in_integers:
             network.check_integer_form(quantizations[0].act_bits)
         if args.show_plan and distributed.get_rank() == 0:
             rows = plan_rows(network, quantizations, args.per_channel)
             print(report.table(rows, PLAN_COLUMNS), end="\n\n")
-        for how in {how.scheme: how for how in quantizations if how.is_mixed}.values():
-            bits = network.weight_bits(how)
-            each = ", ".join(f"{name} {n}" for name, n in bits.items())
-            if distributed.get_rank() == 0:
-                mean = f"{network.mean_bits(bits):.4f} bits per weight"
-                print(f"{network.name}: {how.scheme}: {mean}: {each}")
+        bits = {how.scheme: network.weight_bits(how) for how in quantizations if how.is_mixed}
+        bits |= {LEARNED: steps.bits_of_layers()} if steps else {}
+        for scheme, of_layers in bits.items():
+            checks.report_bits(network, scheme, of_layers)
         for row in sweep(network, quantizations, steps):
-            is_learned = row["scheme"] == LEARNED
+            has_steps = row["scheme"] == LEARNED
             is_whole = not (args.holdout or args.test_subset)
-            checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
+            checks.check_accuracy(row, steps_record if has_steps else file, args.dataset, is_whole)
             common["rounding"] = qu.rounding_of(row["scheme"], learners, args.rounding)
-            results.rows.append(row | common | ({"per_channel": False} if is_learned else {}))
+            results.rows.append(row | common | ({"per_channel": False} if has_steps else {}))
         for (scheme, bits, act_bits), divergences in network.divergences.items():
             if distributed.get_rank() == 0:
                 taken = min(divergences, key=divergences.get)
@@ -421,6 +428,8 @@ def report_results(
     has_act_bits = any(row["act_bits"] != FLOAT_BITS for row in rows)
     print(report.table(rows, report.PRINTED_COLUMNS + ("act_bits",) * has_act_bits))
     print(f"biases: {checks.describe_biases(quantizations)}")
+    if args.keep_first_last:
+        print(f"first and last layer: at least {FIRST_LAST_BITS} bits of weights and of inputs")
     if layer_rows:
         print(f"\none layer at a time; loss on {args.per_layer_images} training images")
         print(report.table(layer_rows, report.LAYER_COLUMNS))
@@ -481,8 +490,7 @@ def draw_plots(
     quantizers = {scheme: how.make_quantizer(0) for scheme, how in shown.items()}
     for name, of_layers in layer_weights.items():
         path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
-        exceptions = {scheme: networks[name].weight_bits(how) for scheme, how in shown.items()}
-        bits = {s: dict.fromkeys(of_layers, n_bits) | each for s, each in exceptions.items()}
+        bits = {scheme: networks[name].weight_bits(how) for scheme, how in shown.items()}
         figures.weights_plot(name, of_layers, quantizers, bits, args.per_channel, path)
     return plots
 

@@ -438,10 +438,11 @@ def bias_correction(w: Tensor, w_q: Tensor) -> Tensor:
     """Return w_q with each output channel's mean shifted to w's, then its spread scaled to w's.
 
     Source: Banner et al., NeurIPS 2019, arXiv 1810.05723, section 4: (w_q + mean(w) − mean(w_q)) ·
-    std(w) / std(w_q). Scaling moves the mean again. A channel whose values all round to one value
-    has no spread to scale.
+    std(w) / std(w_q). Scaling moves the mean again. A channel whose values are all the same, before
+    or after quantizing, has no spread to scale.
     """
     rows, rows_q = to_2d(w, True), to_2d(w_q, True)
     std, std_q = (r.std(dim=1, correction=0, keepdim=True) for r in (rows, rows_q))
-    ratio = torch.where(std_q > MIN_RELATIVE_STD * abs_max(rows_q), std / std_q, 1)
+    least, least_q = (MIN_RELATIVE_STD * abs_max(each) for each in (rows, rows_q))
+    ratio = torch.where((std > least) & (std_q > least_q), std / std_q, 1)
     return (to_2d(mean_correction(w, w_q), True) * ratio).reshape(w.shape)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import FileForm
 from engine.networks.folding import batch_norms, foldable
 from engine.networks.graph import adds_infinity, layers, operations
+from engine.quantization.adaround import learned_layers
 from engine.quantization.coverage import by_reason, first_names
 from engine.system import distributed
 from engine.system.cli import Parser
@@ -238,6 +239,27 @@ def check_sums(network: MeasuredNetwork, path: Path) -> None:
             f"{path}: --quantize_sums has no effect: the network adds up nothing but, at most, "
             "vectors, numbers and masks"
         )
+
+
+def check_rounding(network: MeasuredNetwork, rounding: str) -> bool:
+    """Say which layers go to nearest where rounding is learned; return whether any is learned."""
+    names = layers(network.graph)
+    learned = learned_layers(network.graph) if rounding != "nearest" else []
+    if rounding != "nearest" and len(learned) < len(names):
+        others = first_names([name for name in names if name not in learned])
+        effect = "is for" if learned else "has no effect: it is for"
+        print_warning(
+            f"{network.name}: --rounding {rounding} {effect} 2-d convolutions and linear layers; "
+            f"to nearest: {others}"
+        )
+    return bool(learned)
+
+
+def report_bits(network: MeasuredNetwork, scheme: str, bits: Mapping[str, int]) -> None:
+    """Print the bits of the weights of each layer, by name, where they differ."""
+    if len({*bits.values()}) > 1 and distributed.get_rank() == 0:
+        each = ", ".join(f"{name} {n}" for name, n in bits.items())
+        print(f"{network.name}: {scheme}: {network.mean_bits(bits):.4f} bits per weight: {each}")
 
 
 def check_accuracy(row: Row, file: WeightsFile, dataset: str, is_whole_test_set: bool) -> None:

@@ -143,13 +143,13 @@ class MeasuredNetwork:
         return dict.fromkeys(self.ends, bits) if self.conditions.keep_first_last else {}
 
     def weight_bits(self, how: Quantization) -> dict[str, int]:
-        """Return the bits of layers' weights, by name, that have others than how.n_bits.
+        """Return the bits of each layer's weights, by name.
 
         Where each layer has its own, those of the least sum of the rises of the loss, see
         `loss_rises`: how inputs, biases and rounding are treated otherwise does not matter to it.
         """
         if not how.is_mixed:
-            return self.layer_bits(how.n_bits)
+            return dict.fromkeys(layers(self.graph), how.n_bits) | self.layer_bits(how.n_bits)
         key = how.scheme, how.n_bits
         if key not in self._mixed:
             self._mixed[key] = allocate_bits(self.loss_rises(how), self.n_weights, how.n_bits)
@@ -337,8 +337,7 @@ class MeasuredNetwork:
             bits = self.weight_bits(how)
 
             def quantized(name: str, round_up: Tensor | int | None) -> dict[str, Tensor]:
-                n_bits = bits.get(name, how.n_bits)
-                graph, _ = self.with_one_layer(how, name, n_bits, round_up)
+                graph, _ = self.with_one_layer(how, name, bits[name], round_up)
                 tensors = layers(graph)[name].tensors
                 return {kind: graph.get_buffer(each) for kind, each in tensors.items()}
 

@@ -35,7 +35,7 @@ def plan_rows(
             rows.append(_row(name, "input", size, bits, "/".join(ranges)))
         if operation.weight:
             name, w = operation.name, network.graph.get_buffer(operation.weight)
-            bits = [network.weight_bits(how).get(name, how.n_bits) for how in quantizations]
+            bits = [network.weight_bits(how)[name] for how in quantizations]
             extent = "per channel" if per_channel else f"±{w.abs().max().item():.4g}"
             rows.append(_row(name, "weight", _size(w.shape), bits, extent))
         if operation.bias:

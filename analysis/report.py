@@ -64,15 +64,16 @@ def make_row(
     """Return a row with the means over the trials; `full_accuracy` is that without quantizing.
 
     `coverage` says which shares of multiply-adds and of weights are quantized, `layer_bits` the
-    bits of each layer by name, where they have been chosen for each.
+    bits of each layer by name: where they differ from n_bits they are told in place of `levels`.
     """
+    has_exceptions = layer_bits is not None and {*layer_bits.values()} != {n_bits}
     accuracies, losses, errors = zip(*trials, strict=True)
     accuracy = fmean(accuracies)
     return {
         "checkpoint": checkpoint,
         "scheme": scheme,
         "bits": n_bits,
-        "levels": levels,
+        "levels": None if has_exceptions else levels,
         "accuracy": accuracy,
         "accuracy_change": accuracy - full_accuracy,
         "squared_error": fmean(errors),
@@ -82,7 +83,9 @@ def make_row(
         "act_bits": act_bits,
         "quantized_macs": coverage and coverage.multiply_adds,
         "quantized_weights": coverage and coverage.weights,
-        "layer_bits": layer_bits and " ".join(f"{name}:{n}" for name, n in layer_bits.items()),
+        "layer_bits": " ".join(f"{name}:{n}" for name, n in layer_bits.items())
+        if has_exceptions
+        else None,
     }
 
 

@@ -496,6 +496,9 @@ def test_bias_correction_keeps_each_channels_spread_and_moves_its_mean():
     torch.testing.assert_close(rows_c.mean(1), rows.mean(1) * ratio)
     same = qu.bias_correction(w, w)
     torch.testing.assert_close(same, w)
+    rounded_at_random = w[2:3] + 0.1 * torch.randn(1, 4, 3, 3, generator=seeded())
+    kept = qu.bias_correction(w[2:3], rounded_at_random)  # of a channel of one value
+    torch.testing.assert_close(kept.mean(), w[2].mean())
 
 
 def test_mean_correction_keeps_each_channels_mean():

@@ -33,6 +33,7 @@ NOT_RECORDED = dict(
     act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4", step_size="half",
     output_bias_correction="false", budget_bits="null",
 )  # fmt: skip
+UNKNOWN = ("quantize_sums", "dataset", "seed")  # nor what it was
 
 
 class ImageDataset(Protocol):
@@ -62,11 +63,17 @@ def check_run(flags: Collection[str], runtimes: Collection[str] = ()) -> None:
 
 
 def describe_source(
-    path: Path, settings: Mapping[str, Any], how: Any, model: str, classes: Sequence[str]
+    path: Path,
+    settings: Mapping[str, Any],
+    how: Any,
+    model: str,
+    classes: Sequence[str],
+    seed: int | None = None,
 ) -> dict[str, str]:
     """Return a file's metadata: what it was made from, and how. All of it decides the integers.
 
-    `settings` are the values of the script's flags by name, `how` has scheme, n_bits and act_bits.
+    `settings` are the values of the script's flags by name, `how` has scheme, n_bits and act_bits;
+    `seed` is None where no integer depends on it.
     """
     learned = "{rounding} on {rounding_images} images in {rounding_steps} steps"
     pwlq = [settings[flag] for flag in ("distribution", "approximate", "overlapping")]
@@ -87,6 +94,9 @@ def describe_source(
         "step_size": settings.get("step_size", NOT_RECORDED["step_size"]),
         "pwlq": json.dumps(pwlq),
         "calibration": "{calibration} of {calibration_images} images".format(**settings),
+        "quantize_sums": json.dumps(settings["quantize_sums"]),
+        "dataset": settings["dataset"],
+        "seed": json.dumps(seed),
     }
 
 
@@ -204,7 +214,8 @@ def read_model(path: Path, source: Mapping[str, str], image_shape: Sequence[int]
     with file_boundary(path, "is damaged or not an ONNX model"):
         model = onnx.load_from_string(path.read_bytes())
         onnx.checker.check_model(model)
-    metadata = NOT_RECORDED | {p.key: p.value for p in model.metadata_props}
+    metadata = {key: source.get(key) for key in UNKNOWN} | NOT_RECORDED
+    metadata |= {p.key: p.value for p in model.metadata_props}
     if metadata.get(FORMAT_KEY) != FORMAT:
         raise FileError(f"{path} is an ONNX model, but not one that this version's --export makes")
     for key, value in source.items():

@@ -227,7 +227,7 @@ class Layer(Arithmetic):
         four times as fast as that for int8, and their sums cannot saturate.
         """
         [source] = self.sources
-        zero_point = onnx.grid_constants(source, self.in_grids[0])[1]
+        zero_point = onnx.zero_point(source, self.in_grids[0])
         middle = onnx.constant("code.middle", np.uint8(MAX_CODE))
         total = None
         shape = [-1] + [1] * (self.weight.dim() - 2)

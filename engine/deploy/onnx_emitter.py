@@ -114,10 +114,12 @@ class Emitter:
 
     def grid_constants(self, name: str, grid: Grid) -> list[str]:
         """Return the names of scale and zero point of a value."""
-        return [
-            self.constant(f"{name}.scale", np.float32(grid.scale)),
-            self.constant(f"{name}.zero_point", self.form.stored(grid.zero_point)),
-        ]
+        scale = self.constant(f"{name}.scale", np.float32(grid.scale))
+        return [scale, self.zero_point(name, grid)]
+
+    def zero_point(self, name: str, grid: Grid) -> str:
+        """Return the name of the zero point of a value."""
+        return self.constant(f"{name}.zero_point", self.form.stored(grid.zero_point))
 
     def finish(self, y: str, name: str, grid: Grid | None, bounds: Bounds) -> None:
         """Add what comes after a result y: rounding within its bounds, or these alone."""

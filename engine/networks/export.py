@@ -427,6 +427,8 @@ def write_back(net: nn.Module, graph: fx.GraphModule) -> tuple[nn.Module, str | 
             if stored is None and (
                 is_read_elsewhere or not _remove_parametrization(copied, path, kind)
             ):
+                if kind == "bias" and copied.get_submodule(path).bias is None:
+                    return graph, f"{path} has no bias of its own, and was given one"
                 return graph, f"the network has no {name} of its own, or reads its parts elsewhere"
             stored = stored or own
             if not torch.equal(written.setdefault(stored, tensor), tensor):

@@ -40,6 +40,11 @@ WARM_UP = 0.2  # share of the steps
 LEARNING_RATE = 0.1  # of Adam: in 500 steps a tenth less error than 0.03 (ConvNet, layer2, 3 bits)
 
 
+def learned_layers(graph: fx.GraphModule) -> list[str]:
+    """Return the names of layers whose rounding is learned: 2-d convolutions and linear ones."""
+    return [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
+
+
 @torch.no_grad()
 def learn_rounding(
     graph: fx.GraphModule, quantized: Quantized, batches: Batches, n_steps: int, device: str
@@ -51,7 +56,7 @@ def learn_rounding(
     a layer where learning has no less error on the images. What is returned is on the CPU. In a run
     of N processes, `batches` are this process's, and rank 0 learns.
     """
-    names = [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
+    names = learned_layers(graph)
     full = copy_graph(graph).to(device)
     graph_q = copy_graph(full)
     runs = LayerRuns(full, graph_q, batches)

@@ -32,10 +32,10 @@ from engine.networks.graph import (
 )
 from engine.quantization.activations import quantize_activations
 from engine.quantization.adaround import (
-    LEARNED,
     Quantized,
     beta_at,
     initial_v,
+    learned_layers,
     objective_gradient,
     soft_rounding,
 )
@@ -127,11 +127,6 @@ def bottlenecks(graph: fx.GraphModule) -> list[fx.Node]:
             common.append(node)
         last_read = max([last_read, *(position[user] for user in node.users)])
     return common
-
-
-def learned_layers(graph: fx.GraphModule) -> list[str]:
-    """Return the names of the layers whose rounding is learned."""
-    return [name for name, layer in layers(graph).items() if layer.node.target in LEARNED]
 
 
 @torch.no_grad()

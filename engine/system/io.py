@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 import textwrap
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,7 +169,8 @@ def torch_load(path: Path) -> Any:
                     raise ValueError("torch.save compresses nothing")
                 if damaged := archive.testzip():
                     raise ValueError(f"checksum of {damaged!r}")
-        return torch.load(path, map_location=on_cpu, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript, which is then refused
+            return torch.load(path, map_location=on_cpu, weights_only=True)
 
 
 def _is_zip(path: Path) -> bool:

@@ -113,6 +113,11 @@ class LearnedSteps:
         """Return every quantizer, by layer and what it quantizes: "conv1.weight"."""
         return {f"{name}.{kind}": q for name, qs in self.layers.items() for kind, q in qs.items()}
 
+    def bits_of_layers(self) -> dict[str, int]:
+        """Return the bits of each layer's weights, by name."""
+        weights = {name: quantizers["weight"] for name, quantizers in self.layers.items()}
+        return {name: (-each.int_min).bit_length() for name, each in weights.items()}
+
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
         """Context manager in which the layers of the network run quantized."""

@@ -13,7 +13,7 @@ import data
 import models
 import quant_inference as qi
 from analysis import measured_network
-from engine.deploy import runtimes
+from engine.deploy import deployed_files, runtimes, verify
 from engine.networks.export import export_network
 from engine.networks.folding import fold_batch_norms
 from engine.system.io import save_weights, torch_load
@@ -93,6 +93,41 @@ def test_export_and_verify(tiny, capsys):
     folded = fold_batch_norms(export_network(Folding(), (3, 12, 12)))
     folded.load_state_dict(torch_load(Path("q.pt")))
     assert folded.conv1.weight.unique().numel() <= 16
+
+
+class Shared(nn.Module):
+    """A convolution that runs three times, and logits that are some of the last layer's outputs."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.first, self.again = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.num_classes = nn.Linear(8, 2 * num_classes), num_classes
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for _ in range(3):
+            x = self.again(x).relu()
+        return self.last(x.mean((2, 3)))[:, : self.num_classes]
+
+
+@pytest.mark.parametrize("more", ["", "--per_channel"])
+def test_what_is_shared_and_left_out_is_counted_once(tiny, monkeypatch, more, capsys):
+    monkeypatch.setitem(models.MODELS, "Folding", Shared)
+    save_weights(Shared(), Path("net.pt"))
+    batches = []
+    monkeypatch.setattr(
+        verify,
+        "seconds_per_call",
+        lambda runs, batch: batches.append(batch) or dict.fromkeys(runs, 1),
+    )
+    assert main(f"{FLAGS} {more} --export net.onnx --verify") == 0
+    capsys.readouterr()
+    found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
+    assert found["bytes"]["float32"] == 4 * sum(p.numel() for p in Shared().parameters())
+    assert found["largest_logit_difference"]["integer"] == 0
+    assert [len(batch) for batch in batches] == [1, 128]  # of 40 images
+    assert found["images_per_second"]["128"]["engine"] == 128
+    assert torch.equal(batches[1][40:80], batches[1][:40])
 
 
 @pytest.mark.parametrize("cache", ["0", "8"])
@@ -178,6 +213,8 @@ def test_pwlq_reports_what_its_second_sums_cost(tiny, capsys):
     found = json.loads(Path("net.verified.json").read_text(encoding="utf-8"))
     text = deploy_table.table({"net": found})
     assert "net.pt, batch 1: the time is" in text and "times without the second sums" in text
+    graph = onnx.load("net.onnx").graph
+    assert {each.name for each in graph.initializer} <= {n for x in graph.node for n in x.input}
     assert {"without the second sums", "one fused convolution a layer"} < set(
         found["images_per_second"]["1"]
     )
@@ -206,6 +243,22 @@ def test_files_that_are_not_of_this_network_get_a_line_each(tiny, capsys):
         [line] = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
         assert name in line and message in line
     assert main(f"{FLAGS} --verify net.onnx") == 0
+
+
+def test_another_seed_is_told_where_integers_depend_on_it(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(qi, "is_seeded", lambda dataset: False)  # as CIFAR-10 is
+    assert main(f"{FLAGS} --export net.onnx") == 0
+    assert main(f"{FLAGS} --verify net.onnx --seed 7") == 0  # nothing is random in it
+    random = FLAGS.replace("uniform", "dorefa")
+    assert main(f"{random} --export net.onnx") == 0
+    capsys.readouterr()
+    assert main(f"{random} --verify net.onnx --seed 7") == 1
+    assert "net.onnx was made with seed 242, and this is 7" in capsys.readouterr().err
+    model = onnx.load("net.onnx")  # as an earlier version wrote it, which did not say
+    for entry in [p for p in model.metadata_props if p.key in deployed_files.UNKNOWN]:
+        model.metadata_props.remove(entry)
+    onnx.save(model, "net.onnx")
+    assert main(f"{random} --verify net.onnx") == 0
 
 
 def test_an_unsupported_layer_is_named(tiny, monkeypatch, capsys):
@@ -238,6 +291,8 @@ def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
         ("--bits 4 --fold_bn --schemes uniform --act_bits 9", "--act_bits from 2 to 8"),
         ("--bits 9 --fold_bn --schemes uniform --act_bits 8", "--bits from 2 to 8"),
         ("--bits 4 --fold_bn --schemes pwlq --act_bits 8", "--overlapping"),
+        ("--bits 8 --fold_bn --schemes dorefa --act_bits 8", "at most 7 bits in each layer"),
+        (f"{FLAGS} --schemes dorefa --keep_first_last", "at most 7 bits in each layer"),
         (f"{FLAGS} --mean_correction", "--mean_correction"),
         (f"{FLAGS} --export net.pt", "that is the file to quantize"),
         (f"{FLAGS} --save_quantized ../{{here}}/net.pt", "that is the file to quantize"),

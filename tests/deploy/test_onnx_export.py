@@ -154,6 +154,8 @@ SETTINGS = {
     "overlapping": True,
     "calibration": "minmax",
     "calibration_images": 8,
+    "quantize_sums": False,
+    "dataset": "Synthetic",
 }
 
 
@@ -169,7 +171,7 @@ def test_a_file_is_written_and_verified(scheme, tmp_path, capsys):
     deployed_files.write_files({"export": str(path)}, rounded, integers, Images, source)
     test = Loader(Images.test_images, torch.zeros(40, dtype=torch.long), 16, MEAN, STD)
     simulations = {"float32": rounded}
-    compared = verify.Compared(integers, simulations, quantized, folded(net))
+    compared = verify.Compared(integers, simulations, quantized, folded(net), net)
     options = {"test": test, "dataset": Images, "source": source}
     assert verify.verify_file(path, compared, **options)
     record = path.with_suffix(".verified.json")

@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from test_deploy_script import FLAGS, main, onnx, tiny  # noqa: F401
 from torch import nn
 
+import models
 import quant_inference as qi
 import quant_utils as qu
 from analysis import measured_network
@@ -20,6 +21,7 @@ from engine.networks.folding import fold_batch_norms, output_gains
 from engine.networks.graph import copy_graph, layers, returning_values, set_tensor
 from engine.quantization import adaround
 from engine.quantization.output_error import LayerRuns, OutputError, output_error
+from engine.system.io import save_weights
 
 LAYERS = {
     "conv": nn.Conv2d(4, 6, 3, padding=1),
@@ -402,6 +404,33 @@ def test_rows_say_how_weights_were_rounded(tiny, capsys, count_learning):  # noq
     )
     [row] = [r for r in learned if (r["scheme"], r["bits"], r["act_bits"]) == ("uniform", 3, 8)]
     assert rows()[1]["squared_error"] == row["squared_error"]  # alone, in other batches
+
+
+@pytest.mark.parametrize("rounding", ["adaround", "qdrop"])
+@pytest.mark.parametrize("has_conv2d", [False, True])
+def test_layers_that_it_is_not_for_are_named(tiny, monkeypatch, capsys, rounding, has_conv2d):  # noqa: F811
+    class Net(nn.Module):
+        def __init__(self, num_classes=10):
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, 3) if has_conv2d else nn.Identity()
+            self.rows = nn.Conv1d(6 if has_conv2d else 3, num_classes, 3)
+
+        def forward(self, x):
+            return self.rows(self.first(x).mean(3)).mean(2)
+
+    torch.manual_seed(0)
+    monkeypatch.setitem(models.MODELS, "Folding", Net)
+    save_weights(Net(), Path("net.pt"))
+    flags = "--bits 3 --schemes uniform --no_plots"
+    assert main(flags) == 0
+    nearest = rows()
+    capsys.readouterr()
+    assert main(f"{flags} --rounding {rounding} --rounding_steps 9 --rounding_images 40") == 0
+    effect = "is for" if has_conv2d else "has no effect: it is for"
+    warned = f"--rounding {rounding} {effect} 2-d convolutions and linear layers; to nearest: rows"
+    assert warned in capsys.readouterr().err
+    assert rows()[1]["rounding"] == (rounding if has_conv2d else "nearest")
+    assert has_conv2d or rows() == nearest
 
 
 @pytest.mark.parametrize(

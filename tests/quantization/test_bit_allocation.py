@@ -129,6 +129,15 @@ def test_layers_get_the_bits_of_the_least_rise_and_are_exported(tiny, capsys):  
     assert "made with bits 4.0, and this is 4" in capsys.readouterr().err
 
 
+def test_ends_of_more_bits_are_told(tiny, capsys):  # noqa: F811
+    assert main("--bits 3 8 --schemes uniform --fold_bn --keep_first_last --no_plots") == 0
+    printed = capsys.readouterr().out
+    assert "first and last layer: at least 8 bits of weights and of inputs" in printed
+    _, few, many = rows()
+    assert few["layer_bits"] == "conv1:8 conv2:3 classifier:8" and few["levels"] is None
+    assert many["layer_bits"] is None and many["levels"] == 256
+
+
 @pytest.mark.slow
 def test_a_budget_of_8_bits_can_be_spent_and_others_share_it(tiny, capsys):  # noqa: F811
     more = "--rounding adaround --rounding_images 40 --output_bias_correction"

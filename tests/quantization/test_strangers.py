@@ -328,6 +328,13 @@ def test_saved_weights_that_the_network_cannot_load_are_told(
         make(network).load_state_dict(saved)
 
 
+def test_a_bias_that_a_correction_adds_is_told(quantize, capsys):
+    flags = "--bits 3 --biases full --output_bias_correction float --save_quantized q.pt"
+    assert quantize(InPlace, flags) == 0
+    said = "has no bias of its own, and was given one: the network itself cannot load them"
+    assert said in capsys.readouterr().err
+
+
 def test_saved_weights_have_the_statistics_that_were_estimated_again(quantize):
     flags = "--bits 2 --recalibrate_bn_images 32 --save_quantized q.pt"
     assert quantize(InPlace, flags) == 0

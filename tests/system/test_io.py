@@ -23,6 +23,7 @@ from engine.system.io import (
     run_lock,
     save_json,
     save_weights,
+    torch_load,
 )
 from models import ConvNet, make_model
 
@@ -384,3 +385,11 @@ def test_files_of_an_earlier_run_are_kept_and_it_is_said(tmp_path, capsys):
         assert (tmp_path / f"r_old{n}.pt").read_text() == str(n)
     backup_existing(names)
     assert capsys.readouterr().err == "" and len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_torchscript_archive_is_refused_without_pytorchs_own_warning(tmp_path, recwarn):
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "net.pt")
+    recwarn.clear()
+    with pytest.raises(FileError, match=r"net\.pt is damaged or not a file of weights"):
+        torch_load(tmp_path / "net.pt")
+    assert not recwarn

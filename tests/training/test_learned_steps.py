@@ -441,7 +441,10 @@ def test_saved_weights_with_their_steps_are_what_was_trained(bits, monkeypatch, 
     )
     w_bits, _, a_bits = bits.partition(",")
     assert learned["scheme"] == "lsq" and learned["bits"] == int(w_bits)
-    assert learned["act_bits"] == int(a_bits or 32) and learned["levels"] == 2 ** int(w_bits)
+    assert learned["act_bits"] == int(a_bits or 32) and learned["levels"] is None
+    names = [*learned_steps.read_steps(tmp_path / "r.json", plain, graph_of(plain)).layers]
+    bits = {name: w_bits for name in names} | {names[0]: "8", names[-1]: "8"}
+    assert learned["layer_bits"] == " ".join(f"{name}:{n}" for name, n in bits.items())
 
     steps = learned_steps.read_steps(tmp_path / "r.json", plain, graph_of(plain))
     error = 0.0
