@@ -8,6 +8,8 @@ import reference
 import tiny_scripts
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 import combined_protocol
 import models
@@ -15,6 +17,7 @@ import train
 import utils
 from data import synthetic
 from engine.images.loader import Loader
+from engine.networks.layers import moved
 from engine.step import gradients
 from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
@@ -1081,3 +1084,47 @@ def test_the_plan_names_the_warmup(registry, tiny_images, tmp_path, monkeypatch,
     flags = "--model Flat --dataset Tiny --n_epochs 1 --no-compile --device cpu --run_name r"
     train.main([*flags.split(), *"--regularizer RangeNorm --lmbda_warmup 0.5".split()])
     assert "λ rises from 0 over the first 0.5 epochs of a phase" in capsys.readouterr().out
+
+
+class Layouts(nn.Module):
+    """Weights whose gradients are laid out in memory otherwise than they are themselves."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.standardized = nn.Conv2d(3, 8, 3, bias=False)
+        self.normalized = parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+        self.position = nn.Parameter(torch.randn(1, 8, 4, 4))
+        self.factors = nn.Parameter(torch.rand(8))  # the gradient of a sum is one number
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        w = self.standardized.weight
+        x = F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True))
+        x = self.normalized(x).relu() + self.position
+        return self.head(x.mean((2, 3)) * self.factors.sum())
+
+
+@pytest.mark.parametrize("memory_format", hardware.MEMORY_FORMATS)
+@pytest.mark.parametrize("lmbda", [None, 0.1])
+def test_a_step_is_that_of_plain_sgd_however_gradients_are_laid_out(memory_format, lmbda):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(10, (6,))
+    net = moved(Layouts().double(), "cpu", hardware.MEMORY_FORMATS[memory_format])
+    plain = copy.deepcopy(net)
+    fused = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=True)
+    state = TrainState(net, fused, utils.make_scheduler("none", fused, 1.0, "default", 1))
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, 0.9, weight_decay=5e-4, fused=False)
+    params, weights = [*plain.parameters()], [plain.standardized.weight, plain.head.weight]
+    for _ in range(3):
+        regularizer = lmbda and LPGrad(lmbda, 2, only_weight_grads=True)
+        compute_gradients(net, nn.CrossEntropyLoss(), regularizer, x, y, torch.float64)
+        state.step()
+        loss = F.cross_entropy(plain(x), y)
+        if lmbda:
+            w_grads = torch.autograd.grad(loss, weights, create_graph=True)
+            loss = loss + lmbda * sum(g.norm() for g in w_grads)
+        for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+            p.grad = g
+        sgd.step()
+    for p, expected in zip(net.parameters(), params, strict=True):
+        torch.testing.assert_close(p, expected)

@@ -73,7 +73,13 @@ class TrainState:
         return self.steps.quantized(self.net)
 
     def step(self) -> None:
-        """Update the weights by their gradients, and the average by the new weights."""
+        """Update the weights by their gradients, and the average by the new weights.
+
+        The fused SGD of PyTorch 2.14.1 reads both by position in memory (findings/torch_fused_sgd.sh).
+        """
+        for p in trainable_parameters(self.net).values():
+            if p.grad is not None and _layout(p.grad) != _layout(p):
+                p.grad = torch.empty_like(p).copy_(p.grad)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.net)
@@ -193,6 +199,11 @@ class TrainState:
                 state[i] = {"momentum_buffer": torch.empty_like(p).copy_(buffer)}
             own_groups = self.optimizer.state_dict()["param_groups"]  # the flags', not the file's
             self.optimizer.load_state_dict({"state": state, "param_groups": own_groups})
+
+
+def _layout(t: Tensor) -> list[int]:
+    """Return the strides of the dimensions that have any."""
+    return [stride for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1]
 
 
 def _check_loaded(
