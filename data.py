@@ -156,6 +156,36 @@ def load(name: str, data_dir: str, seed: int, **options: Any) -> ImageDataset:
     return DATASETS[name](data_dir, seed, **accepted)
 
 
+def check_dataset(name: str, dataset: ImageDataset) -> None:
+    """Raise DataError, saying what is wrong, where a data set is not what training takes."""
+
+    def require(is_so: object, what: str) -> None:
+        if not is_so:
+            raise DataError(f"data set {name}: {what}")
+
+    found = type(dataset).__name__
+    require(isinstance(dataset, ImageDataset), f"its function returns a {found}, no ImageDataset")
+    for part in ("train", "test"):
+        images, labels = (getattr(dataset, f"{part}_{kind}") for kind in ("images", "labels"))
+        is_tensor = isinstance(images, Tensor)
+        dtype = getattr(images, "dtype", type(images).__name__)
+        is_image = isinstance(images, ImageFiles) or (is_tensor and dtype == torch.uint8)
+        require(is_image, f"{part}_images are of {dtype}: uint8 (N, 3, H, W), 0 to 255")
+        require(not is_tensor or images.dim() == 4, f"{part}_images are no (N, 3, H, W)")
+        n = len(images)
+        require(n, f"it has no {part}_images")
+        dtype = getattr(labels, "dtype", type(labels).__name__)
+        require(
+            dtype == torch.int64, f"{part}_labels are of {dtype}: int64, a class for each image"
+        )
+        require(labels.shape == (n,), f"{part}_labels are {tuple(labels.shape)}, not ({n},)")
+        low, high, last = int(labels.min()), int(labels.max()), dataset.num_classes - 1
+        require(0 <= low <= high <= last, f"{part}_labels are from {low} to {high}: 0 to {last}")
+    for value in (*dataset.mean, *dataset.std):
+        require(0 <= value <= 1, f"mean and std are of pixels scaled to 0 … 1, not {value:g}")
+    require(all(dataset.std), "std has a 0")
+
+
 def subset(data: ImageDataset, n: int, part: str = "train") -> ImageDataset:
     """Keep the first `n` images of a part, "train" or "test"; ValueError where it has fewer."""
     fields = f"{part}_images", f"{part}_labels"

@@ -32,6 +32,7 @@ from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_norm_buffers
 from engine.networks.layers import (
     computed_weights,
+    image_dtype,
     not_finite,
     penalized_weights,
     trainable_parameters,
@@ -44,11 +45,11 @@ from engine.step.evaluation import evaluate
 from engine.step.gradients import compute_gradients
 from engine.step.metrics import batch_metrics_row, epoch_means
 from engine.step.penalty_inputs import needs_double_backward
-from engine.step.trial import check_derivatives, check_penalty
+from engine.step.trial import check_criterion, check_derivatives, check_penalty
 from engine.system import distributed, hardware, io
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
-from engine.system.errors import NetworkError, NotFiniteError, SetupError
+from engine.system.errors import FileError, NetworkError, NotFiniteError, SetupError
 from engine.system.progress import EpochDisplay, epoch_line
 from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, sweep_run_id
@@ -250,7 +251,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     n_before = math.inf if args.train_subset else len(dataset.train_images)  # inf: not known
     warn_of_holdout(begun_from, args, n_before)
     loaders = make_loaders(dataset, args)
-    config = make_config(args, loaders.train.n_images_in_batch(0))
+    config = make_config(args, loaders.train.n_images_in_batch(0), dataset.num_classes)
     set_compile(False)  # what is tried out on two images compiles nothing
     state = make_state(args, dataset, phases)
     compiled = utils.choose_kernels(args)
@@ -262,6 +263,9 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
     elif args.init_weights:
         weights = Path(args.init_weights)
         io.load_weights(state.net, weights, dataset.num_classes, args.new_head)
+        for name in not_finite(state.net):
+            if name not in state.infinite:
+                raise FileError(f"{weights}: {name} holds NaN or infinite values")
     if not args.resume:
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
@@ -363,11 +367,20 @@ def finish_average(training: TrainingRun) -> dict[str, float]:
 # --- what a run is made of -------------------------------------------------------------------
 
 
-def make_config(args: argparse.Namespace, n_images: int) -> FitConfig:
-    """Return what the flags say of the loop, whose batches have `n_images`, the last one fewer."""
+def make_config(args: argparse.Namespace, n_images: int, num_classes: int) -> FitConfig:
+    """Return what the flags say of the loop, whose batches have `n_images`, the last one fewer.
+
+    Raises SetupError for a loss that cannot be trained with, or not in several processes.
+    """
+    criterion = utils.make_criterion(args.criterion, args.label_smoothing)
+    if not check_criterion(args.criterion, criterion, num_classes):
+        no_mean = f"--criterion {args.criterion} is no mean over images"
+        if distributed.get_world_size() > 1:
+            raise SetupError(f"{no_mean}, of which each process has some: train in one process")
+        print(f"{no_mean}: losses of an epoch and of the test set are means over batches")
     return FitConfig(
         n_epochs=args.n_epochs,
-        criterion=utils.make_criterion(args.criterion, args.label_smoothing),
+        criterion=criterion.to(args.device),
         dtype=hardware.resolve_precision(args.precision, args.device),
         test_penalty=not args.no_test_penalty,
         difference_step=utils.difference_step(args),
@@ -433,12 +446,11 @@ def make_state(
     net = utils.make_net(
         args.model, dataset.num_classes, args.device, args.width, args.memory_format, image_shape
     )
+    check_trainable(net)
     n_activations = check_network(net, image_shape, dataset.num_classes)
     n_left_over = [len(x) % args.batch_size for x in (dataset.train_images, dataset.test_images)]
     if 1 in n_left_over:
         check_network(net, image_shape, dataset.num_classes, n_images=1)
-    if not trainable_parameters(net):
-        raise NetworkError(f"{type(net).__name__}: all parameters are frozen, nothing to train")
     if args.freeze_bn_from is not None and not count_batch_norms(net):
         print(f"{args.model}: --freeze_bn_from has no effect: there are no batch norms")
     if penalized := [p.regularizer for p in phases if p.regularizer]:
@@ -465,6 +477,21 @@ def make_state(
     average = None if args.ema is None else make_average(net, args.ema)
     infinite = not_finite(net)  # before training, as a mask
     return TrainState(net, optimizer, scheduler, average=average, steps=steps, infinite=infinite)
+
+
+def check_trainable(net: nn.Module) -> None:
+    """Raise NetworkError where parameters are such as training cannot have."""
+    name, dtype = type(net).__name__, image_dtype(net)
+    if dtype != torch.float32:
+        raise NetworkError(
+            f"{name} is of {str(dtype).removeprefix('torch.')}, and images are of float32: build "
+            "it in that (--precision bf16 rounds its convolutions)"
+        )
+    if not trainable_parameters(net):
+        raise NetworkError(f"{name}: all parameters are frozen, nothing to train")
+    for key, module in net.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise NetworkError(f"{name}: {key} has sparse gradients, which SGD's momentum cannot")
 
 
 def check_network_for(
@@ -575,7 +602,7 @@ def reachable_phases(
     if late and distributed.get_rank() == 0:
         reason = f"never reached, the last epoch is {args.n_epochs - 1}"
         print(f"{parser.prog}: {reason}: {', '.join(late)}", file=sys.stderr)
-    phases = [p for p in phases if p.start < args.n_epochs]
+    phases = [p for p in phases if p.start < args.n_epochs] or [Phase(0)]
     ends = [*(p.start for p in phases[1:]), args.n_epochs]
     lengths = [end - p.start for p, end in zip(phases, ends, strict=True) if p.regularizer]
     short = [str(length) for length in lengths if length < args.lmbda_warmup]

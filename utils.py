@@ -1,6 +1,7 @@
 """What the scripts share: the parts that flags name, and the types and meaning of flags."""
 
 import argparse
+import inspect
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from analysis.report import FLOAT_BITS
 from analysis.weights_files import WeightsFile
 from engine.images.loader import Loader
 from engine.networks.compiling import set_compile
-from engine.networks.fast_layers import use_fast_layers
+from engine.networks.fast_layers import plain_copy, use_fast_layers
 from engine.networks.layers import moved
-from engine.networks.outputs import check_network
+from engine.networks.outputs import check_network, is_near, trial_logits
 from engine.networks.winograd import set_winograd
 from engine.quantization.bit_widths import parse_bits
 from engine.step.penalty_inputs import OF_WEIGHTS
@@ -169,6 +170,7 @@ def load_dataset(args: argparse.Namespace) -> data.ImageDataset:
     options = {option: getattr(args, option) for option in data.OPTIONS}
     with distributed.local_rank0_first():  # it may have to fetch it
         dataset = data.load(args.dataset, args.data_dir, args.seed, **options)
+    data.check_dataset(args.dataset, dataset)
     restrictions = {
         "holdout": data.use_holdout_as_test,
         "train_subset": data.subset,
@@ -196,8 +198,11 @@ def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callab
 
 
 def make_criterion(name: str, label_smoothing: float = 0.0) -> nn.Module:
-    """Make the loss of that name in CRITERIA: a mean over the batch."""
-    return CRITERIA[name](label_smoothing=label_smoothing)
+    """Make the loss of that name in CRITERIA; SetupError where it has no --label_smoothing."""
+    smooths = "label_smoothing" in inspect.signature(CRITERIA[name]).parameters
+    if label_smoothing and not smooths:
+        raise SetupError(f"--label_smoothing: the loss {name} has none")
+    return CRITERIA[name](**({"label_smoothing": label_smoothing} if smooths else {}))
 
 
 def make_net(
@@ -210,12 +215,20 @@ def make_net(
 ) -> nn.Module:
     """Make the network of that name, as `make_model` does, with fast layers, on the device.
 
-    Lazy modules get their sizes from images of `image_shape` (3, H, W).
+    Lazy modules get their sizes from images of `image_shape` (3, H, W). Where that is given and the
+    network computes something else with fast layers, it keeps PyTorch's own, and a line says so.
     """
     net = make_model(name, num_classes, width)
     if any(map(is_lazy, net.parameters())):
         check_network(net, image_shape, num_classes)
+    before = trial_logits(net, image_shape) if image_shape else None
     net = use_fast_layers(net)
+    if image_shape and not is_near(trial_logits(net, image_shape), before):
+        print(
+            f"{name}: trained with PyTorch's own layers, which is slower: with ours in their place "
+            "it computes something else, as a network does that compares types of its modules"
+        )
+        net = plain_copy(net)
     return moved(net, device, MEMORY_FORMATS[memory_format])
 
 

@@ -632,7 +632,7 @@ def test_options_reach_those_that_take_them(monkeypatch):
     assert terms[0].only_weight_grads and terms[1].target_bits == 3
     cheaper = ["--penalty_every", "4", "--penalty_gradient", "difference", "--penalty_step", "0.1"]
     combined_protocol.main(["--phases", "0:VarianceNorm=1+L1Grad=1", *cheaper])
-    config = train.make_config(argparse.Namespace(**started), 128)
+    config = train.make_config(argparse.Namespace(**started), 128, 10)
     assert (started["penalty_every"], config.difference_step) == (4, 0.1)
     train.main(["--regularizer", "Sharpness", "--rho", "0.2"])
     assert started["phases"][0].regularizer.rho == 0.2
@@ -701,9 +701,9 @@ def test_begin_where_another_run_is(script, tmp_path):
 def test_a_branch_has_no_part_of_an_epoch_before_it():
     args = argparse.Namespace(init_from="stem.ckpt", n_epochs=3, freeze_bn_from=None, qat_bits=None)
     phases = [Phase(1, VarianceNorm(1.0))]
-    check_init_from(TrainProgress(epoch=1), phases, args)
+    check_init_from(TrainProgress(epoch=1), phases, args, {})
     with pytest.raises(FileError, match="2 epochs begun: a regularizer cannot begin at epoch 1"):
-        check_init_from(TrainProgress(epoch=1, batch=1), phases, args)
+        check_init_from(TrainProgress(epoch=1, batch=1), phases, args, {})
 
 
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):

@@ -6,6 +6,7 @@ folded (engine/networks/folding.py); σ² is the running variance, a constant.
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +34,28 @@ def count_batch_norms(net: nn.Module) -> int:
     return sum(isinstance(m, BATCH_NORMS) for m in net.modules())
 
 
-Pairs = list[tuple[str, str]]  # name of a weight, and of the batch norm after its layer
-_pairs: weakref.WeakKeyDictionary[nn.Module, Pairs] = weakref.WeakKeyDictionary()
+class Folding(NamedTuple):
+    """A layer and the batch norm that alone reads it, by the names of the network's tensors."""
+
+    weight: str
+    norm: str  # the module that it runs in
+    gamma: str | None
+    variance: str
+    eps: float
 
 
-def foldable_pairs(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> Pairs:
-    """Return the weight of each layer whose output a batch norm alone reads, and that norm.
+_foldings: weakref.WeakKeyDictionary[nn.Module, list[Folding]] = weakref.WeakKeyDictionary()
 
-    Both by name. A weight that is used more than once has no pair: it is another folded weight, or
+
+def find_foldings(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> list[Folding]:
+    """Return each layer whose output a batch norm alone reads, with that norm.
+
+    A weight that is used more than once has no pair: it is another folded weight, or
     none, each time. They are found once for a network, for images of `image_shape` (3, H, W).
     Raises NetworkError where the network cannot be exported, has batch norms of which none can be
     folded, or has one without running statistics.
     """
-    if net not in _pairs:
+    if net not in _foldings:
         graph = export_network(net, image_shape)
         found, name = foldable(graph), type(net).__name__
         if not found and batch_norms(graph):
@@ -53,9 +63,16 @@ def foldable_pairs(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> 
         if any(norm.args[4] is None for norm in batch_norms(graph)):
             raise NetworkError("cannot fold a batch norm without running statistics")
         stored = [layer.node.meta["stored"].get("weight") for layer in layers(graph).values()]
-        pairs = [(layer.node.meta["stored"].get("weight"), norm) for layer, norm in found]
-        _pairs[net] = [(w, norm.meta["path"]) for w, norm in pairs if w and stored.count(w) == 1]
-    return _pairs[net]
+        own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
+        foldings = []
+        for layer, norm in found:
+            weight = layer.node.meta["stored"].get("weight")
+            gamma, variance = (norm.args[i] and norm.args[i].target for i in (1, 4))
+            if weight and stored.count(weight) == 1 and {gamma, variance} <= own | {None}:
+                folding = Folding(weight, norm.meta["path"], gamma, variance, norm.args[7])
+                foldings.append(folding)
+        _foldings[net] = foldings
+    return _foldings[net]
 
 
 def folded_weights(net: nn.Module) -> list[Tensor]:
@@ -63,11 +80,11 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
 
     Differentiable in W_l and γ_l.
     """
-    folded, parameters = {}, dict(net.named_parameters())
-    for weight_name, norm_name in foldable_pairs(net):
-        w, norm = parameters[weight_name], net.get_submodule(norm_name)
-        gain = (to_float64(norm.running_var) + norm.eps).rsqrt()
-        gain = gain if norm.weight is None else gain * to_float64(norm.weight)
+    folded, tensors = {}, dict([*net.named_parameters(), *net.named_buffers()])
+    for each in find_foldings(net):
+        w = tensors[each.weight]
+        gain = (to_float64(tensors[each.variance]) + each.eps).rsqrt()
+        gain = gain * to_float64(tensors[each.gamma]) if each.gamma else gain
         folded[w] = w * gain.to(w).view(-1, *[1] * (w.dim() - 1))
     return [folded.get(w, w) for w in penalized_weights(net)]
 
@@ -76,13 +93,14 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
     """Return that there is nothing to fold, or how many batch norms stay unfolded; None: neither.
 
     `penalty` is the name of the one that takes folded weights. Raises NetworkError as
-    `foldable_pairs` does, with that name.
+    `find_foldings` does, with that name.
     """
-    n_norms = count_batch_norms(net)
     try:
-        n_left = n_norms - len({norm for _, norm in foldable_pairs(net, image_shape)})
+        folded = {each.norm for each in find_foldings(net, image_shape)}
     except NetworkError as error:
         raise NetworkError(f"{penalty} of folded weights: {error}") from error
+    n_norms = len(folded | {name for name, m in net.named_modules() if isinstance(m, BATCH_NORMS)})
+    n_left = n_norms - len(folded)
     if not n_norms:
         return f"{penalty} of folded weights has no batch norm to fold: weights are as they are"
     if not n_left:

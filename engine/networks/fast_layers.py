@@ -1,14 +1,19 @@
 """Fast layers in place of PyTorch's own, in any network: same parameters, keys and outputs."""
 
-import copy
+import pickle
+import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.networks.convolution import Conv2d
 from engine.networks.fast_batch_norm import BatchNorm2d
+from engine.networks.layers import copy_network
 from engine.networks.outputs import BATCH_NORMS
 from engine.system.errors import NetworkError
 
@@ -127,12 +132,32 @@ PLAIN = {
 
 def plain_copy(net: nn.Module) -> nn.Module:
     """Return a copy of the network with PyTorch's own layers in place of the fast ones."""
-    net = copy.deepcopy(net)
+    net = copy_network(net)
     for m in net.modules():
         m.__class__ = PLAIN.get(type(m), type(m))
         for name in ("rectifier", "reader", "norms", "unread"):  # what only fast layers have
             vars(m).pop(name, None)
     return net
+
+
+class _NoDecisions(TorchDispatchMode):
+    """A mode in which no value of a tensor can be read, as `if` and `item` do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise NetworkError("a decision that depends on a tensor's values")
+        return func(*args, **(kwargs or {}))
+
+
+def _what_may_count(net: nn.Module) -> list[object]:
+    """Return the plain values that modules keep, and the random states of Python and NumPy."""
+    plain = [
+        (name, key, value)
+        for name, module in net.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int | float | str) and key != "training"
+    ]
+    return [plain, random.getstate(), pickle.dumps(np.random.get_state())]
 
 
 class ModuleTracer(fx.Tracer):
@@ -163,13 +188,21 @@ def rectified_norms(net: nn.Module) -> list[tuple[str, str]]:
 
 
 def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
-    """Return the module that alone reads another's output, by the name of the latter."""
+    """Return the module that alone reads another's output, by the name of the latter.
+
+    None where that may be another one in a later batch: where the network decides by values,
+    draws random numbers of Python or NumPy, or counts something.
+    """
     try:
-        copied = copy.deepcopy(net)  # a network that keeps what it computes would keep symbols
+        copied = copy_network(net)  # a network that keeps what it computes would keep symbols
+        before = _what_may_count(copied)
         copied.train(training)  # which need not return it
-        graph = ModuleTracer().trace(copied)
+        with _NoDecisions():
+            graph = ModuleTracer().trace(copied)
         nodes = [n for n in graph.nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
+        return {}
+    if _what_may_count(copied) != before:
         return {}
     n_runs = Counter(node.target for node in nodes)
     readers = {}

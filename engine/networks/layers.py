@@ -3,8 +3,11 @@
 What is quantized is found elsewhere, on the network's graph: engine/networks/export.py.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized
 
@@ -47,6 +50,26 @@ def image_dtype(net: nn.Module) -> torch.dtype:
     """
     dtypes = [p.dtype for p in net.parameters()]
     return torch.float32 if torch.float32 in dtypes or not dtypes else dtypes[0]
+
+
+def copy_network(net: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a network that keeps tensors with a graph, without their graphs.
+
+    Such as its last activations, or what a hook has computed of its weights.
+    """
+    computed = {
+        id(t): t.detach().clone()
+        for module in net.modules()
+        for t in tree_leaves(vars(module))
+        if isinstance(t, Tensor) and t.grad_fn is not None
+    }
+    return copy.deepcopy(net, computed)
+
+
+def unsaved_buffers(net: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers, by name, that a network's state_dict lacks (persistent=False)."""
+    saved = net.state_dict().keys()
+    return {name: b for name, b in net.named_buffers() if name not in saved}
 
 
 def not_finite(net: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from engine.networks.layers import image_dtype
 from engine.system import hardware
@@ -25,6 +26,7 @@ ACTIVATIONS = (
     | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU
 )  # fmt: skip
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+MAX_ROUNDING = 1e-3  # of the largest logit: what other kernels change, they change by less
 
 
 def run_network(
@@ -207,14 +209,56 @@ def check_network(
     Raises NetworkError where it cannot map n_images of these to num_classes logits: it is tried, in
     evaluation mode. Lazy modules of PyTorch get their sizes and first weights by it.
     """
-    size, name = " × ".join(map(str, image_shape)), type(net).__name__
+    name = type(net).__name__
     x = blank_images(net, n_images, image_shape)
-    with torch.no_grad(), every_module_in(net, training=False):
-        logits, activations, _ = run_recorded(net, x, problem=f" cannot take images of {size}")
+    with torch.no_grad(), on_trial(net):
+        logits, activations, _ = run_recorded(net, x, problem=_cannot_take(image_shape))
     if logits.shape[1] != num_classes:
         shape, wanted = tuple(logits.shape), (n_images, num_classes)
         raise NetworkError(f"{name} returned logits {shape} of {n_images} images, not {wanted}")
     return len(activations)
+
+
+@contextmanager
+def on_trial(net: nn.Module) -> Iterator[None]:
+    """Context manager of evaluation mode, after which the buffers are what they were.
+
+    Those of lazy modules keep the sizes that they get.
+    """
+    kept = [
+        (module._buffers, name, tensor, tensor.clone())
+        for module in net.modules()
+        for name, tensor in module._buffers.items()
+        if tensor is not None and not is_lazy(tensor)
+    ]
+    with every_module_in(net, training=False):
+        yield
+    for buffers, name, tensor, value in kept:
+        buffers[name] = tensor.copy_(value)  # a network may also put another tensor there
+
+
+def trial_logits(net: nn.Module, image_shape: Sequence[int]) -> Tensor:
+    """Return the logits of two random images of `image_shape` (3, H, W), always the same ones.
+
+    Neither the network nor a random stream is changed by it.
+    """
+    x = blank_images(net, 2, image_shape)
+    x += torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    kept_random = hardware.rng_from(hardware.get_rng_state(x.device), x.device)
+    with torch.no_grad(), on_trial(net), kept_random:
+        return run_recorded(net, x, False, _cannot_take(image_shape))[0]
+
+
+def is_near(logits: Tensor, expected: Tensor) -> bool:
+    """Tell whether two networks' logits are the same but for rounding."""
+    logits, expected = logits.nan_to_num(), expected.nan_to_num()
+    atol = MAX_ROUNDING * expected.abs().max().item()
+    return torch.allclose(logits, expected, rtol=0, atol=atol)
+
+
+def _cannot_take(image_shape: Sequence[int]) -> str:
+    """Return what a line says of a network that raises on such images."""
+    return f" cannot take images of {' × '.join(map(str, image_shape))}"
 
 
 @contextmanager

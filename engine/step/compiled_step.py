@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from engine.networks.batch_norm import foldable_pairs
+from engine.networks.batch_norm import find_foldings
 from engine.networks.compiling import WHOLE_STEP_OPTIONS, eager_kernels
 from engine.networks.outputs import foreign_code
 from engine.step.gradients import compute_gradients
@@ -138,7 +138,7 @@ def record(step: _Step, x: Tensor, y: Tensor) -> fx.GraphModule:
     step = copy.deepcopy(step)
     regularizer = step.others[1]
     if regularizer and "folded_weights" in regularizer.inputs:
-        foldable_pairs(step.net, x.shape[1:])  # found by an export, which cannot be recorded
+        find_foldings(step.net, x.shape[1:])  # found by an export, which cannot be recorded
     parameters, buffers = dict(step.named_parameters()), dict(step.named_buffers())
 
     def function(values, buffer_values, x, y, penalty_scale):

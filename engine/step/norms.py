@@ -2,12 +2,15 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from engine.system import distributed
+
+_n_images: int | None = None  # this rank's, of the batch whose penalty is evaluated just now
 
 
 def lp_norm(g: Tensor, P: float) -> Tensor:
@@ -58,14 +61,27 @@ class _LpNorms(torch.autograd.Function):
         return None, *(unit.mul_(c) for c, unit in zip(cotangents, units, strict=True))
 
 
-def per_image_lp_norms(a_grads: Sequence[Tensor], P: float) -> list[Tensor]:
-    """Return B^(−1/p) · ‖g‖_p (scalars) of each g (B, …): a power mean over the B images.
+@contextmanager
+def batch_of(n_images: int) -> Iterator[None]:
+    """Context manager in which activations are of a batch of which this rank has n_images."""
+    global _n_images
+    _n_images = n_images
+    try:
+        yield
+    finally:
+        _n_images = None
 
-    In a run of several processes these are norms of the whole batch, made of the norms of each
-    rank's share: no activations are sent.
+
+def per_image_lp_norms(a_grads: Sequence[Tensor], P: float) -> list[Tensor]:
+    """Return B^(−1/p) · ‖g‖_p (scalars) of each g, a power mean over the batch's B images.
+
+    B is known where a step evaluates a penalty, be g (B, …), of windows (B·n, …) or (tokens, B, …);
+    elsewhere it is the length of g. In a run of several processes these are norms of the whole
+    batch, made of the norms of each rank's share: no activations are sent.
     """
     shares = distributed.local_shares(a_grads)
-    sizes = [distributed.global_batch_size(len(g)) for g in shares]
+    n_each = (len(g) if _n_images is None else _n_images for g in shares)
+    sizes = [distributed.global_batch_size(n) for n in n_each]
     norms = whole_batch_norms(shares, P)
     return torch._foreach_mul(norms, [size ** (-1 / P) for size in sizes]) if norms else []
 

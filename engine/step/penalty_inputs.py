@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from engine.networks.layers import penalized_weights, trainable_parameters
 from engine.networks.outputs import foreign_code
 from engine.step.batch_loss import BatchLoss
+from engine.step.norms import batch_of
 from engine.system import distributed
 from engine.system.errors import PenaltyError
 
@@ -21,7 +22,7 @@ class PenaltyInputs(NamedTuple):
 
     weights: Sequence[Tensor]  # W_l of every Conv2d and Linear, in module order
     w_grads: Sequence[Tensor]  # ∂L/∂W_l of the batch-mean loss L, same shapes
-    a_grads: Sequence[Tensor]  # ∂L/∂A_l of the network's activations, each (B, …)
+    a_grads: Sequence[Tensor]  # ∂L/∂A_l of the network's activations, mostly (B, …)
     # Δ ↦ L(W + Δ) − L(W), Δ_l as W_l; to be differentiated once, by the training step
     loss_change: Callable[[Sequence[Tensor]], Tensor]
     folded_weights: Sequence[Tensor]  # Ŵ_l = W_l·γ_l/√(σ_l² + ε), see `folded_weights`
@@ -88,7 +89,7 @@ def evaluate_penalty(
         detached_w_grads=[grad_of[w] for w in penalized_weights(batch.net) if grad_of],
     )
     # with gradients in any case: a regularizer may itself differentiate
-    with foreign_code(regularizer.name), torch.enable_grad():
+    with foreign_code(regularizer.name), torch.enable_grad(), batch_of(len(batch.x)):
         penalty = regularizer(*(getattr(inputs, name) for name in regularizer.inputs))
     if not isinstance(penalty, Tensor) or penalty.dim() or penalty.is_complex():
         found = type(penalty).__name__

@@ -9,7 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 from engine.networks.batch_norm import folded_weights
 from engine.networks.layers import penalized_weights, trainable_parameters
-from engine.networks.outputs import blank_images, every_module_in, network_boundary
+from engine.networks.outputs import (
+    blank_images,
+    foreign_code,
+    network_boundary,
+    on_trial,
+    run_network,
+)
 from engine.step.batch_loss import BatchLoss, FirstOrderResult, StartingState
 from engine.step.gradients import NOT_TWICE, compute_gradients, derivatives
 from engine.step.penalty_inputs import (
@@ -18,7 +24,8 @@ from engine.step.penalty_inputs import (
     evaluate_penalty,
     needs_double_backward,
 )
-from engine.system.errors import PenaltyError
+from engine.system import distributed
+from engine.system.errors import PenaltyError, SetupError
 from engine.system.hardware import rng_from
 
 
@@ -30,7 +37,7 @@ def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) 
     """
     x = blank_images(net, 2, image_shape)
     y = torch.zeros(2, dtype=torch.long, device=x.device)
-    with every_module_in(net, training=False):
+    with on_trial(net):
         batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, None)
         first = batch.first_order(("w_grads",), create_graph=second)
         gradients = [t for t in first.tensors["w_grads"] if t.requires_grad]
@@ -40,6 +47,23 @@ def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) 
                 # `once_differentiable` may end it, and `grad` then returns too little in silence
                 torch.autograd.backward(gradients, [torch.ones_like(t) for t in gradients])
             net.zero_grad()
+
+
+def check_criterion(name: str, criterion: nn.Module, num_classes: int) -> bool:
+    """Try a loss of that name on logits at random; return whether it is a mean over images.
+
+    Raises SetupError where it cannot be trained with, or is to be trained itself.
+    """
+    if any(p.requires_grad for p in criterion.parameters()):
+        raise SetupError(f"--criterion {name} has parameters of its own, which nothing would train")
+    logits = torch.randn(4, num_classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4) % num_classes
+    with torch.no_grad(), foreign_code(f"--criterion {name}"):
+        whole = criterion(logits, labels)
+        parts = criterion(logits[:1], labels[:1]) + 3 * criterion(logits[1:], labels[1:])
+    if not isinstance(whole, torch.Tensor) or whole.dim():
+        raise SetupError(f"--criterion {name} returns no scalar tensor")
+    return torch.allclose(whole, parts / 4, rtol=1e-4)
 
 
 def check_penalty(
@@ -62,7 +86,7 @@ def check_penalty(
     start = StartingState.of(net, x.device)
     # cuDNN's recurrent layers have no derivative in evaluation mode
     no_cudnn = torch.backends.cudnn.flags(enabled=False)
-    with every_module_in(net, training=False), rng_from(start.random, x.device), no_cudnn:
+    with on_trial(net), rng_from(start.random, x.device), no_cudnn:
         batch = BatchLoss(net, nn.CrossEntropyLoss(), x, y, x.dtype, start)
         zero = x.new_zeros(())
         first = FirstOrderResult(zero, zero, tensors={"weights": penalized_weights(net)})
@@ -82,6 +106,8 @@ def check_penalty(
                 f"changed {', '.join(changed)}; constants are made in the constructor, and what "
                 "is kept from batch to batch no resumed run would have"
             )
+        if distributed.get_world_size() > 1 and "a_grads" in regularizer.inputs:
+            _check_shares(net, x, regularizer.name)
         if not is_minimized:
             return
         leaves = [*sum(copies.values(), []), *trainable_parameters(net).values()]
@@ -92,6 +118,18 @@ def check_penalty(
             options = {"dtype": x.dtype, "difference_step": difference_step}
             compute_gradients(net, batch.criterion, regularizer, x, y, **options)
             net.zero_grad()
+
+
+def _check_shares(net: nn.Module, x: torch.Tensor, name: str) -> None:
+    """Raise PenaltyError where an activation is not made of images, of which each rank has some."""
+    with torch.no_grad():
+        of_two, of_three = (run_network(net, images, True)[1] for images in (x, x[[0, 1, 1]]))
+    for i, (a, b) in enumerate(zip(of_two, of_three, strict=True)):
+        if a.shape == b.shape:
+            raise PenaltyError(
+                f"{name}: activation {i}, {tuple(a.shape)}, is of no image, and its gradient a sum "
+                "over all: several processes cannot penalize it (--no_activation_gradients can)"
+            )
 
 
 def _everything_kept(regularizer: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.system.errors import PeerLostError, RanksDifferError, SetupError
+from engine.system.errors import PeerLostError, PenaltyError, RanksDifferError, SetupError
 
 TIMEOUT = timedelta(minutes=10)  # how long to wait for a rank: another may be fetching the data
 RANK0_EXIT_SECONDS = 180.0  # that the other ranks give rank 0 to report an error and to exit
@@ -311,9 +311,22 @@ class _WholeBatch(Sequence):
 
 
 def _gather_images(share: Tensor, n: int) -> Tensor:
-    """Return the n images of all ranks, in order; the backward pass returns this rank's rows."""
+    """Return the n images of all ranks, in order; the backward pass returns this rank's rows.
+
+    An image may have several rows each. Raises PenaltyError where the share's rows are not of
+    images.
+    """
     world_size = get_world_size()
     bounds = [share_bounds(n, rank, world_size) for rank in range(world_size)]
+    begin, end = bounds[get_rank()]
+    n_own = end - begin
+    n_rows = len(share) // n_own if n_own else 1
+    if len(share) != n_rows * n_own:
+        raise PenaltyError(
+            f"an activation of {len(share)} rows for {n_own} images: several processes cannot put "
+            "it together"
+        )
+    bounds = [(begin * n_rows, end * n_rows) for begin, end in bounds]
     sizes = [end - begin for begin, end in bounds]
     own_rows = slice(*bounds[get_rank()])
 

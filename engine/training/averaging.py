@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.networks.batch_norm import norms_with_statistics, recalibrate_batch_norm
+from engine.networks.layers import copy_network
 
 MAX_BN_IMAGES = 10_000  # at most, that statistics are estimated on unless a flag says how many
 
 
 def make_average(net: nn.Module, decay: float) -> AveragedModel:
     """Return an average of no weights yet; `decay` is a step's, from 0 (the last one) to 1."""
-    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    return AveragedModel(copy_network(net), multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def averaged_network(average: AveragedModel, batches: Iterable[Tensor]) -> nn.Module:

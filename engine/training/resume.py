@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def continue_from(
     state.load_state_dict(checkpoint, args.n_epochs, n_batches)
     progress = state.progress
     if not is_own:
-        check_init_from(progress, phases, args)
+        check_init_from(progress, phases, args, read_settings(checkpoint))
     for p in phases if is_own else ():
         if p.save_as and p.start < progress.epochs_started and not p.save_as.exists():
             print(f"{p.save_as} cannot be saved any more: that epoch has begun")
@@ -139,9 +139,15 @@ def continue_from(
 
 
 def check_init_from(
-    progress: TrainProgress, phases: Sequence[Phase], args: argparse.Namespace
+    progress: TrainProgress,
+    phases: Sequence[Phase],
+    args: argparse.Namespace,
+    settings: Mapping[str, Any],
 ) -> None:
-    """Raise FileError where the checkpoint of --init_from has passed what is still to be done."""
+    """Raise FileError where the checkpoint of --init_from has passed what is still to be done.
+
+    `settings` are those of its training.
+    """
     n_started = progress.epochs_started
     where = f"{args.init_from} has {n_started} epochs {'begun' if progress.batch else 'done'}"
     if progress.epoch >= args.n_epochs:
@@ -149,6 +155,11 @@ def check_init_from(
     for p in phases:
         if p.regularizer and p.start < n_started:
             raise FileError(f"{where}: a regularizer cannot begin at epoch {p.start}")
+    if settings.get("qat_bits") and settings["qat_from"] < n_started:
+        raise FileError(
+            f"{where}, with --qat_bits {settings['qat_bits']} from epoch {settings['qat_from']} "
+            "on: its weights are of a quantized network; --resume continues that run"
+        )
     if args.qat_bits and args.qat_from < n_started:
         raise FileError(f"{where}: --qat_from {args.qat_from} is over")
     if args.freeze_bn_from and args.freeze_bn_from < n_started:

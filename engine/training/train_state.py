@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from engine.networks.layers import not_finite, trainable_parameters
+from engine.networks.layers import not_finite, trainable_parameters, unsaved_buffers
 from engine.step.metrics import epoch_means
 from engine.system import distributed
 from engine.system.errors import FileError, NotFiniteError
@@ -75,7 +75,7 @@ class TrainState:
     def step(self) -> None:
         """Update the weights by their gradients, and the average by the new weights.
 
-        The fused SGD of PyTorch 2.14.1 reads both by position in memory (findings/torch_fused_sgd.sh).
+        The fused SGD of PyTorch 2.14.1 reads both by position in memory, see findings/.
         """
         for p in trainable_parameters(self.net).values():
             if p.grad is not None and _layout(p.grad) != _layout(p):
@@ -86,7 +86,7 @@ class TrainState:
 
     def check(self) -> None:
         """Raise RanksDifferError or StepSizeError where the state is not what it must be."""
-        distributed.check_replicated(self.net.state_dict())
+        distributed.check_replicated(self.net.state_dict() | unsaved_buffers(self.net))
         if self.average is not None:
             distributed.check_replicated(self.average.module.state_dict())
         if self.steps is not None:
@@ -106,7 +106,8 @@ class TrainState:
                 raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
         parts = {"net": self.net, "optimizer": self.optimizer, "state": progress}
         parts |= {"average": self.average, "steps": self.steps}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        content = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return content | {"unsaved_buffers": unsaved_buffers(self.net)}
 
     def load_state_dict(self, content: dict[str, Any], n_epochs: int, n_batches: int) -> None:
         """Restore a checkpoint of a run of n_epochs of n_batches, random states included.
@@ -120,6 +121,7 @@ class TrainState:
             with file_boundary("the checkpoint", "is of another network"):
                 load_tensors(self.net, content["net"])
                 _check_loaded(content["net"], self.net.state_dict(), self.infinite)
+                self._load_unsaved_buffers(content.get("unsaved_buffers", {}))
             if self.average is not None:
                 self._load_average(self.average, content)
             if self.steps is not None:
@@ -157,6 +159,15 @@ class TrainState:
                 f"the checkpoint is not of a run of {n_epochs} epochs of {n_batches} batches"
             )
         return progress
+
+    def _load_unsaved_buffers(self, saved: dict[str, Tensor]) -> None:
+        """Restore buffers that the state_dict lacks; earlier versions' checkpoints have none."""
+        for name, buffer in unsaved_buffers(self.net).items():
+            if name in saved:
+                if saved[name].shape != buffer.shape or saved[name].dtype != buffer.dtype:
+                    raise ValueError(f"{name} is of another shape or dtype")
+                if not torch.equal(saved[name].to(buffer.device), buffer):  # most are constants
+                    buffer.copy_(saved[name])
 
     def _load_average(self, average: AveragedModel, content: dict[str, Any]) -> None:
         if "average" not in content:

@@ -58,17 +58,17 @@ def test_a_network_without_batch_norms_stays_as_it_is():
     graph = export_network(net, (3, 4, 4))
     folded = fold_batch_norms(graph)
     assert folded is not graph and folded.state_dict().keys() == graph.state_dict().keys()
-    assert batch_norm.foldable_pairs(net, (3, 4, 4)) == []
+    assert batch_norm.find_foldings(net, (3, 4, 4)) == []
 
 
 def test_folding_where_nothing_can_be_folded_is_refused():
     apart = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3))
     with pytest.raises(NetworkError, match="no batch norm after a convolution in Sequential"):
-        batch_norm.foldable_pairs(apart)
+        batch_norm.find_foldings(apart)
     norm = nn.BatchNorm2d(3, track_running_stats=False)
     net = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
     with pytest.raises(NetworkError, match="without running statistics"):
-        batch_norm.foldable_pairs(net)
+        batch_norm.find_foldings(net)
     with pytest.raises(NetworkError, match="without running statistics"):
         fold_batch_norms(export_network(net, (3, 32, 32)))
 
@@ -135,7 +135,7 @@ class NormTwice(InOrder):
 )
 def test_a_weight_that_runs_more_than_once_is_penalized_as_it_is(make, pairs, n_left):
     net = make().eval()
-    assert batch_norm.foldable_pairs(net, (3, 8, 8)) == pairs
+    assert [each[:2] for each in batch_norm.find_foldings(net, (3, 8, 8))] == pairs
     line = batch_norm.describe_unfolded(net, (3, 8, 8), "R")
     assert (line and line.split()[0]) == n_left
     plain = all(map(torch.equal, batch_norm.folded_weights(net), layers.penalized_weights(net)))
@@ -144,15 +144,15 @@ def test_a_weight_that_runs_more_than_once_is_penalized_as_it_is(make, pairs, n_
 
 def test_what_cannot_be_folded_is_refused():
     with pytest.raises(NetworkError, match=r"no batch norm after a convol.* Reordered"):
-        batch_norm.foldable_pairs(reference.Reordered(), (3, 8, 8))
+        batch_norm.find_foldings(reference.Reordered(), (3, 8, 8))
     with pytest.raises(NetworkError, match="Untraceable cannot be exported by torch") as refused:
-        batch_norm.foldable_pairs(Untraceable(), (3, 8, 8))
+        batch_norm.find_foldings(Untraceable(), (3, 8, 8))
     assert "\n" not in str(refused.value)
 
 
 def test_a_check_of_folding_draws_nothing_from_the_stream(net):
     before = torch.get_rng_state()
-    batch_norm.foldable_pairs(net)
+    batch_norm.find_foldings(net)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -105,7 +105,7 @@ def test_a_step(kind, penalty, difference_step):
     net, criterion = make_net(kind), nn.CrossEntropyLoss(label_smoothing=0.1)
     x, y = batch()
     if penalty and "folded_weights" in penalty.inputs:
-        batch_norm.foldable_pairs(net, x.shape[1:])  # which a run finds before its first step
+        batch_norm.find_foldings(net, x.shape[1:])  # which a run finds before its first step
     with no_synchronization():
         result = gradients.compute_gradients(
             net, criterion, penalty, x, y, torch.bfloat16, 0.5, difference_step

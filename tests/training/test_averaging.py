@@ -327,4 +327,4 @@ def test_the_flag_smooths_labels_in_training_and_test():
     assert history[-1]["test_loss"] == pytest.approx(-(targets * log_p).sum(1).mean().item())
     assert history[0]["train_loss"] != train_on(begin(None))[0]["train_loss"]
     args = train.make_parser().parse_args(["--label_smoothing", "0.2"])
-    assert train.make_config(args, 128).criterion.label_smoothing == 0.2
+    assert train.make_config(args, 128, 10).criterion.label_smoothing == 0.2
