@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import json
+import math
 import re
 import shlex
 from functools import partial
@@ -25,6 +26,7 @@ import quant_utils
 import regularizers
 import study
 import train
+import utils
 from engine.images.loader import Loader
 from engine.networks.export import export_network
 from engine.networks.fast_layers import use_fast_layers
@@ -32,6 +34,7 @@ from engine.networks.folding import fold_batch_norms
 from engine.networks.outputs import run_network
 from engine.quantization.weights import quantize_model
 from engine.step.gradients import compute_gradients
+from engine.step.trial import check_criterion
 from engine.system.cli import warn_unused_flags
 
 ROOT = Path(__file__).parent.parent
@@ -327,6 +330,7 @@ REGISTRIES = (
     (quant_utils, quant_utils.QUANTIZERS),
     (models, models.MODELS),
     (data, data.DATASETS),
+    (utils, utils.CRITERIA),
     (study, study.VARIANTS),
 )
 
@@ -447,6 +451,14 @@ def test_the_quantizer_of_integers_of_the_page_has_them(extended, per_channel):
         assert len(part.scale.flatten()) == (len(layer.weight) if per_channel else 1)
     assert quant_utils.n_levels("narrow", 3, False) == 7
     assert quant_utils.n_levels("power_of_two", 3, False) == 8
+
+
+def test_the_loss_of_the_page_is_a_mean(extended):
+    criterion = utils.make_criterion("Focal")
+    assert check_criterion("Focal", criterion, 10)
+    certain = torch.tensor([[20.0, 0.0], [0.0, 0.0]])  # of probability 1 and 1/2
+    expected = 0.25 * math.log(2) / 2
+    assert criterion(certain, torch.tensor([0, 1])).item() == pytest.approx(expected)
 
 
 def test_the_data_set_of_the_page_makes_batches(extended, tmp_path):
