@@ -43,7 +43,7 @@ from engine.networks.graph import (
     set_constant,
 )
 from engine.networks.layers import image_dtype
-from engine.networks.outputs import network_boundary, split_output
+from engine.networks.outputs import MAX_ROUNDING, is_near, network_boundary, split_output
 from engine.networks.spelling import (
     constants,
     follow_batch,
@@ -53,7 +53,6 @@ from engine.networks.spelling import (
 )
 from engine.system.errors import NetworkError
 
-TOLERANCE = 1e-3  # of the largest logit: how far the graph may be from the network's own forward
 TOLERANCE_OF_EARLIER = 1e-5  # the same for the graph of another network: a number in it may differ
 # Operations that PyTorch writes as matrix products, which are seen.
 COMPOSED = {
@@ -100,7 +99,7 @@ def export_network(
         for program in earlier or ():
             if _has_tensors_of(program, net):
                 graph = _graph(program, net, images, expected)
-                if _is_near(graph(images), expected, TOLERANCE_OF_EARLIER):
+                if is_near(graph(images), expected, TOLERANCE_OF_EARLIER):
                     return graph
         program = traced(net, images.new_zeros(BATCH, *image_shape))
         graph = _graph(program, net, images, expected)
@@ -108,7 +107,7 @@ def export_network(
             logits = graph(images)
     seen = sum(each.multiply_adds(len(images)) for each in operations(graph))
     _check_products(seen, counter.get_total_flops() // 2, name)
-    if not _is_near(logits, expected, TOLERANCE):
+    if not is_near(logits, expected):
         raise NetworkError(f"{name}: its graph of torch.export computes other logits than itself")
     if earlier is not None:
         earlier.append(program)
@@ -117,7 +116,7 @@ def export_network(
 
 def _check_products(seen: int, counted: int, name: str) -> None:
     """Raise NetworkError where operations have fewer multiply-adds than PyTorch has counted."""
-    if counted > seen * (1 + TOLERANCE):
+    if counted > seen * (1 + MAX_ROUNDING):
         share = f"{1 - seen / counted:.1%}"
         raise NetworkError(f"{name}: {share} of its products are in operations that are not seen")
 
@@ -132,14 +131,6 @@ def _has_tensors_of(program: ExportedProgram, net: nn.Module) -> bool:
     inputs = program.graph_signature.input_specs
     targets = [spec.target for spec in inputs if spec.kind in CONSTANT_KINDS]
     return all(own.get(target) == traced_ones[target].shape for target in targets)
-
-
-def _is_near(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Tell whether the logits are those expected, to a part of the largest."""
-    if expected.is_meta:  # nothing is computed
-        return True
-    limit = tolerance * expected.nan_to_num(0, 0, 0).abs().max().item()
-    return torch.allclose(logits, expected, rtol=0, atol=limit, equal_nan=True)
 
 
 class _Logits(nn.Module):
@@ -163,7 +154,7 @@ def _graph(
     """
     graph = _exported(program, net)
     with suppress(Exception), _no_listing():  # the caller runs the graph again
-        if _is_near(graph(images), expected, TOLERANCE):
+        if is_near(graph(images), expected):
             return graph
     return _exported(program, net, follows_batch=True)
 
