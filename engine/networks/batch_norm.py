@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from engine.networks.export import export_network
 from engine.networks.folding import batch_norms, foldable
 from engine.networks.graph import layers
-from engine.networks.layers import penalized_weights
-from engine.networks.outputs import BATCH_NORMS
+from engine.networks.layers import BATCH_AND_INSTANCE_NORMS, BATCH_NORMS, penalized_weights
 from engine.system.errors import NetworkError
 from engine.system.hardware import to_float64
 
@@ -111,8 +110,8 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
 
 def norms_with_statistics(net: nn.Module) -> list[nn.Module]:
     """Return the batch and instance norms that keep running statistics, in module order."""
-    norms = nn.modules.batchnorm._NormBase
-    return [m for m in net.modules() if isinstance(m, norms) and m.running_mean is not None]
+    norms = [m for m in net.modules() if isinstance(m, BATCH_AND_INSTANCE_NORMS)]
+    return [norm for norm in norms if norm.running_mean is not None]
 
 
 @torch.no_grad()

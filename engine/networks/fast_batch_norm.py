@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.networks import batch_norm_kernels as kernels
 from engine.networks.convolution import forbid_third_derivative
+from engine.networks.layers import BATCH_AND_INSTANCE_NORMS, BATCH_NORMS
 from engine.system import distributed
 from engine.system.errors import BatchTooSmallError, SetupError
 
@@ -188,7 +189,7 @@ def set_sync_bn(net: nn.Module, enabled: bool) -> None:
     for name, m in net.named_modules():
         if isinstance(m, BatchNorm2d):
             m.sync = enabled
-        elif enabled and isinstance(m, nn.modules.batchnorm._BatchNorm):
+        elif enabled and isinstance(m, BATCH_NORMS):
             raise SetupError(
                 f"--sync_bn: {name} is a {type(m).__name__} of {type(m).__module__}, and only "
                 "nn.BatchNorm2d sums over several processes: use that, or --no-sync_bn"
@@ -198,5 +199,5 @@ def set_sync_bn(net: nn.Module, enabled: bool) -> None:
 def unsynced_norm_buffers(net: nn.Module) -> Iterator[Tensor]:
     """Yield the running statistics that each process makes of its own share of the batches."""
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase) and not getattr(m, "sync", False):
+        if isinstance(m, BATCH_AND_INSTANCE_NORMS) and not getattr(m, "sync", False):
             yield from m.buffers()

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.networks.convolution import Conv2d
 from engine.networks.fast_batch_norm import BatchNorm2d
-from engine.networks.layers import copy_network
-from engine.networks.outputs import BATCH_NORMS
+from engine.networks.layers import BATCH_NORMS, copy_network
 from engine.system.errors import NetworkError
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+BATCH_AND_INSTANCE_NORMS = nn.modules.batchnorm._NormBase
 
 
 class Add(nn.Module):

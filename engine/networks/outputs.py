@@ -25,7 +25,6 @@ ACTIVATIONS = (
     | nn.SiLU | nn.Mish | nn.Softplus | nn.Softsign | nn.Tanh | nn.Sigmoid | nn.LogSigmoid
     | nn.Hardtanh | nn.Hardswish | nn.Hardsigmoid | nn.Threshold | nn.GLU
 )  # fmt: skip
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 MAX_ROUNDING = 1e-3  # of the largest logit: how far the same network may be in another form
 
 
