@@ -490,8 +490,9 @@ def check_trainable(net: nn.Module) -> None:
     if not trainable_parameters(net):
         raise NetworkError(f"{name}: all parameters are frozen, nothing to train")
     for key, module in net.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise NetworkError(f"{name}: {key} has sparse gradients, which SGD's momentum cannot")
+        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if is_embedding and module.sparse and module.weight.requires_grad:
+            raise NetworkError(f"{name}: {key} has sparse gradients, which SGD here does not take")
 
 
 def check_network_for(

@@ -5,9 +5,9 @@
 # which is there to tell the accuracy before one has a board, gives ONNX Runtime's codes, but for ties or a rounded scale: never
 # further than one code from the exact product.
 # What happens: a 1 × 1 convolution of one input code and one weight code, rounded to the same scale, differs from the exact product by up to 1.4
-# codes, for some weights in 4 of 10 input codes, though neither bias nor sum is in it; the same on every run, and for each of the
-# platforms rk3562, rk3566, rk3576, rk3588 and rv1126b. In a convolution of 3 × 3 × 8, 15 % of the codes differ, by 1 or 2.
-# ONNX Runtime and plain arithmetic agree in every code. Where that comes from is not said. Fails if it changes.
+# codes, for some weights in 4 of 10 input codes, though neither bias nor sum is in it; the same on every run, and for the
+# platforms rk3562 and rk3588. ONNX Runtime's codes are those of the exact product. Where the difference comes from is
+# not said. Fails if it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -3,11 +3,11 @@
 #
 # One would guess: `fused=True` changes the speed of `torch.optim.SGD` and its last bits; a gradient has its parameter's shape, and which element
 # belongs to which is a matter of indices, not of strides.
-# What happens: the fused kernels for a CPU read parameter, gradient and momentum by their position in memory. `loss.backward()` copies gradients into the
+# What happens: the fused kernels for a CPU take the n-th number in memory of the gradient for the n-th of the parameter. `loss.backward()` copies gradients into the
 # parameter's layout; `torch.autograd.grad`, which gradient penalties, meta-learning and per-sample gradients need, does not. A channels-last convolution
 # with weight standardization gets a contiguous gradient: assigned to `.grad`, fused SGD moves the weights in directions that have
-# nothing to do with it (the difference from the plain step is √2 times the step), and neither raises nor warns; the loss still
-# falls, for the other layers learn. Adam(fused=True) does the same; fused=False and foreach=True are right. Fails if that changes.
+# nothing to do with it: the difference from the plain step is √2 times the step. Nothing raises or warns.
+# Adam(fused=True) does the same; fused=False and foreach=True are right. Fails if that changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -50,6 +50,6 @@ for optimizer in torch.optim.SGD, torch.optim.Adam:
         if uses_backward:
             assert same and away < 1e-4
         else:
-            assert not same and away > 1, "the fused step is right now"
+            assert not same and away > 1.3, "the fused step is right now"
 PYTHON
 echo "as described"

@@ -63,7 +63,9 @@ def make_integer_layer(
     """
     for codes in (part.codes for part in parts):
         if not torch.equal(codes, codes.round().clamp(-MAX_CODE, MAX_CODE - 1)):
-            raise ValueError(f"{name}: its weights are on no grid of 8 bits or fewer")
+            raise ValueError(
+                f"{name}: its weights are on no grid of 8 bits or fewer (dorefa's at 8 are on none)"
+            )
     bias = torch.zeros(len(parts[0].codes)) if bias is None else bias.detach().cpu()
     most = bias.double().abs()
     most = most.view_as(parts[0].scale) if parts[0].scale.dim() else most.max()

@@ -38,7 +38,7 @@ class Folding(NamedTuple):
 
     weight: str
     norm: str  # the module that it runs in
-    gamma: str | None
+    gamma: str | None  # where the network computes it, it is the module's `weight`
     variance: str
     eps: float
 
@@ -62,16 +62,22 @@ def find_foldings(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> l
         if any(norm.args[4] is None for norm in batch_norms(graph)):
             raise NetworkError("cannot fold a batch norm without running statistics")
         stored = [layer.node.meta["stored"].get("weight") for layer in layers(graph).values()]
-        own = {name for name, _ in (*net.named_parameters(), *net.named_buffers())}
-        foldings = []
+        own, foldings = _tensors(net), []
         for layer, norm in found:
-            weight = layer.node.meta["stored"].get("weight")
+            weight, path = layer.node.meta["stored"].get("weight"), norm.meta["path"]
             gamma, variance = (norm.args[i] and norm.args[i].target for i in (1, 4))
-            if weight and stored.count(weight) == 1 and {gamma, variance} <= own | {None}:
-                folding = Folding(weight, norm.meta["path"], gamma, variance, norm.args[7])
-                foldings.append(folding)
+            is_known = {gamma, variance} <= own.keys() | {None}
+            is_module = isinstance(net.get_submodule(path), BATCH_NORMS)
+            if weight and stored.count(weight) == 1 and (is_known or is_module):
+                foldings.append(Folding(weight, path, gamma, variance, norm.args[7]))
         _foldings[net] = foldings
     return _foldings[net]
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers under all of their names."""
+    own = {"remove_duplicate": False}
+    return dict([*net.named_parameters(**own), *net.named_buffers(**own)])
 
 
 def folded_weights(net: nn.Module) -> list[Tensor]:
@@ -79,11 +85,14 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
 
     Differentiable in W_l and γ_l.
     """
-    folded, tensors = {}, dict([*net.named_parameters(), *net.named_buffers()])
+    folded, tensors = {}, _tensors(net)
     for each in find_foldings(net):
-        w = tensors[each.weight]
-        gain = (to_float64(tensors[each.variance]) + each.eps).rsqrt()
-        gain = gain * to_float64(tensors[each.gamma]) if each.gamma else gain
+        w, norm = tensors[each.weight], net.get_submodule(each.norm)
+        variance, gamma = tensors.get(each.variance), tensors.get(each.gamma)
+        variance = norm.running_var if variance is None else variance
+        gain = (to_float64(variance) + each.eps).rsqrt()
+        if each.gamma:
+            gain = gain * to_float64(norm.weight if gamma is None else gamma)
         folded[w] = w * gain.to(w).view(-1, *[1] * (w.dim() - 1))
     return [folded.get(w, w) for w in penalized_weights(net)]
 
@@ -95,12 +104,12 @@ def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) 
     `find_foldings` does, with that name.
     """
     try:
-        folded = {each.norm for each in find_foldings(net, image_shape)}
+        folded = {net.get_submodule(each.norm) for each in find_foldings(net, image_shape)}
     except NetworkError as error:
         raise NetworkError(f"{penalty} of folded weights: {error}") from error
-    n_norms = len(folded | {name for name, m in net.named_modules() if isinstance(m, BATCH_NORMS)})
-    n_left = n_norms - len(folded)
-    if not n_norms:
+    norms = folded | {m for m in net.modules() if isinstance(m, BATCH_NORMS)}
+    n_left = len(norms - folded)
+    if not norms:
         return f"{penalty} of folded weights has no batch norm to fold: weights are as they are"
     if not n_left:
         return None

@@ -15,6 +15,7 @@ from engine.networks.convolution import Conv2d
 from engine.networks.fast_batch_norm import BatchNorm2d
 from engine.networks.layers import BATCH_NORMS, copy_network
 from engine.system.errors import NetworkError
+from engine.system.hardware import kept_streams
 
 
 class BatchNormBeforeRectifier(BatchNorm2d):
@@ -194,14 +195,16 @@ def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
     """
     try:
         copied = copy_network(net)  # a network that keeps what it computes would keep symbols
-        before = _what_may_count(copied)
         copied.train(training)  # which need not return it
-        with _NoDecisions():
-            graph = ModuleTracer().trace(copied)
+        states = [_what_may_count(copied)]
+        with _NoDecisions(), kept_streams(torch.device("cpu")):
+            while len(states) == 1 or (len(states) == 2 and states[0] != states[1]):
+                graph = ModuleTracer().trace(copied)
+                states.append(_what_may_count(copied))
         nodes = [n for n in graph.nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
         return {}
-    if _what_may_count(copied) != before:
+    if states[-1] != states[-2]:  # a second time as well
         return {}
     n_runs = Counter(node.target for node in nodes)
     readers = {}

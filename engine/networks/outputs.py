@@ -225,26 +225,31 @@ def on_trial(net: nn.Module) -> Iterator[None]:
     Those of lazy modules keep the sizes that they get.
     """
     kept = [
-        (module._buffers, name, tensor, tensor.clone())
+        (module._buffers, name, tensor, None if tensor is None else tensor.clone())
         for module in net.modules()
         for name, tensor in module._buffers.items()
-        if tensor is not None and not is_lazy(tensor)
+        if not is_lazy(tensor)
     ]
-    with every_module_in(net, training=False):
-        yield
-    for buffers, name, tensor, value in kept:
-        buffers[name] = tensor.copy_(value)  # a network may also put another tensor there
+    versions = [0 if tensor is None else tensor._version for _, _, tensor, _ in kept]
+    try:
+        with every_module_in(net, training=False):
+            yield
+    finally:
+        for (buffers, name, tensor, value), version in zip(kept, versions, strict=True):
+            buffers[name] = tensor  # a network may put another one there
+            if tensor is not None and tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(value)
 
 
 def trial_logits(net: nn.Module, image_shape: Sequence[int]) -> Tensor:
     """Return the logits of two random images of `image_shape` (3, H, W), always the same ones.
 
-    Neither the network nor a random stream is changed by it.
+    Neither the network's buffers nor the random streams are changed by it.
     """
     x = blank_images(net, 2, image_shape)
     x += torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    kept_random = hardware.rng_from(hardware.get_rng_state(x.device), x.device)
-    with torch.no_grad(), on_trial(net), kept_random:
+    with torch.no_grad(), on_trial(net), hardware.kept_streams(x.device):
         return run_recorded(net, x, False, _cannot_take(image_shape))[0]
 
 

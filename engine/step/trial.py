@@ -1,5 +1,6 @@
 """What is tried before a training: the derivatives of a network, and each of the penalties."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from engine.step.penalty_inputs import (
 )
 from engine.system import distributed
 from engine.system.errors import PenaltyError, SetupError
-from engine.system.hardware import rng_from
+from engine.system.hardware import get_rng_state, rng_from
 
 
 def check_derivatives(net: nn.Module, image_shape: Sequence[int], second: bool) -> None:
@@ -56,14 +57,21 @@ def check_criterion(name: str, criterion: nn.Module, num_classes: int) -> bool:
     """
     if any(p.requires_grad for p in criterion.parameters()):
         raise SetupError(f"--criterion {name} has parameters of its own, which nothing would train")
-    logits = torch.randn(4, num_classes, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(4) % num_classes
-    with torch.no_grad(), foreign_code(f"--criterion {name}"):
-        whole = criterion(logits, labels)
-        parts = criterion(logits[:1], labels[:1]) + 3 * criterion(logits[1:], labels[1:])
+    labels = torch.arange(2 * num_classes) % num_classes
+    n, n_first = len(labels), 1 + num_classes // 2  # parts of other classes
+    logits = torch.randn(n, num_classes, generator=torch.Generator().manual_seed(0))
+    device = torch.device("cpu")
+    start = get_rng_state(device)
+
+    def loss(part: slice) -> Any:
+        with torch.no_grad(), rng_from(start, device), foreign_code(f"--criterion {name}"):
+            return copy.deepcopy(criterion).eval()(logits[part], labels[part])
+
+    whole = loss(slice(None))
     if not isinstance(whole, torch.Tensor) or whole.dim():
         raise SetupError(f"--criterion {name} returns no scalar tensor")
-    return torch.allclose(whole, parts / 4, rtol=1e-4)
+    parts = n_first * loss(slice(n_first)) + (n - n_first) * loss(slice(n_first, None))
+    return torch.allclose(whole, parts / n, rtol=1e-4)
 
 
 def check_penalty(

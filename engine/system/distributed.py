@@ -224,7 +224,8 @@ def check_replicated(tensors: Mapping[str, Tensor]) -> None:
     if get_world_size() == 1:
         return
     views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = torch.stack([t.detach().view(views[t.itemsize]).sum() for t in tensors.values()])
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors.values()]
+    sums = torch.stack([t.detach().view(views[t.itemsize]).sum() for t in real])
     largest, smallest = sums.clone(), sums
     _call_collective(dist.all_reduce, largest, dist.ReduceOp.MAX)
     _call_collective(dist.all_reduce, smallest, dist.ReduceOp.MIN)
@@ -320,7 +321,11 @@ def _gather_images(share: Tensor, n: int) -> Tensor:
     bounds = [share_bounds(n, rank, world_size) for rank in range(world_size)]
     begin, end = bounds[get_rank()]
     n_own = end - begin
-    n_rows = len(share) // n_own if n_own else 1
+    n_rows = len(share) // max(n_own, 1)
+    if n < world_size:  # a rank without images cannot tell
+        rows = torch.tensor(n_rows, device=share.device)
+        _call_collective(dist.all_reduce, rows, dist.ReduceOp.MAX)
+        n_rows = int(rows)
     if len(share) != n_rows * n_own:
         raise PenaltyError(
             f"an activation of {len(share)} rows for {n_own} images: several processes cannot put "

@@ -151,6 +151,18 @@ def rng_from(state: RandomState, device: torch.device) -> Iterator[None]:
         _set_rng_state(before, device)
 
 
+@contextmanager
+def kept_streams(device: torch.device) -> Iterator[None]:
+    """Context manager after which the streams of PyTorch, Python and NumPy are as before."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with rng_from(get_rng_state(device), device):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
 def tune_glibc_malloc() -> bool:
     """Have the C library reuse large freed blocks instead of returning them to the system.
 

@@ -86,7 +86,7 @@ class TrainState:
 
     def check(self) -> None:
         """Raise RanksDifferError or StepSizeError where the state is not what it must be."""
-        distributed.check_replicated(self.net.state_dict() | unsaved_buffers(self.net))
+        distributed.check_replicated(self.net.state_dict())
         if self.average is not None:
             distributed.check_replicated(self.average.module.state_dict())
         if self.steps is not None:
@@ -161,13 +161,20 @@ class TrainState:
         return progress
 
     def _load_unsaved_buffers(self, saved: dict[str, Tensor]) -> None:
-        """Restore buffers that the state_dict lacks; earlier versions' checkpoints have none."""
+        """Restore buffers that the state_dict lacks; earlier versions' checkpoints have none.
+
+        Of several processes all have rank 0's. One whose shape has changed is put in its place.
+        """
         for name, buffer in unsaved_buffers(self.net).items():
-            if name in saved:
-                if saved[name].shape != buffer.shape or saved[name].dtype != buffer.dtype:
-                    raise ValueError(f"{name} is of another shape or dtype")
-                if not torch.equal(saved[name].to(buffer.device), buffer):  # most are constants
-                    buffer.copy_(saved[name])
+            value = saved[name].to(buffer.device) if name in saved else buffer
+            if torch.equal(value, buffer):  # most are constants
+                continue
+            is_alike = value.shape == buffer.shape and value.dtype == buffer.dtype
+            if is_alike and 0 not in _layout(buffer):  # not one number many times
+                buffer.copy_(value)
+            else:
+                module, _, key = name.rpartition(".")
+                self.net.get_submodule(module)._buffers[key] = value
 
     def _load_average(self, average: AveragedModel, content: dict[str, Any]) -> None:
         if "average" not in content:

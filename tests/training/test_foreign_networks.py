@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import reference
 import test_distributed
@@ -21,7 +22,7 @@ import train
 import utils
 from engine.networks.batch_norm import describe_unfolded, folded_weights
 from engine.step.gradients import compute_gradients
-from engine.step.trial import check_penalty
+from engine.step.trial import check_criterion, check_penalty
 from engine.system import distributed
 from engine.system.errors import DataError, FileError, PenaltyError, SetupError
 from engine.training.resume import check_init_from
@@ -81,7 +82,15 @@ class ByType(Fading):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", [ByBuffer, ByCounter, AtRandom, AtPythonsRandom, ByType])
+class ByTurns(Fading):
+    is_odd = False
+
+    def is_late(self):
+        self.is_odd = not self.is_odd
+        return self.is_odd
+
+
+@pytest.mark.parametrize("kind", [ByBuffer, ByCounter, ByTurns, AtRandom, AtPythonsRandom, ByType])
 def test_a_network_that_changes_is_trained_as_it_is(kind, monkeypatch, capsys):
     monkeypatch.setitem(models.MODELS, "Own", kind)
     for seed in range(3):  # another branch is taken while the network is made
@@ -105,6 +114,37 @@ def test_a_network_that_changes_is_trained_as_it_is(kind, monkeypatch, capsys):
             torch.testing.assert_close(*losses)
             grads = torch.autograd.grad(losses[1], [*plain.parameters()])
             torch.testing.assert_close([p.grad for p in net.parameters()], [*grads])
+
+
+class NotedMode(Fading):
+    """It keeps plain values that say nothing of its order."""
+
+    def train(self, mode=True):
+        self.mode = "train" if mode else "eval"
+        return super().train(mode)
+
+    def is_late(self):
+        self.last = 3
+        return False
+
+
+class NoisyByNumpy(Fading):
+    def forward(self, x):
+        return super().forward(x + np.random.randn())
+
+    def is_late(self):
+        return False
+
+
+@pytest.mark.parametrize(("kind", "is_paired"), [(NotedMode, True), (NoisyByNumpy, False)])
+def test_a_network_that_stays_keeps_the_fast_layers(kind, is_paired, monkeypatch, capsys):
+    monkeypatch.setitem(models.MODELS, "Own", kind)
+    state = np.random.get_state()[1].copy()
+    net = utils.make_net("Own", 10, "cpu", image_shape=SHAPE)
+    assert "PyTorch's own" not in capsys.readouterr().out
+    assert type(net.norm).__name__ == ("BatchNormBeforeRectifier" if is_paired else "BatchNorm2d")
+    assert type(net.norm) is not nn.BatchNorm2d
+    assert np.array_equal(np.random.get_state()[1], state)
 
 
 # --- activations that are not (B, …) -------------------------------------------------------------
@@ -271,6 +311,74 @@ def test_a_trial_leaves_buffers_as_they_are():
     assert dict(net.named_buffers())["doubled"] is net.doubled
 
 
+class Odd(reference.SmoothNet):
+    """Its buffers cannot be written, are its parameters, come and grow."""
+
+    def __init__(self, num_classes=10):
+        super().__init__(num_classes=num_classes)
+        self.register_buffer("expanded", torch.ones(1).expand(4), persistent=False)
+        self.register_buffer("view", self.linear.weight[0], persistent=False)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.register_buffer("late", None, persistent=False)
+        self.register_buffer("phase", torch.ones((), dtype=torch.complex128))
+
+    def forward(self, x):
+        self.table = torch.linspace(0, 1, x.shape[-1])
+        self.late = x.mean()
+        return super().forward(x + self.table)
+
+
+def test_buffers_of_every_kind_are_tried_and_resumed(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(models.MODELS, "Own", Odd)
+    net = Odd()
+    check_penalty(net, LPGrad(0.1, 2), SHAPE)
+    assert net.late is None and net.table.shape == (1,)
+    flags = [*COMMON, "--regularizer", "L2Grad", "--train_subset", "64"]
+    train.main([*flags, "--n_epochs", "2"])
+    train.main([*flags, "--n_epochs", "1", "--save_file", "cut"])
+    train.main([*flags, "--n_epochs", "2", "--save_file", "cut", "--resume"])
+    whole, cut = weights("r"), weights("cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+class TwoNorms(nn.Module):
+    """Two layers and their norms, of which something is shared or computed."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.all = nn.ModuleList([self.a, self.b])
+        self.norm_a, self.norm_b = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        if shared == "gamma":
+            self.norm_b.weight = self.norm_a.weight
+        elif shared == "variance":
+            self.norm_b._buffers["running_var"] = self.norm_a.running_var
+        elif shared == "norm":
+            self.norm_b = self.norm_a
+        elif shared == "parametrized":
+            nn.utils.parametrize.register_parametrization(self.norm_b, "weight", nn.Softplus())
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.norm_b(self.b(self.norm_a(self.a(x)).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("shared", ["nothing", "gamma", "variance", "norm", "parametrized"])
+def test_norms_that_share_something_are_folded(shared):
+    torch.manual_seed(0)
+    net = TwoNorms(shared)
+    for norm in (net.norm_a, net.norm_b):
+        norm.running_var.uniform_(1, 2)
+        nn.init.uniform_(next(norm.parameters()), 1, 2)
+    a, b, head = folded_weights(net)
+    for folded, layer, norm in ((a, net.a, net.norm_a), (b, net.b, net.norm_b)):
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        torch.testing.assert_close(folded, layer.weight * gain[:, None, None, None])
+    assert head is net.head.weight and describe_unfolded(net, SHAPE, "R") is None
+
+
 def test_a_batch_norm_of_ones_own_is_folded():
     class Norm(nn.Module):
         def __init__(self):
@@ -305,6 +413,7 @@ def test_what_does_not_fit_ends_with_one_line(monkeypatch, tmp_path, capsys):
     class Sparse(Keeping):
         def __init__(self, num_classes=10):
             super().__init__(num_classes)
+            self.frozen = nn.Embedding(4, num_classes, sparse=True).requires_grad_(False)
             self.table = nn.Embedding(4, num_classes, sparse=True)
 
         def forward(self, x):
@@ -364,7 +473,26 @@ class Broken(nn.Module):
 
 
 def weighted(label_smoothing=0.0):
-    return nn.CrossEntropyLoss(torch.arange(1.0, 11.0), label_smoothing=label_smoothing)
+    weights = torch.tensor([1.0] * 9 + [20.0])
+    return nn.CrossEntropyLoss(weights, label_smoothing=label_smoothing)
+
+
+class Noisy(Focal):
+    """A mean of losses with noise, which counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("n_calls", torch.zeros(()))
+
+    def forward(self, logits, y):
+        self.n_calls += 1
+        return super().forward(logits * (1 + 0.1 * torch.rand(())), y)
+
+
+def test_a_trial_of_a_loss_changes_nothing():
+    criterion, before = Noisy(), torch.get_rng_state()
+    assert check_criterion("Noisy", criterion, 10) and check_criterion("Noisy", criterion, 1)
+    assert criterion.n_calls == 0 and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
