@@ -387,7 +387,8 @@ def measure_network(
             rows = plan_rows(network, quantizations, args.per_channel)
             print(report.table(rows, PLAN_COLUMNS), end="\n\n")
         bits = {how.scheme: network.weight_bits(how) for how in quantizations if how.is_mixed}
-        bits |= {LEARNED: steps.bits_of_layers()} if steps else {}
+        if steps and len({*steps.bits_of_layers().values()}) > 1:
+            bits[LEARNED] = steps.bits_of_layers()
         for scheme, of_layers in bits.items():
             checks.report_bits(network, scheme, of_layers)
         for row in sweep(network, quantizations, steps):

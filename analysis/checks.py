@@ -256,8 +256,8 @@ def check_rounding(network: MeasuredNetwork, rounding: str) -> bool:
 
 
 def report_bits(network: MeasuredNetwork, scheme: str, bits: Mapping[str, int]) -> None:
-    """Print the bits of the weights of each layer, by name, where they differ."""
-    if len({*bits.values()}) > 1 and distributed.get_rank() == 0:
+    """Print the bits of the weights of each layer, by name."""
+    if distributed.get_rank() == 0:
         each = ", ".join(f"{name} {n}" for name, n in bits.items())
         print(f"{network.name}: {scheme}: {network.mean_bits(bits):.4f} bits per weight: {each}")
 
