@@ -179,7 +179,7 @@ def is_strided_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequenc
     Then convolving x[:, :, ::s, ::s] with stride 1 is exactly the same. On CPUs that is what is
     done: PyTorch 2.14.1 writes beyond its memory in the weight adjoint of such a convolution of
     stride 2, float32, channels-last, at most 8 channels in and 16 out, images of 50 or more even
-    rows, which ends the process (`tests/networks/test_networks.py` tells when that is over).
+    rows, which has ended the process on some machines, and not on all, nor each time.
     """
     return weight.shape[2:] == (1, 1) and tuple(stride) != (1, 1) and tuple(padding) == (0, 0)
 
