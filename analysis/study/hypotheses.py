@@ -54,9 +54,9 @@ def is_constant(differences: Sequence[float]) -> bool:
 
 
 def difference_p(differences: Sequence[float]) -> float:
-    """Return the p value of a t-test that the mean is 0; of equal differences 0 or 1."""
+    """Return the p value of a t-test that the mean is 0; of equal differences 1: none is made."""
     if is_constant(differences):
-        return float(abs(differences[0]) < ROUNDING)
+        return 1.0
     return scipy.stats.ttest_1samp(differences, 0).pvalue
 
 
@@ -64,10 +64,10 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     """Return the p value of two one-sided t-tests that the mean lies within ±margin.
 
     Source: Schuirmann, 1987. The larger of both counts: each rejects a mean beyond one margin. Of
-    equal differences it is 0 or 1, and a margin itself is not within.
+    equal differences it is 1, as no test is made.
     """
     if is_constant(differences):
-        return float(abs(differences[0]) > margin - ROUNDING)
+        return 1.0
     above = scipy.stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = scipy.stats.ttest_1samp(differences, margin, alternative="less").pvalue
     return max(above, below)
@@ -91,7 +91,8 @@ def examine(hypothesis: Hypothesis, accuracies: pd.Series) -> Outcome | None:
     """Return what the seeds say; None where fewer than MIN_SEEDS have both variants.
 
     `accuracies`, of one setting, are by variant and whatever names a pair, such as the seed. Where
-    all differences are equal, p is 0 or 1: there is nothing to be uncertain about.
+    all differences are equal, p is 1: two networks at chance are as good as each other, and that
+    says nothing.
     """
     present = accuracies.index.unique("variant")
     if hypothesis.first not in present or hypothesis.second not in present:
