@@ -39,7 +39,7 @@ from engine.images.loader import Loader
 from engine.networks.export import export_network, write_back
 from engine.networks.folding import fold_batch_norms, foldable
 from engine.networks.graph import layers, weights
-from engine.networks.layers import not_finite
+from engine.networks.layers import check_loaded_weights, not_finite
 from engine.networks.outputs import check_network
 from engine.quantization.activations import quantize_activations
 from engine.quantization.bit_allocation import BIT_CHOICES
@@ -133,7 +133,7 @@ def make_quantizations(args: argparse.Namespace) -> list[Quantization]:
             bias_range=qu.bias_range(scheme, args.biases, args.fold_bn),
             correction=correction,
             learns=scheme in learners,
-            n_levels=qu.n_levels(scheme, n_bits, args.overlapping) if not is_mixed else None,
+            n_levels=None if is_mixed else qu.n_levels(scheme, n_bits, args.overlapping),
             is_mixed=is_mixed,
         )
         for scheme in args.schemes
@@ -214,9 +214,7 @@ def load_networks(
             check_network(net, image_shape, dataset.num_classes)
             masks = not_finite(net)
             load_weights(net, file.path)
-            for key in not_finite(net):
-                if key not in masks:
-                    raise FileError(f"{file.path}: {key} holds NaN or infinite values")
+            check_loaded_weights(net, file.path, masks)
             graph = export_network(net, image_shape, programs[model, width])
             graph = prepare_graph(graph, file.path, args)
         except FileError as error:
@@ -379,24 +377,25 @@ def measure_network(
     try:
         checks.check_coverage(network, quantizations, args.strict)
         checks.check_sums(network, file.path)
-        is_learned = checks.check_rounding(network, args.rounding)
-        learners = utils.learned_schemes(args) if is_learned else []
+        learns = checks.check_rounding(network, args.rounding)
+        learners = utils.learned_schemes(args) if learns else []
         if network.conditions.in_integers:
             network.check_integer_form(quantizations[0].act_bits)
         if args.show_plan and distributed.get_rank() == 0:
             rows = plan_rows(network, quantizations, args.per_channel)
             print(report.table(rows, PLAN_COLUMNS), end="\n\n")
         bits = {how.scheme: network.weight_bits(how) for how in quantizations if how.is_mixed}
-        if steps and len({*steps.bits_of_layers().values()}) > 1:
-            bits[LEARNED] = steps.bits_of_layers()
+        learned_bits = steps.bits_of_layers() if steps else {}
+        if len({*learned_bits.values()}) > 1:
+            bits[LEARNED] = learned_bits
         for scheme, of_layers in bits.items():
             checks.report_bits(network, scheme, of_layers)
         for row in sweep(network, quantizations, steps):
-            has_steps = row["scheme"] == LEARNED
+            is_learned = row["scheme"] == LEARNED
             is_whole = not (args.holdout or args.test_subset)
-            checks.check_accuracy(row, steps_record if has_steps else file, args.dataset, is_whole)
+            checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
             common["rounding"] = qu.rounding_of(row["scheme"], learners, args.rounding)
-            results.rows.append(row | common | ({"per_channel": False} if has_steps else {}))
+            results.rows.append(row | common | ({"per_channel": False} if is_learned else {}))
         for (scheme, bits, act_bits), divergences in network.divergences.items():
             if distributed.get_rank() == 0:
                 taken = min(divergences, key=divergences.get)

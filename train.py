@@ -31,6 +31,7 @@ from engine.networks.batch_norm import count_batch_norms, describe_unfolded, fre
 from engine.networks.compiling import set_compile
 from engine.networks.fast_batch_norm import set_sync_bn, unsynced_norm_buffers
 from engine.networks.layers import (
+    check_loaded_weights,
     computed_weights,
     image_dtype,
     not_finite,
@@ -49,7 +50,7 @@ from engine.step.trial import check_criterion, check_derivatives, check_penalty
 from engine.system import distributed, hardware, io
 from engine.system.cli import Parser, exit_codes, refuse_flags, warn_unused_flags
 from engine.system.environment import describe_environment
-from engine.system.errors import FileError, NetworkError, NotFiniteError, SetupError
+from engine.system.errors import NetworkError, NotFiniteError, SetupError
 from engine.system.progress import EpochDisplay, epoch_line
 from engine.system.signals import GracefulShutdown, StoppedBySignal
 from engine.system.wandb_logger import WandbLogger, how_to_open, new_run_id, sweep_run_id
@@ -261,11 +262,7 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         run_id = checkpoint["run_id"] or run_id
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
-        weights = Path(args.init_weights)
-        io.load_weights(state.net, weights, dataset.num_classes, args.new_head)
-        for name in not_finite(state.net):
-            if name not in state.infinite:
-                raise FileError(f"{weights}: {name} holds NaN or infinite values")
+        load_init_weights(args, state, dataset.num_classes)
     if not args.resume:
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
@@ -294,6 +291,13 @@ def read_init_weights(args: argparse.Namespace) -> list[WeightsFile]:
     file = WeightsFile(Path(args.init_weights), read_record(Path(args.init_weights)))
     args.model = utils.model_of_file(args.model, file)
     return [file]
+
+
+def load_init_weights(args: argparse.Namespace, state: TrainState, num_classes: int) -> None:
+    """Read the file of --init_weights into the network; FileError where it does not fit."""
+    weights = Path(args.init_weights)
+    io.load_weights(state.net, weights, num_classes, args.new_head)
+    check_loaded_weights(state.net, weights, state.infinite)
 
 
 def log_epoch(training: TrainingRun, phase: Phase) -> None:

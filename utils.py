@@ -225,13 +225,13 @@ def make_net(
     net = use_fast_layers(net)
     if image_shape and not is_near(trial_logits(net, image_shape), before):
         plain = plain_copy(net)
-        if not is_near(trial_logits(plain, image_shape), before):
-            return moved(net, device, MEMORY_FORMATS[memory_format])  # it differs each time
-        print(
-            f"{name}: trained with PyTorch's own layers, which is slower: with ours in their place "
-            "it computes something else, as a network does that compares types of its modules"
-        )
-        net = plain
+        if is_near(trial_logits(plain, image_shape), before):  # else it differs each time
+            print(
+                f"{name}: trained with PyTorch's own layers, which is slower: with ours in their "
+                "place it computes something else, as a network does that compares types of its "
+                "modules"
+            )
+            net = plain
     return moved(net, device, MEMORY_FORMATS[memory_format])
 
 

@@ -243,14 +243,14 @@ def check_sums(network: MeasuredNetwork, path: Path) -> None:
 
 def check_rounding(network: MeasuredNetwork, rounding: str) -> bool:
     """Say which layers go to nearest where rounding is learned; return whether any is learned."""
-    names = layers(network.graph)
-    learned = learned_layers(network.graph) if rounding != "nearest" else []
-    if rounding != "nearest" and len(learned) < len(names):
-        others = first_names([name for name in names if name not in learned])
+    if rounding == "nearest":
+        return False
+    learned = learned_layers(network.graph)
+    if others := [name for name in layers(network.graph) if name not in learned]:
         effect = "is for" if learned else "has no effect: it is for"
         print_warning(
             f"{network.name}: --rounding {rounding} {effect} 2-d convolutions and linear layers; "
-            f"to nearest: {others}"
+            f"to nearest: {first_names(others)}"
         )
     return bool(learned)
 

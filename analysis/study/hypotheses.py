@@ -54,20 +54,15 @@ def is_constant(differences: Sequence[float]) -> bool:
 
 
 def difference_p(differences: Sequence[float]) -> float:
-    """Return the p value of a t-test that the mean is 0; of equal differences 1: none is made."""
-    if is_constant(differences):
-        return 1.0
+    """Return the p value of a t-test that the mean is 0."""
     return scipy.stats.ttest_1samp(differences, 0).pvalue
 
 
 def equivalence_p(differences: Sequence[float], margin: float) -> float:
     """Return the p value of two one-sided t-tests that the mean lies within ±margin.
 
-    Source: Schuirmann, 1987. The larger of both counts: each rejects a mean beyond one margin. Of
-    equal differences it is 1, as no test is made.
+    Source: Schuirmann, 1987. The larger of both counts: each rejects a mean beyond one margin.
     """
-    if is_constant(differences):
-        return 1.0
     above = scipy.stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
     below = scipy.stats.ttest_1samp(differences, margin, alternative="less").pvalue
     return max(above, below)
@@ -102,7 +97,10 @@ def examine(hypothesis: Hypothesis, accuracies: pd.Series) -> Outcome | None:
     if n < MIN_SEEDS:
         return None
     values, margin = differences.to_list(), hypothesis.margin
-    p = difference_p(values) if margin is None else equivalence_p(values, margin)
+    if is_constant(values):
+        p = 1.0
+    else:
+        p = difference_p(values) if margin is None else equivalence_p(values, margin)
     [interval] = mean_intervals(differences.to_frame()).itertuples()
     return Outcome(hypothesis, n, interval.mean, (interval.high - interval.low) / 2, p)
 

@@ -33,7 +33,7 @@ NOT_RECORDED = dict(
     act_symmetry="symmetric", equalize="false", rounding="nearest", clip_p="2.4", step_size="half",
     output_bias_correction="false", budget_bits="null",
 )  # fmt: skip
-UNKNOWN = ("quantize_sums", "dataset", "seed")  # nor what it was
+UNKNOWN = ("quantize_sums", "dataset", "seed")  # nor do they say these, which could be anything
 
 
 class ImageDataset(Protocol):

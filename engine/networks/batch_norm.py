@@ -6,6 +6,7 @@ folded (engine/networks/folding.py); σ² is the running variance, a constant.
 
 import weakref
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -34,11 +35,11 @@ def count_batch_norms(net: nn.Module) -> int:
 
 
 class Folding(NamedTuple):
-    """A layer and the batch norm that alone reads it, by the names of the network's tensors."""
+    """A layer and the batch norm that alone reads it, by the names of the network's attributes."""
 
     weight: str
     norm: str  # the module that it runs in
-    gamma: str | None  # where the network computes it, it is the module's `weight`
+    gamma: str | None
     variance: str
     eps: float
 
@@ -62,22 +63,24 @@ def find_foldings(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> l
         if any(norm.args[4] is None for norm in batch_norms(graph)):
             raise NetworkError("cannot fold a batch norm without running statistics")
         stored = [layer.node.meta["stored"].get("weight") for layer in layers(graph).values()]
-        own, foldings = _tensors(net), []
+        own, foldings = _names(net) | {None}, []
         for layer, norm in found:
             weight, path = layer.node.meta["stored"].get("weight"), norm.meta["path"]
             gamma, variance = (norm.args[i] and norm.args[i].target for i in (1, 4))
-            is_known = {gamma, variance} <= own.keys() | {None}
-            is_module = isinstance(net.get_submodule(path), BATCH_NORMS)
-            if weight and stored.count(weight) == 1 and (is_known or is_module):
+            is_own = {gamma, variance} <= own
+            if not is_own and isinstance(net.get_submodule(path), BATCH_NORMS):
+                # such as a parametrized γ: the module has under its names what the network computes
+                gamma, variance, is_own = gamma and f"{path}.weight", f"{path}.running_var", True
+            if weight and stored.count(weight) == 1 and is_own:
                 foldings.append(Folding(weight, path, gamma, variance, norm.args[7]))
         _foldings[net] = foldings
     return _foldings[net]
 
 
-def _tensors(net: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers under all of their names."""
-    own = {"remove_duplicate": False}
-    return dict([*net.named_parameters(**own), *net.named_buffers(**own)])
+def _names(net: nn.Module) -> set[str]:
+    """Return all names of parameters and buffers, of which one may have several."""
+    every = {"remove_duplicate": False}
+    return {name for name, _ in (*net.named_parameters(**every), *net.named_buffers(**every))}
 
 
 def folded_weights(net: nn.Module) -> list[Tensor]:
@@ -85,14 +88,12 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
 
     Differentiable in W_l and γ_l.
     """
-    folded, tensors = {}, _tensors(net)
+    folded = {}
     for each in find_foldings(net):
-        w, norm = tensors[each.weight], net.get_submodule(each.norm)
-        variance, gamma = tensors.get(each.variance), tensors.get(each.gamma)
-        variance = norm.running_var if variance is None else variance
-        gain = (to_float64(variance) + each.eps).rsqrt()
+        w = attrgetter(each.weight)(net)
+        gain = (to_float64(attrgetter(each.variance)(net)) + each.eps).rsqrt()
         if each.gamma:
-            gain = gain * to_float64(norm.weight if gamma is None else gamma)
+            gain = gain * to_float64(attrgetter(each.gamma)(net))
         folded[w] = w * gain.to(w).view(-1, *[1] * (w.dim() - 1))
     return [folded.get(w, w) for w in penalized_weights(net)]
 

@@ -196,15 +196,17 @@ def _only_readers(net: nn.Module, training: bool) -> dict[str, str]:
     try:
         copied = copy_network(net)  # a network that keeps what it computes would keep symbols
         copied.train(training)  # which need not return it
-        states = [_what_may_count(copied)]
+        after = _what_may_count(copied)
         with _NoDecisions(), kept_streams(torch.device("cpu")):
-            while len(states) == 1 or (len(states) == 2 and states[0] != states[1]):
+            for _ in range(2):  # what a first run changes, as it notes a constant, a second may not
                 graph = ModuleTracer().trace(copied)
-                states.append(_what_may_count(copied))
+                before, after = after, _what_may_count(copied)
+                if after == before:
+                    break
+            else:
+                return {}
         nodes = [n for n in graph.nodes if n.op == "call_module"]
     except Exception:  # what a foreign forward raises on symbols is of any kind
-        return {}
-    if states[-1] != states[-2]:  # a second time as well
         return {}
     n_runs = Counter(node.target for node in nodes)
     readers = {}

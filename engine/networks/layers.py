@@ -4,10 +4,14 @@ What is quantized is found elsewhere, on the network's graph: engine/networks/ex
 """
 
 import copy
+from collections.abc import Container
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from engine.system.errors import FileError
 
 LAYER_TYPES = nn.Conv2d | nn.Linear  # whose weights are penalized
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -74,9 +78,19 @@ def unsaved_buffers(net: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in net.named_buffers() if name not in saved}
 
 
-def not_finite(net: nn.Module) -> list[str]:
-    """Return the names of the tensors of its state_dict that have NaN or infinite values."""
-    return [name for name, t in net.state_dict().items() if not t.isfinite().all()]
+def not_finite(net: nn.Module, allowed: Container[str] = ()) -> list[str]:
+    """Return which tensors of its state_dict, but for those allowed, have NaN or infinite values.
+
+    By name. A mask of attention may have infinite ones from the beginning.
+    """
+    state = net.state_dict().items()
+    return [name for name, t in state if name not in allowed and not t.isfinite().all()]
+
+
+def check_loaded_weights(net: nn.Module, path: Path, allowed: Container[str]) -> None:
+    """Raise FileError, naming it, where one that was read from there is not finite."""
+    if names := not_finite(net, allowed):
+        raise FileError(f"{path}: {names[0]} holds NaN or infinite values")
 
 
 def penalized_layers(net: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:

@@ -242,13 +242,18 @@ def on_trial(net: nn.Module) -> Iterator[None]:
                     tensor.copy_(value)
 
 
+def random_images(net: nn.Module, n: int, image_shape: Sequence[int]) -> Tensor:
+    """Return n images of noise, always the same, in the network's dtype and on its device."""
+    x = blank_images(net, n, image_shape)
+    return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+
+
 def trial_logits(net: nn.Module, image_shape: Sequence[int]) -> Tensor:
     """Return the logits of two random images of `image_shape` (3, H, W), always the same ones.
 
     Neither the network's buffers nor the random streams are changed by it.
     """
-    x = blank_images(net, 2, image_shape)
-    x += torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    x = random_images(net, 2, image_shape)
     with torch.no_grad(), on_trial(net), hardware.kept_streams(x.device):
         return run_recorded(net, x, False, _cannot_take(image_shape))[0]
 

@@ -1,7 +1,8 @@
 """What is tried before a training: the derivatives of a network, and each of the penalties."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from engine.networks.outputs import (
     foreign_code,
     network_boundary,
     on_trial,
+    random_images,
     run_network,
 )
 from engine.step.batch_loss import BatchLoss, FirstOrderResult, StartingState
@@ -88,8 +90,7 @@ def check_penalty(
     is not minimized, but only measured, may be a constant. The random streams stay where they are,
     and no .grad is left.
     """
-    x = blank_images(net, 2, image_shape)
-    x += torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    x = random_images(net, 2, image_shape)
     y = torch.zeros(2, dtype=torch.long, device=x.device)
     start = StartingState.of(net, x.device)
     # cuDNN's recurrent layers have no derivative in evaluation mode
@@ -104,16 +105,8 @@ def check_penalty(
         copies = {name: detached_leaves(ts) for name, ts in first.tensors.items()}
         inputs = copies | {"folded_weights": folded}
         given = {f"its input {name}": tensors for name, tensors in inputs.items()}
-        before = _versions(given | _everything_kept(regularizer))
-        with torch.set_grad_enabled(is_minimized):
+        with _nothing_changes(regularizer, given), torch.set_grad_enabled(is_minimized):
             penalty = evaluate_penalty(regularizer, batch, first.loss, first.grads, copies, folded)
-        after = _versions(given | _everything_kept(regularizer))
-        if changed := [name for name, versions in after.items() if before.get(name) != versions]:
-            raise PenaltyError(
-                f"{regularizer.name}: `forward` has to be a pure function of its inputs, but it "
-                f"changed {', '.join(changed)}; constants are made in the constructor, and what "
-                "is kept from batch to batch no resumed run would have"
-            )
         if distributed.get_world_size() > 1 and "a_grads" in regularizer.inputs:
             _check_shares(net, x, regularizer.name)
         if not is_minimized:
@@ -126,6 +119,20 @@ def check_penalty(
             options = {"dtype": x.dtype, "difference_step": difference_step}
             compute_gradients(net, batch.criterion, regularizer, x, y, **options)
             net.zero_grad()
+
+
+@contextmanager
+def _nothing_changes(regularizer: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Context manager; PenaltyError where what is given, or what it keeps itself, has changed."""
+    before = _versions(given | _everything_kept(regularizer))
+    yield
+    after = _versions(given | _everything_kept(regularizer))
+    if changed := [name for name, versions in after.items() if before.get(name) != versions]:
+        raise PenaltyError(
+            f"{regularizer.name}: `forward` has to be a pure function of its inputs, but it "
+            f"changed {', '.join(changed)}; constants are made in the constructor, and what is "
+            "kept from batch to batch no resumed run would have"
+        )
 
 
 def _check_shares(net: nn.Module, x: torch.Tensor, name: str) -> None:

@@ -77,7 +77,7 @@ class TrainState:
 
         The fused SGD of PyTorch 2.14.1 reads both by position in memory, see findings/.
         """
-        for p in trainable_parameters(self.net).values():
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             if p.grad is not None and _layout(p.grad) != _layout(p):
                 p.grad = torch.empty_like(p).copy_(p.grad)
         self.optimizer.step()
@@ -101,9 +101,8 @@ class TrainState:
         progress = self.progress
         if progress.batch_metrics:
             epoch_means(self.net, regularizer, progress.epoch, progress.batch_metrics)
-        for name in not_finite(self.net):
-            if name not in self.infinite:
-                raise NotFiniteError(f"epoch {progress.epoch}: {name} is no longer finite")
+        if names := not_finite(self.net, self.infinite):
+            raise NotFiniteError(f"epoch {progress.epoch}: {names[0]} is no longer finite")
         parts = {"net": self.net, "optimizer": self.optimizer, "state": progress}
         parts |= {"average": self.average, "steps": self.steps}
         content = {name: part.state_dict() for name, part in parts.items() if part is not None}
