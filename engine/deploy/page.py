@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,19 @@ def write_page(
     folder = node_package(WEB_PACKAGE, "--page")
     nets = {"integers": integers, "float": IntegerNetwork.from_graph(graph)}
     options = dataset.test_images.shape[1:], dataset.mean, dataset.std, source, form
-    first = next(iter(test.batches(0)))[0][:N_IMAGES].cpu()
+    n_batches = -(-N_IMAGES // test.batch_size)
+    first = torch.cat([x.cpu() for x, _ in islice(test.batches(0), n_batches)])[:N_IMAGES]
     with torch.inference_mode():
         simulated = integers(first)[0]
+    n_classes = simulated.shape[1]
+    unnamed = [f"class {k}" for k in range(len(dataset.classes), n_classes)]
     images, labels = test.pixels(len(first)), dataset.test_labels[: len(first)]
     bits = "{bits}-bit weights and {act_bits}-bit inputs".format(**source)
     data: dict[str, Any] = {
         "title": f"{source['model']} in integers",
         "about": f"{source['checkpoint']}, {bits}, beside the same network in floating point, on "
         f"{len(images)} test images.",
-        "classes": dataset.classes,
+        "classes": [*dataset.classes, *unnamed][:n_classes],
         "labels": labels.tolist(),
         "shape": list(images.shape[1:]),
         "images": _base64(images.contiguous().numpy().tobytes()),

@@ -45,22 +45,28 @@ const { chromium } = require(process.argv[1] + "/playwright-core");
 """
 
 
-def write_page(path):
+def write_page(path, classes="abcd", batch_size=105):
     images = pixels(110)
     dataset = SimpleNamespace(
         test_images=images,
         test_labels=torch.arange(110) % 4,
         mean=MEAN,
         std=STD,
-        classes=tuple("abcd"),
+        classes=tuple(classes),
     )
     net, float_net = quantize(small_net(), normalized(images[:8]), 4, 4)[0], folded(small_net())
-    test = Loader(images, dataset.test_labels, 105, MEAN, STD)
+    test = Loader(images, dataset.test_labels, batch_size, MEAN, STD)
     page.write_page(path, float_net, net, FileForm(), test, dataset, SOURCE)
     return net, float_net, images
 
 
-def test_a_page_holds_models_images_runtime_and_the_simulated_logits(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("classes", "batch_size", "names"),
+    [("abcd", 105, "abcd"), ("", 40, [f"class {k}" for k in range(4)]), ("abcde", 50, "abcd")],
+)
+def test_a_page_holds_models_images_runtime_and_the_simulated_logits(
+    classes, batch_size, names, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SetupError, match="--page needs Node.js and, in this folder: npm install"):
         write_page(Path("net.html"))
@@ -71,10 +77,11 @@ def test_a_page_holds_models_images_runtime_and_the_simulated_logits(monkeypatch
     (package / "package.json").write_text('{"version": "1.2.3"}')
     (package / page.FILES["runtime"]).write_text("export const a = '</script>';")
     (package / page.FILES["wasm"]).write_bytes(b"wasm")
-    net, float_net, images = write_page(Path("net.html"))
+    net, float_net, images = write_page(Path("net.html"), classes, batch_size)
     text = Path("net.html").read_text(encoding="utf-8")
     [content] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
     data = json.loads(content)
+    assert data["classes"] == list(names)  # as many as logits, which the page reads by them
     assert data["version"] == "1.2.3" and data["runtime"] == "export const a = '</script>';"
     assert data["about"].startswith("</script>.pt, 4-bit weights") and "100 test" in data["about"]
     of = {name: base64.b64decode(data[name]) for name in ("images", "simulated", "wasm")}
