@@ -263,7 +263,8 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
         load_init_weights(args, state, dataset.num_classes)
-    if not args.resume:
+    begins_anew = not is_own and Path(f"{out}.pt").exists()  # --resume, but no checkpoint is there
+    if not args.resume or begins_anew:
         files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
         distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
 
@@ -313,7 +314,9 @@ def log_epoch(training: TrainingRun, phase: Phase) -> None:
     logger.summarize(state.progress.best_epoch())
     with io.warn_on_error(f"{training.out}.json was not written, training continues"):
         tqdm.write(epoch_line(entry, phase.regularizer and phase.regularizer.name))
-        io.save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
+        # the weights of a finished run that this one extends keep their record until it has its own
+        if not Path(f"{training.out}.pt").exists():
+            io.save_json({**training.record, "history": history}, Path(f"{training.out}.json"))
     if training.args.watch and state.progress.epoch == 1 and logger.histogram_seconds:
         tqdm.write(
             f"histograms took {logger.histogram_seconds:.1f} s of this epoch's "

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import reference
@@ -477,6 +478,30 @@ def test_a_killed_run_resumes_with_its_steps(monkeypatch, tmp_path):
     train.main([*FLAGS, *qat, "--run_name", "branch", "--init_from", "trunk.ckpt"])
     branch = torch.load(tmp_path / "branch.pt", weights_only=True)
     assert all(torch.equal(first[key], branch[key]) for key in first)
+
+
+def test_finished_weights_keep_their_record_while_a_longer_run_extends_them(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    longer = [*FLAGS, "--qat_bits", "4,4", "--n_epochs", "3"]
+    train.main([*FLAGS, "--qat_bits", "4,4", "--n_epochs", "2"])
+    files = {name: (tmp_path / name).read_bytes() for name in ("r.pt", "r.json")}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "finish", Mock(side_effect=KeyboardInterrupt))
+        train.main([*longer, "--resume"])
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+    train.main([*longer, "--resume"])
+    assert len(json.loads((tmp_path / "r.json").read_text())["history"]) == 3
+
+    for checkpoint in tmp_path.glob("r.ckpt*"):
+        checkpoint.unlink()
+    files = {name: (tmp_path / name).read_bytes() for name in ("r.pt", "r.json")}
+    capsys.readouterr()
+    train.main([*longer, "--resume"])  # begins anew, so what is there is not its own
+    assert "kept as r_old1" in capsys.readouterr().err
+    for name, content in files.items():
+        assert (tmp_path / name.replace("r.", "r_old1.")).read_bytes() == content
 
 
 @pytest.mark.parametrize(
