@@ -22,9 +22,19 @@ from engine.quantization.bit_allocation import BIT_CHOICES
 from engine.quantization.bit_widths import act_bit_widths_or_same, bit_widths
 from engine.quantization.output_correction import INPUTS
 from engine.step.gradients import DIFFERENCE_STEP, needs_double_backward
-from engine.system.cli import Flag, Need, Parser, bounded_number, file_name, label, switch
+from engine.system.cli import (
+    Flag,
+    Need,
+    Parser,
+    bounded_number,
+    file_name,
+    label,
+    project_name,
+    switch,
+)
 from engine.system.distributed import is_restart_here
 from engine.system.hardware import MEMORY_FORMATS, PRECISIONS, has_float64, parse_device
+from engine.system.wandb_logger import environment_mode
 from engine.training.averaging import MAX_BN_IMAGES
 from models import MODELS, TIMM, TORCHVISION, has_width
 from regularizers import REGULARIZERS, accepted_options, regularizer_options
@@ -91,12 +101,11 @@ QAT = ["--qat_bits", QAT_RUNS]
 WHOLE_STEP = Need("--compile", lambda run: run.compile or run.step == "eager")
 NO_LEARNED_STEPS = Need("no --qat_bits: a compiled step has no learned step sizes",
                         lambda run: run.qat_bits is None or run.step == "eager")
-LATE_FREEZE = Need("a longer run", lambda run: (run.freeze_bn_from or 0) < run.n_epochs)
 PROTOCOL = Need("no --phases", lambda run: "phases" not in run.explicit_flags)
 WIDE = Need(f"--model {' or '.join(filter(has_width, MODELS))}",
             lambda run: any(map(has_width, run.models)))
 LOGGED = Need("another WANDB_MODE than disabled",
-              lambda run: os.environ.get("WANDB_MODE") != "disabled")
+              lambda run: environment_mode() != "disabled")
 RANDOM = Need("a stochastic scheme", lambda run: any(map(qu.is_stochastic, run.schemes)))
 UNFOLDED = Need("no --fold_bn", lambda run: not run.fold_bn or run.biases == "full")
 FLOAT_BIASES = Need("--fold_bn or --biases full: biases that were corrected are on no grid",
@@ -186,7 +195,8 @@ DATA: Table = [
 ]
 WANDB: Table = [
     "Weights & Biases (offline where no key is configured)",
-    Flag("wandb_project", str, "RegulQuant", "project to log to"),
+    Flag("wandb_project", project_name, os.environ.get("WANDB_PROJECT") or "RegulQuant",
+         "project to log to"),
     Flag("wandb_entity", str, None, "user or team that owns the project"),
     Flag("wandb_group", label(128), None, "runs that belong together", "NAME", LOGGED),
     Flag("wandb_tags", label(64), [], "words to filter runs by", "TAG", LOGGED, nargs="+"),
@@ -198,7 +208,7 @@ TRAINING: Table = [
     Flag("run_name", str, None, "name of the run; None: made of model, data set and penalty"),
     Flag("save_file", str, None, "file to save to, .pt is added; None: the run's name"),
     switch("save_preregularized_model", "save the weights before it in <…>_preregul.pt", PENALTY),
-    switch("watch", "log histograms of every parameter and gradient"),
+    switch("watch", "log histograms of every parameter and gradient", needs=LOGGED),
     Flag("watch_freq", count, 1, "with --watch, log histograms every N batches", needs="--watch"),
     "start, checkpoints and resuming",
     Flag("checkpoint_every", count, 1, "epochs between checkpoints, which are written to <…>.ckpt"),
@@ -237,7 +247,7 @@ TRAINING: Table = [
     Flag("cuda_graph", bool, ignored="--step compiled took its place"),
     switch("sync_bn", "under torchrun, take batch statistics over all processes", default=True),
     Flag("freeze_bn_from", count, None, "from epoch N on batch norms use and keep their running "
-         "statistics: the gradients are those of the network that is quantized", needs=LATE_FREEZE),
+         "statistics: the gradients are those of the network that is quantized"),
     switch("no_test_penalty", "do not measure the penalty on the test set after each epoch",
            PENALTY),
     Flag("ema", fraction, None, "also average the weights exponentially, with this decay a step, "

@@ -212,7 +212,7 @@ def run(
                 n_done = progress.epoch * n_batches + progress.batch
                 if progress.batch == 0:  # the epoch before it is done
                     log_epoch(training, phase_at(phases, progress.epoch - 1))
-                elif args.watch and n_done % args.watch_freq == 0:
+                if args.watch and n_done % args.watch_freq == 0:
                     logger.log_histograms(state.net, n_done / n_batches)
                 signal = shutdown.requested(progress.batch)
                 if signal or clock.is_due(progress.epoch, progress.batch):
@@ -432,6 +432,9 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
         )
     if args.penalty_every > len(train):
         raise SetupError(f"--penalty_every {args.penalty_every}: an epoch has {len(train)} batches")
+    n_batches = args.n_epochs * len(train)
+    if args.watch and args.watch_freq > n_batches:
+        raise SetupError(f"--watch_freq {args.watch_freq}: the run has {n_batches} batches")
     n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
     if n_bn > len(images):
         raise SetupError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
@@ -607,6 +610,8 @@ def reachable_phases(
     """
     late = [f"{epoch_flags} {p.start}" for p in phases if p.start >= args.n_epochs]
     late += [f"--milestones {epoch}" for epoch in utils.late_milestones(args)]
+    if (args.freeze_bn_from or 0) >= args.n_epochs:
+        late.append(f"--freeze_bn_from {args.freeze_bn_from}")
     if late and distributed.get_rank() == 0:
         reason = f"never reached, the last epoch is {args.n_epochs - 1}"
         print(f"{parser.prog}: {reason}: {', '.join(late)}", file=sys.stderr)

@@ -268,8 +268,8 @@ def milestone_epochs(milestones: str, n_epochs: int) -> list[int]:
 
 
 def late_milestones(args: argparse.Namespace) -> list[int]:
-    """Return the milestones that lie beyond the run, where they were given as epochs."""
-    if args.scheduler != "multistep" or args.milestones in RELATIVE_MILESTONES:
+    """Return the milestones that lie beyond the run: the rate is never lowered there."""
+    if args.scheduler != "multistep":
         return []
     epochs = milestone_epochs(args.milestones, args.n_epochs)
     return [epoch for epoch in epochs if epoch >= args.n_epochs]

@@ -33,7 +33,7 @@ def log_quantizations(
         logger = WandbLogger(args, "quantize", f"quantize_{name}", config, run_id)
         try:
             own_plots = {title: path for title, path in plots.items() if title not in others}
-            log_results(logger, rows, layer_rows, own_plots)
+            log_results(logger, rows, layer_rows, own_plots, args.act_bits or [])
             use_weights(logger, file)
         except BaseException as error:  # such as Ctrl-C
             logger.fail(error)
@@ -97,28 +97,35 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     return values
 
 
-def curves(rows: Sequence[Row]) -> list[dict[str, float]]:
+def curves(rows: Sequence[Row], asked: Sequence[int | str]) -> list[dict[str, float]]:
     """Return rows of the history, one per bit-width, whose x axis is "bits".
 
-    A curve is accuracy/uniform, accuracy/uniform/act_8 with 8-bit activations, or …/act_same.
+    A curve is accuracy/uniform, accuracy/uniform/act_8 with 8-bit activations, or …/act_same, as
+    `asked` says, the values of --act_bits: one point may lie on two curves.
     """
-    quantized = [row for row in rows if row["scheme"] != UNQUANTIZED]
-    is_same = all(row["act_bits"] == row["bits"] for row in quantized)
     points: dict[int, dict[str, float]] = {}
-    for row in quantized:
-        act_bits = "same" if is_same else row["act_bits"]
-        ending = "" if act_bits == FLOAT_BITS else f"/act_{act_bits}"
-        point = points.setdefault(row["bits"], {"bits": row["bits"]})
-        for name, value in measures(row).items():
-            point[f"{name}/{row['scheme']}{ending}"] = value
+    for row in rows:
+        if row["scheme"] == UNQUANTIZED:
+            continue
+        bits, act_bits = row["bits"], row["act_bits"]
+        on = [each for each in asked if act_bits == (bits if each == "same" else each)]
+        point = points.setdefault(bits, {"bits": bits})
+        for curve in on or [act_bits]:  # learned steps have bits that no flag says
+            ending = "" if curve == FLOAT_BITS else f"/act_{curve}"
+            for name, value in measures(row).items():
+                point[f"{name}/{row['scheme']}{ending}"] = value
     return [points[n_bits] for n_bits in sorted(points)]
 
 
 def log_results(
-    logger: WandbLogger, rows: Sequence[Row], layer_rows: Sequence[Row], plots: Mapping[str, Path]
+    logger: WandbLogger,
+    rows: Sequence[Row],
+    layer_rows: Sequence[Row],
+    plots: Mapping[str, Path],
+    act_bits: Sequence[int | str],
 ) -> None:
     """Log the numbers of one network, and the plots, paths by title, as images."""
-    points = curves(rows)
+    points = curves(rows, act_bits)
     for name in dict.fromkeys(name for point in points for name in point):
         logger.define(name, "bits", "none")  # the summary has a key of its own per bit-width
     for point in points:

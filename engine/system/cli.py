@@ -183,6 +183,14 @@ def label(longest: int) -> Callable[[str], str]:
     return parse
 
 
+def project_name(text: str) -> str:
+    """Return the text if it can name a project in Weights & Biases: an argparse type."""
+    label(128)(text)
+    if found := [character for character in "/\\#?%:" if character in text]:
+        raise argparse.ArgumentTypeError(f"{text!r} has a {found[0]}, which no project's name has")
+    return text
+
+
 class StoreFlat(argparse.Action):
     """Stores all values in one list; for some of them a flag's type may return a list itself."""
 

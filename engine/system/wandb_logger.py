@@ -19,6 +19,8 @@ from torch import nn
 from engine.system import distributed
 from engine.system.environment import describe_code
 
+MODES = ("online", "offline", "disabled")  # that WANDB_MODE may be
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # as W&B once called them
 Table = tuple[Sequence[str], Sequence[Mapping[str, Any]]]  # columns, and rows by column
 INIT_SECONDS, LOG_SECONDS, FINISH_SECONDS = 30.0, 30.0, 60.0  # time limits of the logger
 
@@ -60,7 +62,8 @@ class WandbLogger:
             "resume": "allow",
             "settings": wandb.Settings(**limits, finish_timeout_raises=True, silent=True),
         }
-        first_mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        settle_environment()
+        first_mode = environment_mode() or ("online" if has_key() else "offline")
         if distributed.get_rank():
             first_mode = "disabled"
         for mode in dict.fromkeys((first_mode, "offline", "disabled")):
@@ -81,6 +84,8 @@ class WandbLogger:
         self.healthy = True  # so far
         self._attempt_if_healthy(lambda: self.run.define_metric("epoch", hidden=True))
         self.define("*", "epoch")
+        if self.run is not None and self.run.resumed:  # what stopped it then is no failure now
+            self.summarize({"failure": None})
 
     def define(self, name: str, step: str, summary: str | None = None) -> None:
         """Plot the values of that name against those of `step`.
@@ -260,6 +265,23 @@ def call_with_timeout(seconds: float, call: Callable, *arguments: Any, **options
     if thread.is_alive():
         raise TimeoutError(f"no answer in {seconds:.0f} s")
     return outcome.result()
+
+
+def environment_mode() -> str:
+    """Return which of MODES the variable WANDB_MODE says, "" where it says none of them."""
+    mode = os.environ.get("WANDB_MODE", "").strip().lower()
+    mode = OLD_MODES.get(mode, mode)
+    return mode if mode in MODES else ""
+
+
+def settle_environment() -> None:
+    """Set WANDB_MODE to a value that W&B accepts; with any other it would not even start."""
+    mode = environment_mode()
+    asked = os.environ.pop("WANDB_MODE", "")
+    if mode:
+        os.environ["WANDB_MODE"] = mode
+    elif asked:
+        warn(f"WANDB_MODE={asked!r} is left out: it is none of {', '.join(MODES)}")
 
 
 def warn(message: object) -> None:

@@ -50,13 +50,16 @@ def test_the_summary_has_a_column_for_every_scheme_and_bit_width():
 
 
 def test_curves_are_against_bits_with_one_for_each_number_of_activation_bits():
-    three, four = dashboard.curves(make_rows())
+    three, four = dashboard.curves(make_rows(), [32, 8])
     assert (three["bits"], four["bits"]) == (3, 4)
     assert three["accuracy/uniform"] == 0.25 and "accuracy/pwlq" not in three
     assert four["accuracy/uniform"] == 0.5 and four["accuracy/uniform/act_8"] == 0.4
     assert four["accuracy_drop/pwlq"] == pytest.approx(0.15)
     same = [row | {"act_bits": row["bits"]} for row in make_rows()[:3]]
-    assert [point["accuracy/uniform/act_same"] for point in dashboard.curves(same)] == [0.25, 0.5]
+    points = dashboard.curves(same, ["same", 4])  # a point of both is on both curves
+    assert [point["accuracy/uniform/act_same"] for point in points] == [0.25, 0.5]
+    assert [point.get("accuracy/uniform/act_4") for point in points] == [None, 0.5]
+    assert [*dashboard.curves(same[1:2], [])[0]][1] == "accuracy/uniform/act_4"
 
 
 def test_configs_have_no_empty_entries():
@@ -145,9 +148,9 @@ def test_a_quantization_names_its_training_and_uses_its_weights(monkeypatch, tmp
     assert not [key for key, value in run["config"].items() if value in (None, "", [], {})]
     assert dashboard.summary(rows).items() <= run["summary"].items()
     assert run["summary"]["results"]["nrows"] == len(rows)
-    curves = {name for point in dashboard.curves(rows) for name in point}
+    curves = {name for point in dashboard.curves(rows, []) for name in point}
     assert not curves & run["summary"].keys()  # each would be a key for the last bit-width
-    for logged, point in zip(run["history"], dashboard.curves(rows), strict=False):
+    for logged, point in zip(run["history"], dashboard.curves(rows, []), strict=False):
         assert point.items() <= logged.items()
     [used] = [each for each in run["artifacts"] if each["type"] == "model"]
     assert used["name"] == "weights-abc123" and used["use_after_commit"] and used["user_created"]

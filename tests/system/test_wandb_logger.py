@@ -1,10 +1,12 @@
 import atexit
 import json
+import os
 import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import fork_server
 import pytest
@@ -190,6 +192,55 @@ def test_the_environment_is_described():
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment.describe_environment()["git_commit"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "left", "line"),
+    [
+        (None, "", None, ""),
+        ("", "", None, ""),
+        (" Disabled", "disabled", "disabled", ""),
+        ("dryrun", "offline", "offline", ""),
+        ("of", "", None, "WANDB_MODE='of' is left out: it is none of online, offline, disabled\n"),
+    ],
+)
+def test_a_mode_that_wandb_does_not_know_stops_no_logging(
+    value, mode, left, line, monkeypatch, capsys
+):
+    monkeypatch.delenv("WANDB_MODE")
+    if value is not None:
+        monkeypatch.setenv("WANDB_MODE", value)
+    assert wandb_logger.environment_mode() == mode
+    wandb_logger.settle_environment()
+    assert (os.environ.get("WANDB_MODE"), capsys.readouterr().err) == (left, line)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--watch", "--watch_freq", "3"], "--watch_freq 3: the run has 2 batches"),
+        (["--wandb_project", "a/b"], "'a/b' has a /, which no project's name has"),
+        (["--wandb_project", "a" * 129], "is not 1 to 128 printable characters"),
+    ],
+)
+def test_what_would_not_be_logged_is_refused(flags, line, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(SystemExit) as end:
+        train.main([*FAST, *flags])
+    assert end.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_a_run_that_is_resumed_has_failed_no_more(monkeypatch):
+    def summary_after_start(resumed):
+        run = Mock(disabled=False, resumed=resumed, dir="wandb/r/files")
+        monkeypatch.setattr("wandb.init", lambda **_: run)
+        monkeypatch.setattr(wandb_logger.WandbLogger, "failed_modes", set())
+        wandb_logger.WandbLogger(train.make_parser().parse_args([]), "train", "r", {}, "id")
+        return run.summary.update.call_args_list
+
+    assert summary_after_start(True) == [call({"failure": None})]
+    assert summary_after_start(False) == []
 
 
 def test_a_run_of_a_sweep_has_the_name_the_sweep_gave(monkeypatch):
