@@ -508,7 +508,6 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
     learners = utils.learned_schemes(args)
     if learners and (others := [scheme for scheme in args.schemes if scheme not in learners]):
         checks.print_warning(f"--rounding {args.rounding} has no effect on {', '.join(others)}")
-    checks.check_deployed_files(parser, args)
 
 
 def make_parser() -> Parser:
@@ -522,6 +521,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(parser, args)
     folder = checks.make_output_folder(parser, args)
+    checks.check_deployed_files(parser, args, folder)
     with exit_codes(parser), GracefulShutdown(), distributed.process_group(args.device):
         print_device(args.device)
         runtimes = args.runtimes if args.verify else ()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from analysis import distributions
 from analysis.measured_network import MeasuredNetwork, Quantization
-from analysis.report import FLOAT_BITS, LEARNED, UNQUANTIZED, Row
+from analysis.report import FILES, FLOAT_BITS, LEARNED, UNQUANTIZED, Row
 from analysis.weights_files import (
     WeightsFile,
     common_dataset,
@@ -22,6 +22,7 @@ from analysis.weights_files import (
     read_training_record,
 )
 from data import DATASETS, accepts
+from engine.deploy.deployed_files import verification_record
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.onnx_emitter import FileForm
 from engine.networks.folding import batch_norms, foldable
@@ -49,10 +50,20 @@ def print_warning(message: str) -> None:
         tqdm.write(f"quant_inference.py: {message}", file=sys.stderr)
 
 
-def check_deployed_files(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse names of files to deploy that cannot be written, or that another file has."""
-    paths = find_paths(args.checkpoints).values()
-    taken = {path.resolve(): "the file to quantize" for path in paths}
+def check_deployed_files(parser: Parser, args: argparse.Namespace, folder: Path) -> None:
+    """Refuse names of files to deploy that cannot be written, or that another file has.
+
+    `folder` is that of the results.
+    """
+    taken = {(folder / f"{stem}{end}").resolve(): "a file of the results" for stem, end in FILES}
+    if args.verify:
+        model = Path(args.export if args.verify is True else args.verify)
+        taken[verification_record(model).resolve()] = "the record of --verify"
+        if model != Path(args.export or ""):
+            taken[model.resolve()] = "the file of --verify"
+    taken |= {
+        path.resolve(): "the file to quantize" for path in find_paths(args.checkpoints).values()
+    }
     for flag in ("export", "save_quantized", "save_integers", "page"):
         if not getattr(args, flag):
             continue

@@ -46,6 +46,11 @@ class ImageDataset(Protocol):
     classes: tuple[str, ...]
 
 
+def verification_record(model: Path) -> Path:
+    """Return where --verify writes what it found of that ONNX file."""
+    return model.with_suffix(".verified.json")
+
+
 def check_run(flags: Collection[str], runtimes: Collection[str] = ()) -> None:
     """Raise SetupError where the given ones of PACKAGES need what is missing, or one process.
 

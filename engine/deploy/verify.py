@@ -14,7 +14,13 @@ from torch import Tensor, fx, nn
 
 from engine.deploy import onnx_session
 from engine.deploy.comparison import first_disagreement
-from engine.deploy.deployed_files import ImageDataset, packed, read_model, to_onnx
+from engine.deploy.deployed_files import (
+    ImageDataset,
+    packed,
+    read_model,
+    to_onnx,
+    verification_record,
+)
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Layer
 from engine.deploy.runtimes import compare_runtime
@@ -95,7 +101,7 @@ def verify_file(
     print(f"\n{format_report(measured)}")
     for line in warnings(measured):
         print(f"quant_inference.py: warning: {line}", file=sys.stderr)
-    record = path.with_suffix(".verified.json")
+    record = verification_record(path)
     save_json(measured, record)
     print(f"verified: {record}")
     differing = [measured["differing_predictions"]["integer"], measured["disagreement"]]

@@ -23,8 +23,11 @@ def allocate_bits(
     of_layer = np.array([[name == layer for name, _ in choices] for layer in costs], dtype=float)
     used = np.array([n_weights[name] * bits for name, bits in choices], dtype=float)
     most = np.floor(mean_bits * sum(n_weights[name] for name in costs))
+    of_choice = np.array([costs[name][bits] for name, bits in choices], dtype=float)
+    # the solver stops within 1e-6 of the least sum, so the largest cost becomes 1e6
+    of_choice = of_choice / (np.abs(of_choice).max() or 1.0) * 1e6
     solution = milp(
-        [costs[name][bits] for name, bits in choices],
+        of_choice,
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(of_layer, 1, 1), LinearConstraint(used[None], ub=most)],

@@ -301,6 +301,10 @@ def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
         (f"{FLAGS} --save_quantized net.onnx", "that is the file of --export"),
         (f"{FLAGS} --export trained.json", "that is a file of a training"),
         (f"{FLAGS} --export .", "is a folder: give the name of a file"),
+        (f"{FLAGS} --verify old.onnx --save_integers old.onnx", "that is the file of --verify"),
+        (f"{FLAGS} --verify --save_integers net.verified.json", "that is the record of --verify"),
+        (f"{FLAGS} --save_integers results.csv", "that is a file of the results"),
+        (f"{FLAGS} --output out --page out/results.json", "that is a file of the results"),
     ],
 )
 def test_flags_that_no_file_can_have_end_with_one_line(tiny, capsys, flags, message):

@@ -51,7 +51,8 @@ def test_the_choice_is_the_best_of_all_within_the_budget(costs, budget):
     bits = allocate_bits(costs, N_WEIGHTS, budget)
     assert mean(bits, N_WEIGHTS) <= budget
     found = sum(costs[k][n] for k, n in bits.items())
-    assert found == pytest.approx(best_of_all(costs, N_WEIGHTS, budget), abs=1e-5)
+    largest = max(abs(cost) for row in costs.values() for cost in row.values())
+    assert found == pytest.approx(best_of_all(costs, N_WEIGHTS, budget), abs=1e-9 * largest)
 
 
 @pytest.mark.slow
