@@ -263,10 +263,8 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         started_at -= checkpoint["seconds"]
     elif args.init_weights:
         load_init_weights(args, state, dataset.num_classes)
-    begins_anew = not is_own and Path(f"{out}.pt").exists()  # --resume, but no checkpoint is there
-    if not args.resume or begins_anew:
-        files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
-        distributed.run_on_rank0_and_broadcast(lambda: io.backup_existing(files))
+    if not is_own:
+        distributed.run_on_rank0_and_broadcast(lambda: keep_older_files(args, out))
 
     plan = describe_plan(args, phases, state.steps, config.dtype, compiled, state.net)
     settings = {**vars(args), "plan": plan}
@@ -283,6 +281,16 @@ def set_up(args: argparse.Namespace, phases: Sequence[Phase], out: Path) -> Trai
         record=record | describe_environment(),
         logger=logger,
     )
+
+
+def keep_older_files(args: argparse.Namespace, out: Path) -> None:
+    """Rename what an earlier run left under this one's names, which is about to begin.
+
+    With --resume only where weights are there: else this run itself may have been stopped early.
+    """
+    if not args.resume or Path(f"{out}.pt").exists():
+        files = [(name, suffix) for name in run_names(args, out) for suffix in io.RUN_FILE_SUFFIXES]
+        io.backup_existing(files)
 
 
 def read_init_weights(args: argparse.Namespace) -> list[WeightsFile]:
