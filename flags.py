@@ -377,7 +377,7 @@ QUANTIZATION: Table = [
     Flag("output", str, None, "folder for tables and plots; None: that of the first file", "DIR"),
     switch("no_plots", "write tables only, no plots"),
     Flag("layers", str, None, "layers in distributions.png, such as layer0.0; None: with several "
-         "files, the five in which they differ most", "LAYER", nargs="+"),
+         "files, the five in which they differ most", "LAYER", nargs="+", needs="no --no_plots"),
     switch("absolute_weights", "distributions.png: not in units of the layer's standard deviation",
            needs=["no --no_plots", COMPARED]),
     "files to deploy: of one FILE, one of --bits, one of --schemes",

@@ -36,6 +36,7 @@ USELESS_BESIDE = {
     ("quant_inference", "recalibrate_bn_images"): ["--fold_bn"],
     ("quant_inference", "biases"): ["--fold_bn"],
     ("quant_inference", "absolute_weights"): ["--no_plots"],
+    ("quant_inference", "layers"): ["--no_plots"],
     ("quant_inference", "approximate"): ["--distribution", "search"],
     ("quant_inference", "distribution"): ["--schemes", "uniform"],
     ("quant_inference", "overlapping"): ["--schemes", "uniform"],

@@ -549,6 +549,7 @@ def test_constant_and_zero_layers_give_finite_results(tiny):
         (["--bn_images", "64", "--fold_bn"], "--recalibrate_bn_images (needs batch norms"),
         (["--biases", "weight", "--fold_bn"], "--biases (needs no --fold_bn)"),
         (["--absolute_weights", "--no_plots"], "--absolute_weights (needs no --no_plots)"),
+        (["--layers", "conv", "--no_plots"], "--layers (needs no --no_plots)"),
     ],
 )
 def test_flags_without_effect_are_named_and_ignored(flags, message, capsys):

@@ -88,14 +88,16 @@ def folded_weights(net: nn.Module) -> list[Tensor]:
 
     Differentiable in W_l and γ_l.
     """
-    folded = {}
+    weights, folded = penalized_weights(net), {}
     for each in find_foldings(net):
         w = attrgetter(each.weight)(net)
+        if not any(w is each for each in weights):  # such as a transposed convolution's
+            continue
         gain = (to_float64(attrgetter(each.variance)(net)) + each.eps).rsqrt()
         if each.gamma:
             gain = gain * to_float64(attrgetter(each.gamma)(net))
         folded[w] = w * gain.to(w).view(-1, *[1] * (w.dim() - 1))
-    return [folded.get(w, w) for w in penalized_weights(net)]
+    return [folded.get(w, w) for w in weights]
 
 
 def describe_unfolded(net: nn.Module, image_shape: Sequence[int], penalty: str) -> str | None:

@@ -28,11 +28,17 @@ def batch_norms(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def foldable(graph: fx.GraphModule) -> list[tuple[Operation, fx.Node]]:
-    """Return each layer whose output a batch norm alone reads, and that batch norm."""
+    """Return each layer whose output a batch norm alone reads, and that batch norm.
+
+    Their channels are the same: those of a batch norm of tokens (B, T, C), as of any, are in
+    dimension 1, those of a linear layer in the last.
+    """
     pairs = []
     for layer in layers(graph).values():
         [*readers] = layer.node.users
-        if len(readers) == 1 and readers[0].target is aten.batch_norm.default:
+        has_same_channels = len(layer.node.meta["shape"]) == len(layer.node.args[1].meta["shape"])
+        reads_alone = len(readers) == 1 and readers[0].args[:1] == (layer.node,)
+        if reads_alone and readers[0].target is aten.batch_norm.default and has_same_channels:
             pairs.append((layer, readers[0]))
     return pairs
 
@@ -51,7 +57,8 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
         )
         if var is None:
             raise NetworkError(
-                f"--fold_bn: {norm.meta['path']} is a batch norm without running statistics"
+                f"{norm.meta['path']} is a batch norm without running statistics: the logits of an "
+                "image depend on the rest of its batch, so that quantizing it is not defined"
             )
         w = graph.get_buffer(layer.weight)
         b = None if layer.bias is None else graph.get_buffer(layer.bias).double()

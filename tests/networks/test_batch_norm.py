@@ -73,6 +73,38 @@ def test_folding_where_nothing_can_be_folded_is_refused():
         fold_batch_norms(export_network(net, (3, 32, 32)))
 
 
+class Tokens(nn.Module):
+    """A batch norm of T tokens after a linear layer of as many channels."""
+
+    def __init__(self, n_tokens, n_channels):
+        super().__init__()
+        self.linear = nn.Linear(192 // n_tokens, n_channels)
+        self.norm = nn.BatchNorm1d(n_tokens)
+
+    def forward(self, x):
+        return self.norm(self.linear(x.flatten(1).unflatten(1, (self.norm.num_features, -1)))).mean(1)
+
+
+@pytest.mark.parametrize("n_channels", [16, 8])
+def test_a_batch_norm_of_tokens_is_not_folded_as_if_they_were_channels(n_channels):
+    net = Tokens(16, n_channels).eval()
+    nn.init.uniform_(net.norm.weight, 0.5, 2)
+    nn.init.uniform_(net.norm.running_var, 0.5, 2)
+    x = torch.randn(4, 3, 8, 8, generator=seeded())
+    torch.testing.assert_close(fold_batch_norms(export_network(net, (3, 8, 8)))(x), net(x))
+    with pytest.raises(NetworkError, match="no batch norm after"):
+        batch_norm.find_foldings(net, (3, 8, 8))
+
+
+def test_folded_weights_leave_out_transposed_convolutions():
+    up = nn.ConvTranspose2d(4, 6, 2, bias=False)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), up, nn.BatchNorm2d(6)
+    ).eval()
+    [w] = batch_norm.folded_weights(net)
+    torch.testing.assert_close(w, net[0].weight / (1 + net[1].eps) ** 0.5)
+
+
 class Untraceable(reference.Reordered):
     """Which layers run depends on the images: not known before."""
 
