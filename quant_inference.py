@@ -179,11 +179,13 @@ def make_images(args: argparse.Namespace, dataset: ImageDataset) -> Images:
         images = dataset.train_images[:n], dataset.train_labels[:n]
         return make(*images, batch_size=batch_size) if is_needed else None
 
+    n_bn = args.recalibrate_bn_images
+    n_bn = n_bn and utils.without_single_image(n_bn, args.batch_size)
     is_calibrated = bool(flags.CALIBRATES.is_met(args))
     return Images(
         make(dataset.test_images, dataset.test_labels),
         first(is_calibrated, args.calibration_images, CALIBRATION_BATCH),
-        first(args.recalibrate_bn_images is not None, args.recalibrate_bn_images),
+        first(n_bn is not None, n_bn),
         first(args.per_layer, args.per_layer_images),
         first(args.rounding != "nearest", args.rounding_images, ROUNDING_BATCH),
     )

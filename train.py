@@ -212,7 +212,7 @@ def run(
                 n_done = progress.epoch * n_batches + progress.batch
                 if progress.batch == 0:  # the epoch before it is done
                     log_epoch(training, phase_at(phases, progress.epoch - 1))
-                if args.watch and n_done % args.watch_freq == 0:
+                if args.watch and progress.batch and n_done % args.watch_freq == 0:
                     logger.log_histograms(state.net, n_done / n_batches)
                 signal = shutdown.requested(progress.batch)
                 if signal or clock.is_due(progress.epoch, progress.batch):
@@ -362,7 +362,7 @@ def finish(training: TrainingRun) -> None:
     if measured["loss"] > DIVERGED_LOSS_RATIO * chance:  # of the network as it was trained
         print(
             f"the training diverged: the loss is {measured['loss']:.3g}, that of guessing is "
-            f"{chance:.3g}; a smaller --lr or --lmbda may help"
+            f"{chance:.3g}; a smaller learning rate or λ may help"
         )
 
 
@@ -440,13 +440,19 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
         )
     if args.penalty_every > len(train):
         raise SetupError(f"--penalty_every {args.penalty_every}: an epoch has {len(train)} batches")
+    n_penalized = math.ceil(len(train) / args.penalty_every)
+    if (factor := n_penalized * args.penalty_every / len(train)) > 1.05:
+        print(
+            f"--penalty_every {args.penalty_every}: in {n_penalized} of the {len(train)} batches "
+            f"of an epoch, which is {factor:.3g} times the penalty of every batch"
+        )
     n_batches = args.n_epochs * len(train)
     if args.watch and args.watch_freq > n_batches:
         raise SetupError(f"--watch_freq {args.watch_freq}: the run has {n_batches} batches")
     n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
     if n_bn > len(images):
         raise SetupError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
-    n = args.batch_size
+    n_bn, n = utils.without_single_image(n_bn, args.batch_size), args.batch_size
     return Loaders(
         train=train,
         test=make_loader(dataset.test_images, dataset.test_labels, cache=True),
@@ -579,7 +585,7 @@ def validate_and_run(
     of_this_run = {
         "regularizers": [p.regularizer for p in phases if p.regularizer],
         "models": [args.model],
-        "has_checkpoint": args.resume and os.path.lexists(f"{out}.ckpt"),  # and reads no other file
+        "has_checkpoint": args.resume and os.path.lexists(f"{out}.ckpt"),  # which has its weights
     }
     warn_unused_flags(parser, args, parser.flags, **of_this_run)
     refuse_flags(parser, args, parser.flags, **of_this_run)
@@ -617,7 +623,7 @@ def reachable_phases(
     Another names those phases that end before --lmbda_warmup does.
     """
     late = [f"{epoch_flags} {p.start}" for p in phases if p.start >= args.n_epochs]
-    late += [f"--milestones {epoch}" for epoch in utils.late_milestones(args)]
+    late += [f"milestone {epoch}" for epoch in utils.late_milestones(args)]
     if (args.freeze_bn_from or 0) >= args.n_epochs:
         late.append(f"--freeze_bn_from {args.freeze_bn_from}")
     if late and distributed.get_rank() == 0:

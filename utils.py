@@ -197,6 +197,14 @@ def loader_maker(args: argparse.Namespace, dataset: data.ImageDataset) -> Callab
     )
 
 
+def without_single_image(n_images: int, batch_size: int) -> int:
+    """Return how many of so many images to estimate statistics of batch norms on.
+
+    A last batch of one image is left out: where maps have one pixel, it has no variance.
+    """
+    return n_images - (n_images > n_images % batch_size == 1)
+
+
 def make_criterion(name: str, label_smoothing: float = 0.0) -> nn.Module:
     """Make the loss of that name in CRITERIA; SetupError where it has no --label_smoothing."""
     smooths = "label_smoothing" in inspect.signature(CRITERIA[name]).parameters

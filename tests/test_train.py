@@ -2,6 +2,8 @@ import argparse
 import copy
 import json
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import reference
@@ -706,6 +708,20 @@ def test_a_branch_has_no_part_of_an_epoch_before_it():
         check_init_from(TrainProgress(epoch=1, batch=1), phases, args, {})
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "is_the_same"),
+    [(None, None, True), (1, 1, True), (None, 2, True), (3, None, True), (1, None, False),
+     (None, 1, False), (1, 2, False), (2, 5, True)],
+)  # fmt: skip
+def test_a_branch_freezes_the_batch_norms_that_its_trunk_did(before, now, is_the_same):
+    flags = {"init_from": "stem.ckpt", "n_epochs": 9, "qat_bits": None, "freeze_bn_from": now}
+    refused = pytest.raises(FileError, match=f"2 epochs done, with --freeze_bn_from {before}")
+    with nullcontext() if is_the_same else refused:
+        check_init_from(
+            TrainProgress(epoch=2), [], argparse.Namespace(**flags), {"freeze_bn_from": before}
+        )
+
+
 def test_held_out_images_are_neither_trained_nor_chosen_from_the_test_set(monkeypatch):
     args = train.make_parser().parse_args(["--dataset", "Synthetic", "--holdout", "100"])
     everything, held = synthetic("", args.seed), utils.load_dataset(args)
@@ -889,8 +905,8 @@ def test_a_loop_over_regularizers_may_give_every_flag_every_time(started, capsys
     [
         (train.main, ["--regularizer", "L1Grad", "--first_regularized_epoch", "25"],
          "the last epoch is 24: --first_regularized_epoch 25"),
-        (train.main, ["--scheduler", "multistep", "--milestones", "6,30"], "--milestones 30"),
-        (train.main, ["--scheduler", "multistep", "--n_epochs", "1"], "--milestones 1"),
+        (train.main, ["--scheduler", "multistep", "--milestones", "6,30"], "is 24: milestone 30"),
+        (train.main, ["--scheduler", "multistep", "--n_epochs", "1"], "is 0: milestone 1"),
         (train.main, ["--freeze_bn_from", "25"], "the last epoch is 24: --freeze_bn_from 25"),
         (combined_protocol.main, ["--n_epochs", "80"], "--first_gradient_epoch 90"),
         (combined_protocol.main, ["--n_epochs", "60", "--phases", "0:none", "70:L1Grad=1"],
@@ -942,8 +958,6 @@ def test_the_published_command_line_means_what_it_meant(started):
 
 def assert_refused(main, flags, message, capsys):
     """Exit code 2, one line that names the value, and nothing written or fetched."""
-    from pathlib import Path
-
     with pytest.raises(SystemExit) as refused:
         main(flags)
     captured = capsys.readouterr()

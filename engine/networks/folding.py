@@ -95,7 +95,7 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
 
     `batches` are images (B, 3, H, W) on the graph's device. What the statistics are, and why, is
     told at `recalibrate_batch_norm`, which does this to a network. Raises ValueError where no batch
-    norm keeps statistics.
+    norm keeps statistics, NetworkError where a batch has one value of a channel: no variance.
     """
     norms_with_statistics = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
     if not norms_with_statistics:
@@ -116,4 +116,10 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
         running.recompile()
         # channels last, PyTorch sums over all pixels in plain float32: a variance is off by 1e-3
         running(images.contiguous())
+    for norm in norms_with_statistics:
+        if not updated.get_buffer(norm.args[4].target).isfinite().all():
+            raise NetworkError(
+                f"{norm.meta['path']}: its statistics cannot be estimated, as variances are not "
+                "finite: a larger --batch_size, if a batch has one value for each channel"
+            )
     return updated

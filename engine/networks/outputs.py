@@ -65,7 +65,7 @@ def run_recorded(
                 raise NetworkError(
                     f"{type(net).__name__} writes into the output of an activation module, number "
                     f"{i} as they run, as y *= 2 or a module with inplace=True does: its gradient "
-                    "can be penalized without that; --no_activation_gradients leaves it out"
+                    "can be penalized without that, or be left out of the penalty"
                 )
     if logits.dim() != 2 or len(logits) != len(x):
         name, shape = type(net).__name__, tuple(logits.shape)
@@ -152,7 +152,7 @@ def fixed_activations(net: nn.Module) -> AbstractContextManager[None]:
         raise NetworkError(
             f"--penalty_gradient difference: {type(net).__name__} runs activation modules again in "
             "its backward pass, as torch.utils.checkpoint does, where their outputs cannot be "
-            "moved: --penalty_gradient exact, or --no_activation_gradients"
+            "moved: take --penalty_gradient exact, or leave gradients of activations out"
         )
 
     return _activation_hooks(net, refuse)

@@ -21,7 +21,7 @@ from engine.networks.outputs import foreign_code
 from engine.step.gradients import compute_gradients
 from engine.step.penalty_inputs import runs_forward_again
 from engine.system.errors import NetworkError
-from engine.system.hardware import get_rng_state, rng_from
+from engine.system.hardware import kept_streams
 
 NO_EFFECT = "--step compiled has no effect"
 Results = tuple[Tensor, Tensor, Tensor]  # L, R and the number correct
@@ -153,7 +153,7 @@ def record(step: _Step, x: Tensor, y: Tensor) -> fx.GraphModule:
         return grads, *([each.detach() for each in ts] for ts in (new_buffers, results))
 
     arguments = [*parameters.values()], [*buffers.values()], x, y, x.new_ones(())
-    with eager_kernels(), rng_from(get_rng_state(x.device), x.device):
+    with eager_kernels(), kept_streams(x.device):
         graph = make_fx(function, tracing_mode="fake")(*arguments)
         # once more, for operations that write into their inputs
         graph = make_fx(functionalize(graph), tracing_mode="fake")(*arguments)

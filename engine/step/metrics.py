@@ -34,7 +34,9 @@ def epoch_means(
         batch, column = (~table.isfinite()).nonzero()[0].tolist()
         terms = ["", "loss", f"penalty {regularizer.name}" if regularizer else "penalty", ""]
         terms += [f"gradient of {name}" for name in trainable_parameters(net)]
-        advice = "a smaller --lr or --lmbda, or a later --first_regularized_epoch, may help"
+        advice = "a smaller learning rate may help"
+        if regularizer:
+            advice = "a smaller learning rate or λ, or a penalty that begins later, may help"
         if column == 2 and table[batch, column].isnan():
             advice = "the loss is finite: the penalty itself has no value, as 0/0 has none"
         raise NotFiniteError(

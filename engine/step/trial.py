@@ -143,7 +143,7 @@ def _check_shares(net: nn.Module, x: torch.Tensor, name: str) -> None:
         if a.shape == b.shape:
             raise PenaltyError(
                 f"{name}: activation {i}, {tuple(a.shape)}, is of no image, and its gradient a sum "
-                "over all: several processes cannot penalize it (--no_activation_gradients can)"
+                "over all: several processes can only leave gradients of activations out"
             )
 
 

@@ -5,7 +5,7 @@ import ctypes
 import platform
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 
 import numpy as np
@@ -151,16 +151,9 @@ def rng_from(state: RandomState, device: torch.device) -> Iterator[None]:
         _set_rng_state(before, device)
 
 
-@contextmanager
-def kept_streams(device: torch.device) -> Iterator[None]:
-    """Context manager after which the streams of PyTorch, Python and NumPy are as before."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with rng_from(get_rng_state(device), device):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+def kept_streams(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context manager after which the streams are as before it."""
+    return rng_from(get_rng_state(device), device)
 
 
 def tune_glibc_malloc() -> bool:

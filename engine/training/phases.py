@@ -58,6 +58,8 @@ def describe_plan(
         parts.append(f"the penalty in one of {args.penalty_every} batches")
     if args.penalty_gradient == "difference":
         parts.append(f"its gradient by a difference, step {args.penalty_step:g}")
+    if args.freeze_bn_from:
+        parts.append(f"batch norms keep their statistics from epoch {args.freeze_bn_from} on")
     if steps is not None:
         inputs = f"inputs of {steps.act_bits}" if steps.act_bits else "inputs in full precision"
         ends = ", 8 in the first and the last layer" if args.keep_first_last else ""

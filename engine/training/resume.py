@@ -25,6 +25,7 @@ MAY_CHANGE_ON_RESUME = {
     "cache_images", "cuda_graph",
 }  # fmt: skip
 # Settings of --init_from's checkpoint that the new run must share: they shaped what is in it.
+# `check_init_from` has those that do so from an epoch on.
 MUST_MATCH_INIT_FROM = {
     "model", "width", "criterion", "label_smoothing", "lr", "scheduler", "momentum",
     "weight_decay", "dataset", "train_subset", "image_size", "holdout", "batch_size", "seed",
@@ -162,5 +163,6 @@ def check_init_from(
         )
     if args.qat_bits and args.qat_from < n_started:
         raise FileError(f"{where}: --qat_from {args.qat_from} is over")
-    if args.freeze_bn_from and args.freeze_bn_from < n_started:
-        raise FileError(f"{where}: --freeze_bn_from {args.freeze_bn_from} is over")
+    before, now = settings.get("freeze_bn_from"), args.freeze_bn_from
+    if min(before or n_started, n_started) != min(now or n_started, n_started):
+        raise FileError(f"{where}, with --freeze_bn_from {before}: it cannot be {now} any more")

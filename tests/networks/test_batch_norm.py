@@ -8,7 +8,7 @@ from torch import nn
 from engine.networks import batch_norm, layers
 from engine.networks.export import export_network
 from engine.networks.fast_batch_norm import BatchNorm2d, unsynced_norm_buffers
-from engine.networks.folding import batch_norms, fold_batch_norms
+from engine.networks.folding import batch_norms, fold_batch_norms, recalibrate_statistics
 from engine.networks.graph import returning_values, weights
 from engine.system.errors import NetworkError
 
@@ -82,7 +82,8 @@ class Tokens(nn.Module):
         self.norm = nn.BatchNorm1d(n_tokens)
 
     def forward(self, x):
-        return self.norm(self.linear(x.flatten(1).unflatten(1, (self.norm.num_features, -1)))).mean(1)
+        tokens = x.flatten(1).unflatten(1, (self.norm.num_features, -1))
+        return self.norm(self.linear(tokens)).mean(1)
 
 
 @pytest.mark.parametrize("n_channels", [16, 8])
@@ -103,6 +104,15 @@ def test_folded_weights_leave_out_transposed_convolutions():
     ).eval()
     [w] = batch_norm.folded_weights(net)
     torch.testing.assert_close(w, net[0].weight / (1 + net[1].eps) ** 0.5)
+
+
+def test_statistics_of_one_value_a_channel_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4)).eval()
+    graph = export_network(net, (3, 8, 8))
+    batches = torch.randn(5, 3, 8, 8, generator=seeded()).split(4)
+    with pytest.raises(NetworkError, match="1: its statistics cannot be estimated"):
+        recalibrate_statistics(graph, batches)
+    recalibrate_statistics(graph, batches[:1])
 
 
 class Untraceable(reference.Reordered):

@@ -289,6 +289,20 @@ def test_bad_values_are_one_line(flags, code, message, monkeypatch, tmp_path, ca
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_statistics_are_not_estimated_on_a_batch_of_one_image(monkeypatch, tmp_path):
+    run_here(monkeypatch, tmp_path, "--batch_size", "33", "--recalibrate_bn_images", "100")
+    assert json.loads((tmp_path / "r_ema.json").read_text())["bn_images"] == 99
+
+
+def test_a_coarse_choice_of_penalized_batches_is_told(monkeypatch, tmp_path, capsys):
+    flags = ["--batch_size", "40", "--regularizer", "VarianceNorm", "--penalty_every"]
+    run_here(monkeypatch, tmp_path, *flags, "3")
+    line = "--penalty_every 3: in 2 of the 4 batches of an epoch, which is 1.5 times the penalty"
+    assert line in capsys.readouterr().out
+    run_here(monkeypatch, tmp_path, *flags, "2")
+    assert "--penalty_every 2:" not in capsys.readouterr().out
+
+
 def test_images_for_statistics_need_an_average(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda *_: None)
