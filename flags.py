@@ -141,9 +141,9 @@ INTEGERS = [
                      + (f", not {max(utils.act_bits(run))}" if run.act_bits else ""),
          lambda run: max(utils.act_bits(run)) <= 8),
     Need(lambda run: f"--bits from 2 to 8, not {max(run.bits)}", lambda run: max(run.bits) <= 8),
-    Need("at most 7 bits in each layer with dorefa, which has a level more: no --keep_first_last",
-         lambda run: "dorefa" not in run.schemes or (
-             max(run.bits) <= (8 if run.budget_bits else 7) and not run.keep_first_last)),
+    Need("at most 7 bits in each layer with dorefa, which has a level more: no --keep_first_last, "
+         "no --budget_bits", lambda run: "dorefa" not in run.schemes or not (
+             max(run.bits) > 7 or run.keep_first_last or run.budget_bits)),
     ONE,
     Need("weights without --mean_correction and --bias_correction",
          lambda run: not (run.mean_correction or run.bias_correction)),

@@ -283,7 +283,7 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
         )
     quantizations = make_quantizations(args)
     # That a file to verify fits is known before anything is measured.
-    if isinstance(args.verify, str) and args.verify != args.export:
+    if isinstance(args.verify, str):
         for network in loaded.values():
             source = network.describe(quantizations[0], vars(args), dataset)
             image_shape = dataset.test_images.shape[1:]
@@ -490,8 +490,9 @@ def draw_plots(
     n_bits = 4 if 4 in args.bits else min(args.bits)
     shown = {how.scheme: how for how in quantizations if how.n_bits == n_bits}
     quantizers = {scheme: how.make_quantizer(0) for scheme, how in shown.items()}
+    stems = report.weights_figures(layer_weights)
     for name, of_layers in layer_weights.items():
-        path = plots[f"weights/{name}"] = folder / f"{report.weights_figure(name)}.png"
+        path = plots[f"weights/{name}"] = folder / f"{stems[name]}.png"
         bits = {scheme: networks[name].weight_bits(how) for scheme, how in shown.items()}
         figures.weights_plot(name, of_layers, quantizers, bits, args.per_channel, path)
     return plots

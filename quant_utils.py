@@ -34,7 +34,7 @@ from engine.quantization.bit_widths import check_bits
 from engine.quantization.grids import OnGrid
 from engine.quantization.weights import Parts, Quantizer, total
 
-# How many steps max|w| lies beyond the largest code of `uniform`: what is tried.
+# By how many steps max|w| lies below 2^(b−1), a step above the largest code of `uniform`.
 STEP_SIZES = {"half": (0.5,), "full": (0.0,), "auto": (0.5, 0.0)}
 MIN_RELATIVE_STD = 1e-6  # below this share of max|w|, a standard deviation is a rounding error
 

@@ -57,9 +57,14 @@ def check_deployed_files(parser: Parser, args: argparse.Namespace, folder: Path)
     """
     taken = {(folder / f"{stem}{end}").resolve(): "a file of the results" for stem, end in FILES}
     if args.verify:
+        if (
+            args.verify is not True
+            and Path(args.verify).resolve() == Path(args.export or "").resolve()
+        ):
+            args.verify = True
         model = Path(args.export if args.verify is True else args.verify)
         taken[verification_record(model).resolve()] = "the record of --verify"
-        if model != Path(args.export or ""):
+        if args.verify is not True:
             taken[model.resolve()] = "the file of --verify"
     taken |= {
         path.resolve(): "the file to quantize" for path in find_paths(args.checkpoints).values()
@@ -211,9 +216,10 @@ def report_form(
         "their bytes and products: sums of whole ones saturate on x86 processors without VNNI "
         "(--export_for vnni: whole)"
     )
-    if how.n_bits == 8 and not how.is_mixed:
-        accuracy = network.trial(replace(how, n_bits=7), 0).accuracy
-        line += f"; with --bits 7, which needs no halves, the accuracy is {accuracy:.2%}"
+    with_7 = replace(how, n_bits=7)
+    if not how.is_mixed and max(network.weight_bits(with_7).values()) == 7:  # as few everywhere
+        accuracy = network.trial(with_7, 0).accuracy
+        line += f"; with weights of 7 bits, which need no halves, the accuracy is {accuracy:.2%}"
     print(line)
 
 

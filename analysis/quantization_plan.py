@@ -29,7 +29,9 @@ def plan_rows(
     for operation in operations(network.graph):
         for name in filter(inputs.__contains__, operation.inputs):
             grids = [of_inputs[name] for of_inputs in all_grids]
-            ranges = dict.fromkeys(_grid_range(grid) for grid in grids)
+            ranges = dict.fromkeys(
+                _grid_range(grid, network.conditions.asymmetric) for grid in grids
+            )
             bits = [grid.n_bits for grid in grids]
             size = _size(_of_one_image(operation.source(name)))
             rows.append(_row(name, "input", size, bits, "/".join(ranges)))
@@ -66,9 +68,9 @@ def _row(name: str, tensor: str, size: str, bits: Sequence[int], extent: str) ->
     return {"operation": name, "tensor": tensor, "shape": size, "bits": text, "range": extent}
 
 
-def _grid_range(grid: Grid) -> str:
-    """Return the range of a grid of inputs as text."""
-    if grid.zero_point == 2 ** (grid.n_bits - 1):  # symmetric about 0
+def _grid_range(grid: Grid, asymmetric: bool) -> str:
+    """Return the range of a grid of inputs as text; `asymmetric`: unless it is unsigned."""
+    if grid.zero_point and not asymmetric:
         return f"±{grid.scale * grid.max_code / 2:.4g}"
     low, high = (grid.scale * (code - grid.zero_point) for code in (0, grid.max_code))
     return f"{low:.4g} … {high:.4g}"

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -151,9 +151,13 @@ def save_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(text.getvalue().encode()))
 
 
-def weights_figure(name: str) -> str:
-    """Return the name, without suffix, of the figure of a network's weights."""
-    return f"weights_{name.replace('/', '_')}"
+def weights_figures(names: Iterable[str]) -> dict[str, str]:
+    """Return the name, without suffix, of the figure of each network's weights."""
+    figures: dict[str, str] = {}
+    for name in names:
+        stem = f"weights_{name.replace('/', '_')}"
+        figures[name] = f"{stem}_{len(figures)}" if stem in figures.values() else stem
+    return figures
 
 
 def save_tables(
@@ -161,7 +165,7 @@ def save_tables(
 ) -> None:
     """Write results.csv, results.json and per_layer.csv; earlier ones and figures are renamed."""
     names = dict.fromkeys(row["checkpoint"] for row in rows)
-    files = (*FILES, *((weights_figure(name), ".png") for name in names))
+    files = (*FILES, *((stem, ".png") for stem in weights_figures(names).values()))
     backup_existing([(folder / stem, suffix) for stem, suffix in files])
     save_csv(rows, COLUMNS, folder / "results.csv")
     record = {"settings": {**settings, **describe_environment()}, "rows": list(rows)}

@@ -67,6 +67,7 @@ class FileForm:
 
 
 DEFAULT_FORM = FileForm()
+TWICE = ".twice"  # ends the name of codes that are there twice, for two halves of a weight
 
 
 class Emitter:
@@ -214,7 +215,7 @@ class Emitter:
 
     def as_float_twice(self, name: str) -> str:
         """Return the name of codes in float32, twice beside each other as channels."""
-        twice = f"{name}.twice"
+        twice = f"{name}{TWICE}"
         if twice not in self.known:
             self.node("Concat", [name, name], twice, axis=1)
             self.grids[twice] = self.grids[name]

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from engine.deploy.integer_network import IntegerNetwork
 from engine.deploy.integer_operations import Arithmetic
-from engine.deploy.onnx_emitter import Emitter, TensorProto, helper
+from engine.deploy.onnx_emitter import (
+    DEFAULT_FORM,
+    TWICE,
+    Emitter,
+    FileForm,
+    TensorProto,
+    helper,
+    onnx,
+)
 from engine.system.extras import require
 from engine.system.io import file_boundary
 
@@ -58,9 +66,11 @@ def optimized_nodes(model: bytes, name: str) -> dict[str, str]:
     return {node.name or f"{node.op_type}_{i}": node.op_type for i, node in enumerate(nodes)}
 
 
-def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
+def operation_to_onnx(
+    operation: Arithmetic, codes: Sequence[Tensor], form: FileForm = DEFAULT_FORM
+) -> bytes:
     """Return a model of one quantized operation alone: inputs such as `codes` → its output."""
-    emitter = Emitter()
+    emitter = Emitter(form)
     emitter.grids |= zip(operation.sources, operation.in_grids, strict=True)
     sources = [
         helper.make_tensor_value_info(name, TensorProto.UINT8, ["batch", *example.shape[1:]])
@@ -73,18 +83,22 @@ def operation_to_onnx(operation: Arithmetic, codes: Sequence[Tensor]) -> bytes:
     return emitter.model(sources, target).SerializeToString()
 
 
-def inexact_operations(net: IntegerNetwork) -> list[str]:
-    """Return the layers, sums and poolings that this processor does not compute exactly.
+def inexact_operations(net: IntegerNetwork, model: bytes) -> list[str]:
+    """Return the layers, sums and poolings of a model that this processor does not compute exactly.
 
-    Each is tried alone, on codes that show it.
+    Each is tried alone, on codes that show it, with 8-bit weights whole or in halves as the model
+    has them.
     """
+    nodes = onnx.load_model_from_string(model).graph.node
+    has_halves = any(name.endswith(TWICE) for node in nodes for name in node.output)
+    form = FileForm(may_saturate=not has_halves)
     generator = torch.Generator().manual_seed(0)
     names = []
     for each in net.operations:
         if not isinstance(each, Arithmetic) or None in each.in_grids:
             continue
         codes = each.trial_codes(generator)
-        run = open_session(operation_to_onnx(each, codes), each.name)
+        run = open_session(operation_to_onnx(each, codes, form), each.name)
         if not torch.equal(run(*codes).float(), each.run(*(c.float() for c in codes))):
             names.append(each.name)
     return names

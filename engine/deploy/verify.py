@@ -86,7 +86,7 @@ def verify_file(
         **compare_predictions(logits, test.labels.cpu(), integers),
         "runtimes": {name: compare_runtime(name, model, images, *simulated) for name in runtimes},
         "disagreement": first_disagreement(integers, compared.quantized.cpu(), first),
-        "inexact_layers": onnx_session.inexact_operations(integers),
+        "inexact_layers": onnx_session.inexact_operations(integers, model),
         "nodes": onnx_session.optimized_nodes(model, "the model"),
         "images_per_second": measure_speed(session, compared, test, dataset, images),
         "bytes": {

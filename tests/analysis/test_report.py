@@ -1,7 +1,10 @@
 import json
 import math
 
-from analysis import report
+import pytest
+
+from analysis import quantization_plan, report
+from engine.quantization.grids import activation_grid
 
 
 def make_rows():
@@ -30,6 +33,25 @@ def test_table_is_aligned():
     lines = report.table(make_rows(), report.PRINTED_COLUMNS).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 1 + 2 + 6
     assert "40.00% ± 2.00" in lines[4] and "-50.00 pp" in lines[4]
+
+
+def test_figures_of_two_networks_are_two_files():
+    stems = report.weights_figures(["a/b", "a_b", "c"])
+    assert stems == {"a/b": "weights_a_b", "a_b": "weights_a_b_1", "c": "weights_c"}
+
+
+@pytest.mark.parametrize(
+    ("n_bits", "low", "high", "asymmetric", "text"),
+    [
+        (2, -1, 0.5, True, "-1 … 0.5"),
+        (2, -1, 0.5, False, "±1"),
+        (2, 0, 0.5, False, "0 … 0.5"),
+        (2, 0, 0.5, True, "0 … 0.5"),
+    ],
+)
+def test_a_plan_shows_the_ends_of_a_grid(n_bits, low, high, asymmetric, text):
+    grid = activation_grid(n_bits, low, high, asymmetric)
+    assert quantization_plan._grid_range(grid, asymmetric) == text
 
 
 def test_results_json_is_json_also_with_a_loss_that_is_not_a_number(tmp_path):

@@ -168,7 +168,7 @@ def test_8_bit_weights_are_halves_unless_the_file_is_for_vnni(tiny, capsys):
     flags = FLAGS.replace("bits 4", "bits 8")
     assert main(f"{flags} --export net.onnx --verify") == 0
     printed = capsys.readouterr()
-    assert "two halves" in printed.out and "with --bits 7" in printed.out
+    assert "two halves" in printed.out and "with weights of 7 bits" in printed.out
     assert "0 of 40 predictions differ" in printed.out and "warning" not in printed.err
     assert main(f"{flags} --export vnni.onnx --export_for vnni") == 0
     printed = capsys.readouterr()
@@ -293,6 +293,10 @@ def test_a_missing_package_is_one_line(tiny, monkeypatch, capsys):
         ("--bits 4 --fold_bn --schemes pwlq --act_bits 8", "--overlapping"),
         ("--bits 8 --fold_bn --schemes dorefa --act_bits 8", "at most 7 bits in each layer"),
         (f"{FLAGS} --schemes dorefa --keep_first_last", "at most 7 bits in each layer"),
+        (
+            f"{FLAGS} --schemes dorefa --budget_bits 6".replace("--bits 4", ""),
+            "at most 7 bits in each layer",
+        ),
         (f"{FLAGS} --mean_correction", "--mean_correction"),
         (f"{FLAGS} --export net.pt", "that is the file to quantize"),
         (f"{FLAGS} --save_quantized ../{{here}}/net.pt", "that is the file to quantize"),
@@ -313,6 +317,11 @@ def test_flags_that_no_file_can_have_end_with_one_line(tiny, capsys, flags, mess
     assert main(f"--export net.onnx {flags.format(here=Path.cwd().name)}") == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and message in printed
+
+
+def test_the_exported_file_may_be_spelt_in_two_ways(tiny, capsys):
+    assert main(f"{FLAGS} --export net.onnx --verify ./net.onnx") == 0
+    assert "0 of 40 predictions differ" in capsys.readouterr().out
 
 
 def test_verify_needs_a_file(tiny, capsys):

@@ -58,7 +58,7 @@ def test_every_logit_of_the_engine_is_that_of_the_simulation(scheme, n_bits, act
     logits = onnx_session.open_session(model, "m")(pixels())
     torch.testing.assert_close(logits, net(normalized(pixels()))[0], rtol=0, atol=0)
     assert logits.unique().numel() > 10
-    assert onnx_session.inexact_operations(net) == []
+    assert onnx_session.inexact_operations(net, model) == []
 
 
 def test_a_relu_after_max_pooling_is_part_of_the_layer_before_it():
@@ -103,7 +103,7 @@ def test_the_float_network_is_the_same_in_onnx():
 
 
 def test_operations_that_are_not_exact_are_noticed(monkeypatch):
-    net, _ = exported(n_bits=8, act_bits=8)
+    net, model = exported(n_bits=8, act_bits=8)
     plain = onnx_session.open_session
 
     def wrong(model, name, optimized=None):
@@ -111,7 +111,21 @@ def test_operations_that_are_not_exact_are_noticed(monkeypatch):
         return lambda *x: -run(*x) if name == "conv2" else run(*x)
 
     monkeypatch.setattr(onnx_session, "open_session", wrong)
-    assert onnx_session.inexact_operations(net) == ["conv2"]
+    assert onnx_session.inexact_operations(net, model) == ["conv2"]
+
+
+@pytest.mark.parametrize("may_saturate", [False, True])
+def test_layers_are_tried_with_weights_as_the_file_has_them(may_saturate, monkeypatch):
+    net, _ = exported(n_bits=8, act_bits=8)
+    form = onnx_session.FileForm(may_saturate=may_saturate)
+    model = deployed_files.to_onnx(net, (3, 12, 12), MEAN, STD, {}, form)
+    plain, tried = onnx_session.open_session, []
+    monkeypatch.setattr(
+        onnx_session, "open_session", lambda model, name: tried.append(model) or plain(model, name)
+    )
+    onnx_session.inexact_operations(net, model)
+    operators = {node.op_type for each in tried for node in onnx.load_from_string(each).graph.node}
+    assert ("Concat" in operators) != may_saturate
 
 
 def test_everything_that_is_not_as_it_should_be_is_one_line():

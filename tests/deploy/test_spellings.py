@@ -146,7 +146,7 @@ def test_what_everybody_writes_is_exported(spelling, n_bits, asymmetric):
     run = onnx_session.open_session(model, "m")
     torch.testing.assert_close(run(images), logits, rtol=0, atol=0)
     torch.testing.assert_close(run(images[:1]), logits[:1], rtol=0, atol=0)
-    assert onnx_session.inexact_operations(integers) == []
+    assert onnx_session.inexact_operations(integers, model) == []
     assert not onnx_session.FLOAT_KERNELS & set(onnx_session.optimized_nodes(model, "m").values())
 
 
