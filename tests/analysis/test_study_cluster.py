@@ -6,6 +6,8 @@ Nothing may be lost or done twice when a worker, the driver or a whole node dies
 import contextlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import pytest
 from test_study import main, scripts, wait_for  # noqa: F401 (a fixture)
+from test_study_faults import result
 
 pytestmark = pytest.mark.cluster
 SLOW = "out/seed0/control"
 PROJECT = Path(__file__).parents[2]
+N_MOMENTS = int(os.environ.get("RAY_MOMENTS", "4"))  # of each signal
 DRIVER = """
 import sys
 from pathlib import Path
@@ -49,7 +53,7 @@ def cluster():
 
 
 def start_driver(cluster, *flags):
-    """Start the study of the control in a process of its own."""
+    """Start the study of the control in a process of its own, in the working directory."""
     command = [sys.executable, "-c", DRIVER, "--out", "out", "--n_epochs", "6", "--only", "control"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     return subprocess.Popen(
@@ -114,6 +118,45 @@ def test_a_driver_that_dies_loses_nothing(number, slow_job, cluster, scripts):  
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     assert scripts() == ["out/seed0/trunk", SLOW, SLOW]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_survives_a_signal_at_any_moment(number, cluster, scripts, tmp_path, monkeypatch):  # noqa: F811
+    chance, moments = random.Random(number), 0
+
+    def start(name):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "scripts", folder / "scripts", dirs_exist_ok=True)
+        monkeypatch.chdir(folder)
+        return folder, start_driver(cluster, "--seeds", "0", "1", "--cpus_per_job", "1")
+
+    began = time.monotonic()
+    folder, driver = start("whole")
+    output, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 0, output
+    seconds = time.monotonic() - began
+    expected, calls = result(folder)
+    assert expected and set(calls.values()) == {1}
+    while moments < N_MOMENTS:
+        name = f"{moments}, {seconds}"
+        folder, driver = start(name)
+        time.sleep(chance.uniform(0.05, 1) * seconds)
+        driver.send_signal(number)
+        output, _ = driver.communicate(timeout=240)
+        if driver.returncode == 0:
+            seconds *= 0.9  # it was too late
+            continue
+        assert driver.returncode in (-number, 128 + number), output
+        _, driver = start(name)
+        output, _ = driver.communicate(timeout=240)
+        assert driver.returncode == 0, output
+        found, again = result(folder)
+        assert found == expected and again.keys() == calls.keys()
+        assert again.total() <= calls.total() + 2  # at most the jobs that were interrupted
+        moments += 1
+    which = signal.Signals(number).name
+    print(f"\n{which} to the driver of a cluster: {moments}, 0 jobs lost, 0 results different")
 
 
 def test_no_cluster_at_the_address_is_a_line(scripts, capsys):  # noqa: F811
