@@ -64,6 +64,8 @@ class Net(nn.Module):
             c = self.blocks[-1].c_out
         self.repeated, self.head = repeated, head
         self.shared = nn.Conv2d(c, c, 1)
+        if head in ("tokens", "channels"):  # what its batch norm is of
+            self.mix, self.norm = nn.Linear(c, c), nn.LazyBatchNorm1d()
         self.classifier = nn.Linear(c, 5)
 
     def forward(self, x):
@@ -73,6 +75,10 @@ class Net(nn.Module):
         for _ in range(self.repeated):  # one layer that runs once or twice
             x = F.relu(self.shared(x))
         x = F.max_pool2d(x, 2) if self.head == "max" and x.shape[-1] > 2 else x
+        if hasattr(self, "mix"):
+            x = self.mix(x.flatten(2).transpose(1, 2))  # (B, T, C)
+            x = self.norm(x if self.head == "tokens" else x.transpose(1, 2)).relu()
+            return self.classifier(x.mean(1 if self.head == "tokens" else 2))
         return self.classifier(x.mean((2, 3)))
 
 
@@ -85,7 +91,7 @@ BLOCKS = st.tuples(  # what is refused is rare, so that most networks go all the
 NETWORKS = {
     "blocks": st.lists(BLOCKS, min_size=1, max_size=3),
     "repeated": st.integers(0, 2),
-    "head": st.sampled_from(["average", "max"]),
+    "head": st.sampled_from(["average", "max", "average", "max", "tokens", "channels"]),
     "n_bits": st.sampled_from([3, 4, 8]),
     "per_channel": st.booleans(),
     "asymmetric": st.booleans(),
@@ -98,8 +104,9 @@ def make_net(blocks, repeated, head, seed):
     """Return a network in evaluation mode whose batch norms have statistics of their own."""
     torch.manual_seed(seed)
     net = Net(blocks, repeated, head)
+    net(torch.zeros(2, 3, SIZE, SIZE))  # gives the lazy norm its size
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d):
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
             m.weight.data.uniform_(0.5, 2), m.bias.data.normal_()
     return net.eval()
