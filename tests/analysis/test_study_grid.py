@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_study import main, scripts  # noqa: F401 (a fixture)
+from test_study import draw_figures, main, scripts  # noqa: F401 (a fixture)
 
 import study
 import train
+from analysis.study import figures as study_figures
 from analysis.study.estimate import measure_epoch_seconds
 from analysis.study.grid import lambda_text
 from engine.system.errors import FileError
@@ -89,6 +90,16 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
     again = "--models ResNet20@0.5 --forget tuning/control_tuning/results.json "
     assert again in capsys.readouterr().err  # and nothing of the other networks
     assert "| MobileNetV2@0.25 | control |" in Path("out/networks.md").read_text(encoding="utf-8")
+
+
+def test_the_grid_of_the_manual_has_figures(scripts, monkeypatch):  # noqa: F811
+    manual = Path(study.__file__).with_name("docs") / "studies.md"
+    grid = manual.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    Path("grid.toml").write_text(grid.replace("MyNorm", "RangeNorm"), encoding="utf-8")
+    monkeypatch.setattr(study_figures, "draw_figures", draw_figures)
+    assert main("--grid", "grid.toml", "--seeds", "0") == 0  # no weights alone: no curves
+    drawn = {path.name for path in Path("out").glob("*.png")}
+    assert drawn == {"overview.png", "tracked.png", "choice.png"}
 
 
 @pytest.mark.parametrize(
