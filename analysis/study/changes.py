@@ -1,7 +1,6 @@
 """Which results of a study were made with other flags than its grid has now."""
 
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import dropwhile
@@ -20,11 +19,9 @@ def refuse_changed(plans: Sequence[StudyPlan], names: Sequence[str]) -> None:
     """
     for plan in plans:
         if found := changed_jobs(plan, names):
-            of_network = ["--models", plan.network] if plan.network else []  # and of no other
-            again = [*of_network, "--forget", *dict.fromkeys(_patterns(plan, found))]
+            again = plan.forget_flags(dict.fromkeys(_patterns(plan, found)))
             raise SettingsError(
-                f"{_describe(plan, found)}: choose another --out, or make them again after "
-                f"{shlex.join(again)}"
+                f"{_describe(plan, found)}: choose another --out, or make them again after {again}"
             )
 
 

@@ -92,6 +92,14 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
     assert "| MobileNetV2@0.25 | control |" in Path("out/networks.md").read_text(encoding="utf-8")
 
 
+def test_a_failed_candidate_is_forgotten_in_one_network(scripts, monkeypatch, capsys):  # noqa: F811
+    Path("grid.toml").write_text(GRID)
+    monkeypatch.setenv("FAILS", "out/ResNet20/tuning/noise_1")
+    assert main("--grid", "grid.toml", "--models", "ConvNet", "ResNet20", "--seeds", "0") == 1
+    again = "noise_choice.json with --models ResNet20 --forget tuning/noise_choice.json\n"
+    assert again in capsys.readouterr().out
+
+
 def test_the_grid_of_the_manual_has_figures(scripts, monkeypatch):  # noqa: F811
     manual = Path(study.__file__).with_name("docs") / "studies.md"
     grid = manual.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
