@@ -422,7 +422,11 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with run_lock(out / "study", instead="another --out"):
         if args.forget:
-            forgotten = [path for plan in plans for path in plan.records.forget(args.forget)]
+            forgotten = [
+                f"{path}, which rests on {needed}" if needed else path
+                for plan in plans
+                for path, needed in plan.records.forget(args.forget).items()
+            ]
             if not forgotten:
                 patterns = " ".join(args.forget)
                 parser.exit_with(1, f"error: no record in {out} matches {patterns}")

@@ -776,6 +776,49 @@ def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
     assert "no record in out matches no/such/*" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("pattern", "resting", "again"),
+    [
+        ("seed0/control.json", "seed0/control_*/*", ["seed0/control"]),
+        ("tuning/l2grad_*_tuning/*", "tuning/*choice.json", []),
+        ("tuning/control.json", "tuning/control_* tuning/*choice.json", ["tuning/control"]),
+        (
+            "tuning/l2grad_0.1.json",
+            "tuning/l2grad_0.1_* tuning/*choice.json",
+            ["tuning/l2grad_0.1"],
+        ),
+        ("seed0/trunk.json", "seed0/*", ["seed0/trunk", "seed0/control", "seed0/l2grad_0.03"]),
+    ],
+)
+def test_what_rests_on_what_is_forgotten_is_made_again(
+    pattern, resting, again, finished, scripts, capsys
+):
+    records = list(Path("out").glob("*/**/*.json"))
+    gone = {path for each in (pattern, *resting.split()) for path in Path("out").glob(each)}
+    gone = {path for path in records if gone & {path, path.parent}}
+    page = Path("out/tables.md").read_text(encoding="utf-8")
+    flags = ["--only", "control", "l2grad", "--seeds", "0"]
+    n_trainings = len(scripts())
+    assert main("--forget", pattern) == 0
+    printed = capsys.readouterr().out
+    assert {path for path in records if not path.exists()} == gone
+    assert all(path.relative_to("out").as_posix() in printed for path in gone)
+    assert main(*flags) == 0
+    assert scripts()[n_trainings:] == [f"out/{name}" for name in again]
+    assert Path("out/tables.md").read_text(encoding="utf-8") == page
+
+
+def test_a_variant_with_a_longer_name_does_not_rest_on_the_shorter_one(finished):
+    for name in ("control_frozen.json", "control_frozen_weights/results.json", "half.ckpt"):
+        Path("out/seed0", name).parent.mkdir(exist_ok=True)
+        Path("out/seed0", name).write_text("{}")
+    records = make_plan().records
+    assert len(records.forget(["seed0/control.json"])) == 1 + len(final_names())
+    assert records.forget(["tuning/trunk.json"])["tuning/l2grad_choice.json"]
+    assert records.forget(["seed0/trunk.json"])["seed0/control_frozen_weights/results.json"]
+    assert not Path("out/seed0/half.ckpt").exists()  # it would go on from another trunk
+
+
 def test_the_same_records_are_the_same_bytes(finished):
     archive = Path("out/records.jsonl.gz")
     before = archive.read_bytes()
