@@ -554,8 +554,23 @@ def test_another_way_of_choosing_lambda_is_named_with_the_choices(finished, monk
     assert main("--only", "l2grad", "--seeds", "1") == 2
     line = capsys.readouterr().err
     assert "tuning/control_tuning/results.json (--bits was [4], is [3])" in line
-    assert " tuning/l2grad_choice.json" in line and "tuning/trunk" not in line
-    assert "seed" not in line and "l2grad_0.1.json" not in line
+    assert "seed" not in line and "trunk" not in line and "l2grad_0.1.json" not in line
+    assert main("--forget", *shlex.split(line.partition("--forget ")[2])) == 0
+    printed = capsys.readouterr().out
+    assert "\ntuning/l2grad_choice.json, which rests on tuning/control_tuning/results" in printed
+
+
+def test_only_the_seeds_that_ran_with_other_flags_are_made_again(finished_control, capsys):
+    assert main("--only", "control", "--seeds", "1", "2") == 0
+    patterns = []
+    for seed in (1, 2, 0):
+        path = Path(f"out/seed{seed}/control.json")
+        path.write_text(path.read_text().replace('"--lr", "0.1"', '"--lr", "0.3"'))
+        capsys.readouterr()
+        assert main("--only", "control") == 2
+        patterns.append(capsys.readouterr().err.split(" --forget ")[1].split())
+    assert patterns[:2] == [["seed1/control.json"], ["seed1/control.json", "seed2/control.json"]]
+    assert patterns[2] == ["'seed*/control.json'"]
 
 
 def test_seeds_that_lack_a_new_quantization_are_said_to_be_left_out(
