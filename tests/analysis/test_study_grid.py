@@ -83,13 +83,16 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
     assert scripts()[-1] == "out/MobileNetV2@0.25/seed0/control"
     saved = json.loads(Path("out/study.json").read_text())["models"]
     assert saved == "ConvNet ResNet20@0.5 MobileNetV2@0.25"
-    study.main(["--out", "out", "--tables"])
+    page = Path("out/networks.md").read_text(encoding="utf-8").splitlines()
+    assert page[:8] == lines[:8] and page[8].startswith("| MobileNetV2@0.25 | control |")
+    Path("out/networks.md").unlink()
+    study.main(["--out", "out", "--tables", "--models", "ConvNet", "ResNet20@0.5"])
+    assert Path("out/networks.md").read_text(encoding="utf-8").splitlines() == page
     Path("grid.toml").write_text(GRID + tuning.replace("3", "2"))
     capsys.readouterr()
     assert main("--plan", "--seeds", "0") == 2
     again = "--models ResNet20@0.5 --forget tuning/control_tuning/results.json "
     assert again in capsys.readouterr().err  # and nothing of the other networks
-    assert "| MobileNetV2@0.25 | control |" in Path("out/networks.md").read_text(encoding="utf-8")
 
 
 def test_a_failed_candidate_is_forgotten_in_one_network(scripts, monkeypatch, capsys):  # noqa: F811
