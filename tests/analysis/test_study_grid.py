@@ -154,7 +154,13 @@ def test_the_grid_of_the_manual_has_figures(scripts, monkeypatch):  # noqa: F811
         ("cost = 2", '[variants.noise_1_tuning]\nflags = ""', ""),  # a file beside a folder
         ("quantizations.channel", "quantizations.1_channel", ""),
         ('names = { uniform = "uniform per channel" }', "", "both have 'uniform' with 2 bits"),
-        ('uniform = "uniform per channel"', 'pwlq = "x"', "weights and quantizations.channel both"),
+        ('= "uniform per channel"', '= "uniform"', "weights and quantizations.channel both have"),
+        ('uniform = "u', 'unifrom = "u', "names: 'unifrom' is none of its schemes, uniform"),
+        (
+            ' --per_channel"\nseconds = 1\nnames = { uniform',
+            ' dorefa --per_channel"\nseconds = 1\nnames = { uniform = "x", dorefa = "x" } #',
+            "channel: names: uniform and dorefa are both called 'x'",
+        ),
     ],
 )
 def test_a_grid_that_is_none_is_named_in_a_line(old, new, reason, tmp_path):
