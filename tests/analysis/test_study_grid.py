@@ -58,7 +58,7 @@ def test_lambda_is_written_with_all_its_digits(lmbda):
 
 
 def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: F811
-    tuning = '\n[tuning]\n"ResNet20@0.5" = "--bits 3 --schemes uniform"\n'
+    tuning = '\n[tuning]\n"resnet20@0.50" = "--bits 3 --schemes uniform"\n'
     Path("grid.toml").write_text(GRID + tuning)
     flags = ["--grid", "grid.toml", "--seeds", "0"]
     assert main(*flags, "--models", "ConvNet", "ResNet20@0.5", "ConvNet") == 0
@@ -155,6 +155,15 @@ def test_the_grid_of_the_manual_has_figures(scripts, monkeypatch):  # noqa: F811
         ("quantizations.channel", "quantizations.1_channel", ""),
         ('names = { uniform = "uniform per channel" }', "", "both have 'uniform' with 2 bits"),
         ('= "uniform per channel"', '= "uniform"', "weights and quantizations.channel both have"),
+        ("cost = 2", '[tuning]\nNoNet = ""', "tuning: unknown value 'NoNet': choose ConvNet"),
+        ("cost = 2", '[tuning]\n"ResNet20@0" = ""', "tuning: '0' is not a finite number"),
+        (
+            "cost = 2",
+            '[tuning]\nResNet20 = ""\nresnet20 = ""',
+            "tuning: one network is there twice",
+        ),
+        ("cost = 2", "[tuning]\nResNet20 = 4", "tuning cannot be {'ResNet20': 4}"),
+        ('= "uniform per channel"', '= ["u"]', "names cannot be {'uniform': ['u']}"),
         ('uniform = "u', 'unifrom = "u', "names: 'unifrom' is none of its schemes, uniform"),
         (
             ' --per_channel"\nseconds = 1\nnames = { uniform',
