@@ -434,7 +434,8 @@ def study_flags(variants: Iterable[str], settings: Mapping[str, Any]) -> Table:
         switch("tables", "only renew tables and figures from existing results",
                requires=["no --plan", "no --forget"]),
         Flag("forget", str, None, "delete the records whose path in the study matches, such as "
-             "'seed0/*_folded/*', so that the next run makes them again", "PATTERN", nargs="+"),
+             "'seed0/*_folded/*', and what rests on them, so that the next run makes them again",
+             "PATTERN", nargs="+"),
         Flag("only", str, None, f"variants that run; None: all of the grid, here "
              f"{', '.join(variants)}", "NAME", runs, nargs="+"),
         Flag("seeds", whole, [0, 1, 2], "seeds of each variant", needs=runs, nargs="+"),

@@ -202,7 +202,7 @@ def make_plans(parser: Parser, args: argparse.Namespace) -> tuple[list[StudyPlan
     grid = replace(grid, quantizations=quantizations)
     return [
         StudyPlan(out / network_folder(network), settings, grid, network, args.epoch_seconds)
-        for network in args.models or settings["models"].split() or [""]
+        for network in settings["models"].split() or [""]
     ], settings
 
 
@@ -274,8 +274,10 @@ def count_images(data_args: argparse.Namespace) -> int:
 # --- what it does ----------------------------------------------------------------------------
 
 
-def update_report(plans: Sequence[StudyPlan], is_last: bool = True) -> bool:
-    """Renew tables and figures; return whether there are results yet.
+def update_report(
+    plans: Sequence[StudyPlan], all_plans: Sequence[StudyPlan], is_last: bool = True
+) -> bool:
+    """Renew tables and figures, and the page of all networks; return whether there are results yet.
 
     Where it `is_last`, what they lack is printed.
     """
@@ -283,7 +285,7 @@ def update_report(plans: Sequence[StudyPlan], is_last: bool = True) -> bool:
 
     if is_last:
         report.print_left_out(plans)
-    return report.update_reports(plans)
+    return report.update_reports(plans, all_plans)
 
 
 def print_plans(plans: Sequence[StudyPlan], names: Sequence[str], seeds: Sequence[int]) -> None:
@@ -339,7 +341,9 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f} h"
 
 
-def run_all(plans: Sequence[StudyPlan], args: argparse.Namespace) -> bool:
+def run_all(
+    plans: Sequence[StudyPlan], all_plans: Sequence[StudyPlan], args: argparse.Namespace
+) -> bool:
     """Run every variant, renew the tables as results come, and return whether all succeeded."""
     names, seeds = args.only, args.seeds
     executor = make_executor(args, plans)
@@ -363,13 +367,13 @@ def run_all(plans: Sequence[StudyPlan], args: argparse.Namespace) -> bool:
         with warn_on_error("records, tables and figures were not renewed"):
             plan.records.add(job.record)
             if plan.completes_network(job):
-                update_report(plans, is_last=False)
+                update_report(plans, all_plans, is_last=False)
 
     seconds = sum(job.seconds for job in pending(jobs))
     bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=seconds, bar_format=bar_format, disable=None) as bar:
         JobRunner(next_job, on_success, executor, failed, bar).run()
-    update_report(plans)
+    update_report(plans, all_plans)
     return all([report_failures(plan, names, seeds) for plan in plans])  # noqa: C419 (each prints)
 
 
@@ -402,7 +406,9 @@ def report_failures(plan: StudyPlan, names: Sequence[str], seeds: Sequence[int])
 
 def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     """Plan, run or tabulate, as the flags say; return the exit code."""
-    plans, settings = make_plans(parser, args)
+    all_plans, settings = make_plans(parser, args)
+    plan_of = {plan.network: plan for plan in all_plans}
+    plans = [plan_of[network] for network in args.models or plan_of]
     out = Path(args.out)
     if args.plan:
         refuse_changed(plans, args.only)
@@ -411,7 +417,7 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     if args.tables:
         # how many images batch norms were recalibrated with depends on the data set
         warn_of_changed(plans, unknown={"recalibrate_bn_images"})
-        if not update_report(plans):
+        if not update_report(plans, all_plans):
             parser.exit_with(1, f"error: there are no results in {out} yet")
         print(f"renewed the tables and figures in {out}")
         return 0
@@ -422,7 +428,11 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with run_lock(out / "study", instead="another --out"):
         if args.forget:
-            forgotten = [path for plan in plans for path in plan.records.forget(args.forget)]
+            forgotten = [
+                f"{path}, which rests on {needed}" if needed else path
+                for plan in plans
+                for path, needed in plan.records.forget(args.forget).items()
+            ]
             if not forgotten:
                 patterns = " ".join(args.forget)
                 parser.exit_with(1, f"error: no record in {out} matches {patterns}")
@@ -430,7 +440,7 @@ def run_mode(parser: Parser, args: argparse.Namespace) -> int:
             return 0
         refuse_changed(plans, args.only)
         save_json(settings, out / "study.json")
-        return 0 if run_all(plans, args) else 1
+        return 0 if run_all(plans, all_plans, args) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,7 @@
 """Which results of a study were made with other flags than its grid has now."""
 
-import re
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import dropwhile
 
 from analysis.study.commands import settings_of
 from analysis.study.jobs import Job
@@ -20,11 +17,9 @@ def refuse_changed(plans: Sequence[StudyPlan], names: Sequence[str]) -> None:
     """
     for plan in plans:
         if found := changed_jobs(plan, names):
-            of_network = ["--models", plan.network] if plan.network else []  # and of no other
-            again = [*of_network, "--forget", *dict.fromkeys(_patterns(plan, found))]
+            again = plan.forget_flags(dict.fromkeys(_patterns(plan, found)))
             raise SettingsError(
-                f"{_describe(plan, found)}: choose another --out, or make them again after "
-                f"{shlex.join(again)}"
+                f"{_describe(plan, found)}: choose another --out, or make them again after {again}"
             )
 
 
@@ -96,12 +91,14 @@ def _describe(plan: StudyPlan, found: Mapping[Job, str]) -> str:
     return f"{how_many} ran with other flags than now, such as {record} ({words})"
 
 
-def _patterns(plan: StudyPlan, found: Mapping[Job, str]) -> Iterator[str]:
-    """Yield what --forget takes to have all of it again: with what rests on it, of every seed."""
-    for name in plan.variants:
-        for job in _jobs(plan, name):
-            chain = list(dropwhile(lambda each: each not in found, _chain(job)))
-            for each in chain:
-                yield re.sub("^seed[0-9]+/", "seed*/", plan.records.key(each.record))
-            if chain and job in plan.tuning(name).values():
-                yield plan.records.key(plan.choice_path(name))
+def _patterns(plan: StudyPlan, found: Iterable[Job]) -> Iterator[str]:
+    """Yield what --forget takes to have these jobs again: seed* where they are those of all seeds.
+
+    What rests on them is forgotten with them.
+    """
+    keys = [plan.records.key(job.record) for job in found]
+    for key in keys:
+        name = key.partition("/")[2]
+        of_seeds = [f"seed{seed}/{name}" for seed in plan.records.seeds()]
+        recorded = {each for each in of_seeds if plan.records.exists(plan.out / each)}
+        yield f"seed*/{name}" if key in recorded and recorded.issubset(keys) else key

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import STYLE, accuracy_plot, line_style, save_png
+from analysis.report import UNQUANTIZED
 from analysis.study import results as study_results
 from analysis.study.grid import lambda_text
 from analysis.study.lambda_choice import Choice
@@ -271,7 +272,8 @@ def draw_figures(
     """
     if len(statistics.accuracies.index.unique("variant")) > 1:
         overview_plot(statistics, out / "overview.png")
-    if curves := curve_rows(statistics.summary):
+    curves = curve_rows(statistics.summary)
+    if any(row["scheme"] != UNQUANTIZED for row in curves):  # else none is of weights alone
         accuracy_plot(curves, out / "accuracy.png")
     if statistics.tracked["variant"].isin(CURVE_VARIANTS).any():
         tracked_plot(statistics.tracked, first, out / "tracked.png")

@@ -3,7 +3,7 @@
 import argparse
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
@@ -107,6 +107,7 @@ def _check_columns(grid: Grid) -> None:
     for name, how in grid.quantizations.items():
         with _naming(f"quantizations.{name}"):
             columns = _columns(how.flags.format(**ANY_IMAGES))
+            _check_names(how.names, list(dict.fromkeys(scheme for scheme, *_ in columns)))
             if name == TUNING:
                 _check_tuning(columns)
         for scheme, *bits in [] if name == TUNING else columns:
@@ -131,6 +132,17 @@ def _columns(flags: str) -> list[tuple]:
         for n_bits in args.bits
         for act_bits in utils.act_bit_widths(n_bits, args)
     ]
+
+
+def _check_names(names: Mapping[str, str], schemes: Sequence[str]) -> None:
+    """Raise ValueError where names are of no scheme of a quantization, or two schemes share one."""
+    if unknown := names.keys() - set(schemes):
+        raise ValueError(f"names: {min(unknown)!r} is none of its schemes, {', '.join(schemes)}")
+    owners: dict[str, str] = {}
+    for scheme in schemes:
+        name = names.get(scheme, scheme)
+        if (owner := owners.setdefault(name, scheme)) != scheme:
+            raise ValueError(f"names: {owner} and {scheme} are both called {name!r} in tables")
 
 
 def _check_tuning(columns: list[tuple]) -> None:

@@ -1,10 +1,11 @@
 """Files of grids, in TOML: see docs/studies.md."""
 
 import tomllib
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import flags
 from analysis.study.grid import Grid, Quantization, Variant
 from engine.system.io import file_boundary
 
@@ -12,12 +13,14 @@ TYPES = {  # of what a file may give
     "training": str, "note": str, "flags": str, "lambda_from": str, "names": dict, "tuning": dict,
     "cost": (int, float), "seconds": (int, float), "full_precision": bool, "lmbdas": list,
 }  # fmt: skip
+TEXTS = {"names", "tuning"}  # tables of text by name
 
 
 def load_grid(path: Path) -> Grid:
     """Read a grid from a TOML file; raises FileError, in one line, where it holds something else.
 
     Its tables are those of `Grid`, `Variant` and `Quantization`; `check_grid` tries what they say.
+    Networks in [tuning] are then as --models has them.
     """
     with file_boundary(path, "is no grid of a study"):
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -26,7 +29,12 @@ def load_grid(path: Path) -> Grid:
                 name: _make(kind, values, f"{part}.{name}")
                 for name, values in content[part].items()
             }
-        return _make(Grid, content, "the file")
+        grid = _make(Grid, content, "the file")
+    with file_boundary(path, "is no grid of a study: tuning"):
+        tuning = {flags.study_network(network): words for network, words in grid.tuning.items()}
+        if len(tuning) < len(grid.tuning):
+            raise ValueError(f"one network is there twice: {', '.join(grid.tuning)}")
+    return replace(grid, tuning=tuning)
 
 
 def _make(kind: type, values: dict[str, Any], where: str) -> Any:
@@ -35,7 +43,10 @@ def _make(kind: type, values: dict[str, Any], where: str) -> Any:
     for name, value in values.items():
         if name not in names:
             raise ValueError(f"{where} has {name!r}: it may have {', '.join(names)}")
-        if not isinstance(value, TYPES.get(name, dict)):
+        fits = isinstance(value, TYPES.get(name, dict))
+        if fits and name in TEXTS:
+            fits = all(isinstance(text, str) for text in value.values())
+        if not fits:
             raise ValueError(f"{where}: {name} cannot be {value!r}")
     if "lmbdas" in values:
         values = {**values, "lmbdas": tuple(map(float, values["lmbdas"]))}

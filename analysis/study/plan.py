@@ -208,12 +208,18 @@ class StudyPlan:
         """Print which candidates the variant's λ was chosen without."""
         choice = self.saved_choice(name)
         path = self.choice_path(name)
+        again = self.forget_flags([self.records.key(path)])
         for lmbda, accuracies in choice.candidates.items() if choice else ():
             if not accuracies:
                 tqdm.write(
                     f"{name}: λ = {lambda_text(lmbda)} failed and is left out; to try it again, "
-                    f"remove {path} with --forget {path.relative_to(self.out).as_posix()}"
+                    f"remove {path} with {again}"
                 )
+
+    def forget_flags(self, patterns: Iterable[str]) -> str:
+        """Return the flags that forget such records of this network, and of no other."""
+        of_network = ["--models", self.network] if self.network else []
+        return shlex.join([*of_network, "--forget", *patterns])
 
     # --- all jobs of a variant ---
 

@@ -3,12 +3,14 @@
 import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+from analysis.study.grid import CONTROL, TRUNK, TUNING, choice_name, quantized_name
 from engine.system.io import atomic_write, file_boundary, read_json
 
 ARCHIVE_NAME = "records.jsonl.gz"
@@ -73,19 +75,28 @@ class StudyRecords:
         patterns = ("*.json", "*/results.json")
         self.add(*(path for folder in folders for p in patterns for path in folder.glob(p)))
 
-    def forget(self, patterns: Sequence[str]) -> list[str]:
-        """Remove the records whose path below `out` matches, and their files; return the paths.
+    def forget(self, patterns: Sequence[str]) -> dict[str, str]:
+        """Remove the records whose path below `out` matches, those that rest on them, and files.
 
-        Trained weights and checkpoints are removed with their record.
+        Trained weights and checkpoints are removed with their record. Returns the paths in order,
+        each with one that matches and that it rests on, "" where it matches itself.
         """
         self.add_all()
-        forgotten = [key for key in self._archived if any(fnmatchcase(key, p) for p in patterns)]
+        matching = {key for key in self._archived if any(fnmatchcase(key, p) for p in patterns)}
+        resting = {
+            key: matching.intersection(_needed(key, self._archived)) for key in self._archived
+        }
+        resting = {key: min(needed) for key, needed in resting.items() if needed}
+        forgotten = resting | dict.fromkeys(matching, "")
         for key in forgotten:
             del self._archived[key]
+            path = self.out / key
+            stem = "*" if path.stem == TRUNK else escape(path.stem)  # also what was interrupted
             for suffix in (".json", ".pt", ".ckpt", ".ckpt.previous"):
-                (self.out / key).with_suffix(suffix).unlink(missing_ok=True)
+                for file in path.parent.glob(stem + suffix):
+                    file.unlink()
         self._save()
-        return forgotten
+        return dict(sorted(forgotten.items()))
 
     def key(self, path: Path) -> str:
         """Return the name of the record that is saved at `path`: the path below `out`."""
@@ -94,6 +105,22 @@ class StudyRecords:
     def _save(self) -> None:
         content = pack_records(self._archived)
         atomic_write(self.archive, lambda path: path.write_bytes(content))
+
+
+def _needed(key: str, keys: Iterable[str]) -> Iterator[str]:
+    """Yield the paths of the records that one rests on; `keys` are those of all records.
+
+    They are the trunk, of a quantization also the training, and of a choice all that was tuned.
+    """
+    yield f"{key.partition('/')[0]}/{TRUNK}.json"
+    if key.endswith("/results.json"):
+        trainings = (each.removesuffix(".json") for each in keys if each.count("/") == 1)
+        own = [name for name in trainings if key.startswith(quantized_name(name, ""))]
+        yield max(own, key=len, default="") + ".json"  # that of a_b_weights is a_b, not a
+    if choice := re.fullmatch(f"tuning/{choice_name('(.+)')}.json", key):
+        training = f"({CONTROL}|{re.escape(choice[1])}_[^_/]+)"
+        tuned = re.compile(f"tuning/{training}({quantized_name('', TUNING)}/results)?.json")
+        yield from filter(tuned.fullmatch, keys)
 
 
 def recorded_settings(record: Mapping[str, Any]) -> dict[str, Any]:

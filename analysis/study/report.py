@@ -13,17 +13,20 @@ from analysis.study.records import StudyRecords, recorded_command, recorded_sett
 from analysis.study.results import Result, Statistics
 
 
-def update_reports(plans: Sequence[StudyPlan]) -> bool:
-    """Write tables and figures of all networks; return whether there are any results.
+def update_reports(plans: Sequence[StudyPlan], all_plans: Sequence[StudyPlan]) -> bool:
+    """Write tables and figures of the plans' networks; return whether there are any results.
 
-    With several networks there is networks.md, in the folder above theirs. Raises FileError and
-    OSError.
+    Where the study has several networks there is networks.md of `all_plans`, in the folder above
+    theirs. Raises FileError and OSError.
     """
-    statistics = {plan.network: update_report(plan) for plan in plans}
+    statistics = {
+        plan.network: update_report(plan) if plan in plans else read_study(plan)[0]
+        for plan in all_plans
+    }
     with_results = {network: each for network, each in statistics.items() if each}
-    if len(plans) > 1 and with_results:
+    if len(all_plans) > 1 and with_results:
         study_tables.write_networks(plans[0].out.parent, with_results, plans[0].note)
-    return bool(with_results)
+    return any(statistics[plan.network] for plan in plans)
 
 
 def update_report(plan: StudyPlan) -> Statistics | None:

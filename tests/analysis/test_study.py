@@ -554,8 +554,23 @@ def test_another_way_of_choosing_lambda_is_named_with_the_choices(finished, monk
     assert main("--only", "l2grad", "--seeds", "1") == 2
     line = capsys.readouterr().err
     assert "tuning/control_tuning/results.json (--bits was [4], is [3])" in line
-    assert " tuning/l2grad_choice.json" in line and "tuning/trunk" not in line
-    assert "seed" not in line and "l2grad_0.1.json" not in line
+    assert "seed" not in line and "trunk" not in line and "l2grad_0.1.json" not in line
+    assert main("--forget", *shlex.split(line.partition("--forget ")[2])) == 0
+    printed = capsys.readouterr().out
+    assert "\ntuning/l2grad_choice.json, which rests on tuning/control_tuning/results" in printed
+
+
+def test_only_the_seeds_that_ran_with_other_flags_are_made_again(finished_control, capsys):
+    assert main("--only", "control", "--seeds", "1", "2") == 0
+    patterns = []
+    for seed in (1, 2, 0):
+        path = Path(f"out/seed{seed}/control.json")
+        path.write_text(path.read_text().replace('"--lr", "0.1"', '"--lr", "0.3"'))
+        capsys.readouterr()
+        assert main("--only", "control") == 2
+        patterns.append(capsys.readouterr().err.split(" --forget ")[1].split())
+    assert patterns[:2] == [["seed1/control.json"], ["seed1/control.json", "seed2/control.json"]]
+    assert patterns[2] == ["'seed*/control.json'"]
 
 
 def test_seeds_that_lack_a_new_quantization_are_said_to_be_left_out(
@@ -774,6 +789,49 @@ def test_what_is_forgotten_is_made_again(finished, scripts, capsys):
     assert not list(Path("out/seed0").glob("*.ckpt*"))  # or a trunk would be done already
     assert main("--forget", "no/such/*") == 1
     assert "no record in out matches no/such/*" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "resting", "again"),
+    [
+        ("seed0/control.json", "seed0/control_*/*", ["seed0/control"]),
+        ("tuning/l2grad_*_tuning/*", "tuning/*choice.json", []),
+        ("tuning/control.json", "tuning/control_* tuning/*choice.json", ["tuning/control"]),
+        (
+            "tuning/l2grad_0.1.json",
+            "tuning/l2grad_0.1_* tuning/*choice.json",
+            ["tuning/l2grad_0.1"],
+        ),
+        ("seed0/trunk.json", "seed0/*", ["seed0/trunk", "seed0/control", "seed0/l2grad_0.03"]),
+    ],
+)
+def test_what_rests_on_what_is_forgotten_is_made_again(
+    pattern, resting, again, finished, scripts, capsys
+):
+    records = list(Path("out").glob("*/**/*.json"))
+    gone = {path for each in (pattern, *resting.split()) for path in Path("out").glob(each)}
+    gone = {path for path in records if gone & {path, path.parent}}
+    page = Path("out/tables.md").read_text(encoding="utf-8")
+    flags = ["--only", "control", "l2grad", "--seeds", "0"]
+    n_trainings = len(scripts())
+    assert main("--forget", pattern) == 0
+    printed = capsys.readouterr().out
+    assert {path for path in records if not path.exists()} == gone
+    assert all(path.relative_to("out").as_posix() in printed for path in gone)
+    assert main(*flags) == 0
+    assert scripts()[n_trainings:] == [f"out/{name}" for name in again]
+    assert Path("out/tables.md").read_text(encoding="utf-8") == page
+
+
+def test_a_variant_with_a_longer_name_does_not_rest_on_the_shorter_one(finished):
+    for name in ("control_frozen.json", "control_frozen_weights/results.json", "half.ckpt"):
+        Path("out/seed0", name).parent.mkdir(exist_ok=True)
+        Path("out/seed0", name).write_text("{}")
+    records = make_plan().records
+    assert len(records.forget(["seed0/control.json"])) == 1 + len(final_names())
+    assert records.forget(["tuning/trunk.json"])["tuning/l2grad_choice.json"]
+    assert records.forget(["seed0/trunk.json"])["seed0/control_frozen_weights/results.json"]
+    assert not Path("out/seed0/half.ckpt").exists()  # it would go on from another trunk
 
 
 def test_the_same_records_are_the_same_bytes(finished):

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_study import main, scripts  # noqa: F401 (a fixture)
+from test_study import draw_figures, main, scripts  # noqa: F401 (a fixture)
 
 import study
 import train
+from analysis.study import figures as study_figures
 from analysis.study.estimate import measure_epoch_seconds
 from analysis.study.grid import lambda_text
 from engine.system.errors import FileError
@@ -57,7 +58,7 @@ def test_lambda_is_written_with_all_its_digits(lmbda):
 
 
 def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: F811
-    tuning = '\n[tuning]\n"ResNet20@0.5" = "--bits 3 --schemes uniform"\n'
+    tuning = '\n[tuning]\n"resnet20@0.50" = "--bits 3 --schemes uniform"\n'
     Path("grid.toml").write_text(GRID + tuning)
     flags = ["--grid", "grid.toml", "--seeds", "0"]
     assert main(*flags, "--models", "ConvNet", "ResNet20@0.5", "ConvNet") == 0
@@ -82,13 +83,34 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
     assert scripts()[-1] == "out/MobileNetV2@0.25/seed0/control"
     saved = json.loads(Path("out/study.json").read_text())["models"]
     assert saved == "ConvNet ResNet20@0.5 MobileNetV2@0.25"
-    study.main(["--out", "out", "--tables"])
+    page = Path("out/networks.md").read_text(encoding="utf-8").splitlines()
+    assert page[:8] == lines[:8] and page[8].startswith("| MobileNetV2@0.25 | control |")
+    Path("out/networks.md").unlink()
+    study.main(["--out", "out", "--tables", "--models", "ConvNet", "ResNet20@0.5"])
+    assert Path("out/networks.md").read_text(encoding="utf-8").splitlines() == page
     Path("grid.toml").write_text(GRID + tuning.replace("3", "2"))
     capsys.readouterr()
     assert main("--plan", "--seeds", "0") == 2
     again = "--models ResNet20@0.5 --forget tuning/control_tuning/results.json "
     assert again in capsys.readouterr().err  # and nothing of the other networks
-    assert "| MobileNetV2@0.25 | control |" in Path("out/networks.md").read_text(encoding="utf-8")
+
+
+def test_a_failed_candidate_is_forgotten_in_one_network(scripts, monkeypatch, capsys):  # noqa: F811
+    Path("grid.toml").write_text(GRID)
+    monkeypatch.setenv("FAILS", "out/ResNet20/tuning/noise_1")
+    assert main("--grid", "grid.toml", "--models", "ConvNet", "ResNet20", "--seeds", "0") == 1
+    again = "noise_choice.json with --models ResNet20 --forget tuning/noise_choice.json\n"
+    assert again in capsys.readouterr().out
+
+
+def test_the_grid_of_the_manual_has_figures(scripts, monkeypatch):  # noqa: F811
+    manual = Path(study.__file__).with_name("docs") / "studies.md"
+    grid = manual.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    Path("grid.toml").write_text(grid.replace("MyNorm", "RangeNorm"), encoding="utf-8")
+    monkeypatch.setattr(study_figures, "draw_figures", draw_figures)
+    assert main("--grid", "grid.toml", "--seeds", "0") == 0  # no weights alone: no curves
+    drawn = {path.name for path in Path("out").glob("*.png")}
+    assert drawn == {"overview.png", "tracked.png", "choice.png"}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +154,22 @@ def test_the_grid_of_a_file_is_run_for_every_network(scripts, capsys):  # noqa: 
         ("cost = 2", '[variants.noise_1_tuning]\nflags = ""', ""),  # a file beside a folder
         ("quantizations.channel", "quantizations.1_channel", ""),
         ('names = { uniform = "uniform per channel" }', "", "both have 'uniform' with 2 bits"),
-        ('uniform = "uniform per channel"', 'pwlq = "x"', "weights and quantizations.channel both"),
+        ('= "uniform per channel"', '= "uniform"', "weights and quantizations.channel both have"),
+        ("cost = 2", '[tuning]\nNoNet = ""', "tuning: unknown value 'NoNet': choose ConvNet"),
+        ("cost = 2", '[tuning]\n"ResNet20@0" = ""', "tuning: '0' is not a finite number"),
+        (
+            "cost = 2",
+            '[tuning]\nResNet20 = ""\nresnet20 = ""',
+            "tuning: one network is there twice",
+        ),
+        ("cost = 2", "[tuning]\nResNet20 = 4", "tuning cannot be {'ResNet20': 4}"),
+        ('= "uniform per channel"', '= ["u"]', "names cannot be {'uniform': ['u']}"),
+        ('uniform = "u', 'unifrom = "u', "names: 'unifrom' is none of its schemes, uniform"),
+        (
+            ' --per_channel"\nseconds = 1\nnames = { uniform',
+            ' dorefa --per_channel"\nseconds = 1\nnames = { uniform = "x", dorefa = "x" } #',
+            "channel: names: uniform and dorefa are both called 'x'",
+        ),
     ],
 )
 def test_a_grid_that_is_none_is_named_in_a_line(old, new, reason, tmp_path):
