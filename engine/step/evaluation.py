@@ -34,7 +34,13 @@ def evaluate(
         seed_rng(rank + i * world_size, x.device)
         start = StartingState.of(net, x.device) if "loss_change" in inputs else None
         batch = BatchLoss(net, criterion, x, y, dtype, start)
-        result = batch.first_order(inputs) if needs_gradients(regularizer) else batch.forward_only()
+        if needs_gradients(regularizer):
+            # what a network keeps until it is trained again, as timm's LeViT does, has this
+            # batch's graph behind it
+            net.train().eval()
+            result = batch.first_order(inputs)
+        else:
+            result = batch.forward_only()
         penalty = torch.zeros_like(result.loss)
         if regularizer:
             copies = {name: detached_leaves(ts) for name, ts in result.tensors.items()}

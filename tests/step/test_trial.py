@@ -75,6 +75,33 @@ def test_an_evaluated_penalty_has_no_graph_of_the_network(registry):
     assert not seen[0].requires_grad and seen[0] != 0
 
 
+class KeepsUntilTrained(reference.SmoothNet):
+    """It computes a tensor once in evaluation mode, as timm's LeViT its attention's biases."""
+
+    kept = None
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training or self.kept is None:
+            self.kept = self.conv1.weight.mean()
+        logits, activations = super().forward(x)
+        return logits * (1 + self.kept), activations
+
+
+def test_what_a_network_keeps_in_evaluation_mode_is_of_one_batch():
+    images = synthetic().train_images[:8, :, :8, :8], synthetic().train_labels[:8]
+    net, penalty = KeepsUntilTrained(num_classes=10), make_regularizer("L2Grad", 1.0)
+    whole, *halves = (
+        evaluate(net, CE, Loader(*(each[i:j] for each in images), 4, (0.5,) * 3, (0.5,) * 3),
+                 regularizer=penalty)["L2Grad"]
+        for i, j in ((0, 8), (0, 4), (4, 8))
+    )  # fmt: skip
+    assert whole == pytest.approx(sum(halves) / 2) and not net.training
+
+
 BAD = {
     "cannot be found": (lambda self, weights: weights[100].sum(), "Own: IndexError: list index"),
     "complex": (lambda self, weights: weights[0].sum() * 1j, "Own returned a complex number: it"),
