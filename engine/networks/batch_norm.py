@@ -5,15 +5,16 @@ folded (engine/networks/folding.py); σ² is the running variance, a constant.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.networks.export import export_network
-from engine.networks.folding import batch_norms, foldable
+from engine.networks.folding import batch_norms, foldable, uses_batch_statistics
 from engine.networks.graph import layers
 from engine.networks.layers import BATCH_AND_INSTANCE_NORMS, BATCH_NORMS, penalized_weights
 from engine.system.errors import NetworkError
@@ -53,15 +54,17 @@ def find_foldings(net: nn.Module, image_shape: Sequence[int] = IMAGE_SHAPE) -> l
     A weight that is used more than once has no pair: it is another folded weight, or
     none, each time. They are found once for a network, for images of `image_shape` (3, H, W).
     Raises NetworkError where the network cannot be exported, has batch norms of which none can be
-    folded, or has one without running statistics.
+    folded, or has one that does not use running statistics.
     """
     if net not in _foldings:
         graph = export_network(net, image_shape)
         found, name = foldable(graph), type(net).__name__
         if not found and batch_norms(graph):
             raise NetworkError(f"no batch norm after a convolution in {name}: cannot fold")
-        if any(norm.args[4] is None for norm in batch_norms(graph)):
-            raise NetworkError("cannot fold a batch norm without running statistics")
+        if any(map(uses_batch_statistics, batch_norms(graph))):
+            raise NetworkError(
+                "cannot fold a batch norm without running statistics, or that does not use them"
+            )
         stored = [layer.node.meta["stored"].get("weight") for layer in layers(graph).values()]
         own, foldings = _names(net) | {None}, []
         for layer, norm in found:
@@ -131,23 +134,28 @@ def recalibrate_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics of every norm by those of these images, in place.
 
     `batches` are images (B, 3, H, W). Mean and variance are the means over images of their batch's
-    own, each layer seeing what the ones before it give: averaged or quantized weights shift both,
-    and statistics of other weights do not fit. Source: Sun et al., NeurIPS 2019 (hybrid
-    8-bit floating point). Raises ValueError where no batch norm keeps statistics.
+    own, and over the runs of a norm that has several, each layer seeing what the ones before it
+    give: averaged or quantized weights shift both, and statistics of other weights do not fit.
+    Source: Sun et al., NeurIPS 2019 (hybrid 8-bit floating point). Raises ValueError where no norm
+    keeps statistics.
     """
     norms = norms_with_statistics(net)
     if not norms:
         raise ValueError(f"{type(net).__name__} has no batch-norm statistics to estimate again")
     momenta = [norm.momentum for norm in norms]
+    seen = Counter()  # images, of every run of a norm
+
+    def take_mean(norm: nn.Module, *_: Any) -> None:
+        seen[norm] += len(images)
+        norm.momentum = len(images) / seen[norm]  # a mean over all, not a moving one
+
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    n_images = 0
+    hooks = [norm.register_forward_pre_hook(take_mean) for norm in norms]
     for images in batches:
-        n_images += len(images)
-        for norm in norms:
-            norm.momentum = len(images) / n_images  # a mean over all, not a moving one
         net(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+        hook.remove()
         norm.momentum = momentum
         norm.eval()

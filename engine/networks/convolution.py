@@ -187,10 +187,10 @@ def is_strided_pointwise(weight: Tensor, stride: Sequence[int], padding: Sequenc
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` through `conv2d`; PyTorch's own path where that does not apply."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, C, H, W) to (N, O, H', W')."""
-        if x.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Map the input (N, C, H, W) to (N, O, H', W')."""
+        if input.dim() != 4 or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super().forward(input)
         return conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )

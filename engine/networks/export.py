@@ -353,9 +353,18 @@ def _is_operation(node: fx.Node, constant: set[fx.Node]) -> bool:
     if node.target is aten.mean.dim:
         return _is_over_pixels(node)
     if KINDS[node.target] in ("add", "sub", "mul"):
-        operands = node.args[:2]
-        return all(isinstance(a, fx.Node) and len(a.meta["shape"]) > 2 for a in operands)
+        return all(_is_summand(operand, constant) for operand in node.args[:2])
     return True
+
+
+def _is_summand(operand: fx.Node | float, constant: set[fx.Node]) -> bool:
+    """Tell whether what is added is more than a number, a vector or, as γ, one for each channel."""
+    if not isinstance(operand, fx.Node):
+        return False
+    shape = operand.meta["shape"]
+    if operand in constant:  # such as a position embedding, (tokens, channels)
+        return sum(n > 1 for n in shape) > 1
+    return len(shape) > 2
 
 
 def _is_over_pixels(mean: fx.Node) -> bool:

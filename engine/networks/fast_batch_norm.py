@@ -166,9 +166,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     sync = True  # of the class, as `use_fast_layers` changes the class of modules that exist
 
-    def forward(self, x: Tensor, rectifier: str | None = None) -> Tensor:
-        """Map x (N, C, H, W) to φ(batch_norm(x)), the same shape; φ is the `rectifier`."""
-        self._check_input_dim(x)
+    def forward(self, input: Tensor, rectifier: str | None = None) -> Tensor:
+        """Map the input (N, C, H, W) to φ(batch_norm(input)), the same shape; φ: `rectifier`."""
+        self._check_input_dim(input)
         momentum = self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -178,7 +178,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         training = self.training or buffers == (None, None)
         momentum = 0.0 if momentum is None else momentum
         options = (training, momentum, self.eps, self.sync, rectifier)
-        return batch_norm(x, self.weight, self.bias, *buffers, *options)
+        return batch_norm(input, self.weight, self.bias, *buffers, *options)
 
 
 def set_sync_bn(net: nn.Module, enabled: bool) -> None:

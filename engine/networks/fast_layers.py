@@ -27,12 +27,12 @@ class BatchNormBeforeRectifier(BatchNorm2d):
 
     unread: int | None = None  # the storage of its output, until `reader` has read it
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (N, C, H, W) to φ(batch_norm(x)), marked as rectified."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map the input (N, C, H, W) to φ(batch_norm(input)), marked as rectified."""
         (reader,) = self.reader
         if _is_looked_at(self, reader):
-            return super().forward(x)
-        y = super().forward(x, self.rectifier)
+            return super().forward(input)
+        y = super().forward(input, self.rectifier)
         y.is_rectified = True  # on the tensor: nothing in the module's state can be out of date
         self.unread = y.untyped_storage()._cdata
         return y
@@ -51,14 +51,14 @@ class _PassesRectified:
 
     norms: tuple[nn.Module, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         for norm in self.norms:
-            if norm.unread == x.untyped_storage()._cdata:  # also as another tensor, or as a view
+            if norm.unread == input.untyped_storage()._cdata:  # also as another tensor, or a view
                 norm.unread = None
-        if not getattr(x, "is_rectified", False):
-            return super().forward(x)
-        x.is_rectified = False  # for the batch norm's reader only, not for one after that
-        return x
+        if not getattr(input, "is_rectified", False):
+            return super().forward(input)
+        input.is_rectified = False  # for the batch norm's reader only, not for one after that
+        return input
 
 
 class ReLU(_PassesRectified, nn.ReLU):

@@ -4,6 +4,7 @@ Folding replaces layer → batch norm by one layer with the same outputs in eval
 ŵ = w·γ/√(σ² + ε) and b̂ = β + (b − μ)·γ/√(σ² + ε), μ and σ² the running statistics.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -27,6 +28,11 @@ def batch_norms(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.target is aten.batch_norm.default]
 
 
+def uses_batch_statistics(norm: fx.Node) -> bool:
+    """Tell whether a norm takes the statistics of the batch, not the running ones."""
+    return norm.args[5]
+
+
 def foldable(graph: fx.GraphModule) -> list[tuple[Operation, fx.Node]]:
     """Return each layer whose output a batch norm alone reads, and that batch norm.
 
@@ -47,7 +53,7 @@ def foldable(graph: fx.GraphModule) -> list[tuple[Operation, fx.Node]]:
 def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a copy whose batch norms are folded into the layers right before them; others stay.
 
-    Raises NetworkError for a batch norm without running statistics.
+    Raises NetworkError for a batch norm that does not use running statistics.
     """
     graph = copy_graph(graph)
     for layer, norm in foldable(graph):
@@ -55,10 +61,11 @@ def fold_batch_norms(graph: fx.GraphModule) -> fx.GraphModule:
             None if each is None else graph.get_buffer(each.target).double()
             for each in norm.args[1:5]
         )
-        if var is None:
+        if uses_batch_statistics(norm):
             raise NetworkError(
-                f"{norm.meta['path']} is a batch norm without running statistics: the logits of an "
-                "image depend on the rest of its batch, so that quantizing it is not defined"
+                f"{norm.meta['path']} is a batch norm without running statistics, or it does not "
+                "use them: the logits of an image depend on the rest of its batch, so that "
+                "quantizing it is not defined"
             )
         w = graph.get_buffer(layer.weight)
         b = None if layer.bias is None else graph.get_buffer(layer.bias).double()
@@ -81,12 +88,19 @@ def output_gains(graph: fx.GraphModule) -> dict[str, Tensor]:
     """
     gains = {}
     for layer, norm in foldable(graph):
-        if norm.args[4] is not None:
+        if not uses_batch_statistics(norm):
             gain = (graph.get_buffer(norm.args[4].target).double() + norm.args[7]).rsqrt()
             if norm.args[1] is not None:
                 gain = gain * graph.get_buffer(norm.args[1].target).double()
             gains[layer.name] = gain
     return gains
+
+
+def _norms_with_statistics(graph: fx.GraphModule) -> list[fx.Node]:
+    """Return the runs of batch and instance norms that keep statistics; arguments are the same."""
+    kinds = aten.batch_norm.default, aten.instance_norm.default
+    nodes = graph.graph.nodes
+    return [node for node in nodes if node.target in kinds and node.args[3] is not None]
 
 
 @torch.no_grad()
@@ -97,7 +111,7 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
     told at `recalibrate_batch_norm`, which does this to a network. Raises ValueError where no batch
     norm keeps statistics, NetworkError where a batch has one value of a channel: no variance.
     """
-    norms_with_statistics = [norm for norm in batch_norms(graph) if norm.args[3] is not None]
+    norms_with_statistics = _norms_with_statistics(graph)
     if not norms_with_statistics:
         raise ValueError("the network has no batch-norm statistics to estimate again")
     updated = copy_graph(graph)
@@ -106,13 +120,12 @@ def recalibrate_statistics(graph: fx.GraphModule, batches: Iterable[Tensor]) -> 
         set_tensor(updated, mean, torch.zeros_like(graph.get_buffer(mean)))
         set_tensor(updated, var, torch.ones_like(graph.get_buffer(var)))
     running = copy_graph(updated)  # of the same tensors, which it changes in place
-    n_images = 0
+    seen = Counter()  # images, of every run of a norm, by its statistics
     for images in batches:
-        n_images += len(images)
-        for norm in batch_norms(running):
-            if norm.args[3] is not None:
-                norm.update_arg(5, True)  # training
-                norm.update_arg(6, len(images) / n_images)  # a mean over images, not a moving one
+        for norm in _norms_with_statistics(running):
+            seen[norm.args[3].target] += len(images)
+            norm.update_arg(5, True)  # training
+            norm.update_arg(6, len(images) / seen[norm.args[3].target])  # a mean, not a moving one
         running.recompile()
         # channels last, PyTorch sums over all pixels in plain float32: a variance is off by 1e-3
         running(images.contiguous())

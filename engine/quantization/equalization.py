@@ -269,20 +269,22 @@ def _scale(graph: fx.GraphModule, pairs: Sequence[Pair], log_scales: Sequence[Te
             bias = graph.get_buffer(pair.first.bias)
             set_tensor(graph, pair.first.bias, (bias / s).to(bias.dtype))
         for clamp in pair.clamps:
-            _scale_bounds(graph, clamp, s, weights[pair.first.weight].dtype)
+            is_last = pair.first.kind == "linear"  # the channels' dimension
+            n_after = 0 if is_last else len(clamp.meta["shape"]) - 2
+            per_channel = s.view(-1, *[1] * n_after)  # (C, 1, 1) for (B, C, H, W)
+            _divide_bounds(graph, clamp, per_channel, weights[pair.first.weight].dtype)
     for name, w in weights.items():
         set_tensor(graph, name, graph.get_buffer(name).to(w.dtype))
     graph.recompile()
 
 
-def _scale_bounds(graph: fx.GraphModule, clamp: fx.Node, s: Tensor, dtype: torch.dtype) -> None:
-    """Divide the bounds of a clamp by s (channels), in place: they become tensors."""
-    per_channel = s.view(-1, *[1] * (len(clamp.meta["shape"]) - 2))  # (C, 1, 1) for (B, C, H, W)
+def _divide_bounds(graph: fx.GraphModule, clamp: fx.Node, s: Tensor, dtype: torch.dtype) -> None:
+    """Divide the bounds of a clamp by s in place: they become tensors."""
     with graph.graph.inserting_before(clamp):
         bounds = [
             None
             if bound is None
-            else read_tensor(graph, f"{clamp.name}.{kind}", (bound / per_channel).to(dtype))
+            else read_tensor(graph, f"{clamp.name}.{kind}", (bound / s).to(dtype))
             for bound, kind in zip(clamp_bounds(clamp), ("min", "max"), strict=True)
         ]
     clamp.target = aten.clamp.Tensor

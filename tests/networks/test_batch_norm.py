@@ -115,6 +115,22 @@ def test_statistics_of_one_value_a_channel_are_refused():
     recalibrate_statistics(graph, batches[:1])
 
 
+class OfTheBatch(nn.Sequential):
+    """Its batch norm takes the statistics of the batch in evaluation mode, too."""
+
+    def forward(self, x):
+        self[1].train()
+        return super().forward(x)
+
+
+def test_a_norm_that_does_not_use_its_running_statistics_is_not_folded():
+    net = OfTheBatch(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)).eval()
+    graph = export_network(net, (3, 8, 8))
+    for fold in (lambda: fold_batch_norms(graph), lambda: batch_norm.find_foldings(net, (3, 8, 8))):
+        with pytest.raises(NetworkError, match="without running statistics, or"):
+            fold()
+
+
 class Untraceable(reference.Reordered):
     """Which layers run depends on the images: not known before."""
 
@@ -223,6 +239,37 @@ def test_recalibrated_statistics_are_those_of_the_images(norm):
     assert not any(module.training for module in net) and net[1].momentum == 0.1
     with pytest.raises(ValueError, match="Linear has no batch-norm statistics"):
         batch_norm.recalibrate_batch_norm(nn.Linear(2, 2), batches)
+
+
+class RunsTwice(nn.Module):
+    """A batch norm that runs twice, after an instance norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.InstanceNorm2d(3, track_running_stats=True)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.norm(self.before(x)).sigmoid()
+        return self.norm(input=x).mean((2, 3))
+
+
+def test_statistics_of_a_norm_are_means_over_its_runs_also_on_the_graph():
+    torch.manual_seed(0)
+    net, batches = RunsTwice().eval(), (3 + torch.randn(16, 3, 4, 4)).split(12)
+    graph = recalibrate_statistics(export_network(net, (3, 4, 4)), batches)
+    batch_norm.recalibrate_batch_norm(net, batches)
+    for name in ("before", "norm"):
+        for kind in ("running_mean", "running_var"):
+            expected = net.get_buffer(f"{name}.{kind}")
+            torch.testing.assert_close(graph.get_buffer(f"{name}.{kind}"), expected)
+    runs = []
+    for x in batches:
+        normed = nn.InstanceNorm2d(3)(x)
+        again = nn.BatchNorm2d(3)(normed).sigmoid()
+        runs += [(len(x), y.mean((0, 2, 3))) for y in (normed, again)]
+    mean = sum(n * each for n, each in runs) / sum(n for n, _ in runs)
+    torch.testing.assert_close(net.norm.running_mean, mean)
 
 
 def test_all_norms_with_running_statistics_are_recalibrated():

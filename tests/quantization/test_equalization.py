@@ -373,6 +373,22 @@ def test_clamps_of_every_kind_are_scaled(clip):
     assert found.n_pairs == 3 and changed <= 1e-10 * y.abs().max()
 
 
+@pytest.mark.parametrize("n_channels", [16, 8])
+def test_clamps_of_tokens_are_scaled_along_their_channels(n_channels):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, n_channels), nn.Linear(n_channels, 4)
+
+        def forward(self, x):
+            return self.b(F.relu6(self.a(x.flatten(1).unflatten(1, (16, 12))))).mean(1)
+
+    graph, x = folded(randomize(Net()), shape=(3, 8, 8)), 3 * torch.randn(4, 3, 8, 8).double()
+    equalized, found = equalize(graph)
+    changed = (logits(graph, x) - logits(equalized, x)).abs().max()
+    assert found.n_pairs == 1 and changed <= 1e-10 * logits(graph, x).abs().max()
+
+
 def test_logits_that_change_are_found(monkeypatch):
     monkeypatch.setattr(equalization, "POINTWISE", {"gelu"})
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU(), nn.Conv2d(3, 3, 8), nn.Flatten())

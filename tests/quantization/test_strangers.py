@@ -668,6 +668,11 @@ def test_weights_that_no_layer_has_are_said_to_be_inputs():
         (lambda t: (t - t.sin()).flatten(1)[:, :8, None].mT, ["sub[0]", "sub[1]"]),
         (lambda t: (t * t.sin()).flatten(1)[:, :8, None].mT, ["mul[0]", "mul[1]"]),
         (lambda t: torch.stack([t, t.sin()]).sum(0), ["cat[0]", "cat[1]"]),
+        (
+            lambda t: t + torch.arange(t.shape[1] * t.shape[2]).view(t.shape[1:]),
+            ["add[0]", "add[1]"],
+        ),
+        (lambda t: t + torch.arange(t.shape[2]).view(1, 1, -1), []),  # one for each channel
         (lambda t: F.avg_pool1d(t, 2).repeat(1, 1, 2), ["pool"]),
         (lambda t: F.adaptive_avg_pool1d(t.mT, 1).mT, ["pool"]),
         (lambda t: t.mT.unflatten(2, (4, 4)).flatten(2).mean(2)[:, None], ["pool"]),
