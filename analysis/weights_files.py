@@ -7,6 +7,7 @@ import argparse
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
 def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
     """Return the files that the patterns mean, by name.
 
-    The name is that of the file without .pt, or its path where two files share that. A pattern
+    The name is that of the file without .pt, or its path where another file has that for a name. A pattern
     without a match stays as it is: reading it then says that it is missing.
     """
     paths: list[Path] = []
@@ -125,8 +126,9 @@ def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
         paths += map(Path, matches or [pattern])
     paths = list(dict.fromkeys(paths))
     stems = [path.name.removesuffix(".pt") for path in paths]
+    names = Counter([*stems, *map(str, paths)])
     files = zip(stems, paths, strict=True)
-    return {stem if stems.count(stem) == 1 else str(path): path for stem, path in files}
+    return {stem if names[stem] == 1 else str(path): path for stem, path in files}
 
 
 def common_dataset(files: Iterable[WeightsFile], known: Iterable[str]) -> str | None:

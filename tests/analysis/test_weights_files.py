@@ -55,6 +55,7 @@ def test_globs_and_names(folder):
         "net.1": Path("net.1"),
         "net.2": Path("net.2"),
     }
+    assert len(find_weights(["x.pt", "d/x.pt", "x.pt.pt"])) == 3  # one's name, the other's path
 
 
 def test_the_record_gives_data_set_model_and_provenance(folder, monkeypatch):
