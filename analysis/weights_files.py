@@ -117,8 +117,8 @@ def find_weights(patterns: Sequence[str]) -> dict[str, WeightsFile]:
 def find_paths(patterns: Sequence[str]) -> dict[str, Path]:
     """Return the files that the patterns mean, by name.
 
-    The name is that of the file without .pt, or its path where another file has that for a name. A pattern
-    without a match stays as it is: reading it then says that it is missing.
+    The name is that of the file without .pt, or its path where another file has that name. A
+    pattern without a match stays as it is: reading it then says that it is missing.
     """
     paths: list[Path] = []
     for pattern in patterns:
