@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Place:
     owner: str
     tensor: str
     takes_input: bool  # the module's input is the layer's
+    runs: list[str] = field(default_factory=list)  # its layers in the graph, one for each run
 
     def weight(self, net: nn.Module) -> Tensor:
         """Return the weight as the network has it."""
@@ -114,9 +115,14 @@ class LearnedSteps:
         return {f"{name}.{kind}": q for name, qs in self.layers.items() for kind, q in qs.items()}
 
     def bits_of_layers(self) -> dict[str, int]:
-        """Return the bits of each layer's weights, by name."""
-        weights = {name: quantizers["weight"] for name, quantizers in self.layers.items()}
-        return {name: (-each.int_min).bit_length() for name, each in weights.items()}
+        """Return the bits of the weights of each layer of the graph, by name."""
+        runs = self.by_run().items()
+        return {run: (-kinds["weight"].int_min).bit_length() for run, kinds in runs}
+
+    def by_run(self) -> dict[str, Mapping[str, LearnedStep]]:
+        """Return the quantizers of each layer of the graph: one that runs twice is two there."""
+        names = {run: name for name in self.layers for run in self.places[name].runs}
+        return {run: self.layers[name] for run, name in names.items()}
 
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
@@ -260,7 +266,8 @@ def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
         first = first_readers.setdefault(id(place.weight(net)), name)
         if first == name:
             places[name] = place
-        elif places[first].module != module:
+        places[first].runs.append(name)
+        if places[first].module != module:
             refused.append(f"{name} shares its weight with {first}")
     if refused:
         raise NetworkError(f"--qat_bits: {type(net).__name__}: {', '.join(refused)}")

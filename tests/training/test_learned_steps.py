@@ -16,6 +16,8 @@ from torch import nn
 
 import train
 import utils
+from analysis.measured_network import Conditions, Images, MeasuredNetwork
+from analysis.report import FLOAT_BITS
 from engine.images.loader import Loader
 from engine.networks.export import export_network
 from engine.networks.layers import penalized_layers
@@ -286,6 +288,36 @@ def test_records_of_attention_are_read_and_those_of_earlier_versions(tmp_path):
     path.write_text(json.dumps({"learned_steps": record}))
     with pytest.raises(FileError, match="twice has not one step for each of weight, input"):
         learned_steps.read_steps(path, net, graph_of(net))
+
+
+def test_each_run_of_a_layer_counts(tmp_path):
+    net, path, options = Attention().eval(), tmp_path / "r.json", {"keep_first_last": True}
+    record = make_steps(net, (3, 8, 8), 3, **options).record()
+    path.write_text(json.dumps({"learned_steps": record}))
+    network = MeasuredNetwork("a", graph_of(net), net, Conditions("cpu"), Images(test=None))
+    steps = learned_steps.read_steps(path, net, network.graph)
+    bits = steps.bits_of_layers()
+    assert [*bits] == [*network.n_weights] and list(bits.values()) == [8, 3, 3, 3, 3, 3, 3, 8]
+    assert 3 < network.mean_bits(bits) < 8
+    assert network.learned_coverage(steps) == network.coverage(FLOAT_BITS)
+
+    errors = {n: (w_q - w).square().sum().item() for n, w, w_q in steps.quantized_weights(net)}
+    network._measure = lambda *_: {"loss": 0.0, "accuracy": 0.0}
+    expected = (sum(errors.values()) + errors["twice"]) / 8
+    assert network.learned(steps).squared_error == pytest.approx(expected, rel=1e-5)
+
+    covered = network.learned_coverage(make_steps(Attention(), (3, 8, 8), 3, 4))
+    assert "twice_2" in bits and "twice_2" not in covered.in_float
+
+    del record["layers"]["up"], record["layers"]["linear"]  # which earlier versions did not see
+    path.write_text(json.dumps({"learned_steps": record}))
+    steps = learned_steps.read_steps(path, net, network.graph)
+    covered = network.learned_coverage(steps)
+    left = [name for name, why in covered.in_float.items() if why == "its weight is not quantized"]
+    n_left = sum(network.n_weights[name] for name in left)
+    assert left == ["up", "linear"] and len(covered.in_float) == 4
+    assert covered.weights == pytest.approx(1 - n_left / sum(network.n_weights.values()))
+    assert network.mean_bits(steps.bits_of_layers()) > 10
 
 
 def test_a_step_that_is_no_longer_positive_is_named():
