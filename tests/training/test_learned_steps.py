@@ -16,6 +16,7 @@ from torch import nn
 
 import train
 import utils
+from analysis.checks import check_coverage
 from analysis.measured_network import Conditions, Images, MeasuredNetwork
 from analysis.report import FLOAT_BITS
 from engine.images.loader import Loader
@@ -318,6 +319,19 @@ def test_each_run_of_a_layer_counts(tmp_path):
     assert left == ["up", "linear"] and len(covered.in_float) == 4
     assert covered.weights == pytest.approx(1 - n_left / sum(network.n_weights.values()))
     assert network.mean_bits(steps.bits_of_layers()) > 10
+
+
+def test_what_learned_steps_leave_in_float_is_said_and_refused_by_strict(capsys):
+    encoder = nn.TransformerEncoderLayer(16, 2, 8, batch_first=True)
+    net = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(2), encoder)
+    steps, graph = make_steps(net, (3, 8, 8), 4, 4), graph_of(net.eval())
+    network = MeasuredNetwork("a", graph, net, Conditions("cpu"), Images(test=None))
+    check_coverage(network, [Mock(act_bits=4)], steps, strict=False)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a: lsq: quantized: " in line and "input 2.self_attn.in_proj is not quantized" in line
+    with pytest.raises(ValueError, match="--strict: lsq: quantized: "):
+        check_coverage(network, [Mock(act_bits=4)], steps, strict=True)
+    check_coverage(network, [Mock(act_bits=4)], None, strict=True)
 
 
 def test_a_step_that_is_no_longer_positive_is_named():
