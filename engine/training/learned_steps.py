@@ -31,6 +31,7 @@ from engine.system.io import read_json
 FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 PARAMETERS = {"weight": "learned_weight_step", "input": "learned_input_step"}  # of a layer
 KEY = "learned_steps"  # in the record of a training
+INPUT_TYPES = nn.modules.conv._ConvNd | nn.Linear  # modules that are one layer
 
 
 class _RoundToStep(torch.autograd.Function):
@@ -276,7 +277,7 @@ def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
 
 def _takes_input(module: nn.Module, layer: Operation) -> bool:
     """Tell whether the module is that one layer, and what it is given is the layer's input."""
-    if not isinstance(module, LAYER_TYPES | nn.ConvTranspose2d):
+    if not isinstance(module, INPUT_TYPES):
         return False
     value = _before_padding(layer)
     return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
@@ -339,7 +340,10 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
             raise FileError(f"{path}: its learned steps are not of the layers of this network")
         quantizers = {}
         for name, kinds in saved["layers"].items():
-            if kinds.keys() != (bits.keys() if places[name].takes_input else {"weight"}):
+            # earlier versions had inputs of modules of these types alone
+            had_input = isinstance(modules[name], LAYER_TYPES | nn.ConvTranspose2d)
+            has_input = places[name].takes_input and (had_input or "input" in kinds)
+            if kinds.keys() != (bits.keys() if has_input else {"weight"}):
                 raise ValueError(f"{name} has not one step for each of {', '.join(bits)}")
             w = places[name].weight(net)
             quantizers[name] = {k: _read_step(step, bits[k], w) for k, step in kinds.items()}

@@ -291,6 +291,41 @@ def test_records_of_attention_are_read_and_those_of_earlier_versions(tmp_path):
         learned_steps.read_steps(path, net, graph_of(net))
 
 
+class Signal(nn.Module):
+    """Convolutions of one and of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv1d(3, 4, 3, padding="same"), nn.ConvTranspose1d(4, 4, 2)
+        self.conv3, self.up3 = nn.Conv3d(1, 2, 3), nn.ConvTranspose3d(2, 2, 2)
+
+    def forward(self, x):
+        x = self.up(self.conv(x.flatten(2)).relu())
+        return self.up3(self.conv3(x.unflatten(2, (5, 13)).unsqueeze(1)).relu()).flatten(1)
+
+
+def test_inputs_of_convolutions_of_other_dimensions_are_quantized(tmp_path):
+    net, x, path = Signal().eval(), torch.randn(4, 3, 8, 8), tmp_path / "r.json"
+    steps = make_steps(net, (3, 8, 8), 3, 3)
+    assert not steps.float_inputs and steps.steps()["up.input"].int_min == 0
+    with steps.quantized(net), torch.no_grad():
+        quantized = net(x)
+    record, plain = steps.record(), copy.deepcopy(net)
+    for name, w, w_q in steps.quantized_weights(plain):
+        w.data.copy_(w_q)
+        quantizer = steps.layers[name]["input"]
+        plain.get_submodule(name).register_forward_pre_hook(lambda m, a, q=quantizer: q(a[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), quantized)
+    for kinds in record["layers"].values():
+        path.write_text(json.dumps({"learned_steps": record}))
+        assert learned_steps.read_steps(path, net, graph_of(net)).record() == record
+        del kinds["input"]  # which earlier versions did not have
+    path.write_text(json.dumps({"learned_steps": record}))
+    found = learned_steps.read_steps(path, net, graph_of(net))
+    assert found.record() == record and len(found.float_inputs) == 4
+
+
 def test_each_run_of_a_layer_counts(tmp_path):
     net, path, options = Attention().eval(), tmp_path / "r.json", {"keep_first_last": True}
     record = make_steps(net, (3, 8, 8), 3, **options).record()
