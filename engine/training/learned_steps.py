@@ -182,17 +182,22 @@ def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, Learn
     tensors = owner._parameters if name in owner._parameters else owner._buffers
     weights = []  # the full-precision one while the module runs
 
-    def begin(module: nn.Module, args: tuple) -> tuple:
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         weights.append(tensors[name])
         tensors[name] = quantizers["weight"](weights[-1])
-        return (quantizers["input"](args[0]), *args[1:]) if "input" in quantizers else args
+        if "input" not in quantizers:
+            return args, kwargs
+        if args:
+            return (quantizers["input"](args[0]), *args[1:]), kwargs
+        key = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+        return args, {**kwargs, key: quantizers["input"](kwargs[key])}
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
         if weights:
             tensors[name] = weights.pop()
 
     module = net.get_submodule(place.module)
-    handle = module.register_forward_pre_hook(begin)
+    handle = module.register_forward_pre_hook(begin, with_kwargs=True)
     return [handle, module.register_forward_hook(end, always_call=True)]
 
 

@@ -291,6 +291,21 @@ def test_records_of_attention_are_read_and_those_of_earlier_versions(tmp_path):
         learned_steps.read_steps(path, net, graph_of(net))
 
 
+def test_layers_may_be_called_by_keyword():
+    class Keyword(nn.Sequential):
+        def forward(self, x):
+            x = self[0](output_size=None, input=x).mean((2, 3))
+            return self[1](input=x)
+
+    torch.manual_seed(0)
+    net, x = Keyword(nn.ConvTranspose2d(3, 4, 2), nn.Linear(4, 2)), torch.randn(4, 3, 8, 8)
+    steps = make_steps(net, (3, 8, 8), 3, 3)
+    with steps.quantized(net), torch.no_grad():
+        quantized = net(x)
+        by_position = net[1](net[0](x).mean((2, 3)))
+    assert not steps.float_inputs and torch.equal(quantized, by_position)
+
+
 class Signal(nn.Module):
     """Convolutions of one and of three dimensions."""
 
