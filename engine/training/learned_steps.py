@@ -11,7 +11,7 @@ runs put the quantized ones in their place. An input is quantized where it is th
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from engine.networks.export import export_network
 from engine.networks.graph import Operation, aten, layers, returning_values
@@ -128,14 +129,10 @@ class LearnedSteps:
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
         """Context manager in which the layers of the network run quantized."""
-        handles = []
-        for name, quantizers in self.layers.items():
-            handles += _quantize_layer(net, self.places[name], quantizers)
-        try:
+        with ExitStack() as stack:
+            for name, quantizers in self.layers.items():
+                stack.enter_context(_quantized_layer(net, self.places[name], quantizers))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def quantized_weights(self, net: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -176,15 +173,22 @@ class LearnedSteps:
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
 
 
-def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]) -> list:
-    """Have a layer run with its weight quantized, and its input where that has a quantizer."""
+@contextmanager
+def _quantized_layer(
+    net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]
+) -> Iterator[None]:
+    """Context manager in which a layer's weight is quantized, and its input if it has a quantizer.
+
+    That is while its module runs, and while gradients go back through it: `torch.utils.checkpoint`
+    then runs parts of its forward again.
+    """
     owner, name = net.get_submodule(place.owner), place.tensor
     tensors = owner._parameters if name in owner._parameters else owner._buffers
-    weights = []  # the full-precision one while the module runs
+    weights = []  # the full-precision one first, while a quantized one is in its place
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         weights.append(tensors[name])
-        tensors[name] = quantizers["weight"](weights[-1])
+        tensors[name] = quantizers["weight"](weights[0])
         if "input" not in quantizers:
             return args, kwargs
         if args:
@@ -193,12 +197,33 @@ def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, Learn
         return args, {**kwargs, key: quantizers["input"](kwargs[key])}
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
+        if not weights:
+            return
+        w_q, tensors[name] = tensors[name], weights.pop()
+        for value in tree_leaves(output):
+            if getattr(value, "grad_fn", None) is not None:
+                value.register_hook(lambda grad: begin_backward(w_q))
+
+    def begin_backward(w_q: Tensor) -> None:
+        if not weights:
+            weights.append(tensors[name])
+            tensors[name] = w_q
+            torch.autograd.Variable._execution_engine.queue_callback(restore)
+
+    def restore() -> None:
         if weights:
-            tensors[name] = weights.pop()
+            tensors[name] = weights[0]
+            weights.clear()
 
     module = net.get_submodule(place.module)
-    handle = module.register_forward_pre_hook(begin, with_kwargs=True)
-    return [handle, module.register_forward_hook(end, always_call=True)]
+    handles = [module.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles.append(module.register_forward_hook(end, always_call=True))
+    try:
+        yield
+    finally:
+        restore()  # of a backward pass that failed
+        for handle in handles:
+            handle.remove()
 
 
 # --- of a network that is trained ------------------------------------------------------------

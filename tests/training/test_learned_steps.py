@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import train
 import utils
@@ -289,6 +291,47 @@ def test_records_of_attention_are_read_and_those_of_earlier_versions(tmp_path):
     path.write_text(json.dumps({"learned_steps": record}))
     with pytest.raises(FileError, match="twice has not one step for each of weight, input"):
         learned_steps.read_steps(path, net, graph_of(net))
+
+
+class Checkpointed(nn.Module):
+    """A convolution that is run again in the backward pass, by a method, and a module that is."""
+
+    def __init__(self, is_checkpointed):
+        super().__init__()
+        self.patches, self.conv = nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 8, 3)
+        self.block, self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()), nn.Linear(8, 2)
+        self.run = partial(checkpoint, use_reentrant=False) if is_checkpointed else self.plain
+
+    def plain(self, function, x):
+        return function(x)
+
+    def convolve(self, x):
+        return nn.functional.conv2d(x.relu(), self.conv.weight, self.conv.bias).tanh()
+
+    def forward(self, x):
+        x = self.run(self.convolve, self.patches(x))
+        return self.head(self.run(self.block, self.run(self.block, x)).mean((2, 3)))
+
+
+def test_what_the_backward_pass_runs_again_is_quantized():
+    grads, x = [], torch.randn(4, 3, 8, 8)
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        net = Checkpointed(is_checkpointed)
+        steps, w = make_steps(net, (3, 8, 8), 2, 2), net.conv.weight
+        with steps.quantized(net):
+            for _ in range(2):
+                net(x).square().sum().backward()
+                assert net.conv.weight is w
+        grads.append({name: p.grad for name, p in net.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0, msg=name)
+
+    parameters = dict(net.named_parameters())
+    x.requires_grad_().register_hook(lambda grad: 1 / 0)
+    with steps.quantized(net), pytest.raises(ZeroDivisionError):
+        net(x).sum().backward()
+    assert all(dict(net.named_parameters())[name] is p for name, p in parameters.items())
 
 
 def test_layers_may_be_called_by_keyword():
@@ -590,8 +633,8 @@ def test_finished_weights_keep_their_record_while_a_longer_run_extends_them(
     train.main([*longer, "--resume"])
     assert len(json.loads((tmp_path / "r.json").read_text())["history"]) == 3
 
-    for checkpoint in tmp_path.glob("r.ckpt*"):
-        checkpoint.unlink()
+    for path in tmp_path.glob("r.ckpt*"):
+        path.unlink()
     files = {name: (tmp_path / name).read_bytes() for name in ("r.pt", "r.json")}
     capsys.readouterr()
     train.main([*longer, "--resume"])  # begins anew, so what is there is not its own
