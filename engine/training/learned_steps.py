@@ -33,6 +33,7 @@ FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 PARAMETERS = {"weight": "learned_weight_step", "input": "learned_input_step"}  # of a layer
 KEY = "learned_steps"  # in the record of a training
 INPUT_TYPES = nn.modules.conv._ConvNd | nn.Linear  # modules that are one layer
+EARLIER_INPUT_TYPES = LAYER_TYPES | nn.ConvTranspose2d  # whose inputs had steps in versions before
 
 
 class _RoundToStep(torch.autograd.Function):
@@ -96,12 +97,16 @@ class Place:
         """Return the weight as the network has it."""
         return getattr(net.get_submodule(self.owner), self.tensor)
 
+    def parameter(self, kind: str) -> str:
+        """Return the name that the step size of the "weight" or "input" has in its owner."""
+        return self.tensor.removesuffix("weight") + PARAMETERS[kind]
+
 
 @dataclass(frozen=True)
 class LearnedSteps:
     """The quantizers of a network's layers."""
 
-    layers: Mapping[str, Mapping[str, LearnedStep]]  # by layer, then "weight" or "input"
+    layers: Mapping[str, dict[str, LearnedStep]]  # by layer, then "weight" or "input"
     places: Mapping[str, Place]
     weight_bits: int
     act_bits: int | None  # None: inputs are not quantized
@@ -162,6 +167,17 @@ class LearnedSteps:
         for name, quantizer in self.steps().items():
             quantizer.step.copy_(state[name])
             quantizer.is_set = epochs_started > self.first_epoch
+
+    def drop_unsaved_inputs(self, net: nn.Module, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Leave inputs in float whose steps an earlier version's checkpoint lacks; return these."""
+        dropped = []
+        for name, kinds in self.layers.items():
+            place = self.places[name]
+            is_later = not isinstance(net.get_submodule(place.module), EARLIER_INPUT_TYPES)
+            if is_later and "input" in kinds and f"{name}.input" not in state:
+                dropped.append(kinds.pop("input").step)
+                delattr(net.get_submodule(place.owner), place.parameter("input"))
+        return dropped
 
     def record(self) -> dict[str, Any]:
         """Return what `read_steps` needs, as JSON can hold it: floats lose no bit."""
@@ -264,8 +280,7 @@ def make_steps(
             step = nn.Parameter(w.new_ones(()))  # until it is set
             integers = _integers(max(n_bits, least), is_signed)
             quantizers[name][kind] = LearnedStep(step, *integers, n_values)
-            parameter = place.tensor.removesuffix("weight") + PARAMETERS[kind]
-            net.get_submodule(place.owner).register_parameter(parameter, step)
+            net.get_submodule(place.owner).register_parameter(place.parameter(kind), step)
     net.register_state_dict_post_hook(_remove_steps)
     net.register_load_state_dict_post_hook(_allow_missing_steps)
     return LearnedSteps(quantizers, places, weight_bits, act_bits, first_epoch)
@@ -370,8 +385,7 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
             raise FileError(f"{path}: its learned steps are not of the layers of this network")
         quantizers = {}
         for name, kinds in saved["layers"].items():
-            # earlier versions had inputs of modules of these types alone
-            had_input = isinstance(modules[name], LAYER_TYPES | nn.ConvTranspose2d)
+            had_input = isinstance(modules[name], EARLIER_INPUT_TYPES)
             has_input = places[name].takes_input and (had_input or "input" in kinds)
             if kinds.keys() != (bits.keys() if has_input else {"weight"}):
                 raise ValueError(f"{name} has not one step for each of {', '.join(bits)}")

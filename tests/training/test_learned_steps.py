@@ -520,6 +520,31 @@ def test_a_checkpoint_without_steps_is_a_beginning(tmp_path):
     assert all(torch.equal(t, expected[key]) for key, t in everything(resumed).items())
 
 
+def test_a_checkpoint_without_steps_of_inputs_that_have_them_now_resumes(monkeypatch, tmp_path):
+    def begin():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(248, 10))
+        steps = make_steps(net, (3, 8, 8), 4, 4)
+        optimizer = torch.optim.SGD(parameter_groups(net, steps), 0.05, 0.9)
+        scheduler = utils.make_scheduler("exponential", optimizer, 0.9, "default", 3)
+        return TrainState(net, optimizer, scheduler, steps=steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learned_steps, "INPUT_TYPES", learned_steps.EARLIER_INPUT_TYPES)
+        whole = begin()
+        train_on(whole)
+        cut(begin(), 7, tmp_path / "c")
+    resumed, content = begin(), load_checkpoint(tmp_path / "c")
+    resumed.load_state_dict(content, 3, BATCHES)
+    assert resumed.steps.float_inputs == ["1"]
+    train_on(resumed)
+    expected = everything(whole)
+    assert all(torch.equal(t, expected[key]) for key, t in everything(resumed).items())
+    del content["steps"]["3.input"]
+    with pytest.raises(FileError, match="checkpoint.steps: not what this run"):
+        begin().load_state_dict(content, 3, BATCHES)
+
+
 def trained_by_ranks():
     with distributed.process_group("cpu"):
         torch.manual_seed(0)
