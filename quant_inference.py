@@ -377,7 +377,7 @@ def measure_network(
     common = file.provenance()
     common |= {flag: getattr(args, flag) for flag in ("per_channel", "fold_bn", "equalize")}
     try:
-        checks.check_coverage(network, quantizations, args.strict)
+        checks.check_coverage(network, quantizations, steps, args.strict)
         checks.check_sums(network, file.path)
         learns = checks.check_rounding(network, args.rounding)
         learners = utils.learned_schemes(args) if learns else []

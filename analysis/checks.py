@@ -182,20 +182,25 @@ def check_layers(graphs: Iterable[fx.GraphModule], names: Sequence[str]) -> None
 
 
 def check_coverage(
-    network: MeasuredNetwork, quantizations: Sequence[Quantization], strict: bool
+    network: MeasuredNetwork,
+    quantizations: Sequence[Quantization],
+    steps: LearnedSteps | None,
+    strict: bool,
 ) -> None:
-    """Print what stays in float, if anything does; with --strict that is a ValueError.
+    """Print what stays in float, with learned steps too; with --strict that is a ValueError.
 
     Raises ValueError, too, where there is nothing to quantize.
     """
     if not layers(network.graph):
         raise ValueError("the network has no layer with a weight: nothing to quantize")
-    for are_inputs_float in dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations):
-        covered = network.coverage(FLOAT_BITS if are_inputs_float else 8)
+    in_float = dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations)
+    found = [("", network.coverage(FLOAT_BITS if each else 8)) for each in in_float]
+    found += [(f"{LEARNED}: ", network.learned_coverage(steps))] if steps else []
+    for scheme, covered in found:
         if covered.in_float and strict:
-            raise ValueError(f"--strict: {covered}")
+            raise ValueError(f"--strict: {scheme}{covered}")
         if covered.in_float:
-            print_warning(f"{network.name}: {covered}")
+            print_warning(f"{network.name}: {scheme}{covered}")
 
 
 def report_form(

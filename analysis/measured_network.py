@@ -163,7 +163,8 @@ class MeasuredNetwork:
     def mean_bits(self, bits: Mapping[str, int]) -> float:
         """Return the mean number of bits per weight with these bits of each layer, by name."""
         n_weights = self.n_weights
-        return sum(n * bits[name] for name, n in n_weights.items()) / sum(n_weights.values())
+        total = sum(n * bits.get(name, FLOAT_BITS) for name, n in n_weights.items())
+        return total / sum(n_weights.values())
 
     def loss_rises(self, how: Quantization) -> dict[str, dict[int, float]]:
         """Return by how much the loss on the calibration images rises, by layer and its bits.
@@ -232,10 +233,9 @@ class MeasuredNetwork:
 
     def learned_coverage(self, steps: LearnedSteps) -> Coverage:
         """Return what of the network is quantized with learned step sizes."""
-        inputs = None
-        if steps.act_bits:
-            inputs = {name for name, kinds in steps.layers.items() if "input" in kinds}
-        return coverage(self.graph, inputs)
+        quantized = steps.by_run()
+        inputs = {name for name, kinds in quantized.items() if "input" in kinds}
+        return coverage(self.graph, inputs if steps.act_bits else None, quantized)
 
     def prepared(self, graph: fx.GraphModule) -> fx.GraphModule:
         """Return a copy of a graph of this network as it is evaluated.
@@ -273,7 +273,8 @@ class MeasuredNetwork:
         """
         errors = [
             QuantizedLayer(name, (w_q - w).double().square().sum().item(), w.numel())
-            for name, w, w_q in steps.quantized_weights(self.net)
+            for first, w, w_q in steps.quantized_weights(self.net)
+            for name in steps.places[first].runs
         ]
         net = self._moved(copy.deepcopy(self.net))
         with steps.quantized(net):

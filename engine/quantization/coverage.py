@@ -49,41 +49,48 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def coverage(graph: fx.GraphModule, inputs: Container[str] | None) -> Coverage:
-    """Return what of an exported network is quantized: all weights of layers, and the named inputs.
+def coverage(
+    graph: fx.GraphModule, inputs: Container[str] | None, weights: Container[str] | None = None
+) -> Coverage:
+    """Return what of an exported network is quantized: weights of layers, and the named inputs.
 
-    `inputs` is None where inputs stay in float on purpose: then only weights count.
+    `inputs` is None where inputs stay in float on purpose: then only weights count. `weights` are
+    the layers whose weights are quantized; None: all.
     """
     in_float: dict[str, str] = {}
     covered: set[fx.Node] = set()  # what is quantized, weights and inputs
+    left: set[fx.Node] = set()  # weights of layers that are not
     as_inputs: set[fx.Node] = set()  # what was learned and is an input of a product
-    products = all_products = weights = all_weights = 0
+    products = all_products = covered_weights = all_weights = 0
     for operation in operations(graph):
         n = operation.multiply_adds()
         sources = {name: _unmoved(operation.source(name)) for name in operation.inputs}
         factors = {each for each in sources.values() if each.meta.get("learned")}
         as_inputs |= factors if operation.is_product else set()
+        is_left = operation.is_layer and weights is not None and operation.name not in weights
         reason = _reason(operation, inputs, bool(factors))
+        reason = "its weight is not quantized" if is_left else reason
         all_products += n
         products += 0 if reason else n
         if reason and n:
             in_float[operation.name] = reason
         if operation.is_layer:
-            covered.add(operation.node.args[1])
+            (left if is_left else covered).add(operation.node.args[1])
         covered |= {source for name, source in sources.items() if name in (inputs or ())}
     for node in graph.graph.nodes:
-        is_weight = node in covered and node.op == "get_attr"
+        is_weight = node in covered | left and node.op == "get_attr"
         learned = node.meta.get("learned")
         if not is_weight and not (learned and len(node.meta["shape"]) > 1):
             continue
         n = math.prod(node.meta["shape"])
         all_weights += n
-        weights += n if node in covered else 0
-        if node not in covered:
+        covered_weights += n if node in covered else 0
+        if node not in covered | left:
             reader = next(iter(node.users)).name.rstrip("_0123456789")
             reason = AS_INPUT if node in as_inputs else f"read by {reader}, by no product"
             in_float[", ".join(learned)] = reason
-    return Coverage(products / max(all_products, 1), weights / max(all_weights, 1), in_float)
+    shares = products / max(all_products, 1), covered_weights / max(all_weights, 1)
+    return Coverage(*shares, in_float)
 
 
 def _unmoved(node: fx.Node) -> fx.Node:

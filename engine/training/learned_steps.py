@@ -11,14 +11,15 @@ runs put the quantized ones in their place. An input is quantized where it is th
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from engine.networks.export import export_network
 from engine.networks.graph import Operation, aten, layers, returning_values
@@ -31,6 +32,8 @@ from engine.system.io import read_json
 FIRST_LAST_BITS = 8  # at least, with --keep_first_last
 PARAMETERS = {"weight": "learned_weight_step", "input": "learned_input_step"}  # of a layer
 KEY = "learned_steps"  # in the record of a training
+INPUT_TYPES = nn.modules.conv._ConvNd | nn.Linear  # modules that are one layer
+EARLIER_INPUT_TYPES = LAYER_TYPES | nn.ConvTranspose2d  # whose inputs had steps in versions before
 
 
 class _RoundToStep(torch.autograd.Function):
@@ -88,17 +91,22 @@ class Place:
     owner: str
     tensor: str
     takes_input: bool  # the module's input is the layer's
+    runs: list[str] = field(default_factory=list)  # its layers in the graph, one for each run
 
     def weight(self, net: nn.Module) -> Tensor:
         """Return the weight as the network has it."""
         return getattr(net.get_submodule(self.owner), self.tensor)
+
+    def parameter(self, kind: str) -> str:
+        """Return the name that the step size of the "weight" or "input" has in its owner."""
+        return self.tensor.removesuffix("weight") + PARAMETERS[kind]
 
 
 @dataclass(frozen=True)
 class LearnedSteps:
     """The quantizers of a network's layers."""
 
-    layers: Mapping[str, Mapping[str, LearnedStep]]  # by layer, then "weight" or "input"
+    layers: Mapping[str, dict[str, LearnedStep]]  # by layer, then "weight" or "input"
     places: Mapping[str, Place]
     weight_bits: int
     act_bits: int | None  # None: inputs are not quantized
@@ -114,21 +122,22 @@ class LearnedSteps:
         return {f"{name}.{kind}": q for name, qs in self.layers.items() for kind, q in qs.items()}
 
     def bits_of_layers(self) -> dict[str, int]:
-        """Return the bits of each layer's weights, by name."""
-        weights = {name: quantizers["weight"] for name, quantizers in self.layers.items()}
-        return {name: (-each.int_min).bit_length() for name, each in weights.items()}
+        """Return the bits of the weights of each layer of the graph, by name."""
+        runs = self.by_run().items()
+        return {run: (-kinds["weight"].int_min).bit_length() for run, kinds in runs}
+
+    def by_run(self) -> dict[str, Mapping[str, LearnedStep]]:
+        """Return the quantizers of each layer of the graph: one that runs twice is two there."""
+        names = {run: name for name in self.layers for run in self.places[name].runs}
+        return {run: self.layers[name] for run, name in names.items()}
 
     @contextmanager
     def quantized(self, net: nn.Module) -> Iterator[None]:
         """Context manager in which the layers of the network run quantized."""
-        handles = []
-        for name, quantizers in self.layers.items():
-            handles += _quantize_layer(net, self.places[name], quantizers)
-        try:
+        with ExitStack() as stack:
+            for name, quantizers in self.layers.items():
+                stack.enter_context(_quantized_layer(net, self.places[name], quantizers))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def quantized_weights(self, net: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -159,6 +168,17 @@ class LearnedSteps:
             quantizer.step.copy_(state[name])
             quantizer.is_set = epochs_started > self.first_epoch
 
+    def drop_unsaved_inputs(self, net: nn.Module, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Leave inputs in float whose steps an earlier version's checkpoint lacks; return these."""
+        dropped = []
+        for name, kinds in self.layers.items():
+            place = self.places[name]
+            is_later = not isinstance(net.get_submodule(place.module), EARLIER_INPUT_TYPES)
+            if is_later and "input" in kinds and f"{name}.input" not in state:
+                dropped.append(kinds.pop("input").step)
+                delattr(net.get_submodule(place.owner), place.parameter("input"))
+        return dropped
+
     def record(self) -> dict[str, Any]:
         """Return what `read_steps` needs, as JSON can hold it: floats lose no bit."""
         layers: dict[str, dict[str, Any]] = {}
@@ -169,24 +189,57 @@ class LearnedSteps:
         return {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "layers": layers}
 
 
-def _quantize_layer(net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]) -> list:
-    """Have a layer run with its weight quantized, and its input where that has a quantizer."""
+@contextmanager
+def _quantized_layer(
+    net: nn.Module, place: Place, quantizers: Mapping[str, LearnedStep]
+) -> Iterator[None]:
+    """Context manager in which a layer's weight is quantized, and its input if it has a quantizer.
+
+    That is while its module runs, and while gradients go back through it: `torch.utils.checkpoint`
+    then runs parts of its forward again.
+    """
     owner, name = net.get_submodule(place.owner), place.tensor
     tensors = owner._parameters if name in owner._parameters else owner._buffers
-    weights = []  # the full-precision one while the module runs
+    weights = []  # the full-precision one first, while a quantized one is in its place
 
-    def begin(module: nn.Module, args: tuple) -> tuple:
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         weights.append(tensors[name])
-        tensors[name] = quantizers["weight"](weights[-1])
-        return (quantizers["input"](args[0]), *args[1:]) if "input" in quantizers else args
+        tensors[name] = quantizers["weight"](weights[0])
+        if "input" not in quantizers:
+            return args, kwargs
+        if args:
+            return (quantizers["input"](args[0]), *args[1:]), kwargs
+        key = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+        return args, {**kwargs, key: quantizers["input"](kwargs[key])}
 
     def end(module: nn.Module, args: tuple, output: Any) -> None:
+        if not weights:
+            return
+        w_q, tensors[name] = tensors[name], weights.pop()
+        for value in tree_leaves(output):
+            if getattr(value, "grad_fn", None) is not None:
+                value.register_hook(lambda grad: begin_backward(w_q))
+
+    def begin_backward(w_q: Tensor) -> None:
+        if not weights:
+            weights.append(tensors[name])
+            tensors[name] = w_q
+            torch.autograd.Variable._execution_engine.queue_callback(restore)
+
+    def restore() -> None:
         if weights:
-            tensors[name] = weights.pop()
+            tensors[name] = weights[0]
+            weights.clear()
 
     module = net.get_submodule(place.module)
-    handle = module.register_forward_pre_hook(begin)
-    return [handle, module.register_forward_hook(end, always_call=True)]
+    handles = [module.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles.append(module.register_forward_hook(end, always_call=True))
+    try:
+        yield
+    finally:
+        restore()  # of a backward pass that failed
+        for handle in handles:
+            handle.remove()
 
 
 # --- of a network that is trained ------------------------------------------------------------
@@ -227,8 +280,7 @@ def make_steps(
             step = nn.Parameter(w.new_ones(()))  # until it is set
             integers = _integers(max(n_bits, least), is_signed)
             quantizers[name][kind] = LearnedStep(step, *integers, n_values)
-            parameter = place.tensor.removesuffix("weight") + PARAMETERS[kind]
-            net.get_submodule(place.owner).register_parameter(parameter, step)
+            net.get_submodule(place.owner).register_parameter(place.parameter(kind), step)
     net.register_state_dict_post_hook(_remove_steps)
     net.register_load_state_dict_post_hook(_allow_missing_steps)
     return LearnedSteps(quantizers, places, weight_bits, act_bits, first_epoch)
@@ -260,7 +312,8 @@ def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
         first = first_readers.setdefault(id(place.weight(net)), name)
         if first == name:
             places[name] = place
-        elif places[first].module != module:
+        places[first].runs.append(name)
+        if places[first].module != module:
             refused.append(f"{name} shares its weight with {first}")
     if refused:
         raise NetworkError(f"--qat_bits: {type(net).__name__}: {', '.join(refused)}")
@@ -269,7 +322,7 @@ def find_places(graph: fx.GraphModule, net: nn.Module) -> dict[str, Place]:
 
 def _takes_input(module: nn.Module, layer: Operation) -> bool:
     """Tell whether the module is that one layer, and what it is given is the layer's input."""
-    if not isinstance(module, LAYER_TYPES | nn.ConvTranspose2d):
+    if not isinstance(module, INPUT_TYPES):
         return False
     value = _before_padding(layer)
     return value.op == "placeholder" or value.meta["path"] != layer.node.meta["path"]
@@ -332,7 +385,9 @@ def read_steps(path: Path, net: nn.Module, graph: fx.GraphModule) -> LearnedStep
             raise FileError(f"{path}: its learned steps are not of the layers of this network")
         quantizers = {}
         for name, kinds in saved["layers"].items():
-            if kinds.keys() != (bits.keys() if places[name].takes_input else {"weight"}):
+            had_input = isinstance(modules[name], EARLIER_INPUT_TYPES)
+            has_input = places[name].takes_input and (had_input or "input" in kinds)
+            if kinds.keys() != (bits.keys() if has_input else {"weight"}):
                 raise ValueError(f"{name} has not one step for each of {', '.join(bits)}")
             w = places[name].weight(net)
             quantizers[name] = {k: _read_step(step, bits[k], w) for k, step in kinds.items()}

@@ -116,6 +116,8 @@ class TrainState:
         fit.
         """
         with file_boundary("the checkpoint:", NOT_OURS):
+            if self.steps is not None and "steps" in content:
+                self._drop_unsaved_inputs(self.steps, content["steps"])
             self.progress = self._read_progress(content["state"], n_epochs, n_batches)
             with file_boundary("the checkpoint", "is of another network"):
                 load_tensors(self.net, content["net"])
@@ -186,6 +188,11 @@ class TrainState:
             _check_loaded(saved, average.state_dict(), infinite)
             if average.n_averaged < 0:
                 raise ValueError(f"an average of {average.n_averaged} steps")
+
+    def _drop_unsaved_inputs(self, steps: LearnedSteps, saved: dict[str, Tensor]) -> None:
+        dropped = {id(step) for step in steps.drop_unsaved_inputs(self.net, saved)}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in dropped]
 
     def _load_steps(self, steps: LearnedSteps, content: dict[str, Any]) -> None:
         n_started = self.progress.epochs_started

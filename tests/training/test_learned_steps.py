@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -13,9 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import train
 import utils
+from analysis.checks import check_coverage
+from analysis.measured_network import Conditions, Images, MeasuredNetwork
+from analysis.report import FLOAT_BITS
 from engine.images.loader import Loader
 from engine.networks.export import export_network
 from engine.networks.layers import penalized_layers
@@ -288,6 +293,140 @@ def test_records_of_attention_are_read_and_those_of_earlier_versions(tmp_path):
         learned_steps.read_steps(path, net, graph_of(net))
 
 
+class Checkpointed(nn.Module):
+    """A convolution that is run again in the backward pass, by a method, and a module that is."""
+
+    def __init__(self, is_checkpointed):
+        super().__init__()
+        self.patches, self.conv = nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 8, 3)
+        self.block, self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()), nn.Linear(8, 2)
+        self.run = partial(checkpoint, use_reentrant=False) if is_checkpointed else self.plain
+
+    def plain(self, function, x):
+        return function(x)
+
+    def convolve(self, x):
+        return nn.functional.conv2d(x.relu(), self.conv.weight, self.conv.bias).tanh()
+
+    def forward(self, x):
+        x = self.run(self.convolve, self.patches(x))
+        return self.head(self.run(self.block, self.run(self.block, x)).mean((2, 3)))
+
+
+def test_what_the_backward_pass_runs_again_is_quantized():
+    grads, x = [], torch.randn(4, 3, 8, 8)
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        net = Checkpointed(is_checkpointed)
+        steps, w = make_steps(net, (3, 8, 8), 2, 2), net.conv.weight
+        with steps.quantized(net):
+            for _ in range(2):
+                net(x).square().sum().backward()
+                assert net.conv.weight is w
+        grads.append({name: p.grad for name, p in net.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=0, msg=name)
+
+    parameters = dict(net.named_parameters())
+    x.requires_grad_().register_hook(lambda grad: 1 / 0)
+    with steps.quantized(net), pytest.raises(ZeroDivisionError):
+        net(x).sum().backward()
+    assert all(dict(net.named_parameters())[name] is p for name, p in parameters.items())
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keyword(nn.Sequential):
+        def forward(self, x):
+            x = self[0](output_size=None, input=x).mean((2, 3))
+            return self[1](input=x)
+
+    torch.manual_seed(0)
+    net, x = Keyword(nn.ConvTranspose2d(3, 4, 2), nn.Linear(4, 2)), torch.randn(4, 3, 8, 8)
+    steps = make_steps(net, (3, 8, 8), 3, 3)
+    with steps.quantized(net), torch.no_grad():
+        quantized = net(x)
+        by_position = net[1](net[0](x).mean((2, 3)))
+    assert not steps.float_inputs and torch.equal(quantized, by_position)
+
+
+class Signal(nn.Module):
+    """Convolutions of one and of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv1d(3, 4, 3, padding="same"), nn.ConvTranspose1d(4, 4, 2)
+        self.conv3, self.up3 = nn.Conv3d(1, 2, 3), nn.ConvTranspose3d(2, 2, 2)
+
+    def forward(self, x):
+        x = self.up(self.conv(x.flatten(2)).relu())
+        return self.up3(self.conv3(x.unflatten(2, (5, 13)).unsqueeze(1)).relu()).flatten(1)
+
+
+def test_inputs_of_convolutions_of_other_dimensions_are_quantized(tmp_path):
+    net, x, path = Signal().eval(), torch.randn(4, 3, 8, 8), tmp_path / "r.json"
+    steps = make_steps(net, (3, 8, 8), 3, 3)
+    assert not steps.float_inputs and steps.steps()["up.input"].int_min == 0
+    with steps.quantized(net), torch.no_grad():
+        quantized = net(x)
+    record, plain = steps.record(), copy.deepcopy(net)
+    for name, w, w_q in steps.quantized_weights(plain):
+        w.data.copy_(w_q)
+        quantizer = steps.layers[name]["input"]
+        plain.get_submodule(name).register_forward_pre_hook(lambda m, a, q=quantizer: q(a[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), quantized)
+    for kinds in record["layers"].values():
+        path.write_text(json.dumps({"learned_steps": record}))
+        assert learned_steps.read_steps(path, net, graph_of(net)).record() == record
+        del kinds["input"]  # which earlier versions did not have
+    path.write_text(json.dumps({"learned_steps": record}))
+    found = learned_steps.read_steps(path, net, graph_of(net))
+    assert found.record() == record and len(found.float_inputs) == 4
+
+
+def test_each_run_of_a_layer_counts(tmp_path):
+    net, path, options = Attention().eval(), tmp_path / "r.json", {"keep_first_last": True}
+    record = make_steps(net, (3, 8, 8), 3, **options).record()
+    path.write_text(json.dumps({"learned_steps": record}))
+    network = MeasuredNetwork("a", graph_of(net), net, Conditions("cpu"), Images(test=None))
+    steps = learned_steps.read_steps(path, net, network.graph)
+    bits = steps.bits_of_layers()
+    assert [*bits] == [*network.n_weights] and list(bits.values()) == [8, 3, 3, 3, 3, 3, 3, 8]
+    assert 3 < network.mean_bits(bits) < 8
+    assert network.learned_coverage(steps) == network.coverage(FLOAT_BITS)
+
+    errors = {n: (w_q - w).square().sum().item() for n, w, w_q in steps.quantized_weights(net)}
+    network._measure = lambda *_: {"loss": 0.0, "accuracy": 0.0}
+    expected = (sum(errors.values()) + errors["twice"]) / 8
+    assert network.learned(steps).squared_error == pytest.approx(expected, rel=1e-5)
+
+    covered = network.learned_coverage(make_steps(Attention(), (3, 8, 8), 3, 4))
+    assert "twice_2" in bits and "twice_2" not in covered.in_float
+
+    del record["layers"]["up"], record["layers"]["linear"]  # which earlier versions did not see
+    path.write_text(json.dumps({"learned_steps": record}))
+    steps = learned_steps.read_steps(path, net, network.graph)
+    covered = network.learned_coverage(steps)
+    left = [name for name, why in covered.in_float.items() if why == "its weight is not quantized"]
+    n_left = sum(network.n_weights[name] for name in left)
+    assert left == ["up", "linear"] and len(covered.in_float) == 4
+    assert covered.weights == pytest.approx(1 - n_left / sum(network.n_weights.values()))
+    assert network.mean_bits(steps.bits_of_layers()) > 10
+
+
+def test_what_learned_steps_leave_in_float_is_said_and_refused_by_strict(capsys):
+    encoder = nn.TransformerEncoderLayer(16, 2, 8, batch_first=True)
+    net = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(2), encoder)
+    steps, graph = make_steps(net, (3, 8, 8), 4, 4), graph_of(net.eval())
+    network = MeasuredNetwork("a", graph, net, Conditions("cpu"), Images(test=None))
+    check_coverage(network, [Mock(act_bits=4)], steps, strict=False)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a: lsq: quantized: " in line and "input 2.self_attn.in_proj is not quantized" in line
+    with pytest.raises(ValueError, match="--strict: lsq: quantized: "):
+        check_coverage(network, [Mock(act_bits=4)], steps, strict=True)
+    check_coverage(network, [Mock(act_bits=4)], None, strict=True)
+
+
 def test_a_step_that_is_no_longer_positive_is_named():
     net = tiny_scripts.TinyFused()
     steps = make_steps(net, (3, 8, 8), 4, 4)
@@ -379,6 +518,31 @@ def test_a_checkpoint_without_steps_is_a_beginning(tmp_path):
     train_on(resumed)
     expected = everything(whole)
     assert all(torch.equal(t, expected[key]) for key, t in everything(resumed).items())
+
+
+def test_a_checkpoint_without_steps_of_inputs_that_have_them_now_resumes(monkeypatch, tmp_path):
+    def begin():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(248, 10))
+        steps = make_steps(net, (3, 8, 8), 4, 4)
+        optimizer = torch.optim.SGD(parameter_groups(net, steps), 0.05, 0.9)
+        scheduler = utils.make_scheduler("exponential", optimizer, 0.9, "default", 3)
+        return TrainState(net, optimizer, scheduler, steps=steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learned_steps, "INPUT_TYPES", learned_steps.EARLIER_INPUT_TYPES)
+        whole = begin()
+        train_on(whole)
+        cut(begin(), 7, tmp_path / "c")
+    resumed, content = begin(), load_checkpoint(tmp_path / "c")
+    resumed.load_state_dict(content, 3, BATCHES)
+    assert resumed.steps.float_inputs == ["1"]
+    train_on(resumed)
+    expected = everything(whole)
+    assert all(torch.equal(t, expected[key]) for key, t in everything(resumed).items())
+    del content["steps"]["3.input"]
+    with pytest.raises(FileError, match="checkpoint.steps: not what this run"):
+        begin().load_state_dict(content, 3, BATCHES)
 
 
 def trained_by_ranks():
@@ -494,8 +658,8 @@ def test_finished_weights_keep_their_record_while_a_longer_run_extends_them(
     train.main([*longer, "--resume"])
     assert len(json.loads((tmp_path / "r.json").read_text())["history"]) == 3
 
-    for checkpoint in tmp_path.glob("r.ckpt*"):
-        checkpoint.unlink()
+    for path in tmp_path.glob("r.ckpt*"):
+        path.unlink()
     files = {name: (tmp_path / name).read_bytes() for name in ("r.pt", "r.json")}
     capsys.readouterr()
     train.main([*longer, "--resume"])  # begins anew, so what is there is not its own
