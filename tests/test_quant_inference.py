@@ -640,7 +640,7 @@ def test_sums_that_are_not_there_and_layers_that_are_not_are_told(tiny, capsys):
     flags = ["a.pt", "--bits", 4, "--schemes", "uniform"]
     assert main(*flags, "--act_bits", 4, "--quantize_sums") == 0
     assert "a.pt: --quantize_sums has no effect" in capsys.readouterr().err
-    assert main(*flags, "--layers", "layer99") == 2
+    assert main(*flags, "--layers", "layer99", plots=True) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "--layers layer99: choose among layer0.0" in message
 
