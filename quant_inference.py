@@ -290,7 +290,8 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
             deployed_files.read_model(Path(args.verify), source, image_shape)
     networks = {}
     try:
-        total = n_measurements(quantizations, loaded, args.per_layer) + bool(steps)
+        n_batches = math.ceil(args.per_layer_images / args.batch_size) if args.per_layer else 0
+        total = n_measurements(quantizations, loaded, n_batches) + bool(steps)
         with StepDisplay(total, "network") as display:
             conditions = make_conditions(args, display)
             images = make_images(args, dataset)
@@ -353,14 +354,18 @@ def deploy(
 
 
 def n_measurements(
-    quantizations: Sequence[Quantization], loaded: Mapping[str, LoadedNetwork], per_layer: bool
+    quantizations: Sequence[Quantization], loaded: Mapping[str, LoadedNetwork], n_batches: int
 ) -> int:
-    """Return how often a network will be measured."""
+    """Return how often a network will be measured.
+
+    With --per_layer its images are `n_batches`, each of which is differentiated for every layer.
+    """
+    per_layer = n_batches > 0
     n_each = 1 + sum(how.n_trials for how in quantizations)
     n_layers = sum(len(layers(network.graph)) for network in loaded.values())
     ways = {(how.scheme, how.n_bits) for how in quantizations}
     n_each += per_layer + len(mixed := {how.scheme for how in quantizations if how.is_mixed})
-    n_of_layer = 2 * per_layer * len(ways) + len(BIT_CHOICES) * len(mixed)
+    n_of_layer = per_layer * (2 + n_batches) * len(ways) + len(BIT_CHOICES) * len(mixed)
     return n_each * len(loaded) + n_of_layer * n_layers
 
 
@@ -407,12 +412,16 @@ def measure_network(
                     f"{network.name}: {way}: outputs corrected with {taken} inputs; "
                     f"divergence of predictions on training images: {each} nats"
                 )
-        if args.per_layer:
-            of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
-            results.layer_rows += network.per_layer([*of_weights.values()])
     except (ValueError, NetworkError) as error:
         results.discard(network.name)
         checks.print_error(f"{file.path}: {error}")
+        return
+    if args.per_layer:
+        of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
+        try:
+            network.per_layer([*of_weights.values()], results.layer_rows)
+        except (ValueError, NetworkError) as error:
+            checks.print_warning(f"--per_layer: {error}")
 
 
 def report_results(

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from analysis.report import FLOAT_BITS, Row, Trial
-from analysis.taylor import taylor_terms
+from analysis.taylor import TaylorTerms, taylor_terms
 from engine.deploy.integer_network import IntegerNetwork, shared_ranges
 from engine.images.loader import Loader
 from engine.networks.folding import fold_batch_norms, recalibrate_statistics
 from engine.networks.graph import copy_graph, layers, weights
 from engine.networks.layers import moved
+from engine.networks.outputs import foreign_code
 from engine.quantization import activations as acts
 from engine.quantization.adaround import learn_rounding
 from engine.quantization.bit_allocation import BIT_CHOICES, allocate_bits
@@ -377,15 +378,16 @@ class MeasuredNetwork:
         grids = acts.activation_grids(ranges, act_bits, self.layer_bits(act_bits))
         IntegerNetwork.from_graph(self.graph, grids, {})
 
-    def per_layer(self, quantizations: Sequence[Quantization]) -> Iterator[Row]:
-        """Quantize the weights of one layer at a time; yield a row for each way and layer.
+    def per_layer(self, quantizations: Sequence[Quantization], rows: list[Row]) -> None:
+        """Quantize the weights of one layer at a time; add a row for each way and layer.
 
         `accuracy_change` is on test images. `loss_change` is measured on training images; beside it
-        are the terms of its Taylor expansion there, see analysis/taylor.py.
+        are the terms of its Taylor expansion there, see analysis/taylor.py: None until all rows are
+        there, so that an interruption leaves those that were measured. Raises NetworkError, with
+        all rows added, for a network that has no second derivative.
         """
         loss = self._measure(self.prepared(self.graph), self.images.expansion)["loss"]
-        rows = []
-        deltas = []
+        own, deltas = [], []
         for how in quantizations:
             for name in layers(self.graph):
                 graph, quantized = self.with_one_layer(how, name, how.n_bits)
@@ -397,11 +399,14 @@ class MeasuredNetwork:
                 row = {"checkpoint": self.name, "scheme": how.scheme, "bits": how.n_bits}
                 row |= {"layer": name, "accuracy_change": accuracy - self.unquantized.accuracy}
                 row["squared_error"] = model_error([quantized], self.conditions.avg_in_layer)
-                rows.append(row | {"loss_change": change})
+                row |= {"loss_change": change} | dict.fromkeys(TaylorTerms._fields)
+                own.append(row)
+                rows.append(row)
         graph = copy_graph(self.graph).to(self.conditions.device)
-        terms = taylor_terms(graph, self.images.expansion, deltas)
-        for row, each in zip(rows, terms, strict=True):
-            yield row | each._asdict()
+        with foreign_code(f"{self.name}: no terms of its loss, it cannot be differentiated twice"):
+            terms = taylor_terms(graph, self.images.expansion, deltas, self.conditions.tick)
+        for row, each in zip(own, terms, strict=True):
+            row |= each._asdict()
 
 
 def batches(loader: Loader, start: int = 0, step: int = 1) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ With g the gradient of the mean loss, H its Hessian and Δ the change of some pa
 L(W + Δ) − L(W) ≈ g·Δ + ½·ΔᵀHΔ, and |g·Δ| ≤ ‖g‖₁·‖Δ‖_∞.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,15 @@ class TaylorTerms(NamedTuple):
 
 
 def taylor_terms(
-    graph: fx.GraphModule, loader: Loader, deltas: Sequence[Delta]
+    graph: fx.GraphModule,
+    loader: Loader,
+    deltas: Sequence[Delta],
+    tick: Callable[[], None] = lambda: None,
 ) -> list[TaylorTerms]:
-    """Return the terms of the mean loss over the loader's images for each Δ."""
+    """Return the terms of the mean loss over the loader's images for each Δ.
+
+    `tick` is called for each batch and Δ.
+    """
     graph = copy_graph(graph)
     params = {}
     for layer in layers(graph).values():
@@ -40,7 +46,7 @@ def taylor_terms(
             params[name] = graph.get_buffer(name).clone().requires_grad_()
             set_tensor(graph, name, params[name])
     deltas = [{key: d.to(params[key].device) for key, d in delta.items()} for delta in deltas]
-    g, second_order = gradient_and_curvatures(graph, params, loader, deltas)
+    g, second_order = gradient_and_curvatures(graph, params, loader, deltas, tick)
     terms = []
     for delta, curvature in zip(deltas, second_order, strict=True):
         l1_norm = sum(g[key].abs().sum().item() for key in delta)
@@ -50,7 +56,7 @@ def taylor_terms(
 
 
 def gradient_and_curvatures(
-    net: nn.Module, params: Delta, loader: Loader, deltas: Sequence[Delta]
+    net: nn.Module, params: Delta, loader: Loader, deltas: Sequence[Delta], tick: Callable[[], None]
 ) -> tuple[Delta, list[float]]:
     """Return g of all `params` of the network, by name, and ½·ΔᵀHΔ of each Δ.
 
@@ -69,6 +75,7 @@ def gradient_and_curvatures(
             products = grad(dot(grads, delta), changed, retain_graph=True)
             product = dict(zip(delta, products, strict=True))
             curvatures[i] += dot(product, delta).item() / 2
+            tick()
         for key in g:
             g[key] += grads[key].detach()
     g = {key: distributed.all_reduce_sum(partial_sum) for key, partial_sum in g.items()}

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -633,6 +634,38 @@ def test_per_layer(tiny, capsys):
     assert "one layer at a time" in capsys.readouterr().out
     assert len(Path("per_layer.csv").read_text().splitlines()) == 6
     assert Path("per_layer.png").read_bytes().startswith(PNG)
+
+
+def test_layers_that_were_measured_are_kept_where_their_expansion_is_interrupted(
+    tiny, monkeypatch, capsys
+):
+    def stop(*args):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(measured_network, "taylor_terms", stop)
+    save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--schemes", "uniform", "--bits", 4, "--per_layer") == 128 + signal.SIGINT
+    rows = results()["per_layer"]
+    assert len(rows) == 5 and all(row["first_order"] is None for row in rows)
+    assert all(math.isfinite(row["loss_change"]) for row in rows)
+    assert len(Path("per_layer.csv").read_text().splitlines()) == 6
+
+
+def test_a_network_that_cannot_be_differentiated_twice_has_layers_without_an_expansion(
+    tiny, monkeypatch, capsys
+):
+    class Gated(ConvNet):
+        def forward(self, x):
+            logits, activations = super().forward(x)
+            return logits * F.hardsigmoid(logits), activations
+
+    monkeypatch.setitem(models.MODELS, "ConvNet", Gated)
+    save_weights(make_net(), Path("a.pt"))
+    assert main("a.pt", "--schemes", "uniform", "--bits", 4, "--per_layer") == 0
+    error = capsys.readouterr().err
+    assert "--per_layer: a: no terms of its loss, it cannot be differentiated twice" in error
+    assert len(results()["rows"]) == 2 and len(results()["per_layer"]) == 5
+    assert all(row["second_order"] is None for row in results()["per_layer"])
 
 
 def test_sums_that_are_not_there_and_layers_that_are_not_are_told(tiny, capsys):
