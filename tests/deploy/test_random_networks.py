@@ -170,4 +170,4 @@ def test_all_steps_of_many_random_networks_agree_or_refuse_in_one_line():
     outcomes.clear()
     check_many()
     print(outcomes.most_common())
-    assert outcomes["all agree"] > 0.4 * outcomes.total()  # the rest is not what is to be tested
+    assert outcomes["all agree"] > 0.3 * outcomes.total()  # the rest is not what is to be tested
