@@ -282,16 +282,11 @@ def run(parser: Parser, args: argparse.Namespace, folder: Path) -> bool:
             Path(args.steps_from), network.net, network.graph, network.file
         )
     quantizations = make_quantizations(args)
-    # That a file to verify fits is known before anything is measured.
     if isinstance(args.verify, str):
-        for network in loaded.values():
-            source = network.describe(quantizations[0], vars(args), dataset)
-            image_shape = dataset.test_images.shape[1:]
-            deployed_files.read_model(Path(args.verify), source, image_shape)
+        check_file_to_verify(loaded, quantizations[0], args, dataset)
     networks = {}
     try:
-        n_batches = math.ceil(args.per_layer_images / args.batch_size) if args.per_layer else 0
-        total = n_measurements(quantizations, loaded, n_batches) + bool(steps)
+        total = n_measurements(quantizations, loaded, args) + bool(steps)
         with StepDisplay(total, "network") as display:
             conditions = make_conditions(args, display)
             images = make_images(args, dataset)
@@ -353,19 +348,33 @@ def deploy(
     )
 
 
+def check_file_to_verify(
+    loaded: Mapping[str, LoadedNetwork],
+    how: Quantization,
+    args: argparse.Namespace,
+    dataset: ImageDataset,
+) -> None:
+    """Raise FileError, before anything is measured, where the file to verify is not of this."""
+    for network in loaded.values():
+        source = network.describe(how, vars(args), dataset)
+        deployed_files.read_model(Path(args.verify), source, dataset.test_images.shape[1:])
+
+
 def n_measurements(
-    quantizations: Sequence[Quantization], loaded: Mapping[str, LoadedNetwork], n_batches: int
+    quantizations: Sequence[Quantization],
+    loaded: Mapping[str, LoadedNetwork],
+    args: argparse.Namespace,
 ) -> int:
     """Return how often a network will be measured.
 
-    With --per_layer its images are `n_batches`, each of which is differentiated for every layer.
+    With --per_layer each batch of its images is differentiated for every layer, too.
     """
-    per_layer = n_batches > 0
+    n_batches = math.ceil(args.per_layer_images / args.batch_size)
     n_each = 1 + sum(how.n_trials for how in quantizations)
     n_layers = sum(len(layers(network.graph)) for network in loaded.values())
     ways = {(how.scheme, how.n_bits) for how in quantizations}
-    n_each += per_layer + len(mixed := {how.scheme for how in quantizations if how.is_mixed})
-    n_of_layer = per_layer * (2 + n_batches) * len(ways) + len(BIT_CHOICES) * len(mixed)
+    n_each += args.per_layer + len(mixed := {how.scheme for how in quantizations if how.is_mixed})
+    n_of_layer = args.per_layer * (2 + n_batches) * len(ways) + len(BIT_CHOICES) * len(mixed)
     return n_each * len(loaded) + n_of_layer * n_layers
 
 
@@ -403,25 +412,24 @@ def measure_network(
             checks.check_accuracy(row, steps_record if is_learned else file, args.dataset, is_whole)
             common["rounding"] = qu.rounding_of(row["scheme"], learners, args.rounding)
             results.rows.append(row | common | ({"per_channel": False} if is_learned else {}))
-        for (scheme, bits, act_bits), divergences in network.divergences.items():
-            if distributed.get_rank() == 0:
-                taken = min(divergences, key=divergences.get)
-                each = ", ".join(f"{inputs} {nats:.4g}" for inputs, nats in divergences.items())
-                way = f"{scheme}, {bits} bits" + f", inputs {act_bits}" * (act_bits != FLOAT_BITS)
-                print(
-                    f"{network.name}: {way}: outputs corrected with {taken} inputs; "
-                    f"divergence of predictions on training images: {each} nats"
-                )
+        checks.report_divergences(network)
     except (ValueError, NetworkError) as error:
         results.discard(network.name)
         checks.print_error(f"{file.path}: {error}")
         return
     if args.per_layer:
-        of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
-        try:
-            network.per_layer([*of_weights.values()], results.layer_rows)
-        except (ValueError, NetworkError) as error:
-            checks.print_warning(f"--per_layer: {error}")
+        measure_layers(network, quantizations, results)
+
+
+def measure_layers(
+    network: MeasuredNetwork, quantizations: Sequence[Quantization], results: Results
+) -> None:
+    """Add the rows of one layer at a time; print why some lack something, where they do."""
+    of_weights = {(how.scheme, how.n_bits): how for how in quantizations}
+    try:
+        network.per_layer([*of_weights.values()], results.layer_rows)
+    except (ValueError, NetworkError) as error:
+        checks.print_warning(f"--per_layer: {error}")
 
 
 def report_results(

@@ -452,7 +452,8 @@ def make_loaders(dataset: ImageDataset, args: argparse.Namespace) -> Loaders:
     n_bn = args.recalibrate_bn_images or min(MAX_BN_IMAGES, len(images))
     if n_bn > len(images):
         raise SetupError(f"--recalibrate_bn_images {n_bn}: there are {len(images)} training images")
-    n_bn, n = utils.without_single_image(n_bn, args.batch_size), args.batch_size
+    n_bn = utils.without_single_image(n_bn, args.batch_size)
+    n = args.batch_size
     return Loaders(
         train=train,
         test=make_loader(dataset.test_images, dataset.test_labels, cache=True),

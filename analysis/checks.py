@@ -57,10 +57,8 @@ def check_deployed_files(parser: Parser, args: argparse.Namespace, folder: Path)
     """
     taken = {(folder / f"{stem}{end}").resolve(): "a file of the results" for stem, end in FILES}
     if args.verify:
-        if (
-            args.verify is not True
-            and Path(args.verify).resolve() == Path(args.export or "").resolve()
-        ):
+        exported = Path(args.export or "").resolve()
+        if args.verify is not True and Path(args.verify).resolve() == exported:
             args.verify = True
         model = Path(args.export if args.verify is True else args.verify)
         taken[verification_record(model).resolve()] = "the record of --verify"
@@ -193,14 +191,28 @@ def check_coverage(
     """
     if not layers(network.graph):
         raise ValueError("the network has no layer with a weight: nothing to quantize")
-    in_float = dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations)
-    found = [("", network.coverage(FLOAT_BITS if each else 8)) for each in in_float]
+    are_inputs_float = dict.fromkeys(how.act_bits == FLOAT_BITS for how in quantizations)
+    found = [("", network.coverage(FLOAT_BITS if each else 8)) for each in are_inputs_float]
     found += [(f"{LEARNED}: ", network.learned_coverage(steps))] if steps else []
     for scheme, covered in found:
         if covered.in_float and strict:
             raise ValueError(f"--strict: {scheme}{covered}")
         if covered.in_float:
             print_warning(f"{network.name}: {scheme}{covered}")
+
+
+def report_divergences(network: MeasuredNetwork) -> None:
+    """Say which inputs outputs were corrected with, for each quantization that tried several."""
+    if distributed.get_rank():
+        return
+    for (scheme, bits, act_bits), divergences in network.divergences.items():
+        taken = min(divergences, key=divergences.get)
+        each = ", ".join(f"{inputs} {nats:.4g}" for inputs, nats in divergences.items())
+        way = f"{scheme}, {bits} bits" + f", inputs {act_bits}" * (act_bits != FLOAT_BITS)
+        print(
+            f"{network.name}: {way}: outputs corrected with {taken} inputs; "
+            f"divergence of predictions on training images: {each} nats"
+        )
 
 
 def report_form(

@@ -387,7 +387,7 @@ class MeasuredNetwork:
         all rows added, for a network that has no second derivative.
         """
         loss = self._measure(self.prepared(self.graph), self.images.expansion)["loss"]
-        own, deltas = [], []
+        deltas = []
         for how in quantizations:
             for name in layers(self.graph):
                 graph, quantized = self.with_one_layer(how, name, how.n_bits)
@@ -399,13 +399,11 @@ class MeasuredNetwork:
                 row = {"checkpoint": self.name, "scheme": how.scheme, "bits": how.n_bits}
                 row |= {"layer": name, "accuracy_change": accuracy - self.unquantized.accuracy}
                 row["squared_error"] = model_error([quantized], self.conditions.avg_in_layer)
-                row |= {"loss_change": change} | dict.fromkeys(TaylorTerms._fields)
-                own.append(row)
-                rows.append(row)
+                rows.append(row | {"loss_change": change} | dict.fromkeys(TaylorTerms._fields))
         graph = copy_graph(self.graph).to(self.conditions.device)
         with foreign_code(f"{self.name}: no terms of its loss, it cannot be differentiated twice"):
             terms = taylor_terms(graph, self.images.expansion, deltas, self.conditions.tick)
-        for row, each in zip(own, terms, strict=True):
+        for row, each in zip(rows[-len(terms) :], terms, strict=True):
             row |= each._asdict()
 
 
