@@ -6,8 +6,6 @@ Nothing may be lost or done twice when a worker, the driver or a whole node dies
 import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from test_study import main, scripts, wait_for  # noqa: F401 (a fixture)
-from test_study_faults import result
+from test_study_faults import check_survives, folder_of_study
 
 pytestmark = pytest.mark.cluster
 SLOW = "out/seed0/control"
@@ -123,40 +121,18 @@ def test_a_driver_that_dies_loses_nothing(number, slow_job, cluster, scripts):  
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_driver_survives_a_signal_at_any_moment(number, cluster, scripts, tmp_path, monkeypatch):  # noqa: F811
-    chance, moments = random.Random(number), 0
-
-    def start(name):
-        folder = tmp_path / name
-        shutil.copytree(tmp_path / "scripts", folder / "scripts", dirs_exist_ok=True)
+    def begin(name, moments):
+        folder = folder_of_study(tmp_path, name)
         monkeypatch.chdir(folder)
-        return folder, start_driver(cluster, "--seeds", "0", "1", "--cpus_per_job", "1")
+        driver = start_driver(cluster, "--seeds", "0", "1", "--cpus_per_job", "1")
 
-    began = time.monotonic()
-    folder, driver = start("whole")
-    output, _ = driver.communicate(timeout=240)
-    assert driver.returncode == 0, output
-    seconds = time.monotonic() - began
-    expected, calls = result(folder)
-    assert expected and set(calls.values()) == {1}
-    while moments < N_MOMENTS:
-        name = f"{moments}, {seconds}"
-        folder, driver = start(name)
-        time.sleep(chance.uniform(0.05, 1) * seconds)
-        driver.send_signal(number)
-        output, _ = driver.communicate(timeout=240)
-        if driver.returncode == 0:
-            seconds *= 0.9  # it was too late
-            continue
-        assert driver.returncode in (-number, 128 + number), output
-        _, driver = start(name)
-        output, _ = driver.communicate(timeout=240)
-        assert driver.returncode == 0, output
-        found, again = result(folder)
-        assert found == expected and again.keys() == calls.keys()
-        assert again.total() <= calls.total() + 2  # at most the jobs that were interrupted
-        moments += 1
-    which = signal.Signals(number).name
-    print(f"\n{which} to the driver of a cluster: {moments}, 0 jobs lost, 0 results different")
+        def wait():
+            output, _ = driver.communicate(timeout=240)
+            return driver.returncode, output
+
+        return folder, driver.pid, wait
+
+    check_survives(number, N_MOMENTS, begin, "to the driver of a cluster")
 
 
 def test_no_cluster_at_the_address_is_a_line(scripts, capsys):  # noqa: F811

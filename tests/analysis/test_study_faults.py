@@ -51,38 +51,57 @@ def result(folder):
     return found, Counter((folder / "calls").read_text().split())
 
 
-@pytest.mark.faults  # test_study.py has one of each kind
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_study_survives_a_signal_at_any_moment(number, scripts, tmp_path):  # noqa: F811
-    chance, forks, moments = random.Random(number), launcher(), 0
+def check_survives(number, n_moments, begin, where):
+    """Signal a study at random moments and go on; all results are those of a whole one.
 
-    def start(name):
-        folder = tmp_path / name
-        shutil.copytree(tmp_path / "scripts", folder / "scripts", dirs_exist_ok=True)
-        return folder, forks.start(run_study, folder, 1 + moments % 2)
-
+    `begin` starts one in a folder of that name, which may hold what is done of it; it returns the
+    folder, the process's id, and a function that waits for the exit code and the output.
+    """
+    chance, moments = random.Random(number), 0
     began = time.monotonic()
-    folder, pid = start("whole")
-    assert forks.wait(pid) == 0, (folder / "log").read_text()
+    folder, _, wait = begin("whole", moments)
+    code, output = wait()
+    assert code == 0, output
     seconds = time.monotonic() - began
     expected, calls = result(folder)
     assert expected and set(calls.values()) == {1}
-    while moments < N_MOMENTS:
+    while moments < n_moments:
         name = f"{moments}, {seconds}"
-        folder, pid = start(name)
-        wait_for(folder / "log")
+        folder, pid, wait = begin(name, moments)
         time.sleep(chance.uniform(0.05, 1) * seconds)
         os.kill(pid, number)  # it is there, if only as one that has ended
-        code = forks.wait(pid)
+        code, output = wait()
         if code == 0:
             seconds *= 0.9  # it was too late
             continue
-        assert code in (-number, 128 + number), (folder / "log").read_text()
-        _, pid = start(name)
-        assert forks.wait(pid) == 0, (folder / "log").read_text()
+        assert code in (-number, 128 + number), output
+        _, _, wait = begin(name, moments)
+        code, output = wait()
+        assert code == 0, output
         found, again = result(folder)
         assert found == expected and again.keys() == calls.keys()
         assert again.total() <= calls.total() + 2  # at most the jobs that were interrupted
         moments += 1
     which = signal.Signals(number).name
-    print(f"\n{which} in a study: {moments}, 0 jobs lost, 0 results different")
+    print(f"\n{which} {where}: {moments}, 0 jobs lost, 0 results different")
+
+
+def folder_of_study(tmp_path, name):
+    """Make a folder with the stand-ins, where it is not there."""
+    folder = tmp_path / name
+    shutil.copytree(tmp_path / "scripts", folder / "scripts", dirs_exist_ok=True)
+    return folder
+
+
+@pytest.mark.faults  # test_study.py has one of each kind
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_study_survives_a_signal_at_any_moment(number, scripts, tmp_path):  # noqa: F811
+    forks = launcher()
+
+    def begin(name, moments):
+        folder = folder_of_study(tmp_path, name)
+        pid = forks.start(run_study, folder, 1 + moments % 2)
+        wait_for(folder / "log")
+        return folder, pid, lambda: (forks.wait(pid), (folder / "log").read_text())
+
+    check_survives(number, N_MOMENTS, begin, "in a study")
